@@ -1,0 +1,21 @@
+"""hf_prune: pruning for Hugging Face Transformers, as a callback of `transformers.Trainer`."""
+
+from .callback import PruningTrainerCallback
+from .config import PruningConfig
+from .criteria import ScoreInputs
+from .masks import MaskSet
+from .pruning import prune
+from .reports import PruningHistory, SparsityReport, sparsity_report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MaskSet",
+    "PruningConfig",
+    "PruningHistory",
+    "PruningTrainerCallback",
+    "ScoreInputs",
+    "SparsityReport",
+    "prune",
+    "sparsity_report",
+]

@@ -1,0 +1,371 @@
+"""PruningTrainerCallback: tells the rounds when, between the events of a `transformers.Trainer`."""
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from .checkpoints import MASKS_NAME, Progress, newest_complete, progress_of, recover_masks
+from .config import PruningConfig
+from .criteria import Criterion
+from .masks import MaskSet
+from .pacing import Even
+from .pruning import next_masks, resolve_targets
+from .reports import HISTORY_NAME, PruningHistory, Round, sparsity_report
+from .targets import Target
+
+logger = logging.getLogger(__name__)
+
+
+class PruningTrainerCallback(TrainerCallback, ExportableState):
+    """Prunes the model that a `transformers.Trainer` trains, round by round, to exactly the sparsity asked for.
+
+    A cut happens between two optimizer steps (the first one before the first step, unless `begin` says otherwise).
+    From then on the gradients of pruned weights are zeroed before they are clipped, and the weights after each
+    optimizer step: to the last bit the training that `torch.nn.utils.prune` gives. Parameters keep their names and
+    shapes, and the saved model is an ordinary one.
+
+    `pruning_config.json` and `pruning_history.json` are written beside the model, into each checkpoint and into
+    `output_dir` at the end. `trainer.train(resume_from_checkpoint=…)` goes on bit for bit. Each `train()` that is
+    not a resumption starts clean. With `load_best_model_at_end`, only evaluations at the final sparsity compete.
+
+    Args:
+        config: What to prune, how far, and when.
+        criterion: A function from `ScoreInputs` to scores (higher = keep), in place of the config's criterion.
+
+    Attributes:
+        config: The config.
+        masks: The masks so far, by parameter name.
+        history: The rounds so far.
+        evaluate: Set it to `trainer.evaluate` to have the metric measured before the first cut and right after each
+            cut; a callback cannot evaluate by itself. It counts for nothing else: neither for the best model nor
+            for early stopping, and it leaves the random state as it was.
+        log: Set it to `trainer.log` to have `sparsity` and `pruning_round` in TensorBoard, W&B and whatever else
+            `report_to` names. Without it they are in `trainer.state.log_history` alone.
+
+    Raises:
+        TypeError: if `config` is not a `PruningConfig`.
+
+    Example:
+        >>> callback = PruningTrainerCallback(PruningConfig(sparsity=0.8))
+        >>> # trainer = Trainer(..., callbacks=[callback]); trainer.train()
+    """
+
+    def __init__(self, config: PruningConfig, *, criterion: Criterion | None = None) -> None:
+        if isinstance(config, Mapping):  # Trainer rebuilds callbacks from the JSON of `state()` if it is told to.
+            config = PruningConfig.from_dict(config)
+        if not isinstance(config, PruningConfig):
+            raise TypeError(f"config must be a PruningConfig, got {type(config).__name__}.")
+        self.config = config
+        self.criterion = criterion
+        self.evaluate: Callable[..., Mapping[str, float]] | None = None
+        self.log: Callable[[dict[str, float]], None] | None = None
+        self._start_clean()
+
+    def _start_clean(self) -> None:
+        self.masks = MaskSet()
+        self.history = PruningHistory()
+        self._targets: dict[str, Target] = {}
+        self._pacing = Even(())
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._training = False
+        self._clock = 0.0
+        self._tokens_seen = 0
+
+    # What is resumed from: JSON in the trainer's state, the masks in a file of their own.
+
+    def state(self) -> dict[str, object]:
+        """What Trainer stores in a checkpoint's `trainer_state.json`."""
+        progress: Progress = {
+            "config": self.config.to_dict(),
+            "criterion": self._criterion_name,
+            "cuts": list(self._pacing.cuts),
+            "masks": self.masks.digest() if self.masks else None,
+            "history": self.history.to_dict(),
+        }
+        return {"args": {"config": self.config.to_dict()}, "attributes": {}, "progress": progress}
+
+    @property
+    def _criterion_name(self) -> str:
+        if self.criterion is None:
+            return self.config.criterion
+        return getattr(self.criterion, "__qualname__", type(self.criterion).__qualname__)
+
+    @property
+    def _finished_rounds(self) -> int:
+        return self.history[-1].round if self.history else 0
+
+    # Events, in the order in which Trainer sends them.
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Checks that the config fits the model and the run; starts, or goes on where a checkpoint was."""
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._release()
+        self._start_clean()
+        _require_supported(model)
+        self._targets = resolve_targets(model, self.config)
+        if state.global_step > 0:
+            self._resume(args, state, model)
+        else:
+            config, rounds = self.config, len(self.config.round_sparsities)
+            self._pacing = Even.spread(rounds, config.begin, config.end, state.max_steps)
+            self.history = _new_history(config, args, model)
+        self._training = True
+        self._clock, self._tokens_seen = time.monotonic(), state.num_input_tokens_seen
+        if state.global_step == 0:
+            if self.config.hold_zeros:
+                self._adopt(MaskSet.from_zeros(model, self._targets), None, args, state, model, optimizer)
+            self._cut_if_due(args, state, model, optimizer)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Cuts if a round begins here: after what Trainer evaluated and saved at the end of the step before."""
+        self._cut_if_due(args, state, kwargs["model"], kwargs["optimizer"])
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Zeroes the weights that momentum or weight decay moved."""
+        self.masks.apply_(kwargs["model"])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Counts what the round costs."""
+        self._count_seconds()
+        tokens, self._tokens_seen = state.num_input_tokens_seen - self._tokens_seen, state.num_input_tokens_seen
+        if self.history:
+            current = self.history[-1]
+            current.steps += 1
+            current.samples += args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            if args.include_num_input_tokens_seen != "no":
+                current.tokens = (current.tokens or 0) + tokens
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes the metric. A cut that is due waits for the next step, so that Trainer saves what it evaluated."""
+        value = kwargs["metrics"].get(self.history.metric)
+        if value is None or not self._training:
+            return
+        history = self.history
+        if history and state.global_step == history[-1].step:
+            history[-1].after_cut = value
+            return
+        history.evaluations.append((state.global_step, value))
+        if not history:
+            history.dense = value
+            return
+        history[-1].last = value
+        if history.is_better(value, than=history[-1].best):
+            history[-1].best = value
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Puts masks, config and history into the checkpoint."""
+        if args.should_save:
+            folder = _checkpoint_folder(args, state)
+            if self.masks:
+                self.masks.save(folder / MASKS_NAME)
+            self._save_reports(folder)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leaves an ordinary model with its zeros, and says loudly if they are fewer than asked for."""
+        self._count_seconds()
+        self._release()
+        self._training = False
+        # The weights may just have come back from the best checkpoint.
+        self.masks.apply_(kwargs["model"])
+        asked = self.config.round_sparsities
+        if self._finished_rounds < len(asked):
+            logger.warning(
+                "Training stopped at step %d after round %d of %d: the sparsity is %.4f, not the %.4f asked for.",
+                state.global_step, self._finished_rounds, len(asked), self.masks.sparsity, asked[-1],
+            )  # fmt: skip
+        if self.config.metric and not self.history.evaluations and args.eval_strategy != "no":
+            logger.warning("No evaluation gave the metric %r, so the history has no values.", self.history.metric)
+        if args.should_save:
+            self._save_reports(_output_dir(args))
+
+    # Rounds.
+
+    def _cut_if_due(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if not self._pacing.is_due(self._finished_rounds, state.global_step):
+            return
+        if self._finished_rounds == 0 and self.evaluate is not None:
+            self.history.dense = self._measure("dense", args)
+        asked = self.config.round_sparsities[self._finished_rounds]
+        masks = next_masks(self._targets, self.masks, asked, self.config, criterion=self.criterion, seed=args.seed)
+        self._adopt(masks, asked, args, state, model, optimizer)
+        if self.evaluate is not None:
+            self.history[-1].after_cut = self._measure("after_cut", args)
+
+    def _adopt(
+        self,
+        masks: MaskSet,
+        asked: float | None,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Applies masks, holds them from here on, and writes the round down."""
+        self._count_seconds()
+        self.masks = masks
+        masks.apply_(model)
+        for name, mask in masks.items():
+            # Momentum would push pruned weights, and optimizers that average weights would bring them back.
+            for value in optimizer.state.get(self._targets[name].weight, {}).values():
+                if torch.is_tensor(value) and value.is_floating_point() and value.shape == mask.shape:
+                    value.mul_(mask)
+        self._hold()
+        # Metrics of a less sparse model must not keep a sparser one from becoming the best.
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+        number = 0 if asked is None else self._finished_rounds + 1
+        zeros = sparsity_report(model, masks=masks).zeros
+        row = Round(
+            number, state.global_step, asked, masks.sparsity, masks.pruned, zeros, masks.total, self._criterion_name
+        )
+        self.history.rounds.append(row)
+        logger.log(
+            logging.INFO if state.is_world_process_zero else logging.DEBUG,
+            "Round %d of %d at step %d: sparsity %.4f, %s of %s weights pruned.",
+            number, len(self.config.round_sparsities), row.step, row.reached, f"{row.masked:,}", f"{row.total:,}",
+        )  # fmt: skip
+        entry = {"pruning_round": number, "sparsity": row.reached}
+        if self.log is not None:
+            self.log(entry)
+        else:
+            state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
+
+    def _hold(self) -> None:
+        """Zeroes the gradients of pruned weights as they are accumulated, which is before they are clipped."""
+        self._release()
+        for name, mask in self.masks.items():
+            weight = self._targets[name].weight
+            if weight.requires_grad:
+                hook = functools.partial(_mask_gradient, mask)
+                self._hooks.append(weight.register_post_accumulate_grad_hook(hook))
+
+    def _release(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _measure(self, prefix: str, args: TrainingArguments) -> float | None:
+        """The metric now, under a prefix of its own: nobody takes it for an evaluation of the run."""
+        assert self.evaluate is not None
+        with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
+            metrics = self.evaluate(metric_key_prefix=prefix)
+        return metrics.get(self.history.metric.replace("eval", prefix, 1))
+
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        if self.history:
+            self.history[-1].seconds += now - self._clock
+        self._clock = now
+
+    # Files.
+
+    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        name = type(self).__name__
+        progress = progress_of(state.stateful_callbacks, name)
+        theirs = {**progress["config"], "criterion": progress["criterion"]}
+        ours = {**self.config.to_dict(), "criterion": self._criterion_name}
+        if changed := [key for key in ours | theirs if ours.get(key) != theirs.get(key)]:
+            was = ", ".join(f"{key}={theirs.get(key)!r} (now {ours.get(key)!r})" for key in changed)
+            raise ValueError(
+                f"the checkpoint was pruned with another config: {was}. Resume with the same one, or load the "
+                "checkpoint as the model and start anew with hold_zeros=True."
+            )
+        self._pacing = Even(tuple(progress["cuts"]))
+        self.history = PruningHistory.from_dict(progress["history"])
+        pending = self._pacing.cuts[self._finished_rounds :]
+        if pending and pending[-1] >= state.max_steps:
+            raise ValueError(
+                f"the run has {state.max_steps} steps, but the checkpoint's last cut comes after step {pending[-1]}. "
+                "Resume with the same max_steps or num_train_epochs."
+            )
+        if progress["masks"] is None:
+            return
+        folders = [_checkpoint_folder(args, state)]
+        if args.resume_from_checkpoint:
+            folders.insert(0, Path(args.resume_from_checkpoint))
+        masks = recover_masks(folders, progress["masks"], model, self._targets)
+        if masks is None:
+            newest = newest_complete(_output_dir(args), name)
+            raise ValueError(
+                f"the masks of the checkpoint at step {state.global_step} are missing, damaged or of another model: "
+                f"no {MASKS_NAME} fits the digest on record, nor do the zeros of the weights. "
+                + (f"The newest complete checkpoint is {newest}." if newest else "No checkpoint here is complete.")
+            )
+        self.masks = masks
+        self._hold()
+
+    def _save_reports(self, folder: Path) -> None:
+        self.config.save_pretrained(folder)
+        self.history.save(folder / HISTORY_NAME)
+
+
+def _mask_gradient(mask: torch.Tensor, parameter: torch.Tensor) -> None:
+    # Optimizers that step inside the backward pass may have taken the gradient away already.
+    if parameter.grad is not None:
+        parameter.grad.mul_(mask)
+
+
+def _new_history(config: PruningConfig, args: TrainingArguments, model: nn.Module) -> PruningHistory:
+    best = args.metric_for_best_model
+    metric = "eval_" + (config.metric or best or "loss").removeprefix("eval_")
+    falls = metric.endswith(("loss", "perplexity"))
+    if best is not None and metric == "eval_" + best.removeprefix("eval_") and args.greater_is_better is not None:
+        if falls and args.greater_is_better:
+            logger.warning(
+                "greater_is_better is True for %s, which improves as it falls: Trainer would keep the worst model. "
+                "Set greater_is_better=False in the training arguments.",
+                metric,
+            )
+        falls = not args.greater_is_better
+    can_generate = getattr(model, "can_generate", None)
+    return PruningHistory(metric, not falls, language_model=bool(can_generate is not None and can_generate()))
+
+
+def _output_dir(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None  # TrainingArguments fills it in.
+    return Path(args.output_dir)
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    name = f"checkpoint-{state.global_step}"
+    if state.is_hyper_param_search:
+        # Each trial saves into a folder of its own, whose name callbacks are not told.
+        trials = _output_dir(args).glob(f"*/{name}")
+        return max(trials, key=lambda folder: folder.stat().st_mtime, default=_output_dir(args) / name)
+    return _output_dir(args) / name
+
+
+def _require_supported(model: nn.Module) -> None:
+    kind = PartialState().distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM) or any(
+        isinstance(parameter, DTensor) for parameter in model.parameters()
+    ):
+        raise ValueError(
+            f"the model's parameters are sharded ({kind.value}); PruningTrainerCallback needs them whole on each "
+            "process. Train on one process or with DistributedDataParallel."
+        )

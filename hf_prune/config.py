@@ -1,0 +1,265 @@
+"""PruningConfig: what to prune, how far, and when."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import granularities, schedules
+from .criteria import CRITERIA
+from .scopes import SCOPES
+
+CONFIG_NAME = "pruning_config.json"
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """What to prune, how far, and when. `PruningConfig(sparsity=0.8)` is complete.
+
+    Fields hold JSON primitives only, and each is a flag for `transformers.HfArgumentParser`.
+
+    Args:
+        sparsity: Fraction of the targeted weights to remove, in `[0, 1)`. May be left out where it follows from
+            something else: from an N:M granularity, from `sparsities`, or with `hold_zeros` alone, which then prunes
+            nothing further.
+        schedule: How sparse after each round: "auto", "one_shot", "constant", "geometric", "hybrid" or "cubic"; see
+            `hf_prune.schedules`.
+        rounds: Number of rounds; the schedule's own default if None.
+        initial_sparsity: Sparsity after the first cut of the hybrid schedule.
+        sparsities: The absolute sparsity after each round, rising, instead of a schedule.
+        criterion: What a weight is worth: "magnitude" or "random"; see `hf_prune.criteria`.
+        granularity: What is removed together: "unstructured", "N:M" (N kept of every M along the input dimension,
+            which fixes the sparsity at `1 − N/M`) or "block:RxC".
+        scope: Which weights compete: "global" (all), "layer" (per tensor, each equally sparse) or "erk" (per tensor,
+            by the Erdős–Rényi kernel rule); "auto" is global. N:M competes within its groups and takes "auto" only.
+        layer_sparsity: Regular expression of module names → their own final sparsity, also as JSON text. The first
+            that matches the whole name counts. These modules leave the competition, and `sparsity` holds for the
+            rest. At earlier rounds they are as far on their way as the rest.
+        target_modules: Modules to prune instead of the default ones; see `hf_prune.targets.find_targets`.
+        exclude_modules: Modules to leave out.
+        begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of the run.
+        end: Where the last round ends, in the same words; the end of the run if None.
+        metric: The evaluation metric that the history follows; `metric_for_best_model` of the training arguments if
+            None, else `eval_loss`.
+        hold_zeros: Weights that are zero at the start enter the mask first and stay zero.
+
+    Raises:
+        ValueError: if a value is outside of its range, unknown, or contradicts another.
+
+    Example:
+        >>> PruningConfig(sparsity=0.75, schedule="constant", rounds=3).round_sparsities
+        [0.25, 0.5, 0.75]
+        >>> PruningConfig(granularity="2:4").round_sparsities
+        [0.5]
+    """
+
+    sparsity: float | None = field(
+        default=None, metadata={"help": "Fraction of the targeted weights to remove, in [0, 1)."}
+    )
+    schedule: str = field(
+        default="auto", metadata={"help": f"How sparse after each round: {', '.join(schedules.SCHEDULES)}."}
+    )
+    rounds: int | None = field(
+        default=None, metadata={"help": "Number of rounds; the schedule's own default if left out."}
+    )
+    initial_sparsity: float | None = field(
+        default=None, metadata={"help": "Sparsity after the first cut of the hybrid schedule."}
+    )
+    sparsities: list[float] | None = field(
+        default=None, metadata={"help": "Absolute sparsity after each round, instead of a schedule."}
+    )
+    criterion: str = field(default="magnitude", metadata={"help": f"What a weight is worth: {', '.join(CRITERIA)}."})
+    granularity: str = field(
+        default="unstructured", metadata={"help": "What is removed together: unstructured, N:M or block:RxC."}
+    )
+    scope: str = field(default="auto", metadata={"help": f"Which weights compete: {', '.join(SCOPES)}."})
+    # The order inside of these three unions is what HfArgumentParser can read.
+    layer_sparsity: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": 'Regular expression of module names to their own sparsity, as JSON: {".*mlp.*": 0.9}.'},
+    )
+    target_modules: list[str] | None | str = field(  # noqa: RUF036
+        default=None, metadata={"help": "Modules to prune: exact names, last components or regular expressions."}
+    )
+    exclude_modules: list[str] | None | str = field(  # noqa: RUF036
+        default=None, metadata={"help": "Modules to leave out: exact names, last components or regular expressions."}
+    )
+    begin: float = field(
+        default=0.0, metadata={"help": "Where the first round begins: steps, or below 1 a fraction of the run."}
+    )
+    end: float | None = field(
+        default=None,
+        metadata={"help": "Where the last round ends, in the same words; the end of the run if left out."},
+    )
+    metric: str | None = field(default=None, metadata={"help": "Evaluation metric that the history follows."})
+    hold_zeros: bool = field(default=False, metadata={"help": "Keep at zero what is zero at the start."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layer_sparsity, str):
+            object.__setattr__(self, "layer_sparsity", _parse_layer_sparsity(self.layer_sparsity))
+        if self.sparsity is not None:
+            _require_fraction("sparsity", self.sparsity)
+        for value in self.sparsities or []:
+            _require_fraction("each of sparsities", value)
+        for pattern, value in self.own_sparsities.items():
+            _require_fraction(f"layer_sparsity[{pattern!r}]", value)
+            _require_regex("layer_sparsity", pattern)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(patterns := getattr(self, name), str):
+                _require_regex(name, patterns)
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}; got {self.criterion!r}.")
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(SCOPES)}; got {self.scope!r}.")
+        if not (math.isfinite(self.begin) and self.begin >= 0):
+            raise ValueError(f"begin must be 0 or more (steps, or below 1 a fraction of the run), got {self.begin}.")
+        if self.end is not None:
+            if not (math.isfinite(self.end) and self.end > 0):
+                raise ValueError(f"end must be above 0 (steps, or below 1 a fraction of the run), got {self.end}.")
+            # Steps and fractions compare only when the length of the run is known.
+            if (self.begin >= 1) == (self.end >= 1) and self.begin >= self.end:
+                raise ValueError(f"begin must be before end, got begin={self.begin} and end={self.end}.")
+        if isinstance(granularities.parse(self.granularity), granularities.Pattern):
+            for name in ("scope", "layer_sparsity"):
+                if getattr(self, name) not in ("auto", None):
+                    raise ValueError(
+                        f"{name} does not apply to granularity {self.granularity!r}: weights compete within their "
+                        f"groups, and each layer has the same sparsity. Leave {name} out."
+                    )
+        # Computed once here so that a schedule that cannot be is an error at once.
+        object.__setattr__(self, "_round_sparsities", self._resolve_rounds())
+
+    @property
+    def round_sparsities(self) -> list[float]:
+        """The absolute sparsity after each round; empty where zeros are held and nothing further is pruned."""
+        return list(self._round_sparsities)  # type: ignore[attr-defined]
+
+    @property
+    def own_sparsities(self) -> dict[str, float]:
+        """`layer_sparsity` as a dict, empty if there is none."""
+        assert not isinstance(self.layer_sparsity, str)  # `__post_init__` has read it.
+        return dict(self.layer_sparsity or {})
+
+    def _resolve_rounds(self) -> list[float]:
+        given = [n for n in ("rounds", "initial_sparsity") if getattr(self, n) is not None]
+        given += ["schedule"] if self.schedule != "auto" else []
+        if self.sparsities is not None:
+            values = schedules.explicit(self.sparsities)
+            if given or (self.sparsity is not None and self.sparsity != values[-1]):
+                raise ValueError(f"sparsities says all about the rounds; leave out {', '.join(given) or 'sparsity'}.")
+            return self._on_pattern(values)
+        target = self._target_sparsity()
+        if target is None:
+            if given:
+                raise ValueError(f"{', '.join(given)} needs a sparsity. With hold_zeros alone, nothing is pruned.")
+            return []
+        if self.schedule == "auto" and isinstance(granularities.parse(self.granularity), granularities.Pattern):
+            # The few steps that a pattern has on its way are taken one by one.
+            name = "one_shot" if self.rounds in (None, 1) and self.initial_sparsity is None else "constant"
+            return self._on_pattern(schedules.resolve(name, target, self.rounds, self.initial_sparsity))
+        return self._on_pattern(schedules.resolve(self.schedule, target, self.rounds, self.initial_sparsity))
+
+    def _target_sparsity(self) -> float | None:
+        granularity = granularities.parse(self.granularity)
+        if isinstance(granularity, granularities.Pattern):
+            fixed = 1 - granularity.n / granularity.m
+            if self.sparsity is not None and not math.isclose(self.sparsity, fixed):
+                raise ValueError(
+                    f"granularity {self.granularity!r} fixes sparsity at {fixed:g}, got {self.sparsity}. "
+                    "Leave sparsity out, or choose another granularity."
+                )
+            return fixed
+        if self.sparsity is None and not self.hold_zeros:
+            raise ValueError(
+                "sparsity is missing. Give a fraction in [0, 1), a list of sparsities, an N:M granularity, or "
+                "hold_zeros=True to keep the zeros of a sparse model and prune nothing further."
+            )
+        return self.sparsity
+
+    def _on_pattern(self, values: list[float]) -> list[float]:
+        """For N:M, moves each sparsity to the nearest pattern k:M on the way."""
+        granularity = granularities.parse(self.granularity)
+        if not isinstance(granularity, granularities.Pattern):
+            return values
+        n, m = granularity.n, granularity.m
+        dropped = [round(value * m) for value in values]
+        if dropped[-1] != m - n or any(a >= b for a, b in itertools.pairwise([0, *dropped])):
+            raise ValueError(
+                f"the rounds of {self.granularity} go through (M-1):M, (M-2):M … {n}:{m}, each at least one "
+                f"pattern further; got sparsities {', '.join(f'{value:g}' for value in values)}. "
+                f"Take at most {m - n} rounds."
+            )
+        return [count / m for count in dropped]
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields as JSON primitives."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> "PruningConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: if there is an unknown key, or a value is bad.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(
+                f"unknown key {', '.join(map(repr, unknown))} in a pruning config. Known are {', '.join(known)}. "
+                "Was it saved by a newer version of hf_prune?"
+            )
+        return cls(**values)  # type: ignore[arg-type]
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `pruning_config.json` into a folder, which is made if there is none."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        (Path(folder) / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> "PruningConfig":
+        """Reads `pruning_config.json` from a folder.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is not JSON, has an unknown key, or a bad value.
+        """
+        path = Path(folder) / CONFIG_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"no {CONFIG_NAME} in {folder}.")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error}).") from error
+        return cls.from_dict(values)
+
+
+def _require_fraction(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}.")
+    if not 0 <= value < 1:
+        hint = f" Did you mean {value / 100:g}?" if 1 < value < 100 else ""
+        raise ValueError(f"{name} must be in [0, 1), got {value}.{hint}")
+
+
+def _require_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {pattern!r} is not a regular expression ({error}).") from error
+
+
+def _parse_layer_sparsity(text: str) -> dict[str, float]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"layer_sparsity is not JSON ({error}), got {text!r}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f'layer_sparsity must be an object such as {{".*mlp.*": 0.9}}, got {text!r}.')
+    return values

@@ -1,0 +1,149 @@
+"""Masks: a side table from parameter names to what is kept."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .targets import find_targets
+
+
+class MaskSet(Mapping[str, torch.Tensor]):
+    """Bool masks by parameter name, True = kept; one byte a weight, bit-packed on disk.
+
+    The weights of the model stay ordinary parameters: nothing is renamed, wrapped or added to its `state_dict`.
+
+    Args:
+        masks: Name of a parameter in the unwrapped model → bool tensor of the parameter's shape.
+
+    Raises:
+        TypeError: if a mask is not a bool tensor.
+
+    Example:
+        >>> masks = MaskSet({"weight": torch.tensor([[True, False], [True, True]])})
+        >>> masks.sparsity
+        0.25
+    """
+
+    def __init__(self, masks: Mapping[str, torch.Tensor] | None = None) -> None:
+        self._masks = dict(masks or {})
+        for name, mask in self._masks.items():
+            if mask.dtype != torch.bool:
+                raise TypeError(f"the mask of {name!r} must be a bool tensor (True = kept), got {mask.dtype}.")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        return f"MaskSet({len(self)} masks, {self.total} weights, sparsity {self.sparsity:.4f})"
+
+    @property
+    def total(self) -> int:
+        """Number of weights under masks."""
+        return sum(mask.numel() for mask in self.values())
+
+    @property
+    def pruned(self) -> int:
+        """Number of weights masked away."""
+        return sum(pruned_in(mask) for mask in self.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights under masks that are masked away; 0 where there are none."""
+        return self.pruned / self.total if self.total else 0.0
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module) -> None:
+        """Sets the masked weights of `model` to zero, in place.
+
+        Raises:
+            ValueError: if the model lacks a parameter, or one has another shape than its mask.
+        """
+        for name, mask in self.items():
+            try:
+                parameter = model.get_parameter(name)
+            except AttributeError:
+                raise ValueError(f"the model has no parameter {name!r}; the masks are of another model.") from None
+            if parameter.shape != mask.shape:
+                raise ValueError(
+                    f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}; "
+                    "the masks are of another model."
+                )
+            parameter.mul_(mask.to(parameter.device))
+
+    @classmethod
+    @torch.no_grad()
+    def from_zeros(cls, model: nn.Module, names: Iterable[str] | None = None) -> "MaskSet":
+        """Reads the masks from the zeros of a model.
+
+        Args:
+            model: A model that is sparse already.
+            names: The parameters to read; the default targets if None.
+
+        Returns:
+            Masks that are False exactly where a weight is zero.
+        """
+        if names is None:
+            names = find_targets(model)
+        return cls({name: model.get_parameter(name) != 0 for name in names})
+
+    def digest(self) -> str:
+        """A SHA-256 over names, shapes and bits: equal masks have equal digests on every device and machine."""
+        sha = hashlib.sha256()
+        for name in sorted(self):
+            sha.update(json.dumps([name, list(self[name].shape)]).encode())
+            sha.update(_pack(self[name]).tobytes())
+        return sha.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the masks as safetensors, one bit a weight; the file appears whole or not at all."""
+        path = Path(path)
+        packed = {name: torch.from_numpy(_pack(mask)) for name, mask in self.items()}
+        shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        save_file(packed, unfinished, metadata={"format": "hf_prune.masks", "shapes": shapes})
+        os.replace(unfinished, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "MaskSet":
+        """Reads what `save` wrote, onto the CPU.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is truncated or not a file of masks.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no masks at {path}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes = json.loads((file.metadata() or {})["shapes"])
+                return cls({name: _unpack(file.get_tensor(name), shape) for name, shape in shapes.items()})
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is truncated or not a file of masks ({error}).") from error
+
+
+def pruned_in(mask: torch.Tensor) -> int:
+    """Number of weights that a mask prunes."""
+    return mask.numel() - int(mask.count_nonzero())
+
+
+def _pack(mask: torch.Tensor) -> np.ndarray:
+    return np.packbits(mask.cpu().numpy())
+
+
+def _unpack(packed: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    count = int(np.prod(shape, dtype=np.int64))
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=count).astype(bool)).view(shape)

@@ -1,0 +1,155 @@
+"""Pruning: one round's cut, from scores to masks, and `prune` for a cut without a Trainer."""
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from . import granularities
+from .config import PruningConfig
+from .criteria import CRITERIA, Criterion, ScoreInputs
+from .granularities import Pattern
+from .masks import MaskSet, pruned_in
+from .reports import SparsityReport, sparsity_report
+from .scopes import pools
+from .selection import check_scores, keep_highest
+from .targets import Target, find_targets
+
+
+def resolve_targets(model: nn.Module, config: PruningConfig) -> dict[str, Target]:
+    """Finds the targets of a config in a model and checks that the config can prune them.
+
+    Args:
+        model: The model, unwrapped.
+        config: The pruning config.
+
+    Returns:
+        Parameter name → target.
+
+    Raises:
+        ValueError: as `find_targets` does, if the granularity does not fit a shape, or if a pattern of
+            `layer_sparsity` matches no target.
+    """
+    targets = find_targets(model, config.target_modules, config.exclude_modules)
+    granularities.parse(config.granularity).check(targets.values())
+    for pattern in config.layer_sparsity or {}:
+        if not any(re.fullmatch(pattern, target.module) for target in targets.values()):
+            raise ValueError(
+                f"layer_sparsity: {pattern!r} matches none of the targets, such as {next(iter(targets))!r}."
+            )
+    return targets
+
+
+@torch.no_grad()
+def next_masks(
+    targets: Mapping[str, Target],
+    masks: MaskSet,
+    sparsity: float,
+    config: PruningConfig,
+    *,
+    criterion: Criterion | None = None,
+    seed: int = 0,
+) -> MaskSet:
+    """Scores, selects and masks for one round; the model is not touched.
+
+    Args:
+        targets: What `resolve_targets` found.
+        masks: The masks so far; what they prune stays pruned and counts towards the sparsity. Empty before the
+            first round.
+        sparsity: Absolute sparsity to reach, in `[0, 1)`.
+        config: Its criterion, granularity, scope and `layer_sparsity` count.
+        criterion: A criterion in place of the config's.
+        seed: For criteria that draw random numbers.
+
+    Returns:
+        A mask for each target.
+
+    Raises:
+        ValueError: if a score is NaN or has a wrong shape (the message names the tensor), or if the masks so far
+            prune more than the sparsity.
+    """
+    granularity = granularities.parse(config.granularity)
+    score = criterion or CRITERIA[config.criterion]
+
+    def weight_scores(target: Target) -> torch.Tensor:
+        scores = score(ScoreInputs(target.name, target.weight.detach(), seed))
+        if scores.shape != target.weight.shape:
+            raise ValueError(
+                f"the criterion gave scores of shape {tuple(scores.shape)} for {target.name!r}, "
+                f"which has shape {tuple(target.weight.shape)}."
+            )
+        check_scores(target.name, scores)
+        return scores
+
+    if isinstance(granularity, Pattern):
+        pattern = Pattern(granularity.m - round(sparsity * granularity.m), granularity.m)
+        return MaskSet({n: pattern.keep(weight_scores(t), masks.get(n), t) for n, t in targets.items()})
+
+    def group_scores(target: Target) -> torch.Tensor:
+        return granularity.pool(weight_scores(target), target)
+
+    kept = {name: granularity.pool_mask(mask, targets[name]) for name, mask in masks.items()}
+    group_masks: dict[str, torch.Tensor] = {}
+    for pool in pools(
+        {name: target.weight.numel() // granularity.group_size for name, target in targets.items()},
+        sparsity,
+        config.scope,
+        shapes={name: target.kernel_shape for name, target in targets.items()},
+        dropped={name: pruned_in(kept[name]) if name in kept else 0 for name in targets},
+        layer_sparsity=_layer_sparsity(targets, sparsity, config),
+    ):
+        scores = {name: functools.partial(group_scores, targets[name]) for name in pool.names}
+        group_masks |= keep_highest(scores, pool.drop, kept)
+    return MaskSet({name: granularity.spread(group_masks[name], target) for name, target in targets.items()})
+
+
+def prune(
+    model: nn.Module,
+    config: PruningConfig,
+    dataloader: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    *,
+    criterion: Criterion | None = None,
+    seed: int = 0,
+) -> SparsityReport:
+    """Prunes a model in place, in one cut to the final sparsity of the config.
+
+    The zeros are plain zeros: nothing holds them if training goes on. `PruningTrainerCallback` with `hold_zeros`
+    does.
+
+    Args:
+        model: The model, unwrapped.
+        config: The pruning config; of its rounds only the last counts.
+        dataloader: Batches for a criterion that looks at data. "magnitude" and "random" look at none.
+        criterion: A criterion in place of the config's.
+        seed: For criteria that draw random numbers.
+
+    Returns:
+        The sparsity by module, over the targets and over the whole model.
+
+    Raises:
+        ValueError: if the config does not fit the model, or a score is NaN. The model is then as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        >>> prune(model, PruningConfig(sparsity=0.75)).sparsity
+        0.75
+    """
+    targets = resolve_targets(model, config)
+    masks = MaskSet.from_zeros(model, targets) if config.hold_zeros else MaskSet()
+    if config.round_sparsities:
+        masks = next_masks(targets, masks, config.round_sparsities[-1], config, criterion=criterion, seed=seed)
+    masks.apply_(model)
+    return sparsity_report(model, masks=masks)
+
+
+def _layer_sparsity(targets: Mapping[str, Target], sparsity: float, config: PruningConfig) -> dict[str, float]:
+    """The sparsity of each target that has its own, as far on its way as the round is."""
+    final = config.round_sparsities[-1]
+    progress = sparsity / final if final else 1.0
+    return {
+        name: own[0] * progress
+        for name, target in targets.items()
+        if (own := [v for pattern, v in config.own_sparsities.items() if re.fullmatch(pattern, target.module)])
+    }

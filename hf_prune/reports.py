@@ -1,0 +1,309 @@
+"""Reports: how sparse a model is, and how it became so."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .config import PruningConfig
+from .masks import pruned_in
+from .targets import find_targets
+
+HISTORY_NAME = "pruning_history.json"
+
+
+@dataclass(frozen=True)
+class ModuleSparsity:
+    """One row of a `SparsityReport`.
+
+    Attributes:
+        name: The module (for fused experts, the parameter).
+        shape: The weight's shape.
+        zeros: Number of weights that are zero.
+        total: Number of weights.
+        masked: Number of weights that a mask holds at zero, None where no mask is known. Zeros beyond it, of a
+            layer that was initialised with zeros for example, are free to become something else.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    zeros: int
+    total: int
+    masked: int | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights that are zero."""
+        return self.zeros / self.total
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """How sparse a model is. Prints as a table.
+
+    Attributes:
+        modules: A row for each targeted weight.
+        model_zeros: Number of zeros among all parameters of the model.
+        model_total: Number of all parameters of the model.
+    """
+
+    modules: tuple[ModuleSparsity, ...]
+    model_zeros: int
+    model_total: int
+
+    @property
+    def zeros(self) -> int:
+        """Number of targeted weights that are zero."""
+        return sum(module.zeros for module in self.modules)
+
+    @property
+    def total(self) -> int:
+        """Number of targeted weights."""
+        return sum(module.total for module in self.modules)
+
+    @property
+    def masked(self) -> int | None:
+        """Number of targeted weights that a mask holds at zero, None where no mask is known."""
+        counts = [module.masked for module in self.modules]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the targeted weights that are zero."""
+        return self.zeros / self.total
+
+    @property
+    def model_sparsity(self) -> float:
+        """Fraction of all parameters that are zero: embeddings, heads, norms and biases included."""
+        return self.model_zeros / self.model_total
+
+    def to_dict(self) -> dict[str, object]:
+        """The report as JSON primitives."""
+        return {
+            "sparsity": self.sparsity,
+            "zeros": self.zeros,
+            "masked": self.masked,
+            "total": self.total,
+            "model_sparsity": self.model_sparsity,
+            "model_zeros": self.model_zeros,
+            "model_total": self.model_total,
+            "modules": [
+                {**dataclasses.asdict(m), "shape": list(m.shape), "sparsity": m.sparsity} for m in self.modules
+            ],
+        }
+
+    def __str__(self) -> str:
+        rows = [["module", "shape", "zeros", "sparsity"]]
+        rows += [[m.name, " x ".join(map(str, m.shape)), f"{m.zeros:,}", f"{m.sparsity:.4f}"] for m in self.modules]
+        rows += [["targets", f"{self.total:,}", f"{self.zeros:,}", f"{self.sparsity:.4f}"]]
+        rows += [["whole model", f"{self.model_total:,}", f"{self.model_zeros:,}", f"{self.model_sparsity:.4f}"]]
+        table = _table(rows, rules=(1, len(rows) - 2))
+        if self.masked is not None and self.masked != self.zeros:
+            table += f"\n{self.zeros - self.masked:,} of the zeros are not pruned: they were zero before."
+        return table
+
+
+@torch.no_grad()
+def sparsity_report(
+    model: nn.Module, config: PruningConfig | None = None, masks: Mapping[str, torch.Tensor] | None = None
+) -> SparsityReport:
+    """Counts the zeros of a model.
+
+    Args:
+        model: The model, unwrapped.
+        config: Its `target_modules` and `exclude_modules` say which weights are targets; the default ones if None.
+        masks: Masks by parameter name, to tell zeros that are held from others. The targets are then theirs.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: as `find_targets` does.
+    """
+    if masks is None:
+        targets = find_targets(model, *((config.target_modules, config.exclude_modules) if config else ()))
+    names = list(targets if masks is None else masks)
+    rows = []
+    for name in names:
+        weight = model.get_parameter(name)
+        masked = None if masks is None else pruned_in(masks[name])
+        zeros, total = weight.numel() - int(weight.count_nonzero()), weight.numel()
+        rows.append(ModuleSparsity(name.removesuffix(".weight"), tuple(weight.shape), zeros, total, masked))
+    model_total = sum(parameter.numel() for parameter in model.parameters())
+    model_zeros = model_total - sum(int(parameter.count_nonzero()) for parameter in model.parameters())
+    return SparsityReport(tuple(rows), model_zeros, model_total)
+
+
+@dataclass
+class Round:
+    """What one round asked for, reached and cost.
+
+    Attributes:
+        round: Its number, from 1; 0 is the zeros that were held from the start.
+        step: Number of optimizer steps finished when the cut was made.
+        asked: Sparsity asked for; None for round 0.
+        reached: Sparsity of the masks after the cut.
+        masked: Number of weights masked away.
+        zeros: Number of targeted weights that are zero after the cut; above `masked` by those that are zero anyway.
+        total: Number of targeted weights.
+        criterion: What scored the weights.
+        after_cut: The metric right after the cut; None if nothing measured it.
+        best: The best value of the metric in the round; None without an evaluation.
+        last: The last value of the metric in the round; None without an evaluation.
+        steps: Number of optimizer steps in the round.
+        samples: Number of training samples in the round.
+        tokens: Number of input tokens in the round, None unless the training arguments count them.
+        seconds: Wall-clock time of the round, evaluations included.
+    """
+
+    round: int
+    step: int
+    asked: float | None
+    reached: float
+    masked: int
+    zeros: int
+    total: int
+    criterion: str
+    after_cut: float | None = None
+    best: float | None = None
+    last: float | None = None
+    steps: int = 0
+    samples: int = 0
+    tokens: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class PruningHistory(Sequence[Round]):
+    """The rounds of a run, in order. Prints as a table.
+
+    Attributes:
+        metric: Name of the metric that `dense`, `after_cut`, `best` and `last` give.
+        greater_is_better: Which way the metric improves.
+        dense: The metric before the first cut; None if nothing measured it.
+        evaluations: `(step, value)` of each evaluation of the run.
+        rounds: The rounds.
+        language_model: Whether the model generates text, so that the exponential of its loss is a perplexity.
+    """
+
+    metric: str = "eval_loss"
+    greater_is_better: bool = False
+    dense: float | None = None
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    language_model: bool = False
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.rounds[index]
+
+    def __len__(self) -> int:
+        return len(self.rounds)
+
+    def __iter__(self) -> Iterator[Round]:
+        return iter(self.rounds)
+
+    def is_better(self, value: float, than: float | None) -> bool:
+        """Whether a value of the metric improves on another; any value improves on None."""
+        return than is None or (value > than if self.greater_is_better else value < than)
+
+    def to_dict(self) -> dict[str, object]:
+        """The history as JSON primitives."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> "PruningHistory":
+        """The inverse of `to_dict`."""
+        rounds = [Round(**row) for row in values["rounds"]]  # type: ignore[attr-defined]
+        evaluations = [tuple(pair) for pair in values["evaluations"]]  # type: ignore[attr-defined]
+        return cls(**{**values, "rounds": rounds, "evaluations": evaluations})  # type: ignore[arg-type]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the history as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PruningHistory":
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: if it is not a history.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a pruning history ({error!r}).") from error
+
+    def __str__(self) -> str:
+        # Where only the loss is known, its exponential is shown too, and marked for what it is.
+        exponential = self.language_model and self.metric == "eval_loss"
+        heads = ["round", "step", "sparsity", f"{self.metric} after the cut", "best", "last"]
+        rows = [heads + (["exp(last)*"] if exponential else [])]
+        last = [self.dense, *(row.last for row in self)]
+        rows.append(["dense", "", _number(0.0), _number(self.dense), "", ""])
+        for row in self:
+            cells = [str(row.round), str(row.step), f"{row.reached:.4f}"]
+            rows.append(cells + [_number(value) for value in (row.after_cut, row.best, row.last)])
+        if exponential:
+            for cells, value in zip(rows[1:], last, strict=True):
+                cells.append(_number(None if value is None else math.exp(min(value, 700.0))))
+        table = _table(rows, rules=(1,))
+        return table + "\n* the exponential of a mean of batch means, not weighted by tokens" if exponential else table
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws sparsity and metric against steps into an image file.
+
+        Args:
+            path: Where to; the suffix says the format, such as `.png`.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("plots need matplotlib: pip install matplotlib.") from error
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        end = max([step for step, _ in self.evaluations] + [row.step + row.steps for row in self] + [1])
+        if self.dense is not None:
+            axes[0].axhline(self.dense, color="gray", linestyle="--", label="dense")
+        if self.evaluations:
+            axes[0].plot(*zip(*self.evaluations, strict=True), color="C0", marker=".", label="while training")
+        if cuts := [(row.step, row.after_cut) for row in self if row.after_cut is not None]:
+            axes[0].plot(*zip(*cuts, strict=True), color="C3", marker="v", linestyle="", label="right after a cut")
+        axes[0].set_ylabel(self.metric)
+        values = [v for v in (self.dense, *(v for _, v in self.evaluations), *(v for _, v in cuts)) if v and v > 0]
+        if values and max(values) > 20 * min(values):
+            axes[0].set_yscale("log")
+        if axes[0].get_legend_handles_labels()[0]:
+            axes[0].legend()
+        steps = [0, *(row.step for row in self), end]
+        sparsity = [0.0, *(row.reached for row in self)]
+        axes[1].stairs(sparsity, steps, color="C1", baseline=None)
+        axes[1].set(xlabel="step", ylabel="sparsity", ylim=(0, 1))
+        for axis in axes:
+            for row in self:
+                axis.axvline(row.step, color="lightgray", linewidth=0.8, zorder=0)
+        figure.savefig(path, dpi=150)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+def _table(rows: Sequence[Sequence[str]], rules: Iterable[int]) -> str:
+    """Aligns rows of cells, the first column left and the others right, with rules before the given rows."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    for i in sorted(rules, reverse=True):
+        lines.insert(i, "-" * len(lines[0]))
+    return "\n".join(lines)

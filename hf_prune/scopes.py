@@ -1,0 +1,107 @@
+"""Scopes: which weights compete with which, and how many of them go.
+
+A scope turns one sparsity into pools: names whose groups are ranked together, and the number of groups to drop in all.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SCOPES = ("auto", "global", "layer", "erk")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Tensors that compete with each other.
+
+    Attributes:
+        names: The tensors.
+        drop: The number of their groups to drop, those dropped before included.
+    """
+
+    names: tuple[str, ...]
+    drop: int
+
+
+def pools(
+    sizes: Mapping[str, int],
+    sparsity: float,
+    scope: str,
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    dropped: Mapping[str, int],
+    layer_sparsity: Mapping[str, float],
+) -> list[Pool]:
+    """Divides the tensors into pools.
+
+    Args:
+        sizes: Name → number of groups (of weights, where the granularity is unstructured).
+        sparsity: Fraction of the groups to drop, in `[0, 1)`.
+        scope: "global" (one pool), "layer" (a pool for each tensor, all with the same sparsity) or "erk" (a pool for
+            each tensor, the sparsity by the Erdős–Rényi kernel rule, exact in total).
+        shapes: Name → dimensions of one layer's weight, for "erk".
+        dropped: Name → number of groups dropped before; a pool never drops fewer.
+        layer_sparsity: Name → its own sparsity. These tensors leave the competition; `sparsity` holds for the rest.
+
+    Returns:
+        Pools that cover all names once.
+
+    Raises:
+        ValueError: if more is dropped already than the sparsity allows.
+    """
+    rest = {name: size for name, size in sizes.items() if name not in layer_sparsity}
+    result = [Pool((name,), round(own * sizes[name])) for name, own in layer_sparsity.items()]
+    if scope == "layer":
+        result += [Pool((name,), round(sparsity * size)) for name, size in rest.items()]
+    elif scope == "erk":
+        result += _erk(rest, round(sparsity * sum(rest.values())), shapes, dropped)
+    elif rest:
+        result.append(Pool(tuple(rest), round(sparsity * sum(rest.values()))))
+    for pool in result:
+        before, size = (sum(counts[name] for name in pool.names) for counts in (dropped, sizes))
+        if before > pool.drop:
+            where = repr(pool.names[0]) if len(pool.names) == 1 else "the targets"
+            raise ValueError(
+                f"{before / size:.4f} of {where} is zero already, more than the sparsity {pool.drop / size:.4f} asked "
+                "for. What is pruned stays pruned: ask for a higher sparsity, or start without hold_zeros."
+            )
+    return result
+
+
+def _erk(
+    sizes: Mapping[str, int], drop: int, shapes: Mapping[str, tuple[int, ...]], dropped: Mapping[str, int]
+) -> list[Pool]:
+    """The Erdős–Rényi kernel rule: a layer's density goes with the sum of its dimensions over their product.
+
+    Source: Evci et al. 2020, "Rigging the Lottery", arXiv 1911.11134.
+    """
+    weight = {name: sum(shapes[name]) / math.prod(shapes[name]) for name in sizes}
+    keep = float(sum(sizes.values()) - drop)
+    dense: set[str] = set()
+    while True:
+        # Layers that the rule would give more than all of their weights stay dense, and the others share the rest.
+        sharing = sum(weight[name] * size for name, size in sizes.items() if name not in dense)
+        epsilon = (keep - sum(sizes[name] for name in dense)) / sharing if sharing else 0.0
+        full = {name for name in sizes if name not in dense and epsilon * weight[name] >= 1}
+        if not full:
+            break
+        dense |= full
+    wanted = {name: 0.0 if name in dense else size * (1 - epsilon * weight[name]) for name, size in sizes.items()}
+    counts = _round_to_total(wanted, drop, low=dropped, high=sizes)
+    return [Pool((name,), count) for name, count in counts.items()]
+
+
+def _round_to_total(
+    wanted: Mapping[str, float], total: int, low: Mapping[str, int], high: Mapping[str, int]
+) -> dict[str, int]:
+    """Whole numbers next to `wanted` within their bounds that add up to `total`."""
+    counts = {name: min(max(int(value), low[name]), high[name]) for name, value in wanted.items()}
+    while missing := total - sum(counts.values()):
+        step = 1 if missing > 0 else -1
+        room = [n for n in counts if (counts[n] < high[n] if step > 0 else counts[n] > low[n])]
+        if not room:
+            break  # More is dropped already than asked for: `pools` says so.
+        room.sort(key=lambda name: step * (counts[name] - wanted[name]))
+        for name in room[: abs(missing)]:
+            counts[name] += step
+    return counts

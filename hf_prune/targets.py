@@ -1,0 +1,200 @@
+"""Targets: which parameters of a model are pruned, and how each one is read as a matrix."""
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+logger = logging.getLogger(__name__)
+
+# Order of the axes that puts a weight's output before its input, and whatever is independent of both in front.
+_AXES: dict[type[nn.Module], tuple[int, ...]] = {
+    nn.Linear: (0, 1),
+    Conv1D: (1, 0),  # GPT-2's layer stores [in, out].
+    nn.Conv2d: (2, 3, 0, 1),
+}
+_TYPES = "the weights of Linear, Conv1D, Conv2d and fused (3-D) experts"
+_HEADS = {"lm_head", "classifier", "classification_head", "score", "qa_outputs", "pooler", "head"}
+_NOT_A_NAME = re.compile(r"[*+?|()\[\]{}^$\\]")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter that is pruned.
+
+    Attributes:
+        name: The parameter's name in the model.
+        weight: The parameter itself.
+        axes: The permutation of its axes under which it reads `[…, out, in]`.
+    """
+
+    name: str
+    weight: nn.Parameter
+    axes: tuple[int, ...]
+
+    @property
+    def module(self) -> str:
+        """The name of the module that holds the parameter, or of the parameter where a module holds several."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output dimension (of one expert, one kernel position)."""
+        return self.weight.shape[self.axes[-2]]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input dimension (channels of one group for a convolution)."""
+        return self.weight.shape[self.axes[-1]]
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """The weight's shape, for fused experts that of one expert."""
+        return tuple(self.weight.shape)[1 if self.weight.ndim == 3 else 0 :]
+
+    def to_matrix(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` of the weight's shape → `[rows, in]`, output by output, the input dimension last."""
+        return values.permute(self.axes).reshape(-1, self.in_features)
+
+    def from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The inverse of `to_matrix`."""
+        inverse = sorted(range(len(self.axes)), key=self.axes.__getitem__)
+        return matrix.reshape([self.weight.shape[axis] for axis in self.axes]).permute(inverse)
+
+
+def find_targets(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> dict[str, Target]:
+    r"""Finds the parameters to prune.
+
+    By default these are the weights of Linear, Conv1D and Conv2d in the body of the model and the 3-D weights of
+    fused experts. Not among them: embeddings (the convolutions that embed patches or pixels included), heads
+    (whatever lies outside the base model, and classifier, `lm_head`, pooler by name), expert routers, norms, biases,
+    and any weight that is tied to one that is left out.
+
+    The words are PEFT's: a string is a regular expression that has to match the whole module name; a list holds
+    exact names or their last components. An entry of a list that cannot be a name, because it holds one of
+    `*+?|()[]{}^$\`, is read as a regular expression, so that one works on the command line too.
+
+    Args:
+        model: The model, unwrapped.
+        target_modules: The modules to prune instead of the default ones, heads and embedding convolutions included
+            if they are named. Fused experts are named by their module or, one by one, by the parameter.
+        exclude_modules: Modules to leave out of what was found.
+
+    Returns:
+        Parameter name → target, in the model's own order.
+
+    Raises:
+        ValueError: if a pattern matches nothing, nothing is left to prune, or a weight cannot be pruned because it is
+            quantized or computed from other parameters.
+    """
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"the weights of this {type(model).__name__} are quantized; pruning needs floating-point weights. "
+            "Load the model without quantization_config, prune it, and quantize the result."
+        )
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"this {type(model).__name__} carries adapters, and merging them would fill the zeros. "
+            "Merge them first (merge_and_unload), or prune before adding them."
+        )
+    candidates = list(_candidates(model))
+    for option, patterns in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+        for entry in [patterns] if isinstance(patterns, str) else patterns or []:
+            if not any(_matches(patterns if isinstance(patterns, str) else [entry], t) for t in candidates):
+                ends = dict.fromkeys(target.module.rpartition(".")[2] for target in candidates)
+                raise ValueError(
+                    f"{option}={entry!r} matches no prunable module of {type(model).__name__}. Prunable are {_TYPES}; "
+                    f"their names end in {', '.join(ends) or '(there is none)'}."
+                )
+    chosen = [
+        target
+        for target in candidates
+        if (_in_body(model, target) if target_modules is None else _matches(target_modules, target))
+        and not (exclude_modules is not None and _matches(exclude_modules, target))
+    ]
+    targets = _without_tied(model, chosen)
+    if not targets:
+        raise ValueError(
+            f"no parameter of {type(model).__name__} is left to prune. Prunable are {_TYPES}; "
+            "name their modules in target_modules."
+        )
+    for target in targets.values():
+        _require_prunable(target)
+    return targets
+
+
+def _candidates(model: nn.Module) -> Iterator[Target]:
+    """Every weight of a prunable kind, once for each of its names, in the model's order."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        axes = next((axes for kind, axes in _AXES.items() if isinstance(module, kind)), None)
+        if axes is not None:
+            yield Target(f"{prefix}.weight" if prefix else "weight", module.weight, axes)
+        elif type(module).__name__.endswith("Experts"):
+            # Llama 4 stores its experts as [expert, in, out] without the attribute that says so.
+            transposed = getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                if parameter.ndim == 3:
+                    yield Target(name, parameter, (0, 2, 1) if transposed else (0, 1, 2))
+
+
+def _matches(patterns: str | Sequence[str], target: Target) -> bool:
+    names = (target.module, target.name.rpartition(".")[0])
+    if isinstance(patterns, str):
+        return any(re.fullmatch(patterns, name) for name in names)
+    return any(
+        re.fullmatch(entry, name) if _NOT_A_NAME.search(entry) else name == entry or name.endswith(f".{entry}")
+        for entry in patterns
+        for name in names
+    )
+
+
+def _in_body(model: nn.Module, target: Target) -> bool:
+    """Whether the default takes this target: see `find_targets`."""
+    parts = target.module.split(".")
+    for i in range(len(parts)):
+        parent = model.get_submodule(".".join(parts[:i]))
+        has_body = isinstance(parent, PreTrainedModel) and parent.base_model is not parent
+        if has_body and parts[i] != parent.base_model_prefix:
+            return False  # A head: it stands beside the base model.
+        if "gate" in parts[i] and any("expert" in name for name, _ in parent.named_children()):
+            return False  # A router: it stands beside the experts between which it chooses.
+    return not any(part in _HEADS or "embed" in part or "router" in part for part in parts)
+
+
+def _without_tied(model: nn.Module, chosen: Sequence[Target]) -> dict[str, Target]:
+    """One target for each parameter, less those that go by another name which was not chosen."""
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+    chosen_names = {target.name for target in chosen}
+    targets: dict[str, Target] = {}
+    for target in chosen:
+        names = names_of.get(id(target.weight), [target.name])
+        left_out = [name for name in names if name not in chosen_names]
+        if left_out:
+            logger.warning("%s is not pruned: it is tied to %s, which is not a target.", target.name, left_out[0])
+        elif target.name == names[0]:
+            targets[target.name] = target
+    return targets
+
+
+def _require_prunable(target: Target) -> None:
+    if not isinstance(target.weight, nn.Parameter):
+        raise ValueError(
+            f"the weight of {target.module!r} is computed from other parameters (a parametrization, or "
+            "torch.nn.utils.prune). Make it permanent first, for example with torch.nn.utils.prune.remove."
+        )
+    if not target.weight.is_floating_point() or target.weight.dtype.itemsize == 1:
+        raise ValueError(
+            f"the weight of {target.module!r} is quantized (dtype {target.weight.dtype}); pruning needs "
+            "floating-point weights. Load the model without quantization, or add the module to exclude_modules."
+        )

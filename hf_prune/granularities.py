@@ -90,7 +90,7 @@ class Block:
 
     def _blocks(self, values: torch.Tensor, target: Target) -> torch.Tensor:
         matrix = target.to_matrix(values)
-        return matrix.view(len(matrix) // self.rows, self.rows, -1, self.columns)
+        return matrix.reshape(len(matrix) // self.rows, self.rows, -1, self.columns)
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ class Pattern:
         Raises:
             ValueError: if `kept` holds more than `m − n` zeros of a group already.
         """
-        groups = target.to_matrix(scores).view(-1, self.m)
+        groups = target.to_matrix(scores).reshape(-1, self.m)
         if kept is not None:
             # A rank below that of every score, −inf included, for what is pruned already.
-            alive = target.to_matrix(kept).view(-1, self.m)
+            alive = target.to_matrix(kept).reshape(-1, self.m)
             if int(alive.sum(1).min()) < self.n:
                 raise ValueError(
                     f"{target.module!r} has groups of {self.m} with more than {self.m - self.n} zeros already; "

@@ -1,0 +1,76 @@
+"""Several processes: what one process prunes, two prune."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_prune import PruningConfig, PruningTrainerCallback
+from tests.tiny import batch, build
+from tests.training import trainer_factory
+
+CONFIG = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3)
+
+
+def train(folder: Path, batch_size: int) -> None:
+    """Trains on whatever processes there are, and notes what came out of it."""
+    import torch.distributed
+    from transformers import TrainerCallback
+
+    model = build("llama").double()
+    norms: list[float] = []
+
+    class Norm(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            norms.append(sum(float(p.grad.square().sum()) for p in model.parameters()) ** 0.5)
+
+    pruning = PruningTrainerCallback(CONFIG)
+    trainer = trainer_factory(folder)(
+        model, pruning, Norm(), train_dataset=batch(model, 24), eval_dataset=batch(model, 8, seed=1),
+        per_device_train_batch_size=batch_size, max_grad_norm=1e-2, save_strategy="steps", save_steps=3,
+        eval_strategy="steps", eval_steps=3,
+    )  # fmt: skip
+    pruning.evaluate, pruning.log = trainer.evaluate, trainer.log
+    trainer.train()
+    result = {
+        "world_size": trainer.args.world_size,
+        "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else None,
+        "masks": pruning.masks.digest(),
+        "pruned": pruning.masks.pruned,
+        "norms": norms,
+        "samples": [row.samples for row in pruning.history],
+        "after_cut": [row.after_cut for row in pruning.history],
+        "weights": sum(float(parameter.detach().abs().sum()) for parameter in model.parameters()),
+    }
+    (folder / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(result))
+
+
+@pytest.mark.multiprocess
+def test_two_processes_prune_what_one_does(tmp_path):
+    def launch(folder: str, processes: int, batch_size: int) -> list[dict]:
+        (tmp_path / folder).mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        script = ["-m", "tests.test_processes", str(tmp_path / folder), str(batch_size)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *script], check=True, env=environment, timeout=240, cwd=Path(__file__).parents[1])
+        return [json.loads(path.read_text()) for path in sorted((tmp_path / folder).glob("rank-*.json"))]
+
+    (one,) = launch("one", 1, 4)
+    first, second = launch("two", 2, 2)
+    assert (one["world_size"], first["world_size"], first["backend"]) == (1, 2, "gloo")
+    assert first == second
+    assert first["pruned"] == one["pruned"] == round(0.8 * 4608)
+    assert first["masks"] == one["masks"]
+    assert first["samples"] == one["samples"] == [8, 8, 8]
+    # Masked before the reduction and clipped after it: the norm is that of the masked mean gradient.
+    assert first["norms"] == pytest.approx(one["norms"], rel=1e-9)
+    assert one["norms"] == pytest.approx([1e-2] * 6, rel=1e-3)
+    assert first["weights"] == pytest.approx(one["weights"], rel=1e-12)
+    assert first["after_cut"] == pytest.approx(one["after_cut"], rel=1e-6)
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,255 @@
+"""Walks the public tables: every family, criterion, granularity and scope, from perturbed weights."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+
+from hf_prune import MaskSet, PruningConfig, ScoreInputs, prune, sparsity_report
+from hf_prune.criteria import CRITERIA
+from hf_prune.pruning import next_masks, resolve_targets
+from hf_prune.scopes import SCOPES
+from hf_prune.targets import Target, find_targets
+from tests.tiny import FAMILIES, build, twin
+
+GRANULARITIES = ["unstructured", "1:4", "2:4", "block:2x4"]
+
+# Cells that cannot be, each with the words of the error that says so.
+IMPOSSIBLE = {
+    ("convnext", "1:4"): "1:4 needs in_features divisible by 4; '.*dwconv' has 1",
+    ("convnext", "2:4"): "2:4 needs in_features divisible by 4; '.*dwconv' has 1",
+    ("convnext", "block:2x4"): "block:2x4 needs .*dwconv' is 8 x 1",
+}
+
+
+def zeros(model: nn.Module, targets: dict[str, Target]) -> int:
+    return sum(int((model.get_parameter(name) == 0).sum()) for name in targets)
+
+
+@pytest.mark.parametrize(
+    ("family", "criterion", "granularity", "scope"),
+    list(itertools.product(FAMILIES, CRITERIA, GRANULARITIES, SCOPES)),
+)
+def test_every_cell_is_exact(family, criterion, granularity, scope):
+    model = build(family)
+    total = sum(target.weight.numel() for target in find_targets(model).values())
+    assert zeros(model, find_targets(model)) == 0
+    if ":" in granularity and not granularity.startswith("block"):
+        if scope != "auto":
+            with pytest.raises(ValueError, match="scope does not apply to granularity"):
+                PruningConfig(granularity=granularity, criterion=criterion, scope=scope)
+            return
+        config = PruningConfig(granularity=granularity, criterion=criterion)
+    else:
+        config = PruningConfig(sparsity=0.7, granularity=granularity, criterion=criterion, scope=scope)
+    if (family, granularity) in IMPOSSIBLE:
+        with pytest.raises(ValueError, match=IMPOSSIBLE[family, granularity]):
+            prune(model, config)
+        assert zeros(model, find_targets(model)) == 0
+        return
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    report = prune(model, config)
+
+    sparsity = config.round_sparsities[-1]
+    group = 8 if granularity.startswith("block") else 1
+    if scope == "layer":
+        expected = sum(group * round(sparsity * module.total / group) for module in report.modules)
+    else:
+        expected = group * round(sparsity * total / group)
+    assert zeros(model, find_targets(model)) == report.zeros == report.masked == expected
+    assert report.total == total
+    for name, parameter in model.named_parameters():
+        kept = parameter != 0
+        assert torch.equal(parameter[kept], before[name][kept])
+        if name not in find_targets(model):
+            assert kept.all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sparsity", [0.0, 0.123456, 0.5, 0.999])
+def test_global_magnitude_equals_torch_prune(family, sparsity):
+    ours, theirs = build(family), build(family)
+    report = prune(ours, PruningConfig(sparsity=sparsity))
+    # Fused experts are parameters of a module that torch.nn.utils.prune takes as it takes any other.
+    names = [name.rpartition(".") for name in find_targets(theirs)]
+    parameters = [(theirs.get_submodule(module), parameter) for module, _, parameter in names]
+    torch_prune.global_unstructured(parameters, torch_prune.L1Unstructured, amount=round(sparsity * report.total))
+    for module, _, parameter in names:
+        expected = getattr(theirs.get_submodule(module), parameter)
+        assert torch.equal(ours.get_parameter(f"{module}.{parameter}"), expected)
+
+
+@pytest.mark.parametrize("granularity", ["unstructured", "block:2x4"])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_rounds_are_monotone_and_exact(criterion, scope, granularity):
+    model = build("llama")
+    config = PruningConfig(
+        sparsity=0.9, schedule="geometric", rounds=6, scope=scope, criterion=criterion, granularity=granularity
+    )
+    targets, masks = resolve_targets(model, config), MaskSet()
+    for sparsity in config.round_sparsities:
+        previous, masks = masks, next_masks(targets, masks, sparsity, config)
+        masks.apply_(model)
+        with torch.no_grad():  # Whatever fine-tuning does to the kept weights, what is pruned stays pruned.
+            for name, mask in masks.items():
+                model.get_parameter(name).add_(torch.randn_like(mask, dtype=torch.float32) * mask)
+        for name, mask in previous.items():
+            assert not (masks[name] & ~mask).any()
+        if scope != "layer":
+            size = 8 if granularity.startswith("block") else 1
+            assert masks.pruned == size * round(sparsity * masks.total / size)
+
+
+def test_pattern_rounds_go_through_all_patterns():
+    model = build("llama")
+    config = PruningConfig(granularity="1:4", rounds=3)
+    assert config.round_sparsities == [0.25, 0.5, 0.75]
+    targets, masks = resolve_targets(model, config), MaskSet()
+    for sparsity, kept in zip(config.round_sparsities, (3, 2, 1), strict=True):
+        previous, masks = masks, next_masks(targets, masks, sparsity, config)
+        for name, mask in masks.items():
+            assert (mask.view(-1, 4).sum(1) == kept).all()
+            assert name not in previous or not (mask & ~previous[name]).any()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral", "resnet"])
+@pytest.mark.parametrize("granularity", ["1:4", "2:4"])
+def test_every_group_along_the_input_is_exact(family, granularity):
+    model = build(family)
+    prune(model, PruningConfig(granularity=granularity))
+    for name, target in find_targets(model).items():
+        weight = model.get_parameter(name)
+        rows = {2: weight.T if family == "gpt2" else weight, 3: weight, 4: weight.movedim(1, -1)}[weight.ndim]
+        groups = rows.reshape(-1, rows.shape[-1] // 4, 4)
+        assert ((groups != 0).sum(-1) == int(granularity[0])).all(), target.name
+
+
+def test_blocks_are_whole():
+    model = build("gpt2")
+    prune(model, PruningConfig(sparsity=0.5, granularity="block:4x8"))
+    for name in find_targets(model):
+        weight = model.get_parameter(name).T  # Conv1D
+        blocks = (weight != 0).reshape(weight.shape[0] // 4, 4, -1, 8).sum((1, 3))
+        assert ((blocks == 0) | (blocks == 32)).all()
+
+
+def test_layer_sparsity_leaves_the_rest_to_compete():
+    model = build("llama")
+    config = PruningConfig(
+        sparsity=0.8, schedule="constant", rounds=2, layer_sparsity={r".*\.0\.mlp\..*": 0.25, r".*q_proj": 0.0}
+    )
+    targets = resolve_targets(model, config)
+    masks = next_masks(targets, MaskSet(), config.round_sparsities[0], config)
+    down = masks["model.layers.0.mlp.down_proj.weight"]
+    assert int((~down).sum()) == down.numel() // 8  # half of the way
+    masks = next_masks(targets, masks, config.round_sparsities[1], config)
+    own = {name: mask for name, mask in masks.items() if ".0.mlp." in name}
+    assert all(int((~mask).sum()) == mask.numel() // 4 for mask in own.values())
+    assert all(mask.all() for name, mask in masks.items() if "q_proj" in name)
+    rest = MaskSet({n: m for n, m in masks.items() if n not in own and "q_proj" not in n})
+    assert rest.pruned == round(0.8 * rest.total)
+
+
+def test_layer_sparsity_that_matches_nothing_is_an_error():
+    with pytest.raises(
+        ValueError, match="layer_sparsity: 'nothing' matches none of the targets, such as 'model.layers"
+    ):
+        prune(build("llama"), PruningConfig(sparsity=0.5, layer_sparsity={"nothing": 0.3}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype):
+    report = prune(build("llama", dtype), PruningConfig(sparsity=0.7))
+    assert report.zeros == round(0.7 * report.total)
+
+
+def test_a_nan_weight_is_an_error_that_names_it_and_changes_nothing():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    before = twin(model).state_dict()
+    for config in (PruningConfig(sparsity=0.5), PruningConfig(granularity="2:4")):
+        with pytest.raises(
+            ValueError, match=r"1 of the 512 scores of 'model\.layers\.1\.mlp\.up_proj\.weight' are NaN"
+        ):
+            prune(model, config)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_holding_zeros():
+    model = build("llama")
+    prune(model, PruningConfig(sparsity=0.4, criterion="random"))
+    held = MaskSet.from_zeros(model)
+    # Random scores would choose others; the held zeros enter the mask first.
+    report = prune(model, PruningConfig(sparsity=0.6, criterion="random", hold_zeros=True), seed=1)
+    assert report.zeros == report.masked == round(0.6 * report.total)
+    for name, mask in held.items():
+        assert not model.get_parameter(name)[~mask].any()
+    before = twin(model).state_dict()
+    assert prune(model, PruningConfig(hold_zeros=True)).masked == report.masked
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(sparsity=0.3), "0.4000 of the targets is zero already, more than the sparsity 0.2999 asked for"),
+        (dict(sparsity=0.1, scope="layer"), "of 'model.layers.0.* is zero already"),
+        (dict(granularity="3:4"), "has groups of 4 with more than 1 zeros already"),
+        (dict(sparsity=0.6, granularity="block:4x4"), "are not whole blocks of 4x4"),
+    ],
+)
+def test_zeros_that_cannot_be_held_are_an_error(config, message):
+    model = build("llama")
+    prune(model, PruningConfig(sparsity=0.4))
+    with pytest.raises(ValueError, match=message):
+        prune(model, PruningConfig(**config, hold_zeros=True))
+
+
+def test_zeros_beyond_the_mask_are_told_apart():
+    model = build("llama")
+    nn.init.zeros_(model.model.layers[0].mlp.up_proj.weight)
+    report = prune(model, PruningConfig(sparsity=0.5, criterion="random"))
+    assert report.masked == round(0.5 * report.total) < report.zeros
+    assert f"{report.zeros - report.masked:,} of the zeros are not pruned" in str(report)
+
+
+def test_a_users_criterion():
+    model = build("llama")
+
+    def keep_late_inputs(inputs: ScoreInputs) -> torch.Tensor:
+        assert inputs.name.endswith("q_proj.weight")
+        return torch.arange(inputs.weight.shape[1], dtype=torch.float32).expand_as(inputs.weight)
+
+    prune(model, PruningConfig(sparsity=0.5, target_modules=["q_proj"]), criterion=keep_late_inputs)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert not weight[:, :8].any()
+    assert weight[:, 8:].all()
+
+
+def test_a_criterion_of_wrong_shape_is_an_error():
+    with pytest.raises(ValueError, match=r"the criterion gave scores of shape \(16,\) for 'model.layers.0"):
+        prune(build("llama"), PruningConfig(sparsity=0.5), criterion=lambda inputs: inputs.weight.abs().sum(1)[:16])
+
+
+def test_the_seed_decides_what_random_prunes():
+    def pruned(seed: int) -> str:
+        model = build("gpt2")
+        prune(model, PruningConfig(sparsity=0.5, criterion="random"), seed=seed)
+        return MaskSet.from_zeros(model).digest()
+
+    assert pruned(0) == pruned(0) != pruned(1)
+
+
+def test_pruning_leaves_names_config_and_buffers_alone():
+    model = build("llama")
+    parameters, config = dict(model.named_parameters()), model.config.to_json_string()
+    prune(model, PruningConfig(sparsity=0.5))
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert model.config.to_json_string() == config
+    assert sparsity_report(model).sparsity == 0.5

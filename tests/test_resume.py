@@ -1,0 +1,235 @@
+"""train(2k) ≡ train(k) + resume(k), bit for bit: weights, masks, history, what is best."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer
+
+from hf_prune import MaskSet, PruningConfig, PruningHistory, PruningTrainerCallback, sparsity_report
+from tests.tiny import build
+from tests.training import trainer_factory
+
+CONFIG = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, begin=1, end=8)
+STEPS = 10
+OPTIONS = dict(
+    max_steps=STEPS, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+    gradient_accumulation_steps=2, lr_scheduler_type="linear", warmup_steps=3, load_best_model_at_end=True,
+    # Each step: the mean loss since the last log is the one thing that Trainer does not keep in a checkpoint.
+    logging_strategy="steps", logging_steps=1,
+)  # fmt: skip
+
+
+def start(make_trainer, config: PruningConfig = CONFIG, **options) -> tuple[Trainer, PruningTrainerCallback]:
+    pruning = PruningTrainerCallback(config)
+    trainer = make_trainer(build("gpt2"), pruning, **{**OPTIONS, **options})  # GPT-2 has dropout: random state counts
+    pruning.evaluate, pruning.log = trainer.evaluate, trainer.log
+    return trainer, pruning
+
+
+def outcome(trainer: Trainer, pruning: PruningTrainerCallback) -> dict:
+    """All that has to be equal; clocks are the only thing that may differ."""
+    history = pruning.history.to_dict()
+    for row in history["rounds"]:
+        del row["seconds"]
+    clocks = ("runtime", "per_second", "total_flos", "train_loss")
+    logs = [{k: v for k, v in log.items() if not k.endswith(clocks)} for log in trainer.state.log_history]
+    return {
+        "weights": {name: value.tolist() for name, value in trainer.model.state_dict().items()},
+        "masks": pruning.masks.digest(),
+        "history": history,
+        "best": (trainer.state.best_metric, trainer.state.best_global_step),
+        "logs": logs,
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[Path, dict]:
+    """A run from beginning to end, with a checkpoint at every step."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    trainer, pruning = start(trainer_factory(folder))
+    trainer.train()
+    assert sparsity_report(trainer.model).zeros == round(0.8 * pruning.masks.total)
+    return folder / "out", outcome(trainer, pruning)
+
+
+@pytest.fixture
+def checkpoints(undisturbed, tmp_path) -> Path:
+    """A copy of its checkpoints in the folder that `make_trainer` trains into."""
+    shutil.copytree(undisturbed[0], tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_resuming_at_every_step(step, undisturbed, checkpoints, make_trainer):
+    for later in range(step + 1, STEPS + 1):
+        shutil.rmtree(checkpoints / f"checkpoint-{later}")
+    trainer, pruning = start(make_trainer)
+    # The path may be told to train() alone, or stand in the arguments, or be found.
+    how = {0: True, 1: str(checkpoints / f"checkpoint-{step}")}[step % 2]
+    trainer.train(resume_from_checkpoint=how)
+    assert outcome(trainer, pruning) == undisturbed[1]
+
+
+def test_the_folder_may_be_moved(undisturbed, checkpoints, make_trainer, tmp_path):
+    moved = checkpoints.rename(tmp_path / "moved") / "checkpoint-6"
+    (moved / "pruning_masks.safetensors").rename(moved / "elsewhere")  # then the zeros of the weights tell
+    trainer, pruning = start(make_trainer)
+    trainer.train(resume_from_checkpoint=str(moved))
+    assert outcome(trainer, pruning)["weights"] == undisturbed[1]["weights"]
+
+
+SCRIPT = """
+    import json, os, signal, sys
+    from pathlib import Path
+    from transformers import TrainerCallback
+    import tests.test_resume as t
+    from tests.training import trainer_factory
+
+    class Kill(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step + 1 == int(sys.argv[2]):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer, pruning = t.start(trainer_factory(Path(sys.argv[1])), save_steps=2)
+    trainer.add_callback(Kill())
+    trainer.train(resume_from_checkpoint=sys.argv[3] == "resume")
+    Path(sys.argv[1], "outcome.json").write_text(json.dumps(t.outcome(trainer, pruning)))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_in_mid_round(tmp_path):
+    def run(folder: str, kill_at: int, how: str) -> int:
+        script = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path / folder), str(kill_at), how]
+        return subprocess.run(
+            script, cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}
+        ).returncode
+
+    assert run("whole", 0, "fresh") == 0
+    assert run("killed", 6, "fresh") == -signal.SIGKILL  # the rounds begin at steps 1, 3 and 5
+    assert sorted(p.name for p in (tmp_path / "killed" / "out").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert run("killed", 9, "resume") == -signal.SIGKILL
+    assert run("killed", 0, "resume") == 0
+    outcomes = [json.loads((tmp_path / folder / "outcome.json").read_text()) for folder in ("whole", "killed")]
+    assert outcomes[0] == outcomes[1]
+
+
+def test_masks_that_a_kill_left_out_come_back_from_the_zeros(undisturbed, checkpoints, make_trainer):
+    (checkpoints / "checkpoint-6" / "pruning_masks.safetensors").unlink()
+    trainer, pruning = start(make_trainer)
+    trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-6"))
+    assert outcome(trainer, pruning)["weights"] == undisturbed[1]["weights"]
+
+
+def damage_by_zero(folder: Path) -> None:
+    """A natural zero: the masks can no longer be read from the weights."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.h.0.mlp.c_fc.weight"].view(-1)[
+        weights["transformer.h.0.mlp.c_fc.weight"].view(-1).argmax()
+    ] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def of_another_model(path: Path) -> None:
+    MaskSet({"transformer.h.0.mlp.c_fc.weight": torch.ones(3, 3, dtype=torch.bool)}).save(path)
+
+
+@pytest.mark.parametrize("harm", [delete, truncate, of_another_model])
+def test_masks_that_cannot_be_found_are_an_error(harm, checkpoints, make_trainer):
+    folder = checkpoints / "checkpoint-6"
+    damage_by_zero(folder)
+    harm(folder / "pruning_masks.safetensors")
+    for later in range(7, STEPS + 1):
+        delete(checkpoints / f"checkpoint-{later}" / "pruning_masks.safetensors")
+    before = {path: path.read_bytes() for path in checkpoints.rglob("*") if path.is_file()}
+    trainer, _ = start(make_trainer)
+    with pytest.raises(
+        ValueError, match=r"masks of the checkpoint at step 6 are missing, damaged .*\n?.*checkpoint-5\."
+    ):
+        trainer.train(resume_from_checkpoint=str(folder))
+    assert before == {path: path.read_bytes() for path in checkpoints.rglob("*") if path.is_file()}
+
+
+def test_weights_that_do_not_fit_the_masks_are_an_error(checkpoints, make_trainer):
+    shutil.copy(checkpoints / "checkpoint-2" / "model.safetensors", checkpoints / "checkpoint-9")
+    trainer, _ = start(make_trainer)
+    with pytest.raises(ValueError, match="masks of the checkpoint at step 9 are missing, damaged or of another model"):
+        trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-9"))
+
+
+def test_another_config_is_an_error(checkpoints, make_trainer):
+    trainer, _ = start(make_trainer, PruningConfig(sparsity=0.9, schedule="geometric", rounds=3, begin=1, end=8))
+    with pytest.raises(ValueError, match=r"pruned with another config: sparsity=0\.8 \(now 0\.9\)"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_another_criterion_is_an_error(checkpoints, make_trainer):
+    trainer, pruning = start(make_trainer)
+    pruning.criterion = lambda inputs: inputs.weight.abs()
+    with pytest.raises(ValueError, match=r"pruned with another config: criterion='magnitude' \(now '.*lambda.*'\)"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_run_too_short_for_the_cuts_is_an_error(checkpoints, make_trainer):
+    trainer, _ = start(make_trainer, max_steps=5)
+    with pytest.raises(ValueError, match="the run has 5 steps, but the checkpoint's last cut comes after step 5"):
+        trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-2"))
+
+
+def test_a_checkpoint_of_a_dense_run_is_an_error(make_trainer):
+    make_trainer(build("gpt2"), **OPTIONS).train()
+    trainer, _ = start(make_trainer)
+    with pytest.raises(
+        ValueError, match="holds no state of a PruningTrainerCallback: it was not saved by a pruning run"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_two_pruning_callbacks_are_an_error_on_resuming(make_trainer):
+    pruning = [PruningTrainerCallback(CONFIG), PruningTrainerCallback(CONFIG)]
+    make_trainer(build("gpt2"), *pruning, **OPTIONS).train()
+    trainer, _ = start(make_trainer)
+    with pytest.raises(ValueError, match=r"holds the state of \d+ PruningTrainerCallbacks; a run can have one"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_callbacks_that_trainer_rebuilds_from_their_state(undisturbed, checkpoints, make_trainer):
+    trainer, pruning = start(make_trainer, restore_callback_states_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-6"))
+    rebuilt = next(c for c in trainer.callback_handler.callbacks if isinstance(c, PruningTrainerCallback))
+    assert rebuilt is not pruning
+    assert rebuilt.config == CONFIG
+    assert outcome(trainer, rebuilt)["weights"] == undisturbed[1]["weights"]
+
+
+def test_resuming_a_finished_run_changes_nothing(undisturbed, checkpoints, make_trainer):
+    trainer, pruning = start(make_trainer, load_best_model_at_end=False)
+    trainer.train(resume_from_checkpoint=str(checkpoints / f"checkpoint-{STEPS}"))
+    assert pruning.masks.digest() == undisturbed[1]["masks"]
+    assert len(PruningHistory.load(checkpoints / "pruning_history.json")) == 3
+
+
+def test_training_on_for_longer_keeps_the_cuts(checkpoints, make_trainer):
+    trainer, pruning = start(make_trainer, max_steps=14)
+    trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-4"))
+    assert [row.step for row in pruning.history] == [1, 3, 5]
+    assert trainer.state.global_step == 14
+    assert sparsity_report(trainer.model).zeros == round(0.8 * pruning.masks.total)

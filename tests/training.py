@@ -1,0 +1,37 @@
+"""A Trainer that trains a tiny model in a second."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import transformers
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from tests.tiny import batch
+
+
+def trainer_factory(folder: Path) -> Callable[..., Trainer]:
+    """Builds Trainers on the CPU that train into `folder / "out"`: 6 steps of batch size 4; any argument overrides."""
+
+    def make(model: nn.Module, *callbacks: transformers.TrainerCallback, cls: type = Trainer, **options) -> Trainer:
+        names = ("train_dataset", "eval_dataset", "model_init")
+        trainer_options = {name: options.pop(name) for name in names if name in options}
+        arguments_class = options.pop("arguments_class", TrainingArguments)
+        defaults = {
+            "output_dir": str(folder / "out"),
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "dataloader_pin_memory": False,
+        }
+        arguments = arguments_class(**{**defaults, **options})
+        if "train_dataset" not in trainer_options:
+            trainer_options |= {"train_dataset": batch(model, 24), "eval_dataset": batch(model, 8, seed=1)}
+        return cls(model, arguments, callbacks=list(callbacks), **trainer_options)
+
+    return make

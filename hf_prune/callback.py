@@ -15,7 +15,15 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .checkpoints import MASKS_NAME, Progress, newest_complete, progress_of, recover_masks
+from .checkpoints import (
+    MASKS_NAME,
+    Progress,
+    find_checkpoint,
+    load_renamed_weights_,
+    newest_complete,
+    progress_of,
+    recover_masks,
+)
 from .config import PruningConfig
 from .criteria import Criterion
 from .masks import MaskSet
@@ -188,7 +196,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._count_seconds()
         self._release()
         self._training = False
-        # The weights may just have come back from the best checkpoint.
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            load_renamed_weights_(kwargs["model"], Path(state.best_model_checkpoint))
         self.masks.apply_(kwargs["model"])
         asked = self.config.round_sparsities
         if self._finished_rounds < len(asked):
@@ -303,17 +312,21 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 f"the run has {state.max_steps} steps, but the checkpoint's last cut comes after step {pending[-1]}. "
                 "Resume with the same max_steps or num_train_epochs."
             )
-        if progress["masks"] is None:
-            return
         folders = [_checkpoint_folder(args, state)]
         if args.resume_from_checkpoint:
             folders.insert(0, Path(args.resume_from_checkpoint))
-        masks = recover_masks(folders, progress["masks"], model, self._targets)
+        folder = find_checkpoint(folders, name, progress)
+        if folder is not None:
+            load_renamed_weights_(model, folder)
+        if progress["masks"] is None:
+            return
+        masks = recover_masks(folder, progress["masks"], model, self._targets)
         if masks is None:
             newest = newest_complete(_output_dir(args), name)
             raise ValueError(
                 f"the masks of the checkpoint at step {state.global_step} are missing, damaged or of another model: "
-                f"no {MASKS_NAME} fits the digest on record, nor do the zeros of the weights. "
+                f"no {MASKS_NAME} fits the digest on record, nor do the zeros of the weights. If the checkpoint is "
+                "not in output_dir, name it in TrainingArguments(resume_from_checkpoint=...) too. "
                 + (f"The newest complete checkpoint is {newest}." if newest else "No checkpoint here is complete.")
             )
         self.masks = masks

@@ -1,4 +1,4 @@
-"""Checkpoints: where the masks of an interrupted run are found again, and whether they are the right ones."""
+"""Checkpoints: where an interrupted run is found again, and whether what is there is whole."""
 
 import json
 import logging
@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 import torch
+from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .masks import MaskSet
 
@@ -17,22 +20,63 @@ MASKS_NAME = "pruning_masks.safetensors"
 logger = logging.getLogger(__name__)
 
 
-def recover_masks(folders: Iterable[Path], digest: str, model: nn.Module, names: Iterable[str]) -> MaskSet | None:
-    """Finds the masks of a digest: in the first folder that has them, else in the zeros of the model.
+class Progress(TypedDict):
+    """What a pruning run puts into the trainer's state, as JSON."""
+
+    config: dict[str, object]
+    criterion: str
+    cuts: list[int]
+    masks: str | None
+    history: dict[str, object]
+
+
+def find_checkpoint(folders: Iterable[Path], callback: str, progress: Progress) -> Path | None:
+    """Finds the checkpoint from which a trainer's state was read; Trainer does not tell callbacks its path.
+
+    Args:
+        folders: Where it may be.
+        callback: The name under which the callback's state is stored.
+        progress: What that state says. Its clocks make it unlike that of any other checkpoint.
+
+    Returns:
+        The folder, or None if it is elsewhere.
+    """
+    wanted = json.dumps(progress, sort_keys=True)
+    return next((f for f in folders if json.dumps(_stored_progress(f, callback), sort_keys=True) == wanted), None)
+
+
+def load_renamed_weights_(model: nn.Module, folder: Path) -> None:
+    """Loads a checkpoint's weights if its names for them are not the model's; does nothing otherwise.
+
+    `save_pretrained` writes the names of the Hub, and for some models (ViT, fused experts) they are not those in
+    memory. `from_pretrained` translates; Trainer, when it resumes and when it brings back the best model, does not,
+    and silently leaves such weights as they are (transformers issue 48805).
+
+    Args:
+        model: The model, unwrapped; changed in place.
+        folder: The checkpoint.
+    """
+    if isinstance(model, PreTrainedModel) and not _names_in(folder) <= set(model.state_dict()):
+        saved = type(model).from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
+
+def recover_masks(folder: Path | None, digest: str, model: nn.Module, names: Iterable[str]) -> MaskSet | None:
+    """Finds the masks of a digest: in the checkpoint, else in the zeros of the model.
 
     A run that is killed between the trainer's state and the masks leaves a checkpoint without the latter; unless a
     weight that is not pruned happens to be zero, they are the zeros of its weights.
 
     Args:
-        folders: Checkpoint folders to look into.
+        folder: The checkpoint, None if it is unknown.
         digest: `MaskSet.digest()` of the masks, as the checkpoint recorded it.
         model: The model with the checkpoint's weights.
         names: The parameters that have masks.
 
     Returns:
-        The masks, or None if they are nowhere.
+        The masks, on the devices of their weights; None if there are none whose weights are zero.
     """
-    for masks in [*map(_load, folders), MaskSet.from_zeros(model, names)]:
+    for masks in (None if folder is None else _load(folder), MaskSet.from_zeros(model, names)):
         if masks is not None and masks.digest() == digest:
             masks = MaskSet({name: mask.to(model.get_parameter(name).device) for name, mask in masks.items()})
             return masks if _are_zero(model, masks) else None
@@ -50,25 +94,12 @@ def newest_complete(output_dir: Path, callback: str) -> Path | None:
         A checkpoint folder, or None if there is none.
     """
     for folder in sorted(output_dir.glob("checkpoint-*"), key=_step, reverse=True):
-        try:
-            stored = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            digest = stored["stateful_callbacks"][callback]["progress"]["masks"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # Not a checkpoint of a pruning run, or one that was being written.
-        masks = _load(folder)
-        if digest is None or (masks is not None and masks.digest() == digest):
-            return folder
+        progress = _stored_progress(folder, callback)
+        if progress is not None:
+            masks = _load(folder)
+            if progress["masks"] is None or (masks is not None and masks.digest() == progress["masks"]):
+                return folder
     return None
-
-
-class Progress(TypedDict):
-    """What a pruning run puts into the trainer's state, as JSON."""
-
-    config: dict[str, object]
-    criterion: str
-    cuts: list[int]
-    masks: str | None
-    history: dict[str, object]
 
 
 def progress_of(stored: object, callback: str) -> Progress:
@@ -100,6 +131,25 @@ def progress_of(stored: object, callback: str) -> Progress:
 def _are_zero(model: nn.Module, masks: MaskSet) -> bool:
     """Whether every masked weight of the model is zero."""
     return not any(torch.any(model.get_parameter(name).masked_fill(mask, 0)) for name, mask in masks.items())
+
+
+def _stored_progress(folder: Path, callback: str) -> Progress | None:
+    try:
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        return progress_of(state["stateful_callbacks"], callback)
+    except (OSError, ValueError, KeyError):
+        return None  # Not a checkpoint of a pruning run, or one that was being written.
+
+
+def _names_in(folder: Path) -> set[str]:
+    """The names of the weights in a checkpoint; empty if it has no safetensors."""
+    index, whole = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if not whole.is_file():
+        return set()
+    with safe_open(whole, framework="pt") as file:
+        return set(file.keys())
 
 
 def _load(folder: Path) -> MaskSet | None:

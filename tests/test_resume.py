@@ -14,7 +14,7 @@ import torch
 from transformers import Trainer
 
 from hf_prune import MaskSet, PruningConfig, PruningHistory, PruningTrainerCallback, sparsity_report
-from tests.tiny import build
+from tests.tiny import FAMILIES, build
 from tests.training import trainer_factory
 
 CONFIG = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, begin=1, end=8)
@@ -27,9 +27,12 @@ OPTIONS = dict(
 )  # fmt: skip
 
 
-def start(make_trainer, config: PruningConfig = CONFIG, **options) -> tuple[Trainer, PruningTrainerCallback]:
+def start(
+    make_trainer, config: PruningConfig = CONFIG, family: str = "gpt2", **options
+) -> tuple[Trainer, PruningTrainerCallback]:
+    """A trainer and its callback; GPT-2 has dropout, so that the random state counts."""
     pruning = PruningTrainerCallback(config)
-    trainer = make_trainer(build("gpt2"), pruning, **{**OPTIONS, **options})  # GPT-2 has dropout: random state counts
+    trainer = make_trainer(build(family), pruning, **{**OPTIONS, **options})
     pruning.evaluate, pruning.log = trainer.evaluate, trainer.log
     return trainer, pruning
 
@@ -78,6 +81,21 @@ def test_resuming_at_every_step(step, undisturbed, checkpoints, make_trainer):
     assert outcome(trainer, pruning) == undisturbed[1]
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
+def test_resuming_every_family(family, tmp_path):
+    """Some have other names for their weights in files than in memory."""
+    trainer, pruning = start(trainer_factory(tmp_path / "whole"), family=family)
+    trainer.train()
+    for step in (1, 4, 9):  # before the first cut, in a round, in the last one
+        folder = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "whole" / "out", folder / "out")
+        for later in range(step + 1, STEPS + 1):
+            shutil.rmtree(folder / "out" / f"checkpoint-{later}")
+        resumed, resumed_pruning = start(trainer_factory(folder), family=family)
+        resumed.train(resume_from_checkpoint=True)
+        assert outcome(resumed, resumed_pruning) == outcome(trainer, pruning)
+
+
 def test_the_folder_may_be_moved(undisturbed, checkpoints, make_trainer, tmp_path):
     moved = checkpoints.rename(tmp_path / "moved") / "checkpoint-6"
     (moved / "pruning_masks.safetensors").rename(moved / "elsewhere")  # then the zeros of the weights tell
@@ -120,6 +138,17 @@ def test_kill_9_in_mid_round(tmp_path):
     assert run("killed", 0, "resume") == 0
     outcomes = [json.loads((tmp_path / folder / "outcome.json").read_text()) for folder in ("whole", "killed")]
     assert outcomes[0] == outcomes[1]
+
+
+def test_weights_with_other_names_in_a_folder_that_is_not_told(tmp_path):
+    trainer, _ = start(trainer_factory(tmp_path), family="vit")
+    trainer.train()
+    moved = str((tmp_path / "out").rename(tmp_path / "moved") / "checkpoint-6")
+    with pytest.raises(ValueError, match=r"name it in TrainingArguments\(resume_from_checkpoint=\.\.\.\) too"):
+        start(trainer_factory(tmp_path), family="vit")[0].train(resume_from_checkpoint=moved)
+    again, pruning = start(trainer_factory(tmp_path), family="vit", resume_from_checkpoint=moved)
+    again.train(resume_from_checkpoint=moved)
+    assert sparsity_report(again.model).zeros == round(0.8 * pruning.masks.total)
 
 
 def test_masks_that_a_kill_left_out_come_back_from_the_zeros(undisturbed, checkpoints, make_trainer):

@@ -11,13 +11,26 @@ import transformers
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.nn.utils import prune as torch_prune
-from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_prune import MaskSet, PruningConfig, PruningHistory, PruningTrainerCallback, prune, sparsity_report
 from hf_prune.targets import find_targets
 from tests.tiny import FAMILIES, batch, build, twin
 
 FOUR_ROUNDS = PruningConfig(sparsity=0.8, schedule="geometric", rounds=4)
+
+# Its name in newer versions of transformers, and in older ones.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__annotations__
+)
 
 
 class Watch(TrainerCallback):
@@ -155,7 +168,7 @@ def test_gradients_are_masked_before_they_are_clipped(make_trainer):
     [
         dict(gradient_accumulation_steps=3),
         dict(bf16=True),
-        dict(activation_checkpointing=True),
+        {CHECKPOINTING: True},
         dict(max_steps=-1, num_train_epochs=2),
         dict(optim="adafactor"),
         dict(optim="adamw_torch_fused"),

@@ -3,6 +3,7 @@
 import functools
 import logging
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .checkpoints import (
     newest_complete,
     progress_of,
     recover_masks,
+    require_same,
 )
 from .config import PruningConfig
 from .criteria import Criterion
@@ -84,6 +86,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self.masks = MaskSet()
         self.history = PruningHistory()
         self._targets: dict[str, Target] = {}
+        self._run = uuid.uuid4().hex
         self._pacing = Even(())
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._training = False
@@ -95,6 +98,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, object]:
         """What Trainer stores in a checkpoint's `trainer_state.json`."""
         progress: Progress = {
+            "run": self._run,
             "config": self.config.to_dict(),
             "criterion": self._criterion_name,
             "cuts": list(self._pacing.cuts),
@@ -296,14 +300,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         name = type(self).__name__
         progress = progress_of(state.stateful_callbacks, name)
-        theirs = {**progress["config"], "criterion": progress["criterion"]}
-        ours = {**self.config.to_dict(), "criterion": self._criterion_name}
-        if changed := [key for key in ours | theirs if ours.get(key) != theirs.get(key)]:
-            was = ", ".join(f"{key}={theirs.get(key)!r} (now {ours.get(key)!r})" for key in changed)
-            raise ValueError(
-                f"the checkpoint was pruned with another config: {was}. Resume with the same one, or load the "
-                "checkpoint as the model and start anew with hold_zeros=True."
-            )
+        require_same(progress, self.config.to_dict(), self._criterion_name)
+        self._run = progress["run"]
         self._pacing = Even(tuple(progress["cuts"]))
         self.history = PruningHistory.from_dict(progress["history"])
         pending = self._pacing.cuts[self._finished_rounds :]
@@ -312,25 +310,17 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 f"the run has {state.max_steps} steps, but the checkpoint's last cut comes after step {pending[-1]}. "
                 "Resume with the same max_steps or num_train_epochs."
             )
-        folders = [_checkpoint_folder(args, state)]
-        if args.resume_from_checkpoint:
-            folders.insert(0, Path(args.resume_from_checkpoint))
-        folder = find_checkpoint(folders, name, progress)
+        named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
+        folder = find_checkpoint([*named, _checkpoint_folder(args, state)], name, progress, state.global_step)
         if folder is not None:
             load_renamed_weights_(model, folder)
-        if progress["masks"] is None:
-            return
-        masks = recover_masks(folder, progress["masks"], model, self._targets)
-        if masks is None:
-            newest = newest_complete(_output_dir(args), name)
-            raise ValueError(
-                f"the masks of the checkpoint at step {state.global_step} are missing, damaged or of another model: "
-                f"no {MASKS_NAME} fits the digest on record, nor do the zeros of the weights. If the checkpoint is "
-                "not in output_dir, name it in TrainingArguments(resume_from_checkpoint=...) too. "
-                + (f"The newest complete checkpoint is {newest}." if newest else "No checkpoint here is complete.")
-            )
-        self.masks = masks
-        self._hold()
+        if progress["masks"] is not None:
+            try:
+                self.masks = recover_masks(folder, progress["masks"], model, self._targets)
+            except ValueError as error:
+                newest = newest_complete(_output_dir(args), name)
+                raise ValueError(f"{error} The newest complete checkpoint here: {newest}.") from error
+            self._hold()
 
     def _save_reports(self, folder: Path) -> None:
         self.config.save_pretrained(folder)

@@ -21,8 +21,18 @@ logger = logging.getLogger(__name__)
 
 
 class Progress(TypedDict):
-    """What a pruning run puts into the trainer's state, as JSON."""
+    """What a pruning run puts into the trainer's state, as JSON.
 
+    Keys:
+        run: A name that no other run has.
+        config: `PruningConfig.to_dict()`.
+        criterion: Name of what scores the weights.
+        cuts: Number of finished steps at which each round's cut happens.
+        masks: `MaskSet.digest()`, None before the first cut.
+        history: `PruningHistory.to_dict()`.
+    """
+
+    run: str
     config: dict[str, object]
     criterion: str
     cuts: list[int]
@@ -30,19 +40,44 @@ class Progress(TypedDict):
     history: dict[str, object]
 
 
-def find_checkpoint(folders: Iterable[Path], callback: str, progress: Progress) -> Path | None:
+def require_same(progress: Progress, config: Mapping[str, object], criterion: str) -> None:
+    """Requires that a run is resumed as it was begun.
+
+    Args:
+        progress: What the checkpoint says.
+        config: The config now.
+        criterion: Name of what scores the weights now.
+
+    Raises:
+        ValueError: naming what has changed.
+    """
+    theirs = {**progress["config"], "criterion": progress["criterion"]}
+    ours = {**config, "criterion": criterion}
+    if changed := [key for key in ours | theirs if ours.get(key) != theirs.get(key)]:
+        was = ", ".join(f"{key}={theirs.get(key)!r} (now {ours.get(key)!r})" for key in changed)
+        raise ValueError(
+            f"the checkpoint was pruned with another config: {was}. Resume with the same one, or load the "
+            "checkpoint as the model and start anew with hold_zeros=True."
+        )
+
+
+def find_checkpoint(folders: Iterable[Path], callback: str, progress: Progress, step: int) -> Path | None:
     """Finds the checkpoint from which a trainer's state was read; Trainer does not tell callbacks its path.
 
     Args:
         folders: Where it may be.
         callback: The name under which the callback's state is stored.
-        progress: What that state says. Its clocks make it unlike that of any other checkpoint.
+        progress: What that state says.
+        step: The trainer's step.
 
     Returns:
         The folder, or None if it is elsewhere.
     """
-    wanted = json.dumps(progress, sort_keys=True)
-    return next((f for f in folders if json.dumps(_stored_progress(f, callback), sort_keys=True) == wanted), None)
+    for folder in folders:
+        found, at = _read_progress(folder, callback)
+        if found is not None and (found["run"], at) == (progress["run"], step):
+            return folder
+    return None
 
 
 def load_renamed_weights_(model: nn.Module, folder: Path) -> None:
@@ -61,7 +96,7 @@ def load_renamed_weights_(model: nn.Module, folder: Path) -> None:
         model.load_state_dict(saved.state_dict())
 
 
-def recover_masks(folder: Path | None, digest: str, model: nn.Module, names: Iterable[str]) -> MaskSet | None:
+def recover_masks(folder: Path | None, digest: str, model: nn.Module, names: Iterable[str]) -> MaskSet:
     """Finds the masks of a digest: in the checkpoint, else in the zeros of the model.
 
     A run that is killed between the trainer's state and the masks leaves a checkpoint without the latter; unless a
@@ -74,13 +109,21 @@ def recover_masks(folder: Path | None, digest: str, model: nn.Module, names: Ite
         names: The parameters that have masks.
 
     Returns:
-        The masks, on the devices of their weights; None if there are none whose weights are zero.
+        The masks, on the devices of their weights.
+
+    Raises:
+        ValueError: if there are no such masks, or the weights that they prune are not zero.
     """
     for masks in (None if folder is None else _load(folder), MaskSet.from_zeros(model, names)):
         if masks is not None and masks.digest() == digest:
             masks = MaskSet({name: mask.to(model.get_parameter(name).device) for name, mask in masks.items()})
-            return masks if _are_zero(model, masks) else None
-    return None
+            if _are_zero(model, masks):
+                return masks
+    elsewhere = "Name the checkpoint in TrainingArguments(resume_from_checkpoint=...) too if it is not in output_dir."
+    raise ValueError(
+        f"the masks of the checkpoint are missing, damaged or of another model: no {MASKS_NAME} fits the digest on "
+        f"record, nor do the zeros of the weights. {elsewhere if folder is None else f'The checkpoint is {folder}.'}"
+    )
 
 
 def newest_complete(output_dir: Path, callback: str) -> Path | None:
@@ -94,7 +137,7 @@ def newest_complete(output_dir: Path, callback: str) -> Path | None:
         A checkpoint folder, or None if there is none.
     """
     for folder in sorted(output_dir.glob("checkpoint-*"), key=_step, reverse=True):
-        progress = _stored_progress(folder, callback)
+        progress, _ = _read_progress(folder, callback)
         if progress is not None:
             masks = _load(folder)
             if progress["masks"] is None or (masks is not None and masks.digest() == progress["masks"]):
@@ -133,12 +176,13 @@ def _are_zero(model: nn.Module, masks: MaskSet) -> bool:
     return not any(torch.any(model.get_parameter(name).masked_fill(mask, 0)) for name, mask in masks.items())
 
 
-def _stored_progress(folder: Path, callback: str) -> Progress | None:
+def _read_progress(folder: Path, callback: str) -> tuple[Progress | None, int]:
+    """A checkpoint's progress and step; None if it is not of a pruning run, or was being written."""
     try:
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        return progress_of(state["stateful_callbacks"], callback)
-    except (OSError, ValueError, KeyError):
-        return None  # Not a checkpoint of a pruning run, or one that was being written.
+        return progress_of(state["stateful_callbacks"], callback), state["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, 0
 
 
 def _names_in(folder: Path) -> set[str]:

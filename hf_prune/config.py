@@ -1,5 +1,6 @@
 """PruningConfig: what to prune, how far, and when."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -9,10 +10,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_origin, get_type_hints
 
 from . import granularities, schedules
 from .criteria import CRITERIA
 from .scopes import SCOPES
+from .targets import is_regex
 
 CONFIG_NAME = "pruning_config.json"
 
@@ -102,22 +106,35 @@ class PruningConfig:
     def __post_init__(self) -> None:
         if isinstance(self.layer_sparsity, str):
             object.__setattr__(self, "layer_sparsity", _parse_layer_sparsity(self.layer_sparsity))
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            _require_kind(name, value := list(value) if isinstance(value, tuple) else copy.copy(value), hint)
+            object.__setattr__(self, name, value)  # A copy, so that a config is frozen throughout.
         if self.sparsity is not None:
             _require_fraction("sparsity", self.sparsity)
         for value in self.sparsities or []:
             _require_fraction("each of sparsities", value)
         for pattern, value in self.own_sparsities.items():
+            if not isinstance(pattern, str):
+                raise ValueError(f"layer_sparsity must map regular expressions to sparsities, got {pattern!r}.")
             _require_fraction(f"layer_sparsity[{pattern!r}]", value)
             _require_regex("layer_sparsity", pattern)
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(patterns := getattr(self, name), str):
-                _require_regex(name, patterns)
+            patterns = getattr(self, name)
+            for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+                if not isinstance(pattern, str):
+                    raise ValueError(f"{name} must hold names or regular expressions, got {pattern!r}.")
+                if isinstance(patterns, str) or is_regex(pattern):
+                    _require_regex(name, pattern)
         if self.criterion not in CRITERIA:
             raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}; got {self.criterion!r}.")
         if self.scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}; got {self.scope!r}.")
         if not (math.isfinite(self.begin) and self.begin >= 0):
             raise ValueError(f"begin must be 0 or more (steps, or below 1 a fraction of the run), got {self.begin}.")
+        for name in ("begin", "end"):
+            if (value := getattr(self, name)) is not None and math.isfinite(value) and value >= 1 and value % 1:
+                raise ValueError(f"{name} must be a whole number of steps where it is not below 1, got {value}.")
         if self.end is not None:
             if not (math.isfinite(self.end) and self.end > 0):
                 raise ValueError(f"end must be above 0 (steps, or below 1 a fraction of the run), got {self.end}.")
@@ -155,12 +172,14 @@ class PruningConfig:
             return self._on_pattern(values)
         target = self._target_sparsity()
         if target is None:
+            given += ["layer_sparsity"] if self.layer_sparsity else []
             if given:
                 raise ValueError(f"{', '.join(given)} needs a sparsity. With hold_zeros alone, nothing is pruned.")
             return []
         if self.schedule == "auto" and isinstance(granularities.parse(self.granularity), granularities.Pattern):
             # The few steps that a pattern has on its way are taken one by one.
-            name = "one_shot" if self.rounds in (None, 1) and self.initial_sparsity is None else "constant"
+            name = "one_shot" if self.rounds in (None, 1) else "constant"
+            name = name if self.initial_sparsity is None else "hybrid"
             return self._on_pattern(schedules.resolve(name, target, self.rounds, self.initial_sparsity))
         return self._on_pattern(schedules.resolve(self.schedule, target, self.rounds, self.initial_sparsity))
 
@@ -235,9 +254,20 @@ class PruningConfig:
             raise FileNotFoundError(f"no {CONFIG_NAME} in {folder}.")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}).") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} does not hold a pruning config, but {values!r}.")
         return cls.from_dict(values)
+
+
+def _require_kind(name: str, value: object, hint: object) -> None:
+    kinds = [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
+    # Whole numbers pass for fractions, but True and False do not pass for numbers.
+    allowed = [*kinds, int] if float in kinds else kinds
+    if not isinstance(value, tuple(allowed)) or isinstance(value, bool) != (bool in kinds):
+        words = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be {words}, got {value!r}.")
 
 
 def _require_fraction(name: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .targets import find_targets
+
+_FORMAT = "hf_prune.masks"
 
 
 class MaskSet(Mapping[str, torch.Tensor]):
@@ -35,8 +38,9 @@ class MaskSet(Mapping[str, torch.Tensor]):
     def __init__(self, masks: Mapping[str, torch.Tensor] | None = None) -> None:
         self._masks = dict(masks or {})
         for name, mask in self._masks.items():
-            if mask.dtype != torch.bool:
-                raise TypeError(f"the mask of {name!r} must be a bool tensor (True = kept), got {mask.dtype}.")
+            if not (torch.is_tensor(mask) and mask.dtype == torch.bool):
+                got = mask.dtype if torch.is_tensor(mask) else type(mask).__name__
+                raise TypeError(f"the mask of {name!r} must be a bool tensor (True = kept), got {got}.")
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._masks[name]
@@ -46,6 +50,9 @@ class MaskSet(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._masks)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MaskSet) and self.digest() == other.digest()
 
     def __repr__(self) -> str:
         return f"MaskSet({len(self)} masks, {self.total} weights, sparsity {self.sparsity:.4f})"
@@ -70,8 +77,10 @@ class MaskSet(Mapping[str, torch.Tensor]):
         """Sets the masked weights of `model` to zero, in place.
 
         Raises:
-            ValueError: if the model lacks a parameter, or one has another shape than its mask.
+            ValueError: if the model lacks a parameter, or one has another shape than its mask. The model is then as
+                it was.
         """
+        parameters = []
         for name, mask in self.items():
             try:
                 parameter = model.get_parameter(name)
@@ -82,6 +91,8 @@ class MaskSet(Mapping[str, torch.Tensor]):
                     f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}; "
                     "the masks are of another model."
                 )
+            parameters.append(parameter)
+        for parameter, mask in zip(parameters, self.values(), strict=True):
             parameter.mul_(mask.to(parameter.device))
 
     @classmethod
@@ -114,8 +125,11 @@ class MaskSet(Mapping[str, torch.Tensor]):
         packed = {name: torch.from_numpy(_pack(mask)) for name, mask in self.items()}
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file(packed, unfinished, metadata={"format": "hf_prune.masks", "shapes": shapes})
-        os.replace(unfinished, path)
+        try:
+            save_file(packed, unfinished, metadata={"format": _FORMAT, "shapes": shapes})
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MaskSet":
@@ -129,9 +143,12 @@ class MaskSet(Mapping[str, torch.Tensor]):
             raise FileNotFoundError(f"no masks at {path}.")
         try:
             with safe_open(path, framework="pt") as file:
-                shapes = json.loads((file.metadata() or {})["shapes"])
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"its format is {metadata.get('format')!r}")
+                shapes = json.loads(metadata["shapes"])
                 return cls({name: _unpack(file.get_tensor(name), shape) for name, shape in shapes.items()})
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is truncated or not a file of masks ({error}).") from error
 
 
@@ -145,5 +162,7 @@ def _pack(mask: torch.Tensor) -> np.ndarray:
 
 
 def _unpack(packed: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
+    if packed.dtype != torch.uint8 or len(packed) != (count + 7) // 8 or min(shape, default=0) < 0:
+        raise ValueError(f"{tuple(packed.shape)} of {packed.dtype} cannot be a mask of shape {shape}")
     return torch.from_numpy(np.unpackbits(packed.numpy(), count=count).astype(bool)).view(shape)

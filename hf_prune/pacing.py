@@ -63,4 +63,5 @@ class Even:
 
 
 def _steps(value: float, max_steps: int) -> int:
-    return int(value) if value >= 1 else math.floor(value * max_steps)
+    # As Trainer reads `logging_steps`; 0.07 of 100 steps is 7.000000000000001 in floating point.
+    return int(value) if value >= 1 else math.ceil(round(value * max_steps, 9))

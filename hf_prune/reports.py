@@ -40,7 +40,7 @@ class ModuleSparsity:
     @property
     def sparsity(self) -> float:
         """Fraction of the weights that are zero."""
-        return self.zeros / self.total
+        return self.zeros / max(self.total, 1)
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class SparsityReport:
     @property
     def sparsity(self) -> float:
         """Fraction of the targeted weights that are zero."""
-        return self.zeros / self.total
+        return self.zeros / max(self.total, 1)
 
     @property
     def model_sparsity(self) -> float:
         """Fraction of all parameters that are zero: embeddings, heads, norms and biases included."""
-        return self.model_zeros / self.model_total
+        return self.model_zeros / max(self.model_total, 1)
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON primitives."""
@@ -210,7 +210,9 @@ class PruningHistory(Sequence[Round]):
 
     def is_better(self, value: float, than: float | None) -> bool:
         """Whether a value of the metric improves on another; any value improves on None."""
-        return than is None or (value > than if self.greater_is_better else value < than)
+        if math.isnan(value):
+            return False
+        return than is None or math.isnan(than) or (value > than if self.greater_is_better else value < than)
 
     def to_dict(self) -> dict[str, object]:
         """The history as JSON primitives."""
@@ -251,7 +253,7 @@ class PruningHistory(Sequence[Round]):
             rows.append(cells + [_number(value) for value in (row.after_cut, row.best, row.last)])
         if exponential:
             for cells, value in zip(rows[1:], last, strict=True):
-                cells.append(_number(None if value is None else math.exp(min(value, 700.0))))
+                cells.append(_number(None if value is None else math.exp(value) if value < 700 else math.inf))
         table = _table(rows, rules=(1,))
         return table + "\n* the exponential of a mean of batch means, not weighted by tokens" if exponential else table
 

@@ -57,7 +57,7 @@ def pools(
         result += _erk(rest, round(sparsity * sum(rest.values())), shapes, dropped)
     elif rest:
         result.append(Pool(tuple(rest), round(sparsity * sum(rest.values()))))
-    for pool in result:
+    for pool in [*result, Pool(tuple(rest), round(sparsity * sum(rest.values())))] if scope == "erk" else result:
         before, size = (sum(counts[name] for name in pool.names) for counts in (dropped, sizes))
         if before > pool.drop:
             where = repr(pool.names[0]) if len(pool.names) == 1 else "the targets"
@@ -75,19 +75,17 @@ def _erk(
 
     Source: Evci et al. 2020, "Rigging the Lottery", arXiv 1911.11134.
     """
-    weight = {name: sum(shapes[name]) / math.prod(shapes[name]) for name in sizes}
-    keep = float(sum(sizes.values()) - drop)
-    dense: set[str] = set()
-    while True:
-        # Layers that the rule would give more than all of their weights stay dense, and the others share the rest.
-        sharing = sum(weight[name] * size for name, size in sizes.items() if name not in dense)
-        epsilon = (keep - sum(sizes[name] for name in dense)) / sharing if sharing else 0.0
-        full = {name for name in sizes if name not in dense and epsilon * weight[name] >= 1}
-        if not full:
-            break
-        dense |= full
-    wanted = {name: 0.0 if name in dense else size * (1 - epsilon * weight[name]) for name, size in sizes.items()}
-    counts = _round_to_total(wanted, drop, low=dropped, high=sizes)
+    weight = {name: sum(shapes[name]) / max(math.prod(shapes[name]), 1) for name in sizes}
+
+    def wanted(epsilon: float) -> dict[str, float]:
+        # Layers that the rule would give more than all of their weights stay dense, and what is dropped stays so.
+        return {n: min(max(size * (1 - epsilon * weight[n]), dropped[n]), size) for n, size in sizes.items()}
+
+    low, high = 0.0, max((1 / value for value in weight.values() if value), default=0.0)
+    for _ in range(100):  # Until the interval is a single number.
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(wanted(middle).values()) > drop else (low, middle)
+    counts = _round_to_total(wanted(high), drop, low=dropped, high=sizes)
     return [Pool((name,), count) for name, count in counts.items()]
 
 

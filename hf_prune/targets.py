@@ -146,12 +146,17 @@ def _candidates(model: nn.Module) -> Iterator[Target]:
                     yield Target(name, parameter, (0, 2, 1) if transposed else (0, 1, 2))
 
 
+def is_regex(entry: str) -> bool:
+    """Whether an entry of a list of modules is read as a regular expression."""
+    return _NOT_A_NAME.search(entry) is not None
+
+
 def _matches(patterns: str | Sequence[str], target: Target) -> bool:
     names = (target.module, target.name.rpartition(".")[0])
     if isinstance(patterns, str):
         return any(re.fullmatch(patterns, name) for name in names)
     return any(
-        re.fullmatch(entry, name) if _NOT_A_NAME.search(entry) else name == entry or name.endswith(f".{entry}")
+        re.fullmatch(entry, name) if is_regex(entry) else name == entry or name.endswith(f".{entry}")
         for entry in patterns
         for name in names
     )

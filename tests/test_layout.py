@@ -1,0 +1,250 @@
+"""What holds for the package as a whole: imports point one way, nothing optional is needed, nothing prints."""
+
+import ast
+import doctest
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_prune
+
+PACKAGE = Path(hf_prune.__file__).parent
+# A file imports only files above it.
+ORDER = [
+    "schedules",
+    "criteria",
+    "selection",
+    "targets",
+    "granularities",
+    "masks",
+    "scopes",
+    "pacing",
+    "config",
+    "reports",
+    "metrics",
+    "pruning",
+    "checkpoints",
+    "callback",
+]
+OPTIONAL = ("evaluate", "peft", "matplotlib", "torch_pruning", "datasets")
+# Where an `assert` tells the type checker what the code above it has made sure of. None may guard what a user gives.
+NARROWING = {("config", "own_sparsities"), ("callback", "_measure"), ("callback", "_output_dir")}
+
+MODULES = pytest.mark.parametrize("module", ORDER)
+
+
+def tree(module):
+    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def imported_files(source):
+    """Names of the files of the package that a piece of its source imports, inside of functions too."""
+    names = set()
+    for node in ast.walk(source):
+        if isinstance(node, ast.Import):
+            paths = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level <= 1
+            base = ".".join(filter(None, ["hf_prune" if node.level else "", node.module]))
+            # `from . import masks` imports a file; `from .masks import MaskSet` a name in one.
+            paths = [f"{base}.{alias.name}" for alias in node.names] if base == "hf_prune" else [base]
+        else:
+            continue
+        names |= {path.split(".")[1] if "." in path else "__init__" for path in paths if in_package(path)}
+    return names
+
+
+def in_package(path):
+    return path.split(".")[0] == "hf_prune"
+
+
+def imported_packages(nodes):
+    """Names of the other packages that statements import."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def functions(source):
+    return [node for node in ast.walk(source) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+# Imports
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from . import masks, schedules", {"masks", "schedules"}),
+        ("from .masks import MaskSet", {"masks"}),
+        ("import hf_prune.masks", {"masks"}),
+        ("import hf_prune", {"__init__"}),
+        ("from hf_prune import masks", {"masks"}),
+        ("from hf_prune.masks import MaskSet", {"masks"}),
+        ("def f():\n    if True:\n        from .masks import MaskSet", {"masks"}),
+        ("import torch\nfrom transformers.utils import logging", set()),
+    ],
+)
+def test_an_import_is_recognised(source, expected):
+    assert imported_files(ast.parse(source)) == expected
+
+
+def test_every_file_has_its_place_in_the_order():
+    assert sorted(path.stem for path in PACKAGE.glob("*.py")) == sorted(["__init__", *ORDER])
+    assert [path.parent for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE] == []
+
+
+@MODULES
+def test_a_file_imports_only_files_above_it(module):
+    assert imported_files(tree(module)) <= set(ORDER[: ORDER.index(module)])
+
+
+@MODULES
+def test_a_file_imports_what_is_optional_only_where_it_is_needed(module):
+    source = tree(module)
+    inside = [node for function in functions(source) for node in ast.walk(function)]
+    at_the_top = imported_packages(set(ast.walk(source)) - set(inside))
+    # The metrics are a room of their own, which `import hf_prune` does not enter.
+    assert at_the_top & set(OPTIONAL) == ({"evaluate", "datasets"} if module == "metrics" else set())
+    assert imported_packages(inside) & set(OPTIONAL) == ({"matplotlib"} if module == "reports" else set())
+
+
+def run(code):
+    """Runs code in a fresh process; gives what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_importing_the_package_brings_in_nothing_optional():
+    """Transformers itself brings in peft, where it is installed, with `TrainerCallback`; that is not ours."""
+    code = f"""
+import sys
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+before = set(sys.modules)
+import hf_prune
+print([name for name in {OPTIONAL} if name in set(sys.modules) - before])
+print("hf_prune.callback" in sys.modules)
+"""
+    assert run(code) == ["[]", "True"]
+
+
+def test_the_package_works_where_nothing_optional_is_installed():
+    code = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {OPTIONAL} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
+import torch
+import hf_prune
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+print(hf_prune.prune(model, hf_prune.PruningConfig(sparsity=0.75)).sparsity)
+print(hf_prune.PruningTrainerCallback(hf_prune.PruningConfig(sparsity=0.75)).config.sparsity)
+print([name for name in {OPTIONAL} if name in sys.modules])
+"""
+    assert run(code) == ["0.75", "0.75", "[]"]
+
+
+# What the package is made of
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_the_public_names_are_there_and_the_package_holds_nothing_else():
+    source = tree("__init__")
+    imported = [alias.name for node in source.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted(hf_prune.__all__) == sorted(imported)
+    assert len(set(hf_prune.__all__)) == len(hf_prune.__all__)
+    assert all(hasattr(hf_prune, name) for name in hf_prune.__all__)
+    kinds = {type(node) for node in source.body}
+    assert kinds == {ast.Expr, ast.ImportFrom, ast.Assign}  # Docstring, imports, __version__ and __all__.
+
+
+def test_the_public_names_are_those_of_the_design():
+    assert set(hf_prune.__all__) == {
+        "MaskSet",
+        "PruningConfig",
+        "PruningHistory",
+        "PruningTrainerCallback",
+        "ScoreInputs",
+        "SparsityReport",
+        "prune",
+        "sparsity_report",
+    }
+
+
+@pytest.mark.parametrize("module", ["__init__", *ORDER])
+def test_every_file_says_what_it_is(module):
+    assert ast.get_docstring(tree(module))
+
+
+@pytest.mark.parametrize("module", ["__init__", *ORDER])
+def test_nothing_prints_or_warns_except_through_the_log(module):
+    source = tree(module)
+    calls = [node.func for node in ast.walk(source) if isinstance(node, ast.Call)]
+    names = {function.id for function in calls if isinstance(function, ast.Name)}
+    assert not names & {"print", "input", "exit", "quit", "breakpoint"}
+    assert "warnings" not in imported_packages(ast.walk(source))
+    assert not {"stdout", "stderr"} & {node.attr for node in ast.walk(source) if isinstance(node, ast.Attribute)}
+    # `logging` is used for `logger = logging.getLogger(__name__)` and its levels, and under no other name.
+    for node in ast.walk(source):
+        if isinstance(node, ast.Import):
+            assert all(alias.name != "logging" or alias.asname is None for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.module != "logging"
+            assert all(alias.name not in ("logging", "get_logger") for alias in node.names)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "logging":
+            assert node.attr in ("getLogger", "DEBUG", "INFO", "WARNING", "ERROR")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "logging.getLogger":
+            assert ast.unparse(node) == "logging.getLogger(__name__)"
+
+
+def test_no_assert_guards_what_a_user_gives():
+    found = {
+        (module, function.name)
+        for module in ORDER
+        for function in functions(tree(module))
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assert)
+    }
+    assert found <= NARROWING
+    total = sum(isinstance(node, ast.Assert) for module in ORDER for node in ast.walk(tree(module)))
+    assert total == len(found)
+
+
+@MODULES
+def test_no_error_is_swallowed_unseen(module):
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None
+            assert ast.unparse(node.type) not in ("Exception", "BaseException")
+
+
+@MODULES
+def test_the_examples_in_the_docstrings_are_right(module):
+    outcome = doctest.testmod(importlib.import_module(f"hf_prune.{module}"))
+    assert outcome.failed == 0
+
+
+def test_there_are_examples():
+    """A finder that finds nothing would pass."""
+    with_examples = [module for module in ORDER if ">>>" in (PACKAGE / f"{module}.py").read_text(encoding="utf-8")]
+    assert {"schedules", "criteria", "selection", "granularities", "masks", "pacing", "config"} <= set(with_examples)
+    finder = doctest.DocTestFinder()
+    for module in with_examples:
+        found = finder.find(importlib.import_module(f"hf_prune.{module}"))
+        assert sum(len(test.examples) for test in found) > 0

@@ -207,11 +207,13 @@ class PruningConfig:
             return values
         n, m = granularity.n, granularity.m
         dropped = [round(value * m) for value in values]
+        if self.rounds is None and self.sparsities is None:
+            dropped = sorted(set(dropped) - {0})  # Nobody asked for rounds that would not get further.
         if dropped[-1] != m - n or any(a >= b for a, b in itertools.pairwise([0, *dropped])):
             raise ValueError(
-                f"the rounds of {self.granularity} go through (M-1):M, (M-2):M … {n}:{m}, each at least one "
-                f"pattern further; got sparsities {', '.join(f'{value:g}' for value in values)}. "
-                f"Take at most {m - n} rounds."
+                f"the rounds of {self.granularity} go through (M-1):M, (M-2):M … {n}:{m}: each prunes one more or "
+                f"several of every {m}, and the last ends at {1 - n / m:g}; got sparsities "
+                f"{', '.join(f'{value:g}' for value in values)}. Take fewer rounds, or another schedule."
             )
         return [count / m for count in dropped]
 

@@ -34,10 +34,12 @@ class Even:
             >>> Even.spread(4, begin=0, end=0.8, max_steps=100).cuts
             (0, 20, 40, 60)
         """
+        if rounds == 0:
+            return cls(())
         first, last = _steps(begin, max_steps), max_steps if end is None else _steps(end, max_steps)
         if last > max_steps:
             raise ValueError(f"end={end} is after the end of the run, which has {max_steps} steps.")
-        if rounds and first >= last:
+        if first >= last:
             raise ValueError(
                 f"begin must be before end, got begin={begin} (step {first}) and end={end} (step {last}) "
                 f"in a run of {max_steps} steps."
@@ -45,7 +47,7 @@ class Even:
         if rounds > last - first:
             raise ValueError(
                 f"{rounds} rounds do not fit into {last - first} steps (from step {first} to {last} of {max_steps}). "
-                "Take fewer rounds, or train longer."
+                "Take fewer rounds, or train longer; begin and end count steps from 1 on, and are fractions below."
             )
         return cls(tuple(first + i * (last - first) // rounds for i in range(rounds)))
 

@@ -1,6 +1,7 @@
 """Pruning: one round's cut, from scores to masks, and `prune` for a cut without a Trainer."""
 
 import functools
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -67,11 +68,13 @@ def next_masks(
         A mask for each target.
 
     Raises:
-        ValueError: if a score is NaN or has a wrong shape (the message names the tensor), or if the masks so far
-            prune more than the sparsity.
+        ValueError: if a weight is not finite, a score is NaN or has a wrong shape (the message names the tensor), or
+            if the masks so far prune more than the sparsity.
     """
     granularity = granularities.parse(config.granularity)
     score = criterion or CRITERIA[config.criterion]
+    for target in targets.values():
+        _require_finite(target)
 
     def weight_scores(target: Target) -> torch.Tensor:
         scores = score(ScoreInputs(target.name, target.weight.detach(), seed))
@@ -142,6 +145,17 @@ def prune(
         masks = next_masks(targets, masks, config.round_sparsities[-1], config, criterion=criterion, seed=seed)
     masks.apply_(model)
     return sparsity_report(model, masks=masks)
+
+
+def _require_finite(target: Target) -> None:
+    # One pass that makes no temporary: a NaN is both extremes, an infinity one of them.
+    low, high = target.weight.aminmax() if target.weight.numel() else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        count = target.weight.numel() - int(target.weight.isfinite().sum())
+        raise ValueError(
+            f"{count} of the {target.weight.numel()} weights of {target.name!r} are NaN or infinite. "
+            "Has training diverged?"
+        )
 
 
 def _layer_sparsity(targets: Mapping[str, Target], sparsity: float, config: PruningConfig) -> dict[str, float]:

@@ -209,7 +209,7 @@ class PruningHistory(Sequence[Round]):
         return iter(self.rounds)
 
     def is_better(self, value: float, than: float | None) -> bool:
-        """Whether a value of the metric improves on another; any value improves on None."""
+        """Whether a value of the metric improves on another; any number improves on None."""
         if math.isnan(value):
             return False
         return than is None or math.isnan(than) or (value > than if self.greater_is_better else value < than)

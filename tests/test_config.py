@@ -346,8 +346,8 @@ def test_an_unknown_name_is_an_error_that_lists_the_known(name, value):
         ({"granularity": "2:4", "layer_sparsity": {"a": 0.5}}, r"layer_sparsity does not apply to granularity '2:4'"),
         (
             {"granularity": "2:4", "rounds": 3},
-            r"the rounds of 2:4 go through \(M-1\):M, \(M-2\):M … 2:4, each at least one pattern further; got "
-            r"sparsities 0\.166667, 0\.333333, 0\.5\. Take at most 2 rounds\.",
+            r"the rounds of 2:4 go through \(M-1\):M, \(M-2\):M … 2:4: each prunes one more or several of every 4, "
+            r"and the last ends at 0\.5; got sparsities 0\.166667, 0\.333333, 0\.5\. Take fewer rounds, or another schedule\.",
         ),
         (
             {"granularity": "1:4", "sparsities": [0.25, 0.5]},
@@ -357,7 +357,10 @@ def test_an_unknown_name_is_an_error_that_lists_the_known(name, value):
             {"granularity": "1:4", "sparsities": [0.1, 0.75]},
             r"the rounds of 1:4 go through .* got sparsities 0\.1, 0\.75",
         ),
-        ({"granularity": "2:4", "schedule": "cubic"}, r"the rounds of 2:4 go through .* Take at most 2 rounds\."),
+        (
+            {"granularity": "2:4", "schedule": "cubic", "rounds": 3},
+            r"the rounds of 2:4 go through .* Take fewer rounds, or another schedule\.",
+        ),
         # Regular expressions.
         ({"sparsity": 0.8, "target_modules": "("}, r"target_modules: '\(' is not a regular expression \("),
         ({"sparsity": 0.8, "exclude_modules": "*"}, r"exclude_modules: '\*' is not a regular expression \("),
@@ -463,3 +466,16 @@ WRONG_TYPES = [
 def test_a_value_of_a_wrong_type_is_an_error(name, value, words):
     with pytest.raises(ValueError, match=rf"^{name} must be {words}, got {re.escape(repr(value))}\."):
         PruningConfig(**{"sparsity": 0.8, name: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "rounds"),
+    [
+        ({"granularity": "2:4", "schedule": "constant"}, [1 / 4, 2 / 4]),
+        ({"granularity": "2:4", "schedule": "cubic"}, [1 / 4, 2 / 4]),
+        ({"granularity": "2:4", "schedule": "hybrid"}, [1 / 4, 2 / 4]),
+        ({"granularity": "1:4", "schedule": "geometric"}, [1 / 4, 2 / 4, 3 / 4]),
+    ],
+)
+def test_every_schedule_works_with_a_pattern_alone(config, rounds):
+    assert PruningConfig(**config).round_sparsities == rounds

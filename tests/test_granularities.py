@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.granularities import Block, Pattern, Unstructured, parse
-from hf_prune.targets import Target
+from hf_prune.targets import Target, find_targets
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -154,6 +154,12 @@ def test_from_matrix_is_the_inverse_of_to_matrix(target, dtype):
     assert torch.equal(target.from_matrix(target.to_matrix(values)), values)
     matrix = target.to_matrix(values)
     assert torch.equal(target.to_matrix(target.from_matrix(matrix)), matrix)
+
+
+def test_layers_are_found_with_these_axes():
+    model = nn.Sequential(nn.Linear(4, 8), Conv1D(8, 4), nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, 3, groups=2))
+    axes = [target.axes for target in find_targets(model).values()]
+    assert axes == [TARGETS[kind].axes for kind in ("linear", "conv1d", "conv2d", "grouped conv2d")]
 
 
 def test_a_permutation_that_is_not_its_own_inverse_is_undone_too():

@@ -38,6 +38,11 @@ def test_a_fraction_that_is_a_whole_number_of_steps_is_that_step():
     assert cuts == [(percent,) for percent in range(1, 100)]
 
 
+@pytest.mark.parametrize(("begin", "step"), [(0.25, 3), (0.2, 2), (0.201, 3), (0.001, 1), (0.0, 0)])
+def test_a_fraction_that_is_not_is_the_next_step_as_trainer_reads_it(begin, step):
+    assert Even.spread(1, begin=begin, end=None, max_steps=10).cuts == (step,)
+
+
 def test_cuts_rise_from_begin_and_leave_each_round_its_share():
     rng = random.Random(0)
     for _ in range(500):
@@ -66,7 +71,7 @@ def test_no_round_is_no_cut():
     [
         (
             (3, 0, None, 2),
-            r"3 rounds do not fit into 2 steps \(from step 0 to 2 of 2\)\. Take fewer rounds, or train longer\.",
+            r"3 rounds do not fit into 2 steps \(from step 0 to 2 of 2\)\. Take fewer rounds, or train longer",
         ),
         ((11, 0.5, 0.6, 100), r"11 rounds do not fit into 10 steps \(from step 50 to 60 of 100\)"),
         ((6, 95, None, 100), r"6 rounds do not fit into 5 steps \(from step 95 to 100 of 100\)"),

@@ -164,18 +164,30 @@ def test_other_dtypes(dtype):
     assert report.zeros == round(0.7 * report.total)
 
 
-def test_a_nan_weight_is_an_error_that_names_it_and_changes_nothing():
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("config", [PruningConfig(sparsity=0.5, criterion="random"), PruningConfig(granularity="2:4")])
+def test_a_weight_that_is_not_finite_is_an_error_that_names_it_and_changes_nothing(config, value):
     model = build("llama")
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
     before = twin(model).state_dict()
-    for config in (PruningConfig(sparsity=0.5), PruningConfig(granularity="2:4")):
-        with pytest.raises(
-            ValueError, match=r"1 of the 512 scores of 'model\.layers\.1\.mlp\.up_proj\.weight' are NaN"
-        ):
-            prune(model, config)
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(
+        ValueError, match=r"1 of the 512 weights of 'model\.layers\.1\.mlp\.up_proj\.weight' are NaN or"
+    ):
+        prune(model, config)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("config", [PruningConfig(sparsity=0.5), PruningConfig(granularity="2:4")])
+def test_a_nan_score_is_an_error_that_names_the_tensor(config):
+    def criterion(inputs: ScoreInputs) -> torch.Tensor:
+        return torch.where(inputs.weight == inputs.weight.max(), torch.nan, inputs.weight)
+
+    with pytest.raises(
+        ValueError, match=r"1 of the 256 scores of 'model\.layers\.0\.self_attn\.q_proj\.weight' are NaN"
+    ):
+        prune(build("llama"), config, criterion=criterion)
 
 
 def test_holding_zeros():

@@ -347,7 +347,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_known(name, value):
         (
             {"granularity": "2:4", "rounds": 3},
             r"the rounds of 2:4 go through \(M-1\):M, \(M-2\):M … 2:4: each prunes one more or several of every 4, "
-            r"and the last ends at 0\.5; got sparsities 0\.166667, 0\.333333, 0\.5\. Take fewer rounds, or another schedule\.",
+            r"and the last ends at 0\.5; got sparsities 0\.166667, 0\.333333, 0\.5\. Take fewer rounds",
         ),
         (
             {"granularity": "1:4", "sparsities": [0.25, 0.5]},

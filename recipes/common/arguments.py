@@ -1,0 +1,49 @@
+"""The command line of a recipe: its own flags, those of `PruningConfig`, those of `TrainingArguments`."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_prune import PruningConfig
+
+Script = TypeVar("Script")
+
+# Fractions of the run: twenty evaluations, four in each of five rounds, however long it is.
+EVALUATED = {
+    "eval_strategy": "steps",
+    "eval_steps": 0.05,
+    "logging_steps": 0.05,
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
+
+
+def parse(
+    script: type[Script],
+    defaults: Mapping[str, object],
+    small_model: Mapping[str, object],
+    pruning: Mapping[str, object],
+) -> tuple[Script, PruningConfig, TrainingArguments]:
+    """Parses the command line. Any flag overrides any of the defaults.
+
+    Args:
+        script: The recipe's own flags, a dataclass with a field `model_name_or_path`.
+        defaults: Defaults that always hold.
+        small_model: Defaults that suit the small model with random weights, but no pretrained one.
+        pruning: Defaults of how sparse the model becomes.
+
+    Raises:
+        ValueError: A value is out of its range or contradicts another.
+    """
+    parser = HfArgumentParser((script, PruningConfig, TrainingArguments))  # type: ignore[arg-type]
+    parser.set_defaults(**EVALUATED, **defaults)
+    given, _ = parser.parse_known_args()
+    if given.model_name_or_path is None:
+        parser.set_defaults(**small_model)
+    # These three say themselves how sparse the model becomes, and a default would contradict them.
+    if given.sparsities is None and given.granularity == PruningConfig.granularity and not given.hold_zeros:
+        parser.set_defaults(**pruning)
+    return parser.parse_args_into_dataclasses()  # type: ignore[return-value]

@@ -1,0 +1,38 @@
+"""What a recipe prints and saves at the end."""
+
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import Trainer
+from transformers.trainer_utils import PredictionOutput
+
+from hf_prune import PruningTrainerCallback, sparsity_report
+
+
+def report(
+    trainer: Trainer, callback: PruningTrainerCallback, dense: PredictionOutput, pruned: PredictionOutput
+) -> None:
+    """Prints the rounds and the result on test; saves model, test metrics and plot where the history already is.
+
+    Args:
+        trainer: The trainer, after training.
+        callback: The callback that pruned.
+        dense: What `trainer.predict` gave on the test split before training.
+        pruned: The same after training.
+    """
+    assert trainer.model is not None
+    history, folder = callback.history, Path(str(trainer.args.output_dir))
+    metric = history.metric.removeprefix("eval_")
+    results = {f"dense_{name}": value for name, value in (dense.metrics or {}).items()} | (pruned.metrics or {})
+    sparsity = sparsity_report(trainer.model, callback.config).sparsity
+    trainer.save_model()
+    trainer.save_metrics("test", results)
+    if trainer.is_world_process_zero():
+        history.plot(folder / "pruning.png")
+    PartialState().print(
+        f"\n{history}\n\n"
+        f"Test {metric}: dense {results[f'dense_test_{metric}']:.4f}, "
+        f"pruned to sparsity {sparsity:.4f} {results[f'test_{metric}']:.4f}\n\n"
+        f"Saved in {folder}: the model, its history, pruning.png. "
+        f'Load it with {type(trainer.model).__name__}.from_pretrained("{folder}").'
+    )

@@ -1,0 +1,135 @@
+"""Prunes a language model while it trains: by default a small GPT-Neo on small stories, with nothing to download.
+
+accelerate launch recipes/tinystories.py
+accelerate launch recipes/tinystories.py --sparsity 0.8 --schedule one_shot
+accelerate launch recipes/tinystories.py --model_name_or_path roneneldan/TinyStories-33M \
+    --dataset roneneldan/TinyStories --max_steps 5000
+"""
+
+from dataclasses import dataclass, field
+
+from accelerate import PartialState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    default_data_collator,
+    set_seed,
+)
+
+from common.arguments import parse
+from common.dense import DenseArguments, dense_model
+from common.report import report
+from common.splits import SplitArguments, three_splits
+from common.text import continue_text, cut_blocks, load_texts
+from common.tokenizer import train_tokenizer
+from hf_prune import PruningTrainerCallback
+from hf_prune.metrics import perplexity_metrics
+
+DEFAULTS = {
+    "output_dir": "output/tinystories",
+    "metric_for_best_model": "perplexity",
+    "greater_is_better": False,
+    "dense_steps": 600,
+}
+SMALL_MODEL = {
+    "learning_rate": 2e-3,
+    "warmup_steps": 0.1,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 32,
+}
+PRUNING = {"sparsity": 0.9, "schedule": "geometric"}
+
+
+@dataclass
+class ScriptArguments(SplitArguments, DenseArguments):
+    """Which text, which model."""
+
+    dataset: str = field(
+        default="stories",
+        metadata={"help": "stories, topics, a .txt file, a folder with train.txt, or a dataset of the Hub."},
+    )
+    # 600 steps an epoch, so that the cuts of the default run fall on evaluations.
+    num_stories: int = field(default=5416, metadata={"help": "Number of stories that --dataset stories makes."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of a pretrained model; a small GPT-Neo if left out."}
+    )
+    train_dense: bool = field(default=False, metadata={"help": "Fine-tune a pretrained model before it is pruned."})
+    vocab_size: int = field(default=1024, metadata={"help": "Number of tokens of the small model."})
+    block_size: int = field(default=128, metadata={"help": "Number of tokens of a training example."})
+
+
+def small_gpt_neo(tokenizer: PreTrainedTokenizerBase, block_size: int) -> GPTNeoForCausalLM:
+    """A GPT-Neo with about one million random weights."""
+    return GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            num_layers=4,
+            num_heads=4,
+            attention_types=[[["global", "local"], 2]],
+            window_size=64,
+            activation_function="gelu",  # one kernel, where GPT-Neo's own gelu_new is eight
+            max_position_embeddings=block_size,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def main() -> None:
+    """Text, dense model, pruning, report."""
+    script, pruning, training = parse(ScriptArguments, DEFAULTS, SMALL_MODEL, PRUNING)
+    set_seed(training.seed)
+
+    with training.main_process_first():  # so that the others find what `datasets` has cached
+        texts = load_texts(script.dataset, script.num_stories, training.seed)
+        texts = three_splits(texts, script, training.seed)
+        if script.model_name_or_path:
+            tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
+        else:
+            tokenizer = train_tokenizer(texts["train"]["text"], script.vocab_size)
+        blocks = cut_blocks(texts, tokenizer, script.block_size)
+
+    model: PreTrainedModel
+    if script.model_name_or_path:
+        model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="float32")
+        if script.block_size > (longest := getattr(model.config, "max_position_embeddings", script.block_size)):
+            raise ValueError(
+                f"block_size must be at most {longest}, the model's longest text, got {script.block_size}."
+            )
+    else:
+        model = small_gpt_neo(tokenizer, script.block_size)
+
+    compute_metrics, preprocess_logits_for_metrics = perplexity_metrics()
+    parts = {
+        "train_dataset": blocks["train"],
+        "eval_dataset": blocks["validation"],
+        "data_collator": default_data_collator,
+        "processing_class": tokenizer,
+        "compute_metrics": compute_metrics,
+        "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+    }
+    if script.train_dense or not script.model_name_or_path:
+        model = dense_model(model, script, training, parts)
+
+    callback = PruningTrainerCallback(pruning)
+    trainer = Trainer(model, training, callbacks=[callback], **parts)
+    callback.evaluate = trainer.evaluate
+    callback.log = trainer.log
+
+    prompt = " ".join(texts["test"][0]["text"].split()[:8])
+    dense_test, dense_story = trainer.predict(blocks["test"]), continue_text(model, tokenizer, prompt)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    report(trainer, callback, dense_test, trainer.predict(blocks["test"]))
+    story = continue_text(model, tokenizer, prompt)
+    PartialState().print(f"\nStory before: {dense_story}\n\nStory after: {story}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Runs a recipe as a user does."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.recipes.conftest import RECIPES
+
+# A table row of a round: its number, its step, its sparsity, and three metrics.
+ROUND = re.compile(r"^(\d+) +(\d+) +(0\.\d{4}) +(\S+) +(\S+) +(\S+)$", re.MULTILINE)
+
+
+def launch(recipe: str, folder: Path, *flags: str, processes: int = 1) -> str:
+    """Runs `accelerate launch recipes/<recipe>` in `folder`, its dense models in `folder / "dense"`.
+
+    Returns:
+        What it printed.
+    """
+    several = ["--multi_gpu", f"--num_processes={processes}"] if processes > 1 else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", *several, str(RECIPES / recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
+    done = subprocess.run(
+        [*command, "--use_cpu", "--dense_dir=dense", *flags],
+        capture_output=True, text=True, cwd=folder, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout

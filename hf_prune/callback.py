@@ -28,7 +28,7 @@ from .checkpoints import (
 )
 from .config import PruningConfig
 from .criteria import Criterion
-from .masks import MaskSet
+from .masks import MaskSet, as_factor
 from .pacing import Even
 from .pruning import next_masks, resolve_targets
 from .reports import HISTORY_NAME, PruningHistory, Round, sparsity_report
@@ -330,7 +330,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 def _mask_gradient(mask: torch.Tensor, parameter: torch.Tensor) -> None:
     # Optimizers that step inside the backward pass may have taken the gradient away already.
     if parameter.grad is not None:
-        parameter.grad.mul_(mask)
+        parameter.grad.mul_(as_factor(mask))
 
 
 def _new_history(config: PruningConfig, args: TrainingArguments, model: nn.Module) -> PruningHistory:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .selection import check_scores
 from .targets import Target
 
 
@@ -125,8 +126,9 @@ class Pattern:
             Bool mask of the weight's shape.
 
         Raises:
-            ValueError: if `kept` holds more than `m − n` zeros of a group already.
+            ValueError: if a score is NaN, or `kept` holds more than `m − n` zeros of a group already.
         """
+        check_scores(target.name, scores)
         groups = target.to_matrix(scores).reshape(-1, self.m)
         if kept is not None:
             # A rank below that of every score, −inf included, for what is pruned already.

@@ -93,7 +93,7 @@ class MaskSet(Mapping[str, torch.Tensor]):
                 )
             parameters.append(parameter)
         for parameter, mask in zip(parameters, self.values(), strict=True):
-            parameter.mul_(mask.to(parameter.device))
+            parameter.mul_(as_factor(mask.to(parameter.device)))
 
     @classmethod
     @torch.no_grad()
@@ -150,6 +150,11 @@ class MaskSet(Mapping[str, torch.Tensor]):
                 return cls({name: _unpack(file.get_tensor(name), shape) for name, shape in shapes.items()})
         except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is truncated or not a file of masks ({error}).") from error
+
+
+def as_factor(mask: torch.Tensor) -> torch.Tensor:
+    """The mask as zeros and ones, without a copy; torch multiplies floats by bytes faster than by bools."""
+    return mask.view(torch.uint8)
 
 
 def pruned_in(mask: torch.Tensor) -> int:

@@ -15,7 +15,7 @@ from .granularities import Pattern
 from .masks import MaskSet, pruned_in
 from .reports import SparsityReport, sparsity_report
 from .scopes import pools
-from .selection import check_scores, keep_highest
+from .selection import keep_highest
 from .targets import Target, find_targets
 
 
@@ -83,7 +83,6 @@ def next_masks(
                 f"the criterion gave scores of shape {tuple(scores.shape)} for {target.name!r}, "
                 f"which has shape {tuple(target.weight.shape)}."
             )
-        check_scores(target.name, scores)
         return scores
 
     if isinstance(granularity, Pattern):

@@ -127,17 +127,17 @@ def sparsity_report(
         ValueError: as `find_targets` does.
     """
     if masks is None:
-        targets = find_targets(model, *((config.target_modules, config.exclude_modules) if config else ()))
-    names = list(targets if masks is None else masks)
+        names = list(find_targets(model, *((config.target_modules, config.exclude_modules) if config else ())))
+    else:
+        names = list(masks)
+    zeros = {id(weight): weight.numel() - int(weight.count_nonzero()) for weight in model.parameters()}
     rows = []
     for name in names:
         weight = model.get_parameter(name)
         masked = None if masks is None else pruned_in(masks[name])
-        zeros, total = weight.numel() - int(weight.count_nonzero()), weight.numel()
-        rows.append(ModuleSparsity(name.removesuffix(".weight"), tuple(weight.shape), zeros, total, masked))
-    model_total = sum(parameter.numel() for parameter in model.parameters())
-    model_zeros = model_total - sum(int(parameter.count_nonzero()) for parameter in model.parameters())
-    return SparsityReport(tuple(rows), model_zeros, model_total)
+        shape = tuple(weight.shape)
+        rows.append(ModuleSparsity(name.removesuffix(".weight"), shape, zeros[id(weight)], weight.numel(), masked))
+    return SparsityReport(tuple(rows), sum(zeros.values()), sum(weight.numel() for weight in model.parameters()))
 
 
 @dataclass

@@ -13,7 +13,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .checkpoints import (
@@ -59,7 +59,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         history: The rounds so far.
         evaluate: Set it to `trainer.evaluate` to have the metric measured before the first cut and right after each
             cut; a callback cannot evaluate by itself. It counts for nothing else: neither for the best model nor
-            for early stopping, and it leaves the random state as it was.
+            for early stopping, and it leaves torch's random state (CPU and CUDA) as it was.
         log: Set it to `trainer.log` to have `sparsity` and `pruning_round` in TensorBoard, W&B and whatever else
             `report_to` names. Without it they are in `trainer.state.log_history` alone.
 
@@ -128,18 +128,17 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._start_clean()
         _require_supported(model)
         self._targets = resolve_targets(model, self.config)
+        self._clock, self._tokens_seen = time.monotonic(), state.num_input_tokens_seen
         if state.global_step > 0:
             self._resume(args, state, model)
         else:
             config, rounds = self.config, len(self.config.round_sparsities)
             self._pacing = Even.spread(rounds, config.begin, config.end, state.max_steps)
             self.history = _new_history(config, args, model)
-        self._training = True
-        self._clock, self._tokens_seen = time.monotonic(), state.num_input_tokens_seen
-        if state.global_step == 0:
-            if self.config.hold_zeros:
+            if config.hold_zeros:
                 self._adopt(MaskSet.from_zeros(model, self._targets), None, args, state, model, optimizer)
             self._cut_if_due(args, state, model, optimizer)
+        self._training = True
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -221,13 +220,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         if not self._pacing.is_due(self._finished_rounds, state.global_step):
             return
-        if self._finished_rounds == 0 and self.evaluate is not None:
+        if not self.history and self.evaluate is not None:
             self.history.dense = self._measure("dense", args)
         asked = self.config.round_sparsities[self._finished_rounds]
         masks = next_masks(self._targets, self.masks, asked, self.config, criterion=self.criterion, seed=args.seed)
         self._adopt(masks, asked, args, state, model, optimizer)
-        if self.evaluate is not None:
-            self.history[-1].after_cut = self._measure("after_cut", args)
 
     def _adopt(
         self,
@@ -238,7 +235,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Applies masks, holds them from here on, and writes the round down."""
+        """Applies masks, holds them from here on, writes the round down and measures it."""
         self._count_seconds()
         self.masks = masks
         masks.apply_(model)
@@ -254,7 +251,14 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         number = 0 if asked is None else self._finished_rounds + 1
         zeros = sparsity_report(model, masks=masks).zeros
         row = Round(
-            number, state.global_step, asked, masks.sparsity, masks.pruned, zeros, masks.total, self._criterion_name
+            round=number,
+            step=state.global_step,
+            asked=asked,
+            reached=masks.sparsity,
+            masked=masks.masked,
+            zeros=zeros,
+            total=masks.total,
+            criterion=self._criterion_name,
         )
         self.history.rounds.append(row)
         logger.log(
@@ -267,6 +271,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             self.log(entry)
         else:
             state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
+        if self.evaluate is not None:
+            row.after_cut = self._measure("after_cut", args)
 
     def _hold(self) -> None:
         """Zeroes the gradients of pruned weights as they are accumulated, which is before they are clipped."""
@@ -319,7 +325,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 self.masks = recover_masks(folder, progress["masks"], model, self._targets)
             except ValueError as error:
                 newest = newest_complete(_output_dir(args), name)
-                raise ValueError(f"{error} The newest complete checkpoint here: {newest}.") from error
+                raise ValueError(f"{error} The newest complete checkpoint here: {newest or 'none'}.") from error
             self._hold()
 
     def _save_reports(self, folder: Path) -> None:
@@ -345,8 +351,9 @@ def _new_history(config: PruningConfig, args: TrainingArguments, model: nn.Modul
                 metric,
             )
         falls = not args.greater_is_better
-    can_generate = getattr(model, "can_generate", None)
-    return PruningHistory(metric, not falls, language_model=bool(can_generate is not None and can_generate()))
+    return PruningHistory(
+        metric, not falls, language_model=isinstance(model, PreTrainedModel) and model.can_generate()
+    )
 
 
 def _output_dir(args: TrainingArguments) -> Path:

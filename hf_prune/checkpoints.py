@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -96,7 +96,7 @@ def load_renamed_weights_(model: nn.Module, folder: Path) -> None:
         model.load_state_dict(saved.state_dict())
 
 
-def recover_masks(folder: Path | None, digest: str, model: nn.Module, names: Iterable[str]) -> MaskSet:
+def recover_masks(folder: Path | None, digest: str, model: nn.Module, names: Collection[str]) -> MaskSet:
     """Finds the masks of a digest: in the checkpoint, else in the zeros of the model.
 
     A run that is killed between the trainer's state and the masks leaves a checkpoint without the latter; unless a
@@ -115,7 +115,7 @@ def recover_masks(folder: Path | None, digest: str, model: nn.Module, names: Ite
         ValueError: if there are no such masks, or the weights that they prune are not zero.
     """
     for masks in (None if folder is None else _load(folder), MaskSet.from_zeros(model, names)):
-        if masks is not None and masks.digest() == digest:
+        if masks is not None and masks.digest() == digest and set(masks) == set(names):
             masks = MaskSet({name: mask.to(model.get_parameter(name).device) for name, mask in masks.items()})
             if _are_zero(model, masks):
                 return masks

@@ -32,7 +32,7 @@ class PruningConfig:
             something else: from an N:M granularity, from `sparsities`, or with `hold_zeros` alone, which then prunes
             nothing further.
         schedule: How sparse after each round: "auto", "one_shot", "constant", "geometric", "hybrid" or "cubic"; see
-            `hf_prune.schedules`.
+            `hf_prune.schedules`. For N:M, "auto" is one cut, or "constant" where `rounds` is given.
         rounds: Number of rounds; the schedule's own default if None.
         initial_sparsity: Sparsity after the first cut of the hybrid schedule.
         sparsities: The absolute sparsity after each round, rising, instead of a schedule.
@@ -108,8 +108,9 @@ class PruningConfig:
             object.__setattr__(self, "layer_sparsity", _parse_layer_sparsity(self.layer_sparsity))
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            _require_kind(name, value := list(value) if isinstance(value, tuple) else copy.copy(value), hint)
-            object.__setattr__(self, name, value)  # A copy, so that a config is frozen throughout.
+            value = list(value) if isinstance(value, tuple) else copy.copy(value)  # The caller's own may change later.
+            _require_kind(name, value, hint)
+            object.__setattr__(self, name, value)
         if self.sparsity is not None:
             _require_fraction("sparsity", self.sparsity)
         for value in self.sparsities or []:
@@ -130,18 +131,17 @@ class PruningConfig:
             raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}; got {self.criterion!r}.")
         if self.scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}; got {self.scope!r}.")
-        if not (math.isfinite(self.begin) and self.begin >= 0):
+        if not 0 <= self.begin < math.inf:
             raise ValueError(f"begin must be 0 or more (steps, or below 1 a fraction of the run), got {self.begin}.")
+        if self.end is not None and not 0 < self.end < math.inf:
+            raise ValueError(f"end must be above 0 (steps, or below 1 a fraction of the run), got {self.end}.")
         for name in ("begin", "end"):
-            if (value := getattr(self, name)) is not None and math.isfinite(value) and value >= 1 and value % 1:
+            if (value := getattr(self, name)) is not None and value >= 1 and value % 1:
                 raise ValueError(f"{name} must be a whole number of steps where it is not below 1, got {value}.")
-        if self.end is not None:
-            if not (math.isfinite(self.end) and self.end > 0):
-                raise ValueError(f"end must be above 0 (steps, or below 1 a fraction of the run), got {self.end}.")
-            # Steps and fractions compare only when the length of the run is known.
-            if (self.begin >= 1) == (self.end >= 1) and self.begin >= self.end:
-                raise ValueError(f"begin must be before end, got begin={self.begin} and end={self.end}.")
-        if isinstance(granularities.parse(self.granularity), granularities.Pattern):
+        # Steps and fractions compare only when the length of the run is known.
+        if self.end is not None and (self.begin >= 1) == (self.end >= 1) and self.begin >= self.end:
+            raise ValueError(f"begin must be before end, got begin={self.begin} and end={self.end}.")
+        if self._pattern is not None:
             for name in ("scope", "layer_sparsity"):
                 if getattr(self, name) not in ("auto", None):
                     raise ValueError(
@@ -176,17 +176,20 @@ class PruningConfig:
             if given:
                 raise ValueError(f"{', '.join(given)} needs a sparsity. With hold_zeros alone, nothing is pruned.")
             return []
-        if self.schedule == "auto" and isinstance(granularities.parse(self.granularity), granularities.Pattern):
+        schedule = self.schedule
+        if schedule == "auto" and self._pattern is not None and self.initial_sparsity is None:
             # The few steps that a pattern has on its way are taken one by one.
-            name = "one_shot" if self.rounds in (None, 1) else "constant"
-            name = name if self.initial_sparsity is None else "hybrid"
-            return self._on_pattern(schedules.resolve(name, target, self.rounds, self.initial_sparsity))
-        return self._on_pattern(schedules.resolve(self.schedule, target, self.rounds, self.initial_sparsity))
+            schedule = "one_shot" if self.rounds is None else "constant"
+        return self._on_pattern(schedules.resolve(schedule, target, self.rounds, self.initial_sparsity))
+
+    @property
+    def _pattern(self) -> granularities.Pattern | None:
+        granularity = granularities.parse(self.granularity)
+        return granularity if isinstance(granularity, granularities.Pattern) else None
 
     def _target_sparsity(self) -> float | None:
-        granularity = granularities.parse(self.granularity)
-        if isinstance(granularity, granularities.Pattern):
-            fixed = 1 - granularity.n / granularity.m
+        if self._pattern is not None:
+            fixed = 1 - self._pattern.n / self._pattern.m
             if self.sparsity is not None and not math.isclose(self.sparsity, fixed):
                 raise ValueError(
                     f"granularity {self.granularity!r} fixes sparsity at {fixed:g}, got {self.sparsity}. "
@@ -202,10 +205,9 @@ class PruningConfig:
 
     def _on_pattern(self, values: list[float]) -> list[float]:
         """For N:M, moves each sparsity to the nearest pattern k:M on the way."""
-        granularity = granularities.parse(self.granularity)
-        if not isinstance(granularity, granularities.Pattern):
+        if self._pattern is None:
             return values
-        n, m = granularity.n, granularity.m
+        n, m = self._pattern.n, self._pattern.m
         dropped = [round(value * m) for value in values]
         if self.rounds is None and self.sparsities is None:
             dropped = sorted(set(dropped) - {0})  # Nobody asked for rounds that would not get further.

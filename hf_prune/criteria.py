@@ -27,8 +27,8 @@ class ScoreInputs:
 
 
 Criterion = Callable[[ScoreInputs], torch.Tensor]
-"""`ScoreInputs` → real scores of the weight's shape, any floating dtype. It is called several times a cut with the
-same inputs and must give the same scores."""
+"""`ScoreInputs` → scores of the weight's shape in float16, bfloat16, float32 or float64. It is called several times a
+cut with the same inputs and must give the same scores."""
 
 
 def magnitude(inputs: ScoreInputs) -> torch.Tensor:

@@ -129,20 +129,17 @@ class Pattern:
             ValueError: if a score is NaN, or `kept` holds more than `m − n` zeros of a group already.
         """
         check_scores(target.name, scores)
-        groups = target.to_matrix(scores).reshape(-1, self.m)
+        order = target.to_matrix(scores).reshape(-1, self.m).argsort(stable=True, dim=1)
         if kept is not None:
-            # A rank below that of every score, −inf included, for what is pruned already.
             alive = target.to_matrix(kept).reshape(-1, self.m)
-            if int(alive.sum(1).min()) < self.n:
+            if (alive.sum(1) < self.n).any():
                 raise ValueError(
                     f"{target.module!r} has groups of {self.m} with more than {self.m - self.n} zeros already; "
                     f"they cannot become {self.n}:{self.m}. Start without hold_zeros."
                 )
-            order = groups.argsort(stable=True, dim=1)
+            # A rank below that of every score, −inf included, for what is pruned already.
             order = order.gather(1, alive.gather(1, order).byte().argsort(stable=True, dim=1))
-        else:
-            order = groups.argsort(stable=True, dim=1)
-        mask = torch.ones_like(groups, dtype=torch.bool).scatter_(1, order[:, : self.m - self.n], False)
+        mask = torch.ones_like(order, dtype=torch.bool).scatter_(1, order[:, : self.m - self.n], False)
         return target.from_matrix(mask).contiguous()
 
 

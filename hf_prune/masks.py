@@ -63,14 +63,14 @@ class MaskSet(Mapping[str, torch.Tensor]):
         return sum(mask.numel() for mask in self.values())
 
     @property
-    def pruned(self) -> int:
+    def masked(self) -> int:
         """Number of weights masked away."""
-        return sum(pruned_in(mask) for mask in self.values())
+        return sum(masked_in(mask) for mask in self.values())
 
     @property
     def sparsity(self) -> float:
         """Fraction of the weights under masks that are masked away; 0 where there are none."""
-        return self.pruned / self.total if self.total else 0.0
+        return self.masked / self.total if self.total else 0.0
 
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
@@ -106,6 +106,9 @@ class MaskSet(Mapping[str, torch.Tensor]):
 
         Returns:
             Masks that are False exactly where a weight is zero.
+
+        Raises:
+            ValueError: as `find_targets` does, if `names` is None.
         """
         if names is None:
             names = find_targets(model)
@@ -157,7 +160,7 @@ def as_factor(mask: torch.Tensor) -> torch.Tensor:
     return mask.view(torch.uint8)
 
 
-def pruned_in(mask: torch.Tensor) -> int:
+def masked_in(mask: torch.Tensor) -> int:
     """Number of weights that a mask prunes."""
     return mask.numel() - int(mask.count_nonzero())
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
 
 import datasets
 import evaluate
@@ -11,17 +10,19 @@ import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction
 
-ComputeMetrics: TypeAlias = Callable[..., dict[str, float]]
+from .reports import perplexity_from_loss
+
+ComputeMetrics = Callable[..., dict[str, float]]
 """`compute_metrics(prediction: EvalPrediction, compute_result: bool = True)`, as `Trainer` calls it."""
 
-PreprocessLogits: TypeAlias = Callable[[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]
+PreprocessLogits = Callable[[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]
 """`preprocess_logits_for_metrics(logits, labels)`, as `Trainer` calls it after each batch."""
 
 _UNLABELLED = -100  # what Trainer and the models of Transformers leave out of the loss
 
 
 class Accuracy(evaluate.Metric):
-    """The share of labels that were predicted. A label of -100 does not count.
+    """The fraction of labels that were predicted correctly. A label of -100 does not count.
 
     Example:
         >>> Accuracy(keep_in_memory=True).compute(predictions=[1, 0, 2], references=[1, 1, -100])
@@ -30,7 +31,7 @@ class Accuracy(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="The share of labels that were predicted; a label of -100 does not count.",
+            description="The fraction of labels that were predicted correctly; a label of -100 does not count.",
             citation="",
             inputs_description="predictions: the predicted classes. references: the labels.",
             features=datasets.Features(
@@ -71,18 +72,6 @@ class Perplexity(evaluate.Metric):
         if tokens == 0:
             raise ValueError(f"perplexity needs at least one labelled token, got {len(references)} samples with none.")
         return {"perplexity": perplexity_from_loss(math.fsum(predictions) / tokens)}
-
-
-def perplexity_from_loss(eval_loss: float) -> float:
-    """`exp(eval_loss)`, or infinity where that overflows, for where only a loss is known.
-
-    `Trainer` reports the mean of its batches' mean losses, so this is **not** weighted by tokens: a token of a short
-    batch counts more than one of a long batch. Prefer [`perplexity_metrics`] where the model can be evaluated.
-    """
-    try:
-        return math.exp(eval_loss)
-    except OverflowError:
-        return math.inf
 
 
 def accuracy_metrics() -> tuple[ComputeMetrics, PreprocessLogits]:
@@ -156,13 +145,13 @@ def perplexity_metrics(shift: bool = True) -> tuple[ComputeMetrics, PreprocessLo
             )
         if shift:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        return torch.stack([_likelihood(*sample) for sample in zip(logits, labels, strict=True)])
+        return torch.stack([_nll_and_tokens(*sample) for sample in zip(logits, labels, strict=True)])
 
     def compute(prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         samples = torch.as_tensor(prediction.predictions)
         if samples.dim() != 2 or samples.shape[1] != 2:
             raise ValueError(
-                f"perplexity needs each sample's likelihood and number of tokens [samples, 2], got "
+                f"perplexity needs each sample's negative log-likelihood and number of tokens [samples, 2], got "
                 f"{list(samples.shape)}. Was preprocess_logits_for_metrics given to Trainer too?"
             )
         metric.add_batch(predictions=samples[:, 0], references=samples[:, 1])
@@ -171,7 +160,7 @@ def perplexity_metrics(shift: bool = True) -> tuple[ComputeMetrics, PreprocessLo
     return compute, preprocess
 
 
-def _likelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _nll_and_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """One sample `[seq, vocab]`, `[seq]` → its negative log-likelihood and number of labelled tokens `[2]`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, labels, ignore_index=_UNLABELLED, reduction="sum")

@@ -38,7 +38,9 @@ class Even:
             return cls(())
         first, last = _steps(begin, max_steps), max_steps if end is None else _steps(end, max_steps)
         if last > max_steps:
-            raise ValueError(f"end={end} is after the end of the run, which has {max_steps} steps.")
+            raise ValueError(
+                f"end={end} is after the end of the run. Take an end of at most {max_steps} steps, or train longer."
+            )
         if first >= last:
             raise ValueError(
                 f"begin must be before end, got begin={begin} (step {first}) and end={end} (step {last}) "

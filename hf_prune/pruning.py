@@ -12,10 +12,10 @@ from . import granularities
 from .config import PruningConfig
 from .criteria import CRITERIA, Criterion, ScoreInputs
 from .granularities import Pattern
-from .masks import MaskSet, pruned_in
+from .masks import MaskSet, masked_in
 from .reports import SparsityReport, sparsity_report
 from .scopes import pools
-from .selection import keep_highest
+from .selection import drop_lowest
 from .targets import Target, find_targets
 
 
@@ -35,10 +35,11 @@ def resolve_targets(model: nn.Module, config: PruningConfig) -> dict[str, Target
     """
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     granularities.parse(config.granularity).check(targets.values())
-    for pattern in config.layer_sparsity or {}:
+    for pattern in config.own_sparsities:
         if not any(re.fullmatch(pattern, target.module) for target in targets.values()):
             raise ValueError(
-                f"layer_sparsity: {pattern!r} matches none of the targets, such as {next(iter(targets))!r}."
+                f"layer_sparsity: {pattern!r} matches none of the targets, such as "
+                f"{next(iter(targets.values())).module!r}. It has to match the whole name of the module."
             )
     return targets
 
@@ -98,12 +99,12 @@ def next_masks(
         {name: target.weight.numel() // granularity.group_size for name, target in targets.items()},
         sparsity,
         config.scope,
-        shapes={name: target.kernel_shape for name, target in targets.items()},
-        dropped={name: pruned_in(kept[name]) if name in kept else 0 for name in targets},
+        shapes={name: target.layer_shape for name, target in targets.items()},
+        dropped={name: masked_in(kept[name]) if name in kept else 0 for name in targets},
         layer_sparsity=_layer_sparsity(targets, sparsity, config),
     ):
         scores = {name: functools.partial(group_scores, targets[name]) for name in pool.names}
-        group_masks |= keep_highest(scores, pool.drop, kept)
+        group_masks |= drop_lowest(scores, pool.drop, kept)
     return MaskSet({name: granularity.spread(group_masks[name], target) for name, target in targets.items()})
 
 
@@ -123,7 +124,7 @@ def prune(
     Args:
         model: The model, unwrapped.
         config: The pruning config; of its rounds only the last counts.
-        dataloader: Batches for a criterion that looks at data. "magnitude" and "random" look at none.
+        dataloader: Batches for criteria that look at data. Not read yet: none of the criteria does.
         criterion: A criterion in place of the config's.
         seed: For criteria that draw random numbers.
 

@@ -4,15 +4,16 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import nn
 
 from .config import PruningConfig
-from .masks import pruned_in
+from .masks import masked_in
 from .targets import find_targets
 
 HISTORY_NAME = "pruning_history.json"
@@ -70,8 +71,8 @@ class SparsityReport:
     @property
     def masked(self) -> int | None:
         """Number of targeted weights that a mask holds at zero, None where no mask is known."""
-        counts = [module.masked for module in self.modules]
-        return None if None in counts else sum(count for count in counts if count is not None)
+        counts = [module.masked for module in self.modules if module.masked is not None]
+        return sum(counts) if len(counts) == len(self.modules) else None
 
     @property
     def sparsity(self) -> float:
@@ -104,8 +105,11 @@ class SparsityReport:
         rows += [["targets", f"{self.total:,}", f"{self.zeros:,}", f"{self.sparsity:.4f}"]]
         rows += [["whole model", f"{self.model_total:,}", f"{self.model_zeros:,}", f"{self.model_sparsity:.4f}"]]
         table = _table(rows, rules=(1, len(rows) - 2))
-        if self.masked is not None and self.masked != self.zeros:
-            table += f"\n{self.zeros - self.masked:,} of the zeros are not pruned: they were zero before."
+        beyond = 0 if self.masked is None else self.zeros - self.masked
+        if beyond > 0:
+            table += f"\n{beyond:,} of the zeros are not pruned: they were zero before."
+        elif beyond < 0:
+            table += f"\nAt least {-beyond:,} masked weights are not zero. Set them to zero with MaskSet.apply_."
         return table
 
 
@@ -126,15 +130,13 @@ def sparsity_report(
     Raises:
         ValueError: as `find_targets` does.
     """
-    if masks is None:
-        names = list(find_targets(model, *((config.target_modules, config.exclude_modules) if config else ())))
-    else:
-        names = list(masks)
+    patterns = (config.target_modules, config.exclude_modules) if config else ()
+    names = list(find_targets(model, *patterns)) if masks is None else list(masks)
     zeros = {id(weight): weight.numel() - int(weight.count_nonzero()) for weight in model.parameters()}
     rows = []
     for name in names:
         weight = model.get_parameter(name)
-        masked = None if masks is None else pruned_in(masks[name])
+        masked = None if masks is None else masked_in(masks[name])
         shape = tuple(weight.shape)
         rows.append(ModuleSparsity(name.removesuffix(".weight"), shape, zeros[id(weight)], weight.numel(), masked))
     return SparsityReport(tuple(rows), sum(zeros.values()), sum(weight.numel() for weight in model.parameters()))
@@ -152,12 +154,13 @@ class Round:
         masked: Number of weights masked away.
         zeros: Number of targeted weights that are zero after the cut; above `masked` by those that are zero anyway.
         total: Number of targeted weights.
-        criterion: What scored the weights.
+        criterion: What scores the weights; in round 0 nothing did.
         after_cut: The metric right after the cut; None if nothing measured it.
         best: The best value of the metric in the round; None without an evaluation.
         last: The last value of the metric in the round; None without an evaluation.
         steps: Number of optimizer steps in the round.
-        samples: Number of training samples in the round.
+        samples: Number of training samples in the round: steps times the batch size over all processes, as if the
+            last batch of an epoch were whole.
         tokens: Number of input tokens in the round, None unless the training arguments count them.
         seconds: Wall-clock time of the round, evaluations included.
     """
@@ -186,7 +189,7 @@ class PruningHistory(Sequence[Round]):
     Attributes:
         metric: Name of the metric that `dense`, `after_cut`, `best` and `last` give.
         greater_is_better: Which way the metric improves.
-        dense: The metric before the first cut; None if nothing measured it.
+        dense: The metric before any weight was masked; None if nothing measured it, or zeros were held from the start.
         evaluations: `(step, value)` of each evaluation of the run.
         rounds: The rounds.
         language_model: Whether the model generates text, so that the exponential of its loss is a perplexity.
@@ -199,14 +202,15 @@ class PruningHistory(Sequence[Round]):
     rounds: list[Round] = field(default_factory=list)
     language_model: bool = False
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, index: int) -> Round: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Round]: ...
+    def __getitem__(self, index: int | slice) -> Round | list[Round]:
         return self.rounds[index]
 
     def __len__(self) -> int:
         return len(self.rounds)
-
-    def __iter__(self) -> Iterator[Round]:
-        return iter(self.rounds)
 
     def is_better(self, value: float, than: float | None) -> bool:
         """Whether a value of the metric improves on another; any number improves on None."""
@@ -234,6 +238,7 @@ class PruningHistory(Sequence[Round]):
         """Reads what `save` wrote.
 
         Raises:
+            FileNotFoundError: if there is no such file.
             ValueError: if it is not a history.
         """
         try:
@@ -253,7 +258,7 @@ class PruningHistory(Sequence[Round]):
             rows.append(cells + [_number(value) for value in (row.after_cut, row.best, row.last)])
         if exponential:
             for cells, value in zip(rows[1:], last, strict=True):
-                cells.append(_number(None if value is None else math.exp(value) if value < 700 else math.inf))
+                cells.append(_number(None if value is None else perplexity_from_loss(value)))
         table = _table(rows, rules=(1,))
         return table + "\n* the exponential of a mean of batch means, not weighted by tokens" if exponential else table
 
@@ -293,6 +298,19 @@ class PruningHistory(Sequence[Round]):
             for row in self:
                 axis.axvline(row.step, color="lightgray", linewidth=0.8, zorder=0)
         figure.savefig(path, dpi=150)
+
+
+def perplexity_from_loss(loss: float) -> float:
+    """`exp(loss)`, or infinity where that overflows.
+
+    Trainer's `eval_loss` is a mean of batch means, so its exponential is not weighted by tokens: a token of a short
+    batch counts more than one of a long batch. Prefer `hf_prune.metrics.perplexity_metrics` where the model can be
+    evaluated.
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _number(value: float | None) -> str:

@@ -156,7 +156,7 @@ def auto(sparsity: float, rounds: int | None = None, initial_sparsity: float | N
     """
     if initial_sparsity is None and (rounds == 1 or (rounds is None and sparsity <= AUTO_ONE_SHOT_UP_TO)):
         return one_shot(sparsity)
-    return hybrid(sparsity, 3 if rounds is None else rounds, initial_sparsity)
+    return resolve("hybrid", sparsity, rounds, initial_sparsity)
 
 
 SCHEDULES: dict[str, Callable[..., list[float]]] = {

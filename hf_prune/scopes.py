@@ -37,8 +37,8 @@ def pools(
     Args:
         sizes: Name → number of groups (of weights, where the granularity is unstructured).
         sparsity: Fraction of the groups to drop, in `[0, 1)`.
-        scope: "global" (one pool), "layer" (a pool for each tensor, all with the same sparsity) or "erk" (a pool for
-            each tensor, the sparsity by the Erdős–Rényi kernel rule, exact in total).
+        scope: "global" or "auto" (one pool), "layer" (a pool for each tensor, all with the same sparsity) or "erk" (a
+            pool for each tensor, the sparsity by the Erdős–Rényi kernel rule, exact in total).
         shapes: Name → dimensions of one layer's weight, for "erk".
         dropped: Name → number of groups dropped before; a pool never drops fewer.
         layer_sparsity: Name → its own sparsity. These tensors leave the competition; `sparsity` holds for the rest.
@@ -53,11 +53,9 @@ def pools(
     result = [Pool((name,), round(own * sizes[name])) for name, own in layer_sparsity.items()]
     if scope == "layer":
         result += [Pool((name,), round(sparsity * size)) for name, size in rest.items()]
-    elif scope == "erk":
-        result += _erk(rest, round(sparsity * sum(rest.values())), shapes, dropped)
     elif rest:
         result.append(Pool(tuple(rest), round(sparsity * sum(rest.values()))))
-    for pool in [*result, Pool(tuple(rest), round(sparsity * sum(rest.values())))] if scope == "erk" else result:
+    for pool in result:
         before, size = (sum(counts[name] for name in pool.names) for counts in (dropped, sizes))
         if before > pool.drop:
             where = repr(pool.names[0]) if len(pool.names) == 1 else "the targets"
@@ -65,6 +63,8 @@ def pools(
                 f"{before / size:.4f} of {where} is zero already, more than the sparsity {pool.drop / size:.4f} asked "
                 "for. What is pruned stays pruned: ask for a higher sparsity, or start without hold_zeros."
             )
+    if scope == "erk" and rest:
+        result[-1:] = _erk(rest, result[-1].drop, shapes, dropped)
     return result
 
 
@@ -85,21 +85,9 @@ def _erk(
     for _ in range(100):  # Until the interval is a single number.
         middle = (low + high) / 2
         low, high = (middle, high) if sum(wanted(middle).values()) > drop else (low, middle)
-    counts = _round_to_total(wanted(high), drop, low=dropped, high=sizes)
+    shares = wanted(high)
+    counts = {name: int(share) for name, share in shares.items()}
+    # What rounding down has left goes to the largest remainders.
+    for name in sorted(counts, key=lambda name: counts[name] - shares[name])[: drop - sum(counts.values())]:
+        counts[name] += 1
     return [Pool((name,), count) for name, count in counts.items()]
-
-
-def _round_to_total(
-    wanted: Mapping[str, float], total: int, low: Mapping[str, int], high: Mapping[str, int]
-) -> dict[str, int]:
-    """Whole numbers next to `wanted` within their bounds that add up to `total`."""
-    counts = {name: min(max(int(value), low[name]), high[name]) for name, value in wanted.items()}
-    while missing := total - sum(counts.values()):
-        step = 1 if missing > 0 else -1
-        room = [n for n in counts if (counts[n] < high[n] if step > 0 else counts[n] > low[n])]
-        if not room:
-            break  # More is dropped already than asked for: `pools` says so.
-        room.sort(key=lambda name: step * (counts[name] - wanted[name]))
-        for name in room[: abs(missing)]:
-            counts[name] += step
-    return counts

@@ -24,7 +24,7 @@ _KEY_DTYPES = {
 _CHUNK = 1 << 20  # Elements worked on at a time: bounds the temporaries, which are several times larger than scores.
 
 
-def keep_highest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+def drop_lowest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """Drops the `k` lowest of all scores together.
 
     Args:
@@ -43,14 +43,14 @@ def keep_highest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None
 
     Example:
         >>> a, b = torch.tensor([3.0, 1.0]), torch.tensor([2.0, 1.0])
-        >>> keep_highest({"a": lambda: a, "b": lambda: b}, k=3)
+        >>> drop_lowest({"a": lambda: a, "b": lambda: b}, k=3)
         {'a': tensor([ True, False]), 'b': tensor([False, False])}
     """
     kept = kept or {}
     dtype, total = _survey(scores)
     if not 0 <= k <= total:
         raise ValueError(f"k must be in [0, {total}], the number of scores; got {k}.")
-    threshold, ties = _kth_lowest(scores, kept, dtype, k) if k else (torch.iinfo(_KEY_DTYPES[dtype]).min, 0)
+    threshold, ties = _kth_lowest(scores, kept, dtype, k)
     masks = {}
     for name, compute in scores.items():
         values = compute()
@@ -60,7 +60,7 @@ def keep_highest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None
             # Of the scores that equal the threshold just as many stay as the count wants: the last by position.
             equal = (key == threshold).nonzero().flatten()
             above[equal[ties:]] = True
-            ties -= min(ties, len(equal))
+            ties = max(ties - len(equal), 0)
             chunks.append(above)
         masks[name] = torch.cat(chunks).view(values.shape)
     return masks
@@ -82,7 +82,7 @@ def check_scores(name: str, values: torch.Tensor) -> None:
     if values.numel() and values.aminmax().max.isnan():
         raise ValueError(
             f"{int(values.isnan().sum())} of the {values.numel()} scores of {name!r} are NaN. "
-            "The weight or the criterion's inputs hold NaN: has training diverged?"
+            "A criterion has to give every weight a number."
         )
 
 
@@ -112,7 +112,10 @@ def _keys(values: torch.Tensor, kept: torch.Tensor | None, dtype: torch.dtype) -
 
 
 def _kth_lowest(scores: Scores, kept: Mapping[str, torch.Tensor], dtype: torch.dtype, k: int) -> tuple[int, int]:
-    """The k-th lowest key (`k ≥ 1`), and how many of the scores that equal it are among the k lowest."""
+    """The k-th lowest key, and how many of the scores that equal it are among the k lowest.
+
+    For `k = 0` the lowest integer, and none.
+    """
     top = torch.iinfo(_KEY_DTYPES[dtype]).bits - 16
     known = 0  # The digits found so far, as a signed integer.
     for shift in range(top, -1, -16):

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +53,9 @@ class Target:
         return self.weight.shape[self.axes[-1]]
 
     @property
-    def kernel_shape(self) -> tuple[int, ...]:
+    def layer_shape(self) -> tuple[int, ...]:
         """The weight's shape, for fused experts that of one expert."""
-        return tuple(self.weight.shape)[1 if self.weight.ndim == 3 else 0 :]
+        return tuple(self.weight.shape[-2:] if self.weight.ndim == 3 else self.weight.shape)
 
     def to_matrix(self, values: torch.Tensor) -> torch.Tensor:
         """`values` of the weight's shape → `[rows, in]`, output by output, the input dimension last."""
@@ -107,9 +107,10 @@ def find_targets(
             "Merge them first (merge_and_unload), or prune before adding them."
         )
     candidates = list(_candidates(model))
-    for option, patterns in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
-        for entry in [patterns] if isinstance(patterns, str) else patterns or []:
-            if not any(_matches(patterns if isinstance(patterns, str) else [entry], t) for t in candidates):
+    included, excluded = _expressions(target_modules), _expressions(exclude_modules)
+    for option, expressions in (("target_modules", included), ("exclude_modules", excluded)):
+        for entry, expression in expressions.items():
+            if not any(_matches(target, [expression]) for target in candidates):
                 ends = dict.fromkeys(target.module.rpartition(".")[2] for target in candidates)
                 raise ValueError(
                     f"{option}={entry!r} matches no prunable module of {type(model).__name__}. Prunable are {_TYPES}; "
@@ -118,8 +119,8 @@ def find_targets(
     chosen = [
         target
         for target in candidates
-        if (_in_body(model, target) if target_modules is None else _matches(target_modules, target))
-        and not (exclude_modules is not None and _matches(exclude_modules, target))
+        if (_in_body(model, target) if target_modules is None else _matches(target, included.values()))
+        and not _matches(target, excluded.values())
     ]
     targets = _without_tied(model, chosen)
     if not targets:
@@ -151,15 +152,16 @@ def is_regex(entry: str) -> bool:
     return _NOT_A_NAME.search(entry) is not None
 
 
-def _matches(patterns: str | Sequence[str], target: Target) -> bool:
-    names = (target.module, target.name.rpartition(".")[0])
+def _expressions(patterns: str | Sequence[str] | None) -> dict[str, re.Pattern[str]]:
+    """Each entry → what the whole name of a module has to match: see `find_targets`."""
     if isinstance(patterns, str):
-        return any(re.fullmatch(patterns, name) for name in names)
-    return any(
-        re.fullmatch(entry, name) if is_regex(entry) else name == entry or name.endswith(f".{entry}")
-        for entry in patterns
-        for name in names
-    )
+        return {patterns: re.compile(patterns)}
+    return {e: re.compile(e if is_regex(e) else rf"(.*\.)?{re.escape(e)}") for e in patterns or ()}
+
+
+def _matches(target: Target, expressions: Iterable[re.Pattern[str]]) -> bool:
+    names = (target.module, target.name.rpartition(".")[0])
+    return any(expression.fullmatch(name) for expression in expressions for name in names)
 
 
 def _in_body(model: nn.Module, target: Target) -> bool:

@@ -43,7 +43,7 @@ class Watch(TrainerCallback):
         masks = self.pruning.masks
         for name, mask in masks.items():
             assert torch.equal(model.get_parameter(name) != 0, mask)
-        self.seen.append((state.global_step, masks.pruned))
+        self.seen.append((state.global_step, masks.masked))
 
 
 # Exactness, for every family.
@@ -134,7 +134,7 @@ def test_equals_torch_prune_bit_for_bit(family, optim, make_trainer):
     reorder(theirs)
     trainer = make_trainer(theirs, TorchPrune(theirs, masks_at), train_dataset=in_float64(theirs), **options)
     trainer.train()
-    assert len({masks.pruned for masks in masks_at.values()}) == 4
+    assert len({masks.masked for masks in masks_at.values()}) == 4
     others = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         if name in targets:
@@ -190,7 +190,7 @@ def test_training_arguments(options, make_trainer):
     trainer.train()
     trainer.evaluate()  # Optimizers that average weights put the averages in for evaluation.
     assert watch.seen[-1] == (trainer.state.max_steps, round(0.8 * pruning.masks.total))
-    assert sparsity_report(model).zeros == pruning.masks.pruned
+    assert sparsity_report(model).zeros == pruning.masks.masked
     assert [row.round for row in pruning.history] == [1, 2, 3, 4]
 
 
@@ -565,7 +565,7 @@ def test_tokens_are_counted_where_trainer_counts_them(make_trainer):
         (dict(schedule="constant", rounds=7), "7 rounds do not fit into 6 steps"),
         (dict(schedule="constant", rounds=3, begin=4), "3 rounds do not fit into 2 steps"),
         (dict(begin=0.5, end=2), "begin must be before end, got begin=0.5 .step 3. and end=2 .step 2."),
-        (dict(end=20), "end=20 is after the end of the run, which has 6 steps"),
+        (dict(end=20), "end=20 is after the end of the run. Take an end of at most 6 steps"),
         (dict(target_modules=["attention"]), "target_modules='attention' matches no prunable module"),
         (
             dict(granularity="3:5", sparsity=None),
@@ -613,3 +613,14 @@ print(sum(float(p.double().sum()) for p in model.state_dict().values()))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert float(run.stdout) == sum(float(p.double().sum()) for p in trainer.model.state_dict().values())
+
+
+def test_held_zeros_are_measured_too(make_trainer):
+    model = build("llama")
+    prune(model, PruningConfig(sparsity=0.5))
+    expected = make_trainer(twin(model)).evaluate()["eval_loss"]
+    pruning = PruningTrainerCallback(PruningConfig(hold_zeros=True))
+    trainer = make_trainer(model, pruning)
+    pruning.evaluate = trainer.evaluate
+    trainer.train()
+    assert (pruning.history.dense, pruning.history[0].after_cut) == (None, expected)

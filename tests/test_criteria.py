@@ -86,7 +86,7 @@ def test_random_is_uniform_on_zero_to_one(seed):
 
 
 def test_the_known_criteria():
-    assert {"magnitude": magnitude, "random": random} == CRITERIA
+    assert {"magnitude": magnitude, "random": random}.items() <= CRITERIA.items()
 
 
 def test_score_inputs_cannot_be_changed():

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import ViTConfig, ViTModel
 
 from hf_prune import masks as masks_module
-from hf_prune.masks import MaskSet, pruned_in
+from hf_prune.masks import MaskSet, masked_in
 from hf_prune.targets import find_targets
 
 
@@ -89,13 +89,13 @@ def test_mask_sets_with_equal_masks_are_equal():
 
 def test_sparsity_is_counted_over_all_masks():
     masks = MaskSet({"a": torch.tensor([True, False, False, False]), "b": torch.ones(2, 3, dtype=torch.bool)})
-    assert (masks.total, masks.pruned, masks.sparsity) == (10, 3, 0.3)
+    assert (masks.total, masks.masked, masks.sparsity) == (10, 3, 0.3)
     assert repr(masks) == "MaskSet(2 masks, 10 weights, sparsity 0.3000)"
-    assert pruned_in(masks["a"]) == 3
+    assert masked_in(masks["a"]) == 3
 
 
 def test_no_mask_prunes_nothing():
-    assert (MaskSet().total, MaskSet().pruned, MaskSet().sparsity) == (0, 0, 0.0)
+    assert (MaskSet().total, MaskSet().masked, MaskSet().sparsity) == (0, 0, 0.0)
     assert not MaskSet()
     assert MaskSet({"empty": bits(0, 3)}).sparsity == 0.0
     assert repr(MaskSet()) == "MaskSet(0 masks, 0 weights, sparsity 0.0000)"
@@ -191,7 +191,7 @@ def test_from_zeros_by_default_reads_the_default_targets():
     vit = ViTModel(config)
     masks = MaskSet.from_zeros(vit)
     assert list(masks) == list(find_targets(vit))
-    assert masks.pruned == 0
+    assert masks.masked == 0
 
 
 def test_from_zeros_gives_back_what_apply_wrote():

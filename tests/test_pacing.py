@@ -86,8 +86,8 @@ def test_no_round_is_no_cut():
         ((1, 100, None, 100), r"begin must be before end, got begin=100 \(step 100\) and end=None \(step 100\)"),
         ((1, 1000, None, 100), r"begin must be before end, got begin=1000 \(step 1000\)"),
         ((1, 0, None, 0), r"begin must be before end, .* in a run of 0 steps"),
-        ((1, 0, 101, 100), r"end=101 is after the end of the run, which has 100 steps\."),
-        ((1, 200, 300, 100), r"end=300 is after the end of the run, which has 100 steps\."),
+        ((1, 0, 101, 100), r"end=101 is after the end of the run\. Take an end of at most 100 steps"),
+        ((1, 200, 300, 100), r"end=300 is after the end of the run\. Take an end of at most 100 steps"),
     ],
 )
 def test_rounds_that_do_not_fit_the_run_are_an_error(arguments, message):

@@ -39,7 +39,7 @@ def train(folder: Path, batch_size: int) -> None:
         "world_size": trainer.args.world_size,
         "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else None,
         "masks": pruning.masks.digest(),
-        "pruned": pruning.masks.pruned,
+        "pruned": pruning.masks.masked,
         "norms": norms,
         "samples": [row.samples for row in pruning.history],
         "after_cut": [row.after_cut for row in pruning.history],

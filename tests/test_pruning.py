@@ -100,7 +100,7 @@ def test_rounds_are_monotone_and_exact(criterion, scope, granularity):
             assert not (masks[name] & ~mask).any()
         if scope != "layer":
             size = 8 if granularity.startswith("block") else 1
-            assert masks.pruned == size * round(sparsity * masks.total / size)
+            assert masks.masked == size * round(sparsity * masks.total / size)
 
 
 def test_pattern_rounds_go_through_all_patterns():
@@ -150,7 +150,7 @@ def test_layer_sparsity_leaves_the_rest_to_compete():
     assert all(int((~mask).sum()) == mask.numel() // 4 for mask in own.values())
     assert all(mask.all() for name, mask in masks.items() if "q_proj" in name)
     rest = MaskSet({n: m for n, m in masks.items() if n not in own and "q_proj" not in n})
-    assert rest.pruned == round(0.8 * rest.total)
+    assert rest.masked == round(0.8 * rest.total)
 
 
 def test_layer_sparsity_that_matches_nothing_is_an_error():

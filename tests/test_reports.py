@@ -67,9 +67,9 @@ def test_zeros_beyond_the_masks_are_told_apart():
     net = Net()
     masks = masked(net)
     report = sparsity_report(net, masks=masks)
-    assert [(m.name, m.masked) for m in report.modules] == [("up", 3), ("down", masks.pruned - 3)]
-    assert report.masked == masks.pruned < report.zeros == 3 + 32
-    beyond = 35 - masks.pruned
+    assert [(m.name, m.masked) for m in report.modules] == [("up", 3), ("down", masks.masked - 3)]
+    assert report.masked == masks.masked < report.zeros == 3 + 32
+    beyond = 35 - masks.masked
     assert str(report).endswith(f"\n{beyond} of the zeros are not pruned: they were zero before.")
 
 
@@ -361,3 +361,9 @@ def test_a_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"^plots need matplotlib: pip install matplotlib\.$"):
         history().plot(tmp_path / "history.png")
     assert not (tmp_path / "history.png").exists()
+
+
+def test_masks_that_are_not_applied_are_said():
+    model = nn.Sequential(nn.Linear(4, 4))
+    report = sparsity_report(model, masks={"0.weight": torch.zeros(4, 4, dtype=torch.bool)})
+    assert "At least 16 masked weights are not zero. Set them to zero with MaskSet.apply_." in str(report)

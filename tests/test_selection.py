@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_prune import selection
-from hf_prune.selection import keep_highest
+from hf_prune.selection import drop_lowest
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -22,7 +22,7 @@ def full_sort(tensors: list[torch.Tensor], k: int) -> list[torch.Tensor]:
 def check(tensors: list[torch.Tensor]) -> None:
     total = sum(t.numel() for t in tensors)
     for k in {0, 1, 2, total // 3, total // 2, total - 1, total} & set(range(total + 1)):
-        masks = keep_highest({str(i): lambda t=t: t for i, t in enumerate(tensors)}, k)
+        masks = drop_lowest({str(i): lambda t=t: t for i, t in enumerate(tensors)}, k)
         for mask, expected in zip(masks.values(), full_sort(tensors, k), strict=True):
             assert torch.equal(mask, expected)
 
@@ -91,7 +91,7 @@ def test_what_is_dropped_stays_dropped_whatever_its_score(dtype):
     dropped = sum(int((~mask).sum()) for mask in kept.values())
     scores = {name: lambda t=t: t for name, t in tensors.items()}
     for k in (dropped, dropped + 1, 80, 120):
-        masks = keep_highest(scores, k, kept)
+        masks = drop_lowest(scores, k, kept)
         assert sum(int((~mask).sum()) for mask in masks.values()) == k
         for name, mask in kept.items():
             assert not (masks[name] & ~mask).any()
@@ -99,7 +99,7 @@ def test_what_is_dropped_stays_dropped_whatever_its_score(dtype):
     lowest = [torch.where(kept.get(n, torch.tensor(True)), t.double(), -torch.inf) for n, t in tensors.items()]
     infinite = tensors["a"] == -torch.inf
     lowest[0][infinite & kept["a"]] = -1e300
-    for mask, expected in zip(keep_highest(scores, 80, kept).values(), full_sort(lowest, 80), strict=True):
+    for mask, expected in zip(drop_lowest(scores, 80, kept).values(), full_sort(lowest, 80), strict=True):
         assert torch.equal(mask, expected)
 
 
@@ -114,7 +114,7 @@ def test_scores_are_computed_one_tensor_at_a_time():
         alive.append(weakref.ref(scores))
         return scores
 
-    keep_highest({str(i): functools.partial(compute, i) for i in range(20)}, 90)
+    drop_lowest({str(i): functools.partial(compute, i) for i in range(20)}, 90)
     assert len(alive) >= 60
 
 
@@ -124,15 +124,15 @@ def test_a_nan_is_an_error_that_names_the_tensor(dtype, sign):
     bad = torch.ones(5, dtype=dtype)
     bad[3] = torch.copysign(torch.tensor(torch.nan), torch.tensor(float(sign)))
     with pytest.raises(ValueError, match=r"1 of the 5 scores of 'layer\.1\.weight' are NaN"):
-        keep_highest({"layer.0.weight": lambda: torch.ones(5), "layer.1.weight": lambda: bad}, 2)
+        drop_lowest({"layer.0.weight": lambda: torch.ones(5), "layer.1.weight": lambda: bad}, 2)
 
 
 def test_other_dtypes_are_an_error():
     with pytest.raises(ValueError, match=r"the scores of 'w' have dtype torch\.int64; scores must be one of float16"):
-        keep_highest({"w": lambda: torch.arange(3)}, 1)
+        drop_lowest({"w": lambda: torch.arange(3)}, 1)
 
 
 @pytest.mark.parametrize("k", [-1, 4])
 def test_a_count_out_of_range_is_an_error(k):
     with pytest.raises(ValueError, match=rf"k must be in \[0, 3\], the number of scores; got {k}"):
-        keep_highest({"w": lambda: torch.ones(3)}, k)
+        drop_lowest({"w": lambda: torch.ones(3)}, k)

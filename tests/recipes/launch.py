@@ -27,3 +27,8 @@ def launch(recipe: str, folder: Path, *flags: str, processes: int = 1) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stdout
+
+
+def report_in(printed: str, output_dir: str) -> str:
+    """The closing report of a run, without the name of its output folder."""
+    return printed[printed.index("\nround  step") :].replace(output_dir, "")

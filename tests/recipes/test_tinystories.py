@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tinystories
 from hf_prune import PruningConfig, sparsity_report
-from tests.recipes.launch import ROUND, launch
+from tests.recipes.launch import ROUND, launch, report_in
 
 SHORT = ("--max_steps=20", "--dense_steps=20", "--num_stories=200")
 
@@ -71,19 +71,15 @@ def test_found_dense_model_gives_the_same(short_run: tuple[Path, str]) -> None:
     folder, printed = short_run
     again = launch("tinystories.py", folder, *SHORT, "--output_dir=again")
     assert "Dense model: found in dense/gpt_neo-" in again
-    assert again[again.index("round") :] == printed[printed.index("round") :].replace("output/tinystories", "again")
+    assert report_in(again, "again") == report_in(printed, "output/tinystories")
 
 
 @pytest.mark.slow
 def test_resumes(short_run: tuple[Path, str]) -> None:
     folder, printed = short_run
-    checkpoint = "output/tinystories/checkpoint-18"
-    resumed = launch(
-        "tinystories.py", folder, *SHORT, "--output_dir=resumed", f"--resume_from_checkpoint={checkpoint}"
-    )
-    assert resumed[resumed.index("round") :] == printed[printed.index("round") :].replace(
-        "output/tinystories", "resumed"
-    )
+    flags = ("--output_dir=resumed", "--resume_from_checkpoint=output/tinystories/checkpoint-18")
+    resumed = launch("tinystories.py", folder, *SHORT, *flags)
+    assert report_in(resumed, "resumed") == report_in(printed, "output/tinystories")
 
 
 @pytest.mark.slow
@@ -112,7 +108,7 @@ def test_two_processes(tmp_path: Path) -> None:
     assert printed.count("Test perplexity") == printed.count("Story after") == 1
     again = launch("tinystories.py", tmp_path, *SHORT, "--output_dir=again", processes=2)
     assert again.count("Dense model: found in dense/gpt_neo-") == 1
-    assert again[again.index("round") :] == printed[printed.index("round") :].replace("output/tinystories", "again")
+    assert report_in(again, "again") == report_in(printed, "output/tinystories")
 
 
 @pytest.mark.parametrize(

@@ -2,24 +2,30 @@
 
 import functools
 import logging
+import random
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .checkpoints import (
+    ELSEWHERE,
     MASKS_NAME,
     Progress,
     find_checkpoint,
+    has_other_names_in_files,
     load_renamed_weights_,
     newest_complete,
     progress_of,
@@ -35,6 +41,9 @@ from .reports import HISTORY_NAME, PruningHistory, Round, sparsity_report
 from .targets import Target
 
 logger = logging.getLogger(__name__)
+
+# The hooks by parameter, shared by all callbacks: a run takes away what an interrupted one has left on its model.
+_HOOKS = WeakTensorKeyDictionary()
 
 
 class PruningTrainerCallback(TrainerCallback, ExportableState):
@@ -59,12 +68,13 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         history: The rounds so far.
         evaluate: Set it to `trainer.evaluate` to have the metric measured before the first cut and right after each
             cut; a callback cannot evaluate by itself. It counts for nothing else: neither for the best model nor
-            for early stopping, and it leaves torch's random state (CPU and CUDA) as it was.
+            for early stopping (`EarlyStoppingCallback` will say that it did not find its metric), and it leaves the
+            random state of torch (CPU and CUDA), NumPy and Python as it was.
         log: Set it to `trainer.log` to have `sparsity` and `pruning_round` in TensorBoard, W&B and whatever else
             `report_to` names. Without it they are in `trainer.state.log_history` alone.
 
     Raises:
-        TypeError: if `config` is not a `PruningConfig`.
+        TypeError: if `config` is not a `PruningConfig`, or `criterion` not a function.
 
     Example:
         >>> callback = PruningTrainerCallback(PruningConfig(sparsity=0.8))
@@ -76,6 +86,10 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             config = PruningConfig.from_dict(config)
         if not isinstance(config, PruningConfig):
             raise TypeError(f"config must be a PruningConfig, got {type(config).__name__}.")
+        if criterion is not None and not callable(criterion):
+            raise TypeError(
+                f"criterion must be a function of ScoreInputs, got {criterion!r}. Names go into the config."
+            )
         self.config = config
         self.criterion = criterion
         self.evaluate: Callable[..., Mapping[str, float]] | None = None
@@ -86,10 +100,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self.masks = MaskSet()
         self.history = PruningHistory()
         self._targets: dict[str, Target] = {}
+        self._held: list[str] = []
         self._run = uuid.uuid4().hex
         self._pacing = Even(())
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._training = False
+        self._reported: set[str] = set()
         self._clock = 0.0
         self._tokens_seen = 0
 
@@ -127,7 +142,10 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._release()
         self._start_clean()
         _require_supported(model)
+        if isinstance(state.stateful_callbacks, dict) and state.global_step == 0:
+            progress_of(state.stateful_callbacks, type(self).__name__)  # One callback, not more.
         self._targets = resolve_targets(model, self.config)
+        self._release()  # What an interrupted run of another callback has left.
         self._clock, self._tokens_seen = time.monotonic(), state.num_input_tokens_seen
         if state.global_step > 0:
             self._resume(args, state, model)
@@ -137,6 +155,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             self.history = _new_history(config, args, model)
             if config.hold_zeros:
                 self._adopt(MaskSet.from_zeros(model, self._targets), None, args, state, model, optimizer)
+                self._require_room(args)
             self._cut_if_due(args, state, model, optimizer)
         self._training = True
 
@@ -144,6 +163,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cuts if a round begins here: after what Trainer evaluated and saved at the end of the step before."""
+        if self._held != self._trainable():
+            self._hold()  # Somebody froze or unfroze weights.
         self._cut_if_due(args, state, kwargs["model"], kwargs["optimizer"])
 
     def on_optimizer_step(
@@ -169,10 +190,12 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Notes the metric. A cut that is due waits for the next step, so that Trainer saves what it evaluated."""
-        value = kwargs["metrics"].get(self.history.metric)
-        if value is None or not self._training:
+        if not self._training:
             return
-        history = self.history
+        history, value = self.history, kwargs["metrics"].get(self.history.metric)
+        self._reported |= {key for key in kwargs["metrics"] if key.startswith("eval_")}
+        if value is None:
+            return
         if history and state.global_step == history[-1].step:
             history[-1].after_cut = value
             return
@@ -186,8 +209,10 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts masks, config and history into the checkpoint."""
-        if args.should_save:
-            folder = _checkpoint_folder(args, state)
+        folder = _checkpoint_folder(args, state)
+        if args.should_save and not folder.is_dir():
+            logger.warning("%s is gone: was it rotated away by save_total_limit, among older ones?", folder)
+        elif args.should_save:
             if self.masks:
                 self.masks.save(folder / MASKS_NAME)
             self._save_reports(folder)
@@ -208,8 +233,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 "Training stopped at step %d after round %d of %d: the sparsity is %.4f, not the %.4f asked for.",
                 state.global_step, self._finished_rounds, len(asked), self.masks.sparsity, asked[-1],
             )  # fmt: skip
-        if self.config.metric and not self.history.evaluations and args.eval_strategy != "no":
-            logger.warning("No evaluation gave the metric %r, so the history has no values.", self.history.metric)
+        if self._reported and self.history.metric not in self._reported:
+            logger.warning(
+                "No evaluation gave the metric %r, so the history has no values. There were %s.",
+                self.history.metric, ", ".join(sorted(self._reported)),
+            )  # fmt: skip
         if args.should_save:
             self._save_reports(_output_dir(args))
 
@@ -225,6 +253,14 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         asked = self.config.round_sparsities[self._finished_rounds]
         masks = next_masks(self._targets, self.masks, asked, self.config, criterion=self.criterion, seed=args.seed)
         self._adopt(masks, asked, args, state, model, optimizer)
+
+    def _require_room(self, args: TrainingArguments) -> None:
+        """Tries the first cut on the zeros that are held: if they leave it no room, now is the time to say so."""
+        if not self.masks.masked:
+            logger.warning("hold_zeros found no zeros to hold.")
+        if self._pacing.cuts:
+            first = self.config.round_sparsities[0]
+            next_masks(self._targets, self.masks, first, self.config, criterion=self.criterion, seed=args.seed)
 
     def _adopt(
         self,
@@ -277,22 +313,30 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def _hold(self) -> None:
         """Zeroes the gradients of pruned weights as they are accumulated, which is before they are clipped."""
         self._release()
-        for name, mask in self.masks.items():
+        self._held = self._trainable()
+        for name in self._held:
             weight = self._targets[name].weight
-            if weight.requires_grad:
-                hook = functools.partial(_mask_gradient, mask)
-                self._hooks.append(weight.register_post_accumulate_grad_hook(hook))
+            hook = functools.partial(_mask_gradient, weakref.ref(self), self.masks[name])
+            _HOOKS[weight] = weight.register_post_accumulate_grad_hook(hook)
+
+    def _trainable(self) -> list[str]:
+        return [name for name in self.masks if self._targets[name].weight.requires_grad]
 
     def _release(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._held = []
+        for target in self._targets.values():
+            if target.weight in _HOOKS:
+                _HOOKS.pop(target.weight).remove()
 
     def _measure(self, prefix: str, args: TrainingArguments) -> float | None:
         """The metric now, under a prefix of its own: nobody takes it for an evaluation of the run."""
         assert self.evaluate is not None
+        python, numpy = random.getstate(), np.random.get_state()
         with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
             metrics = self.evaluate(metric_key_prefix=prefix)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        self._reported |= {key.replace(prefix, "eval", 1) for key in metrics}
         return metrics.get(self.history.metric.replace("eval", prefix, 1))
 
     def _count_seconds(self) -> None:
@@ -320,6 +364,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         folder = find_checkpoint([*named, _checkpoint_folder(args, state)], name, progress, state.global_step)
         if folder is not None:
             load_renamed_weights_(model, folder)
+        elif has_other_names_in_files(model):
+            raise ValueError(f"the weights of this {type(model).__name__} cannot be found to be resumed. {ELSEWHERE}")
         if progress["masks"] is not None:
             try:
                 self.masks = recover_masks(folder, progress["masks"], model, self._targets)
@@ -333,9 +379,10 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self.history.save(folder / HISTORY_NAME)
 
 
-def _mask_gradient(mask: torch.Tensor, parameter: torch.Tensor) -> None:
+def _mask_gradient(callback: weakref.ref[PruningTrainerCallback], mask: torch.Tensor, parameter: torch.Tensor) -> None:
+    # A run that was interrupted could not take its hooks away: they end with the callback.
     # Optimizers that step inside the backward pass may have taken the gradient away already.
-    if parameter.grad is not None:
+    if callback() is not None and parameter.grad is not None:
         parameter.grad.mul_(as_factor(mask))
 
 

@@ -1,21 +1,28 @@
 """Checkpoints: where an interrupted run is found again, and whether what is there is whole."""
 
+import copy
 import json
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import TypedDict, TypeGuard, cast
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
 
 from .masks import MaskSet
 
 TRAINER_STATE_NAME = "trainer_state.json"  # As in `transformers.trainer`, which imports datasets.
 MASKS_NAME = "pruning_masks.safetensors"
+ELSEWHERE = (
+    "If the checkpoint is not in output_dir, name it in TrainingArguments(resume_from_checkpoint=...) too: "
+    "callbacks are not told the path that is given to train()."
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,20 +87,32 @@ def find_checkpoint(folders: Iterable[Path], callback: str, progress: Progress, 
     return None
 
 
+def has_other_names_in_files(model: nn.Module) -> TypeGuard[PreTrainedModel]:
+    """Whether a saved model has other names for its weights than the model in memory, as ViT and fused experts do."""
+    return isinstance(model, PreTrainedModel) and bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
 def load_renamed_weights_(model: nn.Module, folder: Path) -> None:
     """Loads a checkpoint's weights if its names for them are not the model's; does nothing otherwise.
 
-    `save_pretrained` writes the names of the Hub, and for some models (ViT, fused experts) they are not those in
-    memory. `from_pretrained` translates; Trainer, when it resumes and when it brings back the best model, does not,
-    and silently leaves such weights as they are (transformers issue 48805).
+    `save_pretrained` writes the names of the Hub, and for some models they are not those in memory.
+    `from_pretrained` translates; Trainer, when it resumes and when it brings back the best model, does not, and
+    silently leaves such weights as they are (transformers issue 48805).
 
     Args:
         model: The model, unwrapped; changed in place.
         folder: The checkpoint.
     """
-    if isinstance(model, PreTrainedModel) and not _names_in(folder) <= set(model.state_dict()):
-        saved = type(model).from_pretrained(folder, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
+    files = sorted(folder.glob("model*.safetensors"))
+    if not has_other_names_in_files(model) or not files:
+        return
+    saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    # Loading puts new parameters into a model, and the optimizer holds the old ones: so a copy is loaded.
+    loaded = copy.deepcopy(model)
+    translate = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(loaded))  # type: ignore[arg-type]
+    info, _ = convert_and_load_state_dict_in_model(loaded, saved, translate)
+    found = {name: tensor for name, tensor in loaded.state_dict().items() if name not in info.missing_keys}
+    model.load_state_dict(found, strict=False)
 
 
 def recover_masks(folder: Path | None, digest: str, model: nn.Module, names: Collection[str]) -> MaskSet:
@@ -119,10 +138,9 @@ def recover_masks(folder: Path | None, digest: str, model: nn.Module, names: Col
             masks = MaskSet({name: mask.to(model.get_parameter(name).device) for name, mask in masks.items()})
             if _are_zero(model, masks):
                 return masks
-    elsewhere = "Name the checkpoint in TrainingArguments(resume_from_checkpoint=...) too if it is not in output_dir."
     raise ValueError(
         f"the masks of the checkpoint are missing, damaged or of another model: no {MASKS_NAME} fits the digest on "
-        f"record, nor do the zeros of the weights. {elsewhere if folder is None else f'The checkpoint is {folder}.'}"
+        f"record, nor do the zeros of the weights. {ELSEWHERE if folder is None else f'The checkpoint is {folder}.'}"
     )
 
 
@@ -160,9 +178,9 @@ def progress_of(stored: object, callback: str) -> Progress:
     """
     state = stored.get(callback) if isinstance(stored, Mapping) else None
     if isinstance(state, list):
-        raise ValueError(f"the checkpoint holds the state of {len(state)} {callback}s; a run can have one.")
+        raise ValueError(f"there is more than one {callback}; a run can have one.")
     progress = state.get("progress") if isinstance(state, Mapping) else None
-    if not isinstance(progress, Mapping):
+    if not (isinstance(progress, Mapping) and set(progress) >= Progress.__annotations__.keys()):
         raise ValueError(
             f"the checkpoint holds no state of a {callback}: it was not saved by a pruning run. "
             "To prune it, load its weights as the model and train without resume_from_checkpoint."
@@ -183,17 +201,6 @@ def _read_progress(folder: Path, callback: str) -> tuple[Progress | None, int]:
         return progress_of(state["stateful_callbacks"], callback), state["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None, 0
-
-
-def _names_in(folder: Path) -> set[str]:
-    """The names of the weights in a checkpoint; empty if it has no safetensors."""
-    index, whole = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
-    if index.is_file():
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    if not whole.is_file():
-        return set()
-    with safe_open(whole, framework="pt") as file:
-        return set(file.keys())
 
 
 def _load(folder: Path) -> MaskSet | None:

@@ -78,7 +78,14 @@ def next_masks(
         _require_finite(target)
 
     def weight_scores(target: Target) -> torch.Tensor:
+        version = target.weight._version
         scores = score(ScoreInputs(target.name, target.weight.detach(), seed))
+        if target.weight._version != version:
+            raise ValueError(f"the criterion changed {target.name!r} in place. It has to leave the weight as it is.")
+        if not torch.is_tensor(scores):
+            raise TypeError(
+                f"the criterion gave {type(scores).__name__} for {target.name!r}; it has to give a tensor."
+            )
         if scores.shape != target.weight.shape:
             raise ValueError(
                 f"the criterion gave scores of shape {tuple(scores.shape)} for {target.name!r}, "

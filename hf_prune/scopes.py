@@ -61,7 +61,8 @@ def pools(
             where = repr(pool.names[0]) if len(pool.names) == 1 else "the targets"
             raise ValueError(
                 f"{before / size:.4f} of {where} is zero already, more than the sparsity {pool.drop / size:.4f} asked "
-                "for. What is pruned stays pruned: ask for a higher sparsity, or start without hold_zeros."
+                "for in this round. What is pruned stays pruned: take fewer rounds or a higher initial_sparsity, or "
+                "start without hold_zeros."
             )
     if scope == "erk" and rest:
         result[-1:] = _erk(rest, result[-1].drop, shapes, dropped)

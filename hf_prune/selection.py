@@ -63,6 +63,12 @@ def drop_lowest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None 
             ties = max(ties - len(equal), 0)
             chunks.append(above)
         masks[name] = torch.cat(chunks).view(values.shape)
+    dropped = sum(mask.numel() - int(mask.count_nonzero()) for mask in masks.values())
+    if dropped != k:
+        raise ValueError(
+            f"{dropped} instead of {k} were dropped: the criterion gave other scores when it was called again. It has "
+            "to give the same ones each time; seed what is random by ScoreInputs.seed and .name."
+        )
     return masks
 
 

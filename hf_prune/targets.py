@@ -19,7 +19,7 @@ _AXES: dict[type[nn.Module], tuple[int, ...]] = {
     nn.Conv2d: (2, 3, 0, 1),
 }
 _TYPES = "the weights of Linear, Conv1D, Conv2d and fused (3-D) experts"
-_HEADS = {"lm_head", "classifier", "classification_head", "score", "qa_outputs", "pooler", "head"}
+_HEADS = {"classifier", "score", "qa_outputs", "pooler", "head", "class_predictor"}  # And whatever ends in _head.
 _NOT_A_NAME = re.compile(r"[*+?|()\[\]{}^$\\]")
 
 
@@ -172,9 +172,14 @@ def _in_body(model: nn.Module, target: Target) -> bool:
         has_body = isinstance(parent, PreTrainedModel) and parent.base_model is not parent
         if has_body and parts[i] != parent.base_model_prefix:
             return False  # A head: it stands beside the base model.
-        if "gate" in parts[i] and any("expert" in name for name, _ in parent.named_children()):
+        # The weights of fused experts have no module of their own, and are named "gate" for another reason.
+        is_module = i + 1 < len(parts) or target.weight.ndim != 3
+        if is_module and "gate" in parts[i] and any("expert" in name for name, _ in parent.named_children()):
             return False  # A router: it stands beside the experts between which it chooses.
-    return not any(part in _HEADS or "embed" in part or "router" in part for part in parts)
+    if any(part in _HEADS or part.endswith("_head") or "router" in part for part in parts) or parts[0] == "fc":
+        return False
+    # Only near the end: what embeds audio or images may be an encoder with layers of its own.
+    return not any("embed" in part or part.endswith("stem") for part in parts[-3:])
 
 
 def _without_tied(model: nn.Module, chosen: Sequence[Target]) -> dict[str, Target]:

@@ -2,9 +2,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import Trainer
 
 from tests.training import trainer_factory
+
+# Two test processes on two cores: with more threads than one each, they would wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

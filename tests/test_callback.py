@@ -1,10 +1,13 @@
+import gc
 import json
 import logging
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -624,3 +627,128 @@ def test_held_zeros_are_measured_too(make_trainer):
     pruning.evaluate = trainer.evaluate
     trainer.train()
     assert (pruning.history.dense, pruning.history[0].after_cut) == (None, expected)
+
+
+# What strangers broke once.
+
+
+def test_an_interrupted_run_leaves_no_hooks_to_the_next(make_trainer):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model = build("llama")
+    interrupted = PruningTrainerCallback(PruningConfig(sparsity=0.8, schedule="one_shot"))
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(model, interrupted, Interrupt()).train()
+    assert sparsity_report(model).zeros == round(0.8 * 4608)
+    again = PruningTrainerCallback(PruningConfig(sparsity=0.3))
+    make_trainer(model, again).train()
+    assert round(0.3 * 4608) == again.masks.masked <= sparsity_report(model).zeros < 0.35 * 4608
+
+
+def test_hooks_end_with_the_callback(make_trainer):
+    model = build("llama")
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.5))
+    trainer = make_trainer(model, pruning)
+    trainer.state.max_steps, optimizer = 6, trainer.create_optimizer()
+    pruning.on_train_begin(trainer.args, trainer.state, trainer.control, model=model, optimizer=optimizer)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    rows = {key: value[None] for key, value in batch(model)[0].items()}
+    model(**rows).loss.backward()
+    assert not weight.grad[weight == 0].any()
+    trainer.pop_callback(pruning)
+    del trainer, pruning
+    gc.collect()
+    model(**rows).loss.backward()
+    assert weight.grad[weight == 0].any()
+
+
+def test_weights_that_are_unfrozen_in_mid_round_are_held(make_trainer):
+    model, checked = build("llama"), []
+    late = model.model.layers[0].mlp.up_proj.weight
+
+    class Unfreeze(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            late.requires_grad_(state.global_step >= 2)
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if late.requires_grad:
+                mask = pruning.masks["model.layers.0.mlp.up_proj.weight"]
+                checked.append(bool(late.grad[mask].any()) and not late.grad[~mask].any())
+
+    late.requires_grad_(False)
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.8, schedule="one_shot"))
+    make_trainer(model, Unfreeze(), pruning).train()
+    assert checked == [True] * 4
+    assert sparsity_report(model).zeros == round(0.8 * 4608)
+
+
+def test_measuring_leaves_every_random_state_alone(make_trainer):
+    def train(measure: bool) -> dict:
+        model = build("llama")
+        pruning = PruningTrainerCallback(FOUR_ROUNDS)
+        trainer = make_trainer(model, pruning)
+
+        def collate(rows: list) -> dict:
+            columns = transformers.default_data_collator(rows)
+            columns["labels"][:, int(random.random() * 6)] = -100
+            columns["labels"][:, 6 + int(np.random.rand() * 6)] = -100
+            return columns
+
+        trainer.data_collator = collate
+        if measure:
+            pruning.evaluate = trainer.evaluate
+        random.seed(0)
+        np.random.seed(0)
+        trainer.train()
+        return model.state_dict()
+
+    plain, measured = train(False), train(True)
+    assert all(torch.equal(value, measured[name]) for name, value in plain.items())
+
+
+def test_a_checkpoint_that_was_rotated_away_is_said(make_trainer, tmp_path, caplog):
+    (tmp_path / "out" / "checkpoint-100").mkdir(parents=True)
+    pruning = PruningTrainerCallback(FOUR_ROUNDS)
+    make_trainer(build("llama"), pruning, save_strategy="steps", save_steps=3, save_total_limit=1).train()
+    assert "checkpoint-3 is gone: was it rotated away by save_total_limit" in caplog.text
+
+
+def test_zeros_that_leave_a_later_cut_no_room_are_an_error_before_training(make_trainer):
+    model = build("llama")
+    prune(model, PruningConfig(sparsity=0.7))
+    trainer = make_trainer(model, PruningTrainerCallback(PruningConfig(sparsity=0.8, begin=3, hold_zeros=True)))
+    with pytest.raises(ValueError, match=r"0\.\d+ of the targets is zero already, .* take fewer rounds"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_holding_nothing_is_said(make_trainer, caplog):
+    make_trainer(build("llama"), PruningTrainerCallback(PruningConfig(hold_zeros=True))).train()
+    assert "hold_zeros found no zeros to hold" in caplog.text
+
+
+def test_several_evaluation_datasets(make_trainer, caplog):
+    model = build("llama")
+    data = {"a": batch(model, 8, 1), "b": batch(model, 8, 2)}
+    options = dict(eval_strategy="steps", eval_steps=2, train_dataset=batch(model, 24), eval_dataset=data)
+    make_trainer(model, PruningTrainerCallback(FOUR_ROUNDS), **options).train()
+    assert "No evaluation gave the metric 'eval_loss'" in caplog.text
+    assert "eval_a_loss" in caplog.text
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.9, metric="b_loss"))
+    trainer = make_trainer(model, pruning, **options)
+    pruning.evaluate = trainer.evaluate
+    trainer.train()
+    assert None not in (pruning.history.dense, pruning.history[-1].after_cut, pruning.history[-1].last)
+
+
+def test_two_pruning_callbacks_are_an_error(make_trainer):
+    callbacks = [PruningTrainerCallback(FOUR_ROUNDS), PruningTrainerCallback(FOUR_ROUNDS)]
+    with pytest.raises(ValueError, match="there is more than one PruningTrainerCallback; a run can have one"):
+        make_trainer(build("llama"), *callbacks).train()
+
+
+def test_a_criterion_must_be_a_function():
+    with pytest.raises(TypeError, match=r"must be a function of ScoreInputs, got 'random'\. Names go into"):
+        PruningTrainerCallback(FOUR_ROUNDS, criterion="random")

@@ -263,3 +263,18 @@ def test_pruning_leaves_names_config_and_buffers_alone():
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert model.config.to_json_string() == config
     assert sparsity_report(model).sparsity == 0.5
+
+
+def test_a_criterion_that_changes_its_mind_is_an_error():
+    with pytest.raises(ValueError, match="instead of 3072 were dropped: the criterion gave other scores when"):
+        prune(build("gpt2"), PruningConfig(sparsity=0.5), criterion=lambda inputs: torch.rand_like(inputs.weight))
+
+
+def test_a_criterion_that_changes_the_weight_is_an_error():
+    with pytest.raises(ValueError, match=r"the criterion changed 'transformer\.h\.0\.attn\.c_attn\.weight' in place"):
+        prune(build("gpt2"), PruningConfig(sparsity=0.5), criterion=lambda inputs: inputs.weight.abs_())
+
+
+def test_a_criterion_that_gives_no_tensor_is_an_error():
+    with pytest.raises(TypeError, match=r"the criterion gave NoneType for 'transformer.*; it has to give a tensor"):
+        prune(build("gpt2"), PruningConfig(sparsity=0.5), criterion=lambda inputs: None)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, ViTConfig, ViTForImageClassification
 
 from hf_prune import MaskSet, PruningConfig, PruningHistory, PruningTrainerCallback, sparsity_report
+from hf_prune.checkpoints import load_renamed_weights_
 from tests.tiny import FAMILIES, build
 from tests.training import trainer_factory
 
@@ -144,9 +145,7 @@ def test_weights_with_other_names_in_a_folder_that_is_not_told(tmp_path):
     trainer, _ = start(trainer_factory(tmp_path), family="vit")
     trainer.train()
     moved = str((tmp_path / "out").rename(tmp_path / "moved") / "checkpoint-6")
-    with pytest.raises(
-        ValueError, match=r"Name the checkpoint in TrainingArguments\(resume_from_checkpoint=\.\.\.\) too"
-    ):
+    with pytest.raises(ValueError, match=r"name it in TrainingArguments\(resume_from_checkpoint=\.\.\.\) too"):
         start(trainer_factory(tmp_path), family="vit")[0].train(resume_from_checkpoint=moved)
     again, pruning = start(trainer_factory(tmp_path), family="vit", resume_from_checkpoint=moved)
     again.train(resume_from_checkpoint=moved)
@@ -235,14 +234,6 @@ def test_a_checkpoint_of_a_dense_run_is_an_error(make_trainer):
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_two_pruning_callbacks_are_an_error_on_resuming(make_trainer):
-    pruning = [PruningTrainerCallback(CONFIG), PruningTrainerCallback(CONFIG)]
-    make_trainer(build("gpt2"), *pruning, **OPTIONS).train()
-    trainer, _ = start(make_trainer)
-    with pytest.raises(ValueError, match=r"holds the state of \d+ PruningTrainerCallbacks; a run can have one"):
-        trainer.train(resume_from_checkpoint=True)
-
-
 def test_callbacks_that_trainer_rebuilds_from_their_state(undisturbed, checkpoints, make_trainer):
     trainer, pruning = start(make_trainer, restore_callback_states_from_checkpoint=True)
     trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-6"))
@@ -265,3 +256,35 @@ def test_training_on_for_longer_keeps_the_cuts(checkpoints, make_trainer):
     assert [row.step for row in pruning.history] == [1, 3, 5]
     assert trainer.state.global_step == 14
     assert sparsity_report(trainer.model).zeros == round(0.8 * pruning.masks.total)
+
+
+@pytest.mark.parametrize("begin", [1, 7])
+def test_weights_with_other_names_that_are_not_told_are_an_error(begin, tmp_path):
+    """Before the first cut no mask could tell that nothing was loaded."""
+    config = PruningConfig(sparsity=0.8, schedule="one_shot", begin=begin)
+    start(trainer_factory(tmp_path / "a"), config, family="mixtral")[0].train()
+    with pytest.raises(ValueError, match=r"name it in TrainingArguments\(resume_from_checkpoint=\.\.\.\) too"):
+        start(trainer_factory(tmp_path / "b"), config, family="mixtral")[0].train(
+            resume_from_checkpoint=str(tmp_path / "a" / "out" / "checkpoint-3")
+        )
+
+
+def test_renamed_weights_load_into_any_model(tmp_path):
+    """Of a class of its own, with a module more than the file has, and in two precisions."""
+
+    class Own(ViTForImageClassification):
+        def __init__(self, config: ViTConfig, more: int) -> None:
+            super().__init__(config)
+            self.more = torch.nn.Linear(more, more)
+
+    plain = build("vit").to(torch.bfloat16)
+    plain.classifier.float()
+    torch.nn.init.normal_(plain.classifier.weight)
+    plain.save_pretrained(tmp_path)
+    own = Own(plain.config, 3).to(torch.bfloat16)
+    own.classifier.float()
+    more, parameters = own.more.weight.clone(), list(own.parameters())
+    load_renamed_weights_(own, tmp_path)
+    assert all(torch.equal(own.state_dict()[name], value) for name, value in plain.state_dict().items())
+    assert torch.equal(own.more.weight, more)
+    assert all(a is b for a, b in zip(own.parameters(), parameters, strict=True))

@@ -211,8 +211,8 @@ def test_erk_is_quick_also_where_a_large_layer_was_sparser_before():
 def test_more_dropped_than_the_sparsity_is_an_error(scope):
     sizes, shapes = {"a": 100, "b": 100}, dict.fromkeys("ab", (10, 10))
     message = (
-        r"0\.6000 of the targets is zero already, more than the sparsity 0\.5000 asked for\. What is pruned stays "
-        r"pruned: ask for a higher sparsity, or start without hold_zeros\."
+        r"0\.6000 of the targets is zero already, more than the sparsity 0\.5000 asked for in this round\. What is "
+        r"pruned stays pruned: take fewer rounds or a higher initial_sparsity, or start without hold_zeros\."
     )
     with pytest.raises(ValueError, match=message):
         divide(sizes, 0.5, scope, shapes=shapes, dropped={"a": 80, "b": 40})

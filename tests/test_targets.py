@@ -182,3 +182,42 @@ def test_adapters_are_refused():
     model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="carries adapters"):
         find_targets(model)
+
+
+def test_experts_with_a_child_that_is_called_expert_are_targets():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.ones(2, 8, 4))
+            self.post_expert_norm = nn.LayerNorm(4)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.experts = nn.Linear(4, 2), Experts()
+
+    assert list(find_targets(Block())) == ["experts.gate_up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_target"),
+    [
+        ("fc", False),
+        ("mask_head.0", False),
+        ("class_predictor", False),
+        ("conv_stem.conv", False),
+        ("encoder.patch_embeddings.0.proj", False),
+        ("audio_embed.encoder.layers.0.fc", True),
+        ("blocks.0.fc", True),
+    ],
+)
+def test_heads_and_embeddings_by_name(name, is_target):
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(4, 4))
+    *parents, last = name.split(".")
+    place = model
+    for parent in parents:
+        place.add_module(parent, nn.Module())
+        place = place.get_submodule(parent)
+    place.add_module(last, nn.Linear(4, 4))
+    assert (f"{name}.weight" in find_targets(model)) == is_target

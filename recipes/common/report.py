@@ -33,6 +33,6 @@ def report(
         f"\n{history}\n\n"
         f"Test {metric}: dense {results[f'dense_test_{metric}']:.4f}, "
         f"pruned to sparsity {sparsity:.4f} {results[f'test_{metric}']:.4f}\n\n"
-        f"Saved in {folder}: the model, its history, pruning.png. "
+        f"Saved in {folder}: model, preprocessing, history, and pruning.png. "
         f'Load it with {type(trainer.model).__name__}.from_pretrained("{folder}").'
     )

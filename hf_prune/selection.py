@@ -46,23 +46,22 @@ def drop_lowest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None 
         >>> drop_lowest({"a": lambda: a, "b": lambda: b}, k=3)
         {'a': tensor([ True, False]), 'b': tensor([False, False])}
     """
-    kept = kept or {}
-    dtype, total = _survey(scores)
-    if not 0 <= k <= total:
-        raise ValueError(f"k must be in [0, {total}], the number of scores; got {k}.")
-    threshold, ties = _kth_lowest(scores, kept, dtype, k)
+    ranking = _Ranking(scores, kept or {})
+    if not 0 <= k <= ranking.total:
+        raise ValueError(f"k must be in [0, {ranking.total}], the number of scores; got {k}.")
+    threshold, ties = _kth_lowest(ranking, k)
     masks = {}
-    for name, compute in scores.items():
-        values = compute()
+    for name, shape in ranking.shapes.items():
         chunks = []
-        for key in _keys(values, kept.get(name), dtype):
-            above = key > threshold
-            # Of the scores that equal the threshold just as many stay as the count wants: the last by position.
-            equal = (key == threshold).nonzero().flatten()
-            above[equal[ties:]] = True
-            ties = max(ties - len(equal), 0)
-            chunks.append(above)
-        masks[name] = torch.cat(chunks).view(values.shape)
+        for key in ranking.keys(name):
+            keep = key >= threshold
+            if ties:
+                # Of the scores that equal the threshold just as many go as the count wants: the first by position.
+                equal = (key == threshold).nonzero().flatten()
+                keep[equal[:ties]] = False
+                ties = max(ties - len(equal), 0)
+            chunks.append(keep)
+        masks[name] = torch.cat(chunks).view(shape)
     dropped = sum(mask.numel() - int(mask.count_nonzero()) for mask in masks.values())
     if dropped != k:
         raise ValueError(
@@ -92,42 +91,50 @@ def check_scores(name: str, values: torch.Tensor) -> None:
         )
 
 
-def _survey(scores: Scores) -> tuple[torch.dtype, int]:
-    """Checks all scores; gives the dtype that holds them all and their number."""
-    dtypes, total = [], 0
-    for name, compute in scores.items():
-        values = compute()
-        check_scores(name, values)
-        dtypes.append(values.dtype)
-        total += values.numel()
-    return functools.reduce(torch.promote_types, dtypes), total
+class _Ranking:
+    """Scores as integers that sort as they do, one tensor at a time."""
+
+    def __init__(self, scores: Scores, kept: Mapping[str, torch.Tensor]) -> None:
+        self._scores, self._kept = scores, kept
+        self._positive: set[str] = set()
+        self.shapes: dict[str, torch.Size] = {}
+        dtypes = []
+        for name, compute in scores.items():
+            values = compute()
+            check_scores(name, values)
+            if values.numel() and values.min() > 0:
+                self._positive.add(name)
+            self.shapes[name] = values.shape
+            dtypes.append(values.dtype)
+        self._dtype = functools.reduce(torch.promote_types, dtypes)
+        self._integer = _KEY_DTYPES[self._dtype]
+        self.bits = torch.iinfo(self._integer).bits
+        self.total = sum(shape.numel() for shape in self.shapes.values())
+
+    def keys(self, name: str) -> Iterator[torch.Tensor]:
+        """The keys of one tensor, in chunks; what is dropped already gets the lowest integer of all."""
+        lowest = torch.iinfo(self._integer).min
+        flags = self._kept[name].flatten().split(_CHUNK) if name in self._kept else None
+        for i, chunk in enumerate(self._scores[name]().flatten().split(_CHUNK)):
+            key = chunk.to(self._dtype).view(self._integer)
+            # The bits of a positive float sort as the float does; those of a negative one the other way round.
+            # This mapping gives −0.0 and 0.0 one key, and leaves the lowest integer to no float.
+            if name not in self._positive:
+                key = torch.where(key < 0, lowest - key, key)
+            yield key if flags is None else torch.where(flags[i], key, lowest)
 
 
-def _keys(values: torch.Tensor, kept: torch.Tensor | None, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Chunks of integers that sort as the scores do; what is dropped already gets the lowest integer of all."""
-    integer = _KEY_DTYPES[dtype]
-    lowest = torch.iinfo(integer).min
-    flags = None if kept is None else kept.flatten().split(_CHUNK)
-    for i, chunk in enumerate(values.flatten().split(_CHUNK)):
-        key = chunk.to(dtype).view(integer)
-        # The bits of a non-negative float sort as the float does; those of a negative one the other way round.
-        # This mapping gives −0.0 and 0.0 one key, and leaves the lowest integer to no float.
-        if chunk.numel() and not chunk.min() > 0:
-            key = torch.where(key < 0, lowest - key, key)
-        yield key if flags is None else torch.where(flags[i], key, lowest)
-
-
-def _kth_lowest(scores: Scores, kept: Mapping[str, torch.Tensor], dtype: torch.dtype, k: int) -> tuple[int, int]:
+def _kth_lowest(ranking: _Ranking, k: int) -> tuple[int, int]:
     """The k-th lowest key, and how many of the scores that equal it are among the k lowest.
 
     For `k = 0` the lowest integer, and none.
     """
-    top = torch.iinfo(_KEY_DTYPES[dtype]).bits - 16
+    top = ranking.bits - 16
     known = 0  # The digits found so far, as a signed integer.
     for shift in range(top, -1, -16):
         histogram = torch.zeros(1 << 16, dtype=torch.int64)
-        for name, compute in scores.items():
-            for key in _keys(compute(), kept.get(name), dtype):
+        for name in ranking.shapes:
+            for key in ranking.keys(name):
                 if shift == top:
                     digit = (key >> shift).int() + (1 << 15)  # The sign is in the first digit.
                 else:

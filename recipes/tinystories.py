@@ -100,9 +100,7 @@ def main() -> None:
     if script.model_name_or_path:
         model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="float32")
         if script.block_size > (longest := getattr(model.config, "max_position_embeddings", script.block_size)):
-            raise ValueError(
-                f"block_size must be at most {longest}, the model's longest text, got {script.block_size}."
-            )
+            raise ValueError(f"block_size must be at most {longest} for this model, got {script.block_size}.")
     else:
         model = small_gpt_neo(tokenizer, script.block_size)
 

@@ -289,7 +289,7 @@ class PruningHistory(Sequence[Round]):
         if values and max(values) > 20 * min(values):
             axes[0].set_yscale("log")
         if axes[0].get_legend_handles_labels()[0]:
-            axes[0].legend()
+            figure.legend(loc="outside upper center", ncols=3)
         steps = [0, *(row.step for row in self), end]
         sparsity = [0.0, *(row.reached for row in self)]
         axes[1].stairs(sparsity, steps, color="C1", baseline=None)

@@ -4,17 +4,23 @@ python recipes/benchmarks/training_step.py
 
 Three Trainers take turns in one process, each with its own copy of a GPT-Neo with 29 million parameters: dense, under
 PruningTrainerCallback, and under torch.nn.utils.prune, the latter two at the same 80 % sparsity. A turn is a `train()`
-of one step with 8 samples of 256 tokens. What is measured is that step, from `on_step_begin` to `on_step_end`:
-forward, backward, clipping, AdamW, callbacks. A first turn of each warms up and does not count.
+of a few steps. What is measured is the median of its steps, from `on_step_begin` to `on_step_end`: forward, backward,
+clipping, AdamW, callbacks. A first turn of each warms up and does not count.
+
+What masking adds to a step depends on the weights alone, while the step grows with its batch. So it is measured twice:
+with 8 samples of 256 tokens, as in training (a turn is one step), where it is less than what turns differ by anyway;
+and with one sample of 8 tokens (a turn is ten steps), where nothing hides it.
 
 seconds     median of the turns
+added       median of what each turn takes longer than the dense turn right beside it, in milliseconds
 ratio       median of each turn's time divided by that of the dense turn right beside it, so that what else the
-            machine does cancels out
+            machine does cancels out; with the half-width of its 95 % confidence interval (bootstrap)
 """
 
 import argparse
 import copy
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -26,8 +32,7 @@ from transformers import GPTNeoForCausalLM, PrinterCallback, Trainer, TrainerCal
 
 from hf_prune import PruningConfig, PruningTrainerCallback
 
-SAMPLES, TOKENS = 8, 256
-BARS = {"dense": "", "hf_prune": "at most 1.02", "torch.nn.utils.prune": "above hf_prune"}
+CONTENDERS = ("dense", "hf_prune", "torch.nn.utils.prune")
 
 
 class Stopwatch(TrainerCallback):
@@ -43,12 +48,14 @@ class Stopwatch(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def trainer_of(model: GPTNeoForCausalLM, folder: str, *callbacks: TrainerCallback) -> Trainer:
-    tokens = torch.randint(model.config.vocab_size, (SAMPLES, TOKENS))
+def trainer_of(
+    model: GPTNeoForCausalLM, samples: int, tokens: int, steps: int, folder: str, *callbacks: TrainerCallback
+) -> Trainer:
+    batch = torch.randint(model.config.vocab_size, (samples, tokens))
     args = TrainingArguments(
         folder,
-        max_steps=1,
-        per_device_train_batch_size=SAMPLES,
+        max_steps=steps,
+        per_device_train_batch_size=samples,
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
@@ -57,45 +64,71 @@ def trainer_of(model: GPTNeoForCausalLM, folder: str, *callbacks: TrainerCallbac
         dataloader_pin_memory=False,
     )
     trainer = Trainer(
-        model, args, train_dataset=[{"input_ids": ids, "labels": ids} for ids in tokens], callbacks=list(callbacks)
+        model, args, train_dataset=[{"input_ids": ids, "labels": ids} for ids in batch], callbacks=list(callbacks)
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=20, help="Turns that each of the three takes.")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", action="store_true", help="Print all measurements as JSON instead of a table.")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-
+def measure(samples: int, tokens: int, steps: int, turns: int) -> dict[str, list[float]]:
+    """The seconds of each turn of each contender."""
     torch.manual_seed(0)
     dense = gpt_neo()
     ours, theirs = copy.deepcopy(dense), copy.deepcopy(dense)
     prune_with_torch(theirs)
     pruning = PruningTrainerCallback(PruningConfig(sparsity=0.8, schedule="one_shot"))
-    watches = {name: Stopwatch() for name in ("dense", "hf_prune", "torch.nn.utils.prune")}
+    watches = {name: Stopwatch() for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         trainers = [
-            trainer_of(dense, folder, watches["dense"]),
-            trainer_of(ours, folder, pruning, watches["hf_prune"]),
-            trainer_of(theirs, folder, watches["torch.nn.utils.prune"]),
+            trainer_of(dense, samples, tokens, steps, folder, watches["dense"]),
+            trainer_of(ours, samples, tokens, steps, folder, pruning, watches["hf_prune"]),
+            trainer_of(theirs, samples, tokens, steps, folder, watches["torch.nn.utils.prune"]),
         ]
-        for turn in range(1 + args.turns):
+        for turn in range(1 + turns):
             for trainer in trainers[:: 1 if turn % 2 else -1]:
                 trainer.train()
-    seconds = {name: watch.seconds[1:] for name, watch in watches.items()}
-    if args.json:
-        print(json.dumps({"threads": args.threads, "seconds": seconds}))
-        return
+    return {
+        name: [statistics.median(watch.seconds[i : i + steps]) for i in range(steps, len(watch.seconds), steps)]
+        for name, watch in watches.items()
+    }
 
-    print(f"{args.turns} turns each, {args.threads} threads:\n")
-    print(f"{'':22}{'seconds':>8}{'ratio':>8}   bar")
+
+def half_width(values: list[float], draws: int = 1000) -> float:
+    """Half of the 95 % confidence interval of the median, by the bootstrap."""
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(draws))
+    return (medians[int(0.975 * draws)] - medians[int(0.025 * draws)]) / 2
+
+
+def show(seconds: dict[str, list[float]]) -> None:
+    print(f"{'':22}{'seconds':>8}{'added ms':>10}{'ratio':>8}")
     for name, turns in seconds.items():
-        ratio = statistics.median(turn / beside for turn, beside in zip(turns, seconds["dense"], strict=True))
-        print(f"{name:22}{statistics.median(turns):>8.3f}{ratio:>8.3f}   {BARS[name]}".rstrip())
+        pairs = list(zip(turns, seconds["dense"], strict=True))
+        ratios = [turn / beside for turn, beside in pairs]
+        added = 1000 * statistics.median(turn - beside for turn, beside in pairs)
+        spread = f" ± {half_width(ratios):.3f}" if name != "dense" else ""
+        print(f"{name:22}{statistics.median(turns):>8.3f}{added:>10.1f}{statistics.median(ratios):>8.3f}{spread}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--turns", type=int, default=20, help="Turns that each of the three takes with 8 x 256 tokens."
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", action="store_true", help="Print all measurements as JSON instead of tables.")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    batches = {(8, 256): 1, (1, 8): 10}  # samples and tokens: steps of a turn
+    seconds = {batch: measure(*batch, steps, args.turns) for batch, steps in batches.items()}
+    if args.json:
+        named = {f"{samples}x{tokens}": turns for (samples, tokens), turns in seconds.items()}
+        print(json.dumps({"threads": args.threads, "seconds": named}))
+        return
+    for (samples, tokens), turns in seconds.items():
+        print(f"\nBatches of {samples} x {tokens} tokens, {len(turns['dense'])} turns each, {args.threads} threads:\n")
+        show(turns)
 
 
 if __name__ == "__main__":

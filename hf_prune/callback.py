@@ -1,7 +1,9 @@
 """PruningTrainerCallback: tells the rounds when, between the events of a `transformers.Trainer`."""
 
+import dataclasses
 import functools
 import logging
+import math
 import random
 import time
 import uuid
@@ -16,11 +18,14 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .best import BestWeights
 from .checkpoints import (
+    BEST_NAME,
     ELSEWHERE,
     MASKS_NAME,
     Progress,
@@ -29,13 +34,15 @@ from .checkpoints import (
     load_renamed_weights_,
     newest_complete,
     progress_of,
+    recover_best,
     recover_masks,
     require_same,
 )
 from .config import PruningConfig
 from .criteria import Criterion
 from .masks import MaskSet, as_factor
-from .pacing import Even
+from .optimizers import require_restartable, restart_lr_, resume_run_lr_, treat_state_
+from .pacing import Even, Patience
 from .pruning import next_masks, resolve_targets
 from .reports import HISTORY_NAME, PruningHistory, Round, sparsity_report
 from .targets import Target
@@ -49,9 +56,11 @@ _HOOKS = WeakTensorKeyDictionary()
 class PruningTrainerCallback(TrainerCallback, ExportableState):
     """Prunes the model that a `transformers.Trainer` trains, round by round, to exactly the sparsity asked for.
 
-    A cut happens between two optimizer steps (the first one before the first step, unless `begin` says otherwise).
-    From then on the gradients of pruned weights are zeroed before they are clipped, and the weights after each
-    optimizer step: to the last bit the training that `torch.nn.utils.prune` gives. Parameters keep their names and
+    A cut happens between two optimizer steps (the first one before the first step, unless `begin` says otherwise): at
+    planned steps, or, with `patience`, when the metric has stopped improving; the best weights of the round then come
+    back before the next cut, and the training stops when the last round has converged. From a cut on the gradients of
+    pruned weights are zeroed before they are clipped, and the weights after each optimizer step: to the last bit the
+    training that `torch.nn.utils.prune` gives. Parameters keep their names and
     shapes, and the saved model is an ordinary one.
 
     `pruning_config.json` and `pruning_history.json` are written beside the model, into each checkpoint and into
@@ -102,9 +111,13 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._targets: dict[str, Target] = {}
         self._held: list[str] = []
         self._run = uuid.uuid4().hex
-        self._pacing = Even(())
+        self._pacing: Even | Patience = Even([], 0)
+        self._best: BestWeights | None = None
+        self._restarted: tuple[int, int] | None = None
         self._training = False
+        self._over: tuple[int, float | None, BestWeights] | None = None
         self._reported: set[str] = set()
+        self._nan_is_said = False
         self._clock = 0.0
         self._tokens_seen = 0
 
@@ -116,8 +129,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             "run": self._run,
             "config": self.config.to_dict(),
             "criterion": self._criterion_name,
-            "cuts": list(self._pacing.cuts),
+            "pacing": dataclasses.asdict(self._pacing),
+            "restarted": self._restarted,
             "masks": self.masks.digest() if self.masks else None,
+            "best": self._best.digest() if self._best else None,
+            "best_step": self.history[-1].best_step if self._best else None,
             "history": self.history.to_dict(),
         }
         return {"args": {"config": self.config.to_dict()}, "attributes": {}, "progress": progress}
@@ -128,44 +144,47 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             return self.config.criterion
         return getattr(self.criterion, "__qualname__", type(self.criterion).__qualname__)
 
-    @property
-    def _finished_rounds(self) -> int:
-        return self.history[-1].round if self.history else 0
-
     # Events, in the order in which Trainer sends them.
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Checks that the config fits the model and the run; starts, or goes on where a checkpoint was."""
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        model, optimizer, scheduler = kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"]
         self._release()
         self._start_clean()
         _require_supported(model)
+        if self.config.restart_lr:
+            require_restartable(scheduler)
+        if self.config.patience and args.eval_strategy == "no":
+            raise ValueError(
+                "patience needs evaluations, and there are none. Set eval_strategy in the training arguments, and "
+                "eval_dataset in the Trainer."
+            )
         if isinstance(state.stateful_callbacks, dict) and state.global_step == 0:
             progress_of(state.stateful_callbacks, type(self).__name__)  # One callback, not more.
         self._targets = resolve_targets(model, self.config)
         self._release()  # What an interrupted run of another callback has left.
         self._clock, self._tokens_seen = time.monotonic(), state.num_input_tokens_seen
         if state.global_step > 0:
-            self._resume(args, state, model)
+            self._resume(args, state, model, scheduler)
         else:
-            config, rounds = self.config, len(self.config.round_sparsities)
-            self._pacing = Even.spread(rounds, config.begin, config.end, state.max_steps)
-            self.history = _new_history(config, args, model)
-            if config.hold_zeros:
+            self._pacing = _new_pacing(self.config, state.max_steps)
+            self.history = _new_history(self.config, args, model)
+            if self.config.hold_zeros:
                 self._adopt(MaskSet.from_zeros(model, self._targets), None, args, state, model, optimizer)
                 self._require_room(args)
-            self._cut_if_due(args, state, model, optimizer)
+            self._cut_if_due(args, state, model, optimizer, scheduler)
         self._training = True
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cuts if a round begins here: after what Trainer evaluated and saved at the end of the step before."""
+        self._require_metric()
         if self._held != self._trainable():
             self._hold()  # Somebody froze or unfroze weights.
-        self._cut_if_due(args, state, kwargs["model"], kwargs["optimizer"])
+        self._cut_if_due(args, state, kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"])
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -177,6 +196,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Counts what the round costs."""
+        if self._over is not None:
+            self._stay_over(state, control)
+            return
         self._count_seconds()
         tokens, self._tokens_seen = state.num_input_tokens_seen - self._tokens_seen, state.num_input_tokens_seen
         if self.history:
@@ -185,6 +207,15 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             current.samples += args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             if args.include_num_input_tokens_seen != "no":
                 current.tokens = (current.tokens or 0) + tokens
+        if self._pacing.is_over(state.global_step):
+            control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Lets nothing happen in a run that was over when it was resumed."""
+        if self._over is not None:
+            self._stay_over(state, control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -203,9 +234,19 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if not history:
             history.dense = value
             return
-        history[-1].last = value
-        if history.is_better(value, than=history[-1].best):
-            history[-1].best = value
+        row = history[-1]
+        row.last, row.evaluations = value, row.evaluations + 1
+        if math.isnan(gain := history.gain(value, over=row.best)) and not self._nan_is_said:
+            logger.warning("%s is NaN at step %d: no improvement.", history.metric, state.global_step)
+            self._nan_is_said = True
+        if gain > 0:
+            row.best, row.best_step = value, state.global_step
+            if self.config.patience and self.config.restore == "best" and row.round > 0:
+                self._best = BestWeights.of(kwargs["model"])
+        if row.round > 0:
+            self._pacing.observe_(gain)
+            if self._pacing.is_over(state.global_step):
+                control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts masks, config and history into the checkpoint."""
@@ -215,6 +256,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         elif args.should_save:
             if self.masks:
                 self.masks.save(folder / MASKS_NAME)
+            if self._best is not None and self.history[-1].best_step != state.global_step:
+                self._best.save(folder / BEST_NAME)
             self._save_reports(folder)
 
     def on_train_end(
@@ -224,14 +267,23 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._count_seconds()
         self._release()
         self._training = False
+        model, history = kwargs["model"], self.history
+        resume_run_lr_(kwargs["lr_scheduler"])
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            load_renamed_weights_(kwargs["model"], Path(state.best_model_checkpoint))
-        self.masks.apply_(kwargs["model"])
+            load_renamed_weights_(model, Path(state.best_model_checkpoint))
+        elif self._over is not None:
+            self._over[-1].restore_(model)
+        history.ended = "stopped"
+        if self._pacing.is_over(state.global_step):
+            history.ended = self._pacing.why_over(state.global_step)
+        if history:
+            self._end_round(history.ended, model)
+        self.masks.apply_(model)
         asked = self.config.round_sparsities
-        if self._finished_rounds < len(asked):
+        if self._pacing.round < len(asked):
             logger.warning(
                 "Training stopped at step %d after round %d of %d: the sparsity is %.4f, not the %.4f asked for.",
-                state.global_step, self._finished_rounds, len(asked), self.masks.sparsity, asked[-1],
+                state.global_step, self._pacing.round, len(asked), self.masks.sparsity, asked[-1],
             )  # fmt: skip
         if self._reported and self.history.metric not in self._reported:
             logger.warning(
@@ -244,21 +296,53 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     # Rounds.
 
     def _cut_if_due(
-        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: torch.optim.Optimizer
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler,
     ) -> None:
-        if not self._pacing.is_due(self._finished_rounds, state.global_step):
+        step = state.global_step
+        if not self._pacing.is_due(step):
             return
-        if not self.history and self.evaluate is not None:
+        if self.history:
+            self._end_round(self._pacing.why_over(step), model)
+        elif self.evaluate is not None:
             self.history.dense = self._measure("dense", args)
-        asked = self.config.round_sparsities[self._finished_rounds]
+            self._require_metric()
+        asked = self.config.round_sparsities[self._pacing.round]
         masks = next_masks(self._targets, self.masks, asked, self.config, criterion=self.criterion, seed=args.seed)
+        self._pacing.cut_(step)
+        if self.config.restart_lr:
+            self._restarted = scheduler.last_epoch, self._pacing.steps_left(step)
+            restart_lr_(scheduler, *self._restarted, state.max_steps)
         self._adopt(masks, asked, args, state, model, optimizer)
+
+    def _end_round(self, why: str | None, model: nn.Module) -> None:
+        """Writes down why the round has ended, and brings its best weights back."""
+        row = self.history[-1]
+        row.ended = why
+        if self._best is not None:
+            self._best.restore_(model)
+            self._best = None
+            logger.info(
+                "Round %d ended (%s) with %s %.4f; its best, %.4f at step %d, comes back.",
+                row.round, why, self.history.metric, row.last, row.best, row.best_step,
+            )  # fmt: skip
+
+    def _require_metric(self) -> None:
+        if self.config.patience and self._reported and self.history.metric not in self._reported:
+            raise ValueError(
+                f"patience follows {self.history.metric!r}, but the evaluation gives "
+                f"{', '.join(sorted(self._reported))}. Set metric in the config to one of them."
+            )
 
     def _require_room(self, args: TrainingArguments) -> None:
         """Tries the first cut on the zeros that are held: if they leave it no room, now is the time to say so."""
         if not self.masks.masked:
             logger.warning("hold_zeros found no zeros to hold.")
-        if self._pacing.cuts:
+        if self.config.round_sparsities:
             first = self.config.round_sparsities[0]
             next_masks(self._targets, self.masks, first, self.config, criterion=self.criterion, seed=args.seed)
 
@@ -275,19 +359,14 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._count_seconds()
         self.masks = masks
         masks.apply_(model)
-        for name, mask in masks.items():
-            # Momentum would push pruned weights, and optimizers that average weights would bring them back.
-            for value in optimizer.state.get(self._targets[name].weight, {}).values():
-                if torch.is_tensor(value) and value.is_floating_point() and value.shape == mask.shape:
-                    value.mul_(mask)
+        treat_state_(optimizer, self.config.optimizer_state, {self._targets[n].weight: m for n, m in masks.items()})
         self._hold()
         # Metrics of a less sparse model must not keep a sparser one from becoming the best.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
-        number = 0 if asked is None else self._finished_rounds + 1
         zeros = sparsity_report(model, masks=masks).zeros
         row = Round(
-            round=number,
+            round=self._pacing.round,
             step=state.global_step,
             asked=asked,
             reached=masks.sparsity,
@@ -300,9 +379,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         logger.log(
             logging.INFO if state.is_world_process_zero else logging.DEBUG,
             "Round %d of %d at step %d: sparsity %.4f, %s of %s weights pruned.",
-            number, len(self.config.round_sparsities), row.step, row.reached, f"{row.masked:,}", f"{row.total:,}",
+            row.round, len(self.config.round_sparsities), row.step, row.reached, f"{row.masked:,}", f"{row.total:,}",
         )  # fmt: skip
-        entry = {"pruning_round": number, "sparsity": row.reached}
+        entry = {"pruning_round": row.round, "sparsity": row.reached}
         if self.log is not None:
             self.log(entry)
         else:
@@ -336,7 +415,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             metrics = self.evaluate(metric_key_prefix=prefix)
         random.setstate(python)
         np.random.set_state(numpy)
-        self._reported |= {key.replace(prefix, "eval", 1) for key in metrics}
+        self._reported |= {key.replace(prefix, "eval", 1) for key in metrics if key.startswith(prefix)}
         return metrics.get(self.history.metric.replace("eval", prefix, 1))
 
     def _count_seconds(self) -> None:
@@ -347,32 +426,41 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 
     # Files.
 
-    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module, scheduler: LRScheduler) -> None:
         name = type(self).__name__
         progress = progress_of(state.stateful_callbacks, name)
         require_same(progress, self.config.to_dict(), self._criterion_name)
         self._run = progress["run"]
-        self._pacing = Even(tuple(progress["cuts"]))
+        self._pacing = (Patience if self.config.patience else Even)(**progress["pacing"])  # type: ignore[arg-type]
+        self._pacing.resize_(state.max_steps, state.global_step)
+        if progress["restarted"] is not None:
+            start, steps = self._restarted = progress["restarted"]
+            restart_lr_(scheduler, start, steps, state.max_steps)
         self.history = PruningHistory.from_dict(progress["history"])
-        pending = self._pacing.cuts[self._finished_rounds :]
-        if pending and pending[-1] >= state.max_steps:
-            raise ValueError(
-                f"the run has {state.max_steps} steps, but the checkpoint's last cut comes after step {pending[-1]}. "
-                "Resume with the same max_steps or num_train_epochs."
-            )
         named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
         folder = find_checkpoint([*named, _checkpoint_folder(args, state)], name, progress, state.global_step)
         if folder is not None:
             load_renamed_weights_(model, folder)
         elif has_other_names_in_files(model):
             raise ValueError(f"the weights of this {type(model).__name__} cannot be found to be resumed. {ELSEWHERE}")
-        if progress["masks"] is not None:
-            try:
+        try:
+            if progress["masks"] is not None:
                 self.masks = recover_masks(folder, progress["masks"], model, self._targets)
-            except ValueError as error:
-                newest = newest_complete(_output_dir(args), name)
-                raise ValueError(f"{error} The newest complete checkpoint here: {newest or 'none'}.") from error
-            self._hold()
+                self._hold()
+            if progress["best"] is not None:
+                self._best = recover_best(folder, progress["best"], model)
+        except ValueError as error:
+            newest = newest_complete(_output_dir(args), name)
+            raise ValueError(f"{error} The newest complete checkpoint here: {newest or 'none'}.") from error
+        if self._pacing.is_over(state.global_step):
+            self._over = state.global_step, state.epoch, BestWeights.of(model)
+
+    def _stay_over(self, state: TrainerState, control: TrainerControl) -> None:
+        """Trainer takes one more step when it resumes a run that was over: it is not counted, and its weights go."""
+        assert self._over is not None
+        state.global_step, state.epoch, _ = self._over  # type: ignore[assignment]  # Trainer starts it with None.
+        control.should_log = control.should_evaluate = control.should_save = False
+        control.should_training_stop = True
 
     def _save_reports(self, folder: Path) -> None:
         self.config.save_pretrained(folder)
@@ -399,7 +487,25 @@ def _new_history(config: PruningConfig, args: TrainingArguments, model: nn.Modul
             )
         falls = not args.greater_is_better
     return PruningHistory(
-        metric, not falls, language_model=isinstance(model, PreTrainedModel) and model.can_generate()
+        metric,
+        greater_is_better=not falls,
+        asked=config.round_sparsities,
+        language_model=isinstance(model, PreTrainedModel) and model.can_generate(),
+    )
+
+
+def _new_pacing(config: PruningConfig, max_steps: int) -> Even | Patience:
+    rounds = len(config.round_sparsities)
+    if config.patience is None:
+        return Even.spread(rounds, config.begin, config.end, max_steps)
+    return Patience.plan(
+        rounds,
+        config.begin,
+        max_steps,
+        config.patience,
+        min_delta=config.min_delta,
+        max_round_steps=config.max_round_steps,
+        min_round_steps=config.min_round_steps,
     )
 
 

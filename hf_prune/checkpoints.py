@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TypedDict, TypeGuard, cast
+from typing import TypedDict, TypeGuard, TypeVar, cast
 
 import torch
 from safetensors.torch import load_file
@@ -15,16 +15,20 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from .best import BestWeights
 from .masks import MaskSet
 
 TRAINER_STATE_NAME = "trainer_state.json"  # As in `transformers.trainer`, which imports datasets.
 MASKS_NAME = "pruning_masks.safetensors"
+BEST_NAME = "pruning_best.safetensors"
 ELSEWHERE = (
     "If the checkpoint is not in output_dir, name it in TrainingArguments(resume_from_checkpoint=...) too: "
     "callbacks are not told the path that is given to train()."
 )
 
 logger = logging.getLogger(__name__)
+
+Loaded = TypeVar("Loaded", MaskSet, BestWeights)
 
 
 class Progress(TypedDict):
@@ -34,16 +38,22 @@ class Progress(TypedDict):
         run: A name that no other run has.
         config: `PruningConfig.to_dict()`.
         criterion: Name of what scores the weights.
-        cuts: Number of finished steps at which each round's cut happens.
+        pacing: The fields of the pacing.
+        restarted: Arguments of `restart_lr_` at the last cut, None if the learning rate goes on.
         masks: `MaskSet.digest()`, None before the first cut.
+        best: `BestWeights.digest()` of the current round, None without such weights.
+        best_step: The number of finished steps at which they were the model's.
         history: `PruningHistory.to_dict()`.
     """
 
     run: str
     config: dict[str, object]
     criterion: str
-    cuts: list[int]
+    pacing: dict[str, object]
+    restarted: tuple[int, int] | None
     masks: str | None
+    best: str | None
+    best_step: int | None
     history: dict[str, object]
 
 
@@ -133,7 +143,7 @@ def recover_masks(folder: Path | None, digest: str, model: nn.Module, names: Col
     Raises:
         ValueError: if there are no such masks, or the weights that they prune are not zero.
     """
-    for masks in (None if folder is None else _load(folder), MaskSet.from_zeros(model, names)):
+    for masks in (None if folder is None else _load(MaskSet, folder / MASKS_NAME), MaskSet.from_zeros(model, names)):
         if masks is not None and masks.digest() == digest and set(masks) == set(names):
             masks = MaskSet({name: mask.to(model.get_parameter(name).device) for name, mask in masks.items()})
             if _are_zero(model, masks):
@@ -141,6 +151,29 @@ def recover_masks(folder: Path | None, digest: str, model: nn.Module, names: Col
     raise ValueError(
         f"the masks of the checkpoint are missing, damaged or of another model: no {MASKS_NAME} fits the digest on "
         f"record, nor do the zeros of the weights. {ELSEWHERE if folder is None else f'The checkpoint is {folder}.'}"
+    )
+
+
+def recover_best(folder: Path | None, digest: str, model: nn.Module) -> BestWeights:
+    """Finds the best weights of a digest: those of the checkpoint itself, else in a file of their own.
+
+    Args:
+        folder: The checkpoint, None if it is unknown.
+        digest: `BestWeights.digest()`, as the checkpoint recorded it.
+        model: The model with the checkpoint's weights.
+
+    Returns:
+        The weights.
+
+    Raises:
+        ValueError: if there are no such weights.
+    """
+    for best in (BestWeights.of(model), None if folder is None else _load(BestWeights, folder / BEST_NAME)):
+        if best is not None and best.digest() == digest:
+            return best
+    raise ValueError(
+        f"the best weights of the round are missing or damaged: no {BEST_NAME} fits the digest on record. "
+        f"{ELSEWHERE if folder is None else f'The checkpoint is {folder}.'}"
     )
 
 
@@ -155,11 +188,9 @@ def newest_complete(output_dir: Path, callback: str) -> Path | None:
         A checkpoint folder, or None if there is none.
     """
     for folder in sorted(output_dir.glob("checkpoint-*"), key=_step, reverse=True):
-        progress, _ = _read_progress(folder, callback)
-        if progress is not None:
-            masks = _load(folder)
-            if progress["masks"] is None or (masks is not None and masks.digest() == progress["masks"]):
-                return folder
+        progress, step = _read_progress(folder, callback)
+        if progress is not None and _is_complete(folder, progress, step):
+            return folder
     return None
 
 
@@ -203,9 +234,24 @@ def _read_progress(folder: Path, callback: str) -> tuple[Progress | None, int]:
         return None, 0
 
 
-def _load(folder: Path) -> MaskSet | None:
+def _is_complete(folder: Path, progress: Progress, step: int) -> bool:
+    """Whether masks and best weights are in a checkpoint as it recorded them."""
+    own = progress["best_step"] == step  # Then the checkpoint's own weights are the best.
+    return _is_as_recorded(MaskSet, folder / MASKS_NAME, progress["masks"]) and _is_as_recorded(
+        BestWeights, folder / BEST_NAME, None if own else progress["best"]
+    )
+
+
+def _is_as_recorded(kind: type[Loaded], path: Path, digest: str | None) -> bool:
+    if digest is None:
+        return True
+    found = _load(kind, path)
+    return found is not None and found.digest() == digest
+
+
+def _load(kind: type[Loaded], path: Path) -> Loaded | None:
     try:
-        return MaskSet.load(folder / MASKS_NAME)
+        return kind.load(path)
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -15,10 +15,12 @@ from typing import get_args, get_origin, get_type_hints
 
 from . import granularities, schedules
 from .criteria import CRITERIA
+from .optimizers import OPTIMIZER_STATES
 from .scopes import SCOPES
 from .targets import is_regex
 
 CONFIG_NAME = "pruning_config.json"
+RESTORE = ("best", "last")
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,22 @@ class PruningConfig:
         exclude_modules: Modules to leave out.
         begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of the run.
         end: Where the last round ends, in the same words; the end of the run if None.
-        metric: The evaluation metric that the history follows; `metric_for_best_model` of the training arguments if
-            None, else `eval_loss`.
+        patience: A round ends when the metric has not improved for this many evaluations; a list gives one number a
+            round, and the last repeats. The run's steps are then the budget that patience divides. If None, rounds
+            are spread evenly.
+        min_delta: With patience, an improvement is a gain above this, in units of the metric.
+        max_round_steps: With patience, the most steps that a round may take; no limit if None.
+        min_round_steps: With patience, the steps that are kept for each later round, so that the last cut always
+            comes before the run ends; half of an equal share if None.
+        restore: With patience, what a round hands on to the next cut, and the last one to the saved model: its "best"
+            weights or its "last".
+        metric: The evaluation metric that patience and the history follow; `metric_for_best_model` of the training
+            arguments if None, else `eval_loss`. The training arguments' `greater_is_better` says which way it
+            improves, and without it the name: losses and perplexities fall.
+        restart_lr: Each cut starts the learning-rate schedule anew, with its warm-up, compressed to what the round may
+            take at most. Otherwise it goes on.
+        optimizer_state: What a cut does to the optimizer: "mask" zeroes what it remembers of pruned weights, "reset"
+            forgets everything, "keep" touches nothing.
         hold_zeros: Weights that are zero at the start enter the mask first and stay zero.
 
     Raises:
@@ -100,12 +116,34 @@ class PruningConfig:
         default=None,
         metadata={"help": "Where the last round ends, in the same words; the end of the run if left out."},
     )
-    metric: str | None = field(default=None, metadata={"help": "Evaluation metric that the history follows."})
+    patience: list[int] | None = field(
+        default=None,
+        metadata={"help": "Evaluations without improvement that end a round: one number, or one for each round."},
+    )
+    min_delta: float = field(default=0.0, metadata={"help": "An improvement of the metric is a gain above this."})
+    max_round_steps: int | None = field(
+        default=None, metadata={"help": "The most steps that a round with patience may take."}
+    )
+    min_round_steps: int | None = field(
+        default=None, metadata={"help": "The steps that patience leaves to each later round."}
+    )
+    restore: str = field(
+        default="best", metadata={"help": f"What a round with patience hands on: {' or '.join(RESTORE)} weights."}
+    )
+    metric: str | None = field(
+        default=None, metadata={"help": "Evaluation metric that patience and the history follow."}
+    )
+    restart_lr: bool = field(default=False, metadata={"help": "Start the learning-rate schedule anew at each cut."})
+    optimizer_state: str = field(
+        default="mask", metadata={"help": f"What a cut does to the optimizer: {', '.join(OPTIMIZER_STATES)}."}
+    )
     hold_zeros: bool = field(default=False, metadata={"help": "Keep at zero what is zero at the start."})
 
     def __post_init__(self) -> None:
         if isinstance(self.layer_sparsity, str):
             object.__setattr__(self, "layer_sparsity", _parse_layer_sparsity(self.layer_sparsity))
+        if isinstance(self.patience, int):
+            object.__setattr__(self, "patience", [self.patience])
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             value = list(value) if isinstance(value, tuple) else copy.copy(value)  # The caller's own may change later.
@@ -148,8 +186,44 @@ class PruningConfig:
                         f"{name} does not apply to granularity {self.granularity!r}: weights compete within their "
                         f"groups, and each layer has the same sparsity. Leave {name} out."
                     )
+        if self.optimizer_state not in OPTIMIZER_STATES:
+            raise ValueError(
+                f"optimizer_state must be one of {', '.join(OPTIMIZER_STATES)}; got {self.optimizer_state!r}."
+            )
         # Computed once here so that a schedule that cannot be is an error at once.
         object.__setattr__(self, "_round_sparsities", self._resolve_rounds())
+        self._check_patience()
+
+    def _check_patience(self) -> None:
+        for name in ("patience", "max_round_steps", "min_round_steps"):
+            value = getattr(self, name)
+            for number in value if isinstance(value, list) else [value]:
+                if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+                    raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}.")
+        if not 0 <= self.min_delta < math.inf:
+            raise ValueError(f"min_delta must be 0 or more, in units of the metric, got {self.min_delta}.")
+        if self.restore not in RESTORE:
+            raise ValueError(f"restore must be one of {', '.join(RESTORE)}; got {self.restore!r}.")
+        if self.patience is None:
+            for name in ("min_delta", "max_round_steps", "min_round_steps", "restore"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(f"{name} needs patience: without it, rounds are spread evenly.")
+            return
+        if not 1 <= len(self.patience) <= len(self.round_sparsities):
+            raise ValueError(
+                f"patience must have one number, or at most one for each of the {len(self.round_sparsities)} rounds, "
+                f"got {len(self.patience)}."
+            )
+        if self.end is not None:
+            raise ValueError(
+                "end does not go with patience, which decides itself where rounds end. Leave it out, or bound the "
+                "rounds with max_round_steps."
+            )
+        if self.max_round_steps is not None and (self.min_round_steps or 1) > self.max_round_steps:
+            raise ValueError(
+                f"min_round_steps must be at most max_round_steps, got {self.min_round_steps} and "
+                f"{self.max_round_steps}."
+            )
 
     @property
     def round_sparsities(self) -> list[float]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from .files import save_tensors
 from .targets import find_targets
 
 _FORMAT = "hf_prune.masks"
@@ -124,15 +124,9 @@ class MaskSet(Mapping[str, torch.Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the masks as safetensors, one bit a weight; the file appears whole or not at all."""
-        path = Path(path)
         packed = {name: torch.from_numpy(_pack(mask)) for name, mask in self.items()}
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(packed, unfinished, metadata={"format": _FORMAT, "shapes": shapes})
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        save_tensors(packed, path, {"format": _FORMAT, "shapes": shapes})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MaskSet":

@@ -1,18 +1,35 @@
-"""Pacing: when a round happens. State machines over step numbers; nothing here knows a Trainer."""
+"""Pacing: when a round begins and when it ends. State machines over step numbers; nothing here knows a Trainer.
+
+Both pacings are told of each cut (`cut_`) and each evaluation (`observe_`), and say whether the next cut happens now
+(`is_due`), whether the run is over (`is_over`), and why a round ends (`why_over`), in one of these words:
+
+`planned`           its end was set beforehand
+`patience`          the metric has not improved for as many evaluations as patience allows
+`max_round_steps`   it has had all the steps that a round may have
+`reserve`           the steps that are left are those that later rounds need
+`max_steps`         the run has no more steps
+
+A caller that knows of yet another reason, such as another callback that stops training, has its own word for it.
+"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass
 class Even:
     """Rounds of equal length from one step to another; what the run has left after them is recovery.
 
     Attributes:
         cuts: The number of finished steps at which each round's cut happens; 0 is before the first step.
+        max_steps: The number of steps of the run.
+        round: The current round, counted from 1; 0 before the first cut.
     """
 
-    cuts: tuple[int, ...]
+    cuts: Sequence[int]
+    max_steps: int
+    round: int = 0
 
     @classmethod
     def spread(cls, rounds: int, begin: float, end: float | None, max_steps: int) -> "Even":
@@ -32,10 +49,10 @@ class Even:
 
         Example:
             >>> Even.spread(4, begin=0, end=0.8, max_steps=100).cuts
-            (0, 20, 40, 60)
+            [0, 20, 40, 60]
         """
         if rounds == 0:
-            return cls(())
+            return cls([], max_steps)
         first, last = _steps(begin, max_steps), max_steps if end is None else _steps(end, max_steps)
         if last > max_steps:
             raise ValueError(
@@ -51,19 +68,181 @@ class Even:
                 f"{rounds} rounds do not fit into {last - first} steps (from step {first} to {last} of {max_steps}). "
                 "Take fewer rounds, or train longer; begin and end count steps from 1 on, and are fractions below."
             )
-        return cls(tuple(first + i * (last - first) // rounds for i in range(rounds)))
+        return cls([first + i * (last - first) // rounds for i in range(rounds)], max_steps)
 
-    def is_due(self, finished_rounds: int, step: int) -> bool:
-        """Whether the next cut happens now.
+    def is_due(self, step: int) -> bool:
+        """Whether the next cut happens now, after that many finished steps."""
+        return self.round < len(self.cuts) and step >= self.cuts[self.round]
+
+    def is_over(self, step: int) -> bool:
+        """Whether the run has nothing left to do."""
+        return step >= self.max_steps
+
+    def why_over(self, step: int) -> str | None:
+        """Why the current round, or the time before the first one, ends now; None while it goes on."""
+        return "planned" if self.is_due(step) else "max_steps" if self.is_over(step) else None
+
+    def steps_left(self, step: int) -> int:
+        """The number of steps that the current round may still take."""
+        return (self.max_steps if self.round == len(self.cuts) else self.cuts[self.round]) - step
+
+    def cut_(self, step: int) -> None:
+        """Begins the next round."""
+        self.round += 1
+
+    def observe_(self, gain: float) -> None:
+        """Hears of an evaluation; the rounds do not depend on it."""
+
+    def resize_(self, max_steps: int, step: int) -> None:
+        """Goes on in a run of another length.
+
+        Raises:
+            ValueError: if it ends before the last cut.
+        """
+        if self.round < len(self.cuts) and self.cuts[-1] >= max_steps:
+            raise ValueError(
+                f"the run has {max_steps} steps, but the checkpoint's last cut comes after step {self.cuts[-1]}. "
+                "Resume with the same max_steps or num_train_epochs."
+            )
+        self.max_steps = max_steps
+
+
+@dataclass
+class Patience:
+    """Rounds that end when the metric has stopped improving, within the steps of the run.
+
+    Patience decides how the run's steps are divided. As long as there are later rounds, a reserve of
+    `min_round_steps` for each of them is left untouched, so that the last cut always comes before the run ends. The
+    run is over when the last round ends.
+
+    Attributes:
+        rounds: Number of rounds.
+        begin: The number of finished steps at which the first cut happens.
+        max_steps: The number of steps of the run.
+        patience: For each round, how many evaluations in a row may pass without improvement; the last repeats.
+        min_delta: An improvement is a gain above this, in units of the metric.
+        max_round_steps: The most steps that a round may take; no limit if None.
+        min_round_steps: The steps that are kept for each later round.
+        round: The current round, counted from 1; 0 before the first cut.
+        start: The number of finished steps at which it began.
+        waited: The evaluations in a row without improvement, up to now.
+    """
+
+    rounds: int
+    begin: int
+    max_steps: int
+    patience: Sequence[int]
+    min_delta: float = 0.0
+    max_round_steps: int | None = None
+    min_round_steps: int = 1
+    round: int = 0
+    start: int = 0
+    waited: int = 0
+
+    @classmethod
+    def plan(
+        cls,
+        rounds: int,
+        begin: float,
+        max_steps: int,
+        patience: Sequence[int],
+        *,
+        min_delta: float = 0.0,
+        max_round_steps: int | None = None,
+        min_round_steps: int | None = None,
+    ) -> "Patience":
+        """Plans rounds for a run.
 
         Args:
-            finished_rounds: Number of cuts made.
-            step: Number of optimizer steps finished.
+            rounds: Number of rounds.
+            begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of `max_steps`.
+            max_steps: Number of optimizer steps of the run.
+            patience: For each round, evaluations without improvement; the last repeats.
+            min_delta: An improvement is a gain above this.
+            max_round_steps: The most steps that a round may take; no limit if None.
+            min_round_steps: The steps to keep for each later round; half of an equal share if None.
 
         Returns:
-            True if the next round's step is reached; False before, and when there is no round left.
+            The pacing.
+
+        Raises:
+            ValueError: if the rounds do not fit.
+
+        Example:
+            >>> pacing = Patience.plan(2, begin=0, max_steps=100, patience=[3])
+            >>> pacing.cut_(0)
+            >>> [pacing.why_over(step) for step in (74, 75)]
+            [None, 'reserve']
         """
-        return finished_rounds < len(self.cuts) and step >= self.cuts[finished_rounds]
+        first = _steps(begin, max_steps)
+        if first >= max_steps:
+            raise ValueError(
+                f"begin must be before the end of the run, got begin={begin} (step {first}) in a run of {max_steps} "
+                "steps."
+            )
+        share = (max_steps - first) // (2 * rounds)
+        least = min_round_steps or max(1, min(share, max_round_steps or share))
+        if rounds * least > max_steps - first:
+            raise ValueError(
+                f"{rounds} rounds of at least {least} steps do not fit into {max_steps - first} steps (from step "
+                f"{first} to {max_steps}). Take fewer rounds or a smaller min_round_steps, or train longer."
+            )
+        return cls(rounds, first, max_steps, list(patience), min_delta, max_round_steps, least)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the next cut happens now, after that many finished steps."""
+        return self.round < self.rounds and self.why_over(step) is not None
+
+    def is_over(self, step: int) -> bool:
+        """Whether the run has nothing left to do: the last round has ended."""
+        return self.round == self.rounds and self.why_over(step) is not None
+
+    def why_over(self, step: int) -> str | None:
+        """Why the current round, or the time before the first one, ends now; None while it goes on."""
+        if self.round == 0:
+            return "planned" if step >= self.begin else None
+        if self.waited >= self.patience[min(self.round, len(self.patience)) - 1]:
+            return "patience"
+        if step - self.start >= (self.max_round_steps or math.inf):
+            return "max_round_steps"
+        if self.max_steps - step <= self._reserve:
+            return "reserve" if self._reserve else "max_steps"
+        return None
+
+    def steps_left(self, step: int) -> int:
+        """The most steps that the current round may still take."""
+        end = self.max_steps - self._reserve
+        return min(end, self.start + (self.max_round_steps or end)) - step
+
+    @property
+    def _reserve(self) -> int:
+        return (self.rounds - self.round) * self.min_round_steps
+
+    def cut_(self, step: int) -> None:
+        """Begins the next round; what has been the best before does not count any more."""
+        self.round, self.start, self.waited = self.round + 1, step, 0
+
+    def observe_(self, gain: float) -> None:
+        """Hears of an evaluation.
+
+        Args:
+            gain: By how much the metric has improved on the round's best so far; infinity for the first value of a
+                round, below zero if it got worse, NaN if the metric is.
+        """
+        self.waited = 0 if gain > self.min_delta else self.waited + 1
+
+    def resize_(self, max_steps: int, step: int) -> None:
+        """Goes on in a run of another length.
+
+        Raises:
+            ValueError: if the steps that are left do not suffice for the rounds that are left.
+        """
+        if max_steps - step < self._reserve:
+            raise ValueError(
+                f"the run has {max_steps} steps, too few after step {step} for {self.rounds - self.round} more rounds "
+                f"of {self.min_round_steps} steps. Resume with the same max_steps or num_train_epochs."
+            )
+        self.max_steps = max_steps
 
 
 def _steps(value: float, max_steps: int) -> int:

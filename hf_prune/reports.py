@@ -157,11 +157,15 @@ class Round:
         criterion: What scores the weights; in round 0 nothing did.
         after_cut: The metric right after the cut; None if nothing measured it.
         best: The best value of the metric in the round; None without an evaluation.
+        best_step: Number of optimizer steps finished at the best value.
         last: The last value of the metric in the round; None without an evaluation.
+        ended: Why the round ended: one of the words of `hf_prune.pacing`, or "stopped" if something else stopped the
+            training; None while it goes on.
         steps: Number of optimizer steps in the round.
         samples: Number of training samples in the round: steps times the batch size over all processes, as if the
             last batch of an epoch were whole.
         tokens: Number of input tokens in the round, None unless the training arguments count them.
+        evaluations: Number of evaluations in the round, the one right after the cut left out.
         seconds: Wall-clock time of the round, evaluations included.
     """
 
@@ -175,10 +179,13 @@ class Round:
     criterion: str
     after_cut: float | None = None
     best: float | None = None
+    best_step: int | None = None
     last: float | None = None
+    ended: str | None = None
     steps: int = 0
     samples: int = 0
     tokens: int | None = None
+    evaluations: int = 0
     seconds: float = 0.0
 
 
@@ -188,7 +195,9 @@ class PruningHistory(Sequence[Round]):
 
     Attributes:
         metric: Name of the metric that `dense`, `after_cut`, `best` and `last` give.
+        asked: The sparsity that each round was to reach, those included that the run did not get to.
         greater_is_better: Which way the metric improves.
+        ended: Why the run ended, in the words of the last round; None while it goes on.
         dense: The metric before any weight was masked; None if nothing measured it, or zeros were held from the start.
         evaluations: `(step, value)` of each evaluation of the run.
         rounds: The rounds.
@@ -197,6 +206,8 @@ class PruningHistory(Sequence[Round]):
 
     metric: str = "eval_loss"
     greater_is_better: bool = False
+    asked: list[float] = field(default_factory=list)
+    ended: str | None = None
     dense: float | None = None
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)
@@ -212,11 +223,19 @@ class PruningHistory(Sequence[Round]):
     def __len__(self) -> int:
         return len(self.rounds)
 
-    def is_better(self, value: float, than: float | None) -> bool:
-        """Whether a value of the metric improves on another; any number improves on None."""
-        if math.isnan(value):
-            return False
-        return than is None or math.isnan(than) or (value > than if self.greater_is_better else value < than)
+    def gain(self, value: float, over: float | None) -> float:
+        """By how much a value of the metric improves on another.
+
+        Args:
+            value: The metric.
+            over: What it is compared with; None if there is nothing yet.
+
+        Returns:
+            The improvement: above zero if `value` is better, infinity over None, NaN if `value` is.
+        """
+        if math.isnan(value) or over is None:
+            return math.nan if math.isnan(value) else math.inf
+        return value - over if self.greater_is_better else over - value
 
     def to_dict(self) -> dict[str, object]:
         """The history as JSON primitives."""
@@ -259,8 +278,16 @@ class PruningHistory(Sequence[Round]):
         if exponential:
             for cells, value in zip(rows[1:], last, strict=True):
                 cells.append(_number(None if value is None else perplexity_from_loss(value)))
-        table = _table(rows, rules=(1,))
-        return table + "\n* the exponential of a mean of batch means, not weighted by tokens" if exponential else table
+        lines = [_table(rows, rules=(1,))]
+        if exponential:
+            lines.append("* the exponential of a mean of batch means, not weighted by tokens")
+        done = self[-1].round if self else 0
+        if self.ended is not None and done < len(self.asked):
+            lines.append(
+                f"Training ended after round {done} of {len(self.asked)}: the sparsity is "
+                f"{self[-1].reached if self else 0.0:.4f}, not the {self.asked[-1]:.4f} asked for."
+            )
+        return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws sparsity and metric against steps into an image file.

@@ -651,14 +651,16 @@ def test_hooks_end_with_the_callback(make_trainer):
     model = build("llama")
     pruning = PruningTrainerCallback(PruningConfig(sparsity=0.5))
     trainer = make_trainer(model, pruning)
-    trainer.state.max_steps, optimizer = 6, trainer.create_optimizer()
-    pruning.on_train_begin(trainer.args, trainer.state, trainer.control, model=model, optimizer=optimizer)
+    trainer.state.max_steps = 6
+    trainer.create_optimizer_and_scheduler(6)
+    given = {"model": model, "optimizer": trainer.optimizer, "lr_scheduler": trainer.lr_scheduler}
+    pruning.on_train_begin(trainer.args, trainer.state, trainer.control, **given)
     weight = model.model.layers[0].mlp.up_proj.weight
     rows = {key: value[None] for key, value in batch(model)[0].items()}
     model(**rows).loss.backward()
     assert not weight.grad[weight == 0].any()
     trainer.pop_callback(pruning)
-    del trainer, pruning
+    del trainer, pruning, given
     gc.collect()
     model(**rows).loss.backward()
     assert weight.grad[weight == 0].any()

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_prune.config import CONFIG_NAME, PruningConfig
+from hf_prune.config import CONFIG_NAME, RESTORE, PruningConfig
 from hf_prune.criteria import CRITERIA
+from hf_prune.optimizers import OPTIMIZER_STATES
 from hf_prune.schedules import SCHEDULES, resolve
 from hf_prune.scopes import SCOPES
 
@@ -45,6 +46,19 @@ COMMANDS = [
     ("--sparsity 0.5 --begin 0.1 --end 0.75", {"sparsity": 0.5, "begin": 0.1, "end": 0.75}),
     ("--sparsity 0.5 --begin 10 --end 500", {"sparsity": 0.5, "begin": 10.0, "end": 500.0}),
     ("--sparsity 0.5 --metric accuracy", {"sparsity": 0.5, "metric": "accuracy"}),
+    ("--sparsity 0.9 --patience 3", {"sparsity": 0.9, "patience": [3]}),
+    (
+        "--sparsity 0.9 --rounds 3 --patience 2 3 --max_round_steps 9 --min_round_steps 4",
+        {"sparsity": 0.9, "rounds": 3, "patience": [2, 3], "max_round_steps": 9, "min_round_steps": 4},
+    ),
+    (
+        "--sparsity 0.5 --patience 3 --min_delta 0.01 --restore last",
+        {"sparsity": 0.5, "patience": [3], "min_delta": 0.01, "restore": "last"},
+    ),
+    (
+        "--sparsity 0.5 --restart_lr --optimizer_state reset",
+        {"sparsity": 0.5, "restart_lr": True, "optimizer_state": "reset"},
+    ),
     ("--hold_zeros", {"hold_zeros": True}),
     ("--hold_zeros false --sparsity 0.5", {"hold_zeros": False, "sparsity": 0.5}),
 ]
@@ -64,6 +78,7 @@ OTHERS = [
     {"sparsity": 0.5, "layer_sparsity": {}},
     {"sparsity": 0.5, "layer_sparsity": '{".*": 0.25}'},
     {"sparsity": 0.5, "metric": "ünïcode"},
+    {"sparsity": 0.5, "patience": 3},
 ]
 
 
@@ -155,7 +170,15 @@ def test_every_field_is_a_flag_with_help_and_is_described(field):
 
 
 @pytest.mark.parametrize(
-    ("name", "known"), [("schedule", SCHEDULES), ("criterion", CRITERIA), ("scope", SCOPES)], ids=lambda x: str(x)[:9]
+    ("name", "known"),
+    [
+        ("schedule", SCHEDULES),
+        ("criterion", CRITERIA),
+        ("scope", SCOPES),
+        ("restore", RESTORE),
+        ("optimizer_state", OPTIMIZER_STATES),
+    ],
+    ids=lambda x: str(x)[:9],
 )
 def test_help_and_description_list_what_is_known(name, known):
     field = next(field for field in FIELDS if field.name == name)
@@ -265,6 +288,8 @@ UNKNOWN = {
     "schedule": r"schedule must be one of auto, one_shot, constant, geometric, hybrid, cubic; got ",
     "criterion": r"criterion must be one of magnitude, random; got ",
     "scope": r"scope must be one of auto, global, layer, erk; got ",
+    "optimizer_state": r"optimizer_state must be one of mask, reset, keep; got ",
+    "restore": r"restore must be one of best, last; got ",
     "granularity": r"granularity must be unstructured, N:M \(such as 2:4\) or block:RxC \(such as block:4x4\); got ",
 }
 
@@ -326,6 +351,32 @@ def test_an_unknown_name_is_an_error_that_lists_the_known(name, value):
         ({"sparsity": 0.8, "end": 0}, r"end must be above 0 \(steps, or below 1 a fraction .*\), got 0\."),
         ({"sparsity": 0.8, "end": -5}, r"end must be above 0 .*, got -5\."),
         ({"sparsity": 0.8, "end": math.nan}, r"end must be above 0 .*, got nan\."),
+        # Patience.
+        ({"sparsity": 0.3, "patience": 0}, r"patience must be a whole number of at least 1, got 0\."),
+        ({"sparsity": 0.3, "patience": True}, r"patience must be a whole number of at least 1, got True\."),
+        ({"sparsity": 0.9, "patience": [2, 0.5]}, r"patience must be a whole number of at least 1, got 0\.5\."),
+        ({"sparsity": 0.3, "patience": []}, r"patience must have one number, or at most one .* 1 rounds, got 0\."),
+        (
+            {"sparsity": 0.9, "rounds": 3, "patience": [1, 2, 3, 4]},
+            r"patience must have one number, or at most one for each of the 3 rounds, got 4\.",
+        ),
+        ({"hold_zeros": True, "patience": 2}, r"patience must have .* each of the 0 rounds, got 1\."),
+        ({"sparsity": 0.3, "patience": 2, "min_delta": -0.1}, r"min_delta must be 0 or more, .*, got -0\.1\."),
+        ({"sparsity": 0.3, "patience": 2, "min_delta": math.nan}, r"min_delta must be 0 or more, .*, got nan\."),
+        (
+            {"sparsity": 0.3, "patience": 2, "max_round_steps": 0},
+            r"max_round_steps must be a whole number of at least",
+        ),
+        ({"sparsity": 0.3, "patience": 2, "min_round_steps": -1}, r"min_round_steps must be a whole number of at lea"),
+        (
+            {"sparsity": 0.3, "patience": 2, "min_round_steps": 9, "max_round_steps": 5},
+            r"min_round_steps must be at most max_round_steps, got 9 and 5\.",
+        ),
+        ({"sparsity": 0.3, "patience": 2, "end": 0.5}, r"end does not go with patience, which decides itself where "),
+        ({"sparsity": 0.3, "min_delta": 0.1}, r"min_delta needs patience: without it, rounds are spread evenly\."),
+        ({"sparsity": 0.3, "max_round_steps": 9}, r"max_round_steps needs patience"),
+        ({"sparsity": 0.3, "min_round_steps": 9}, r"min_round_steps needs patience"),
+        ({"sparsity": 0.3, "restore": "last"}, r"restore needs patience"),
         # Granularity.
         ({"granularity": "4:2"}, r"granularity N:M keeps N of every M and needs 0 < N < M, got '4:2'\."),
         ({"granularity": "0:4"}, r"needs 0 < N < M, got '0:4'\."),
@@ -392,7 +443,10 @@ def test_a_config_that_makes_no_sense_is_an_error(values, message):
     + [("exclude_modules", value) for value in (5, [5], True)]
     + [("criterion", ["magnitude"]), ("schedule", ["cubic"]), ("scope", ["layer"]), ("granularity", ["2:4"])]
     + [("hold_zeros", value) for value in ("no", "yes", 1, None)]
-    + [("metric", value) for value in (5, ["loss"])],
+    + [("metric", value) for value in (5, ["loss"])]
+    + [("patience", value) for value in ("3", 2.5, {"a": 1}, True, ["3"])]
+    + [("restart_lr", value) for value in (1, None, "yes")]
+    + [("max_round_steps", value) for value in (2.5, "3", True)],
     ids=str,
 )
 def test_a_value_of_a_wrong_type_is_an_error_that_names_the_field(name, value):

@@ -19,19 +19,27 @@ ORDER = [
     "selection",
     "targets",
     "granularities",
+    "files",
     "masks",
     "scopes",
     "pacing",
+    "optimizers",
     "config",
     "reports",
     "metrics",
     "pruning",
+    "best",
     "checkpoints",
     "callback",
 ]
 OPTIONAL = ("evaluate", "peft", "matplotlib", "torch_pruning", "datasets")
 # Where an `assert` tells the type checker what the code above it has made sure of. None may guard what a user gives.
-NARROWING = {("config", "own_sparsities"), ("callback", "_measure"), ("callback", "_output_dir")}
+NARROWING = {
+    ("config", "own_sparsities"),
+    ("callback", "_measure"),
+    ("callback", "_output_dir"),
+    ("callback", "_stay_over"),
+}
 
 MODULES = pytest.mark.parametrize("module", ORDER)
 

@@ -1,31 +1,33 @@
 import dataclasses
 import itertools
+import json
+import math
 import random
 
 import pytest
 
-from hf_prune.pacing import Even
+from hf_prune.pacing import Even, Patience
 
 
 def test_rounds_are_spread_over_the_whole_run():
-    assert Even.spread(4, begin=0, end=None, max_steps=100).cuts == (0, 25, 50, 75)
-    assert Even.spread(3, begin=0, end=None, max_steps=10).cuts == (0, 3, 6)
-    assert Even.spread(1, begin=0, end=None, max_steps=1).cuts == (0,)
+    assert Even.spread(4, begin=0, end=None, max_steps=100).cuts == [0, 25, 50, 75]
+    assert Even.spread(3, begin=0, end=None, max_steps=10).cuts == [0, 3, 6]
+    assert Even.spread(1, begin=0, end=None, max_steps=1).cuts == [0]
 
 
 @pytest.mark.parametrize(
     ("begin", "end", "cuts"),
     [
-        (10, None, (10, 40, 70)),
-        (10, 40, (10, 20, 30)),
-        (0.25, None, (25, 50, 75)),
-        (0.25, 0.75, (25, 41, 58)),
-        (10, 0.25, (10, 15, 20)),
-        (0.5, 80, (50, 60, 70)),
-        (0, 100, (0, 33, 66)),
-        (1, 4, (1, 2, 3)),
-        (97, None, (97, 98, 99)),
-        (0.97, 100, (97, 98, 99)),
+        (10, None, [10, 40, 70]),
+        (10, 40, [10, 20, 30]),
+        (0.25, None, [25, 50, 75]),
+        (0.25, 0.75, [25, 41, 58]),
+        (10, 0.25, [10, 15, 20]),
+        (0.5, 80, [50, 60, 70]),
+        (0, 100, [0, 33, 66]),
+        (1, 4, [1, 2, 3]),
+        (97, None, [97, 98, 99]),
+        (0.97, 100, [97, 98, 99]),
     ],
 )
 def test_begin_and_end_are_steps_or_fractions_of_the_run(begin, end, cuts):
@@ -35,12 +37,12 @@ def test_begin_and_end_are_steps_or_fractions_of_the_run(begin, end, cuts):
 def test_a_fraction_that_is_a_whole_number_of_steps_is_that_step():
     """0.29 · 100 is 28.999999999999996 in floating point, and step 29 all the same."""
     cuts = [Even.spread(1, begin=percent / 100, end=None, max_steps=100).cuts for percent in range(1, 100)]
-    assert cuts == [(percent,) for percent in range(1, 100)]
+    assert cuts == [[percent] for percent in range(1, 100)]
 
 
 @pytest.mark.parametrize(("begin", "step"), [(0.25, 3), (0.2, 2), (0.201, 3), (0.001, 1), (0.0, 0)])
 def test_a_fraction_that_is_not_is_the_next_step_as_trainer_reads_it(begin, step):
-    assert Even.spread(1, begin=begin, end=None, max_steps=10).cuts == (step,)
+    assert Even.spread(1, begin=begin, end=None, max_steps=10).cuts == [step]
 
 
 def test_cuts_rise_from_begin_and_leave_each_round_its_share():
@@ -62,8 +64,9 @@ def test_cuts_rise_from_begin_and_leave_each_round_its_share():
 
 def test_no_round_is_no_cut():
     pacing = Even.spread(0, begin=0, end=None, max_steps=10)
-    assert pacing.cuts == ()
-    assert not pacing.is_due(0, 5)
+    assert pacing.cuts == []
+    assert not any(pacing.is_due(step) for step in range(11))
+    assert [pacing.is_over(step) for step in (9, 10)] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -96,11 +99,187 @@ def test_rounds_that_do_not_fit_the_run_are_an_error(arguments, message):
 
 
 def test_a_round_is_due_once_its_step_is_reached():
-    pacing = Even((0, 5, 7))
-    due = {done: [step for step in range(10) if pacing.is_due(done, step)] for done in range(5)}
-    assert due == {0: list(range(10)), 1: [5, 6, 7, 8, 9], 2: [7, 8, 9], 3: [], 4: []}
+    pacing = Even([0, 5, 7], max_steps=10)
+    due = {}
+    for done in range(4):
+        due[done] = [step for step in range(10) if pacing.is_due(step)]
+        pacing.cut_(pacing.cuts[done] if done < 3 else 10)
+    assert due == {0: list(range(10)), 1: [5, 6, 7, 8, 9], 2: [7, 8, 9], 3: []}
 
 
-def test_pacing_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Even((0,)).cuts = (1,)
+def test_even_rounds_end_as_planned_whatever_the_metric_does():
+    pacing = Even([0, 5], max_steps=10)
+    pacing.cut_(0)
+    for _ in range(10):
+        pacing.observe_(-1.0)
+    assert [pacing.why_over(step) for step in (4, 5)] == [None, "planned"]
+    assert pacing.steps_left(2) == 3
+    pacing.cut_(5)
+    assert [pacing.why_over(step) for step in (5, 9, 10)] == [None, None, "max_steps"]
+    assert [pacing.is_over(step) for step in (9, 10)] == [False, True]
+    assert pacing.steps_left(7) == 3
+
+
+def test_even_rounds_in_a_run_of_another_length():
+    pacing = Even([0, 5], max_steps=10, round=1)
+    pacing.resize_(20, step=3)
+    assert (pacing.max_steps, pacing.cuts) == (20, [0, 5])
+    with pytest.raises(ValueError, match="the run has 5 steps, but the checkpoint's last cut comes after step 5"):
+        pacing.resize_(5, step=3)
+
+
+# Patience
+
+
+def drive(pacing: Patience, metric, every: int = 1) -> list[tuple[int, str | None]]:
+    """A run in which the metric (a function of round and steps in the round; lower is better) is seen every so often.
+
+    Returns:
+        The step and the reason of each cut, and of the end.
+    """
+    events: list[tuple[int, str | None]] = []
+    best = math.inf
+    for step in range(pacing.max_steps + 1):
+        if step and step % every == 0 and pacing.round:
+            value = metric(pacing.round, step - pacing.start)
+            pacing.observe_(math.nan if math.isnan(value) else best - value)
+            best = min(best, value) if not math.isnan(value) else best
+        if pacing.is_over(step):
+            return [*events, (step, pacing.why_over(step))]
+        if pacing.is_due(step):
+            events.append((step, pacing.why_over(step)))
+            pacing.cut_(step)
+            best = math.inf
+    raise AssertionError("the run is at its end, and the pacing does not know")
+
+
+def v_shaped(turning_point: int):
+    """Improves until some step of each round, and gets worse from there."""
+    return lambda _, step: abs(step - turning_point)
+
+
+def test_a_round_ends_when_the_metric_has_not_improved_for_so_many_evaluations():
+    pacing = Patience.plan(3, 0, 100, [2], min_round_steps=1)
+    assert drive(pacing, v_shaped(4)) == [(0, "planned"), (6, "patience"), (12, "patience"), (18, "patience")]
+
+
+def test_each_round_has_its_patience_and_the_last_repeats():
+    pacing = Patience.plan(4, 0, 100, [1, 3], min_round_steps=1)
+    cuts = [0, 5, 12, 19, 26]
+    assert [step for step, _ in drive(pacing, v_shaped(4))] == cuts
+
+
+def test_patience_counts_evaluations_not_steps():
+    pacing = Patience.plan(2, 0, 1000, [2], min_round_steps=1)
+    assert drive(pacing, v_shaped(40), every=10) == [(0, "planned"), (60, "patience"), (120, "patience")]
+
+
+def test_what_was_best_before_a_cut_does_not_count_after_it():
+    """Each round begins far worse than the one before it ended, and improves all the same."""
+    pacing = Patience.plan(2, 0, 100, [2], min_round_steps=1)
+    events = drive(pacing, lambda number, step: 100 * number + abs(step - 4))
+    assert events == [(0, "planned"), (6, "patience"), (12, "patience")]
+
+
+def test_a_gain_of_min_delta_is_no_improvement_and_one_above_it_is():
+    def run(delta: float) -> int:
+        pacing = Patience.plan(1, 0, 20, [2], min_delta=delta)
+        return drive(pacing, lambda _, step: -0.5 * step)[-1][0]
+
+    assert run(0.5) == 3  # The first value is an improvement on nothing.
+    assert run(0.49) == 20
+
+
+def test_nan_is_no_improvement():
+    pacing = Patience.plan(1, 0, 20, [3])
+    assert drive(pacing, lambda _, step: math.nan) == [(0, "planned"), (3, "patience")]
+
+
+def test_a_round_has_at_most_max_round_steps():
+    pacing = Patience.plan(3, 0, 100, [5], max_round_steps=7)
+    improving = drive(pacing, lambda _, step: -step)
+    assert improving == [(0, "planned"), (7, "max_round_steps"), (14, "max_round_steps"), (21, "max_round_steps")]
+
+
+def test_a_reserve_is_left_to_later_rounds():
+    pacing = Patience.plan(3, 0, 100, [5], min_round_steps=10)
+    assert drive(pacing, lambda _, step: -step) == [
+        (0, "planned"),
+        (80, "reserve"),
+        (90, "reserve"),
+        (100, "max_steps"),
+    ]
+
+
+def test_without_being_told_the_reserve_is_half_of_an_equal_share():
+    assert Patience.plan(4, 20, 100, [5]).min_round_steps == 10
+    assert Patience.plan(4, 20, 100, [5], max_round_steps=6).min_round_steps == 6
+    assert Patience.plan(4, 0, 5, [5]).min_round_steps == 1
+
+
+def test_rounds_begin_at_begin():
+    assert drive(Patience.plan(1, 0.25, 100, [3]), v_shaped(4)) == [(25, "planned"), (32, "patience")]
+
+
+def test_the_target_is_always_reached_inside_the_budget():
+    rng = random.Random(0)
+    for _ in range(500):
+        max_steps = rng.choice([1, 2, 7, 40, 333])
+        rounds = rng.randint(1, min(max_steps, 20))
+        begin = rng.randint(0, max_steps - rounds)
+        patience = [rng.randint(1, 9) for _ in range(rng.randint(1, rounds))]
+        most = rng.choice([None, rng.randint(1, max_steps)])
+        least = rng.choice([None, rng.randint(1, max(1, min(most or max_steps, (max_steps - begin) // rounds)))])
+        pacing = Patience.plan(rounds, begin, max_steps, patience, max_round_steps=most, min_round_steps=least)
+        values = {}
+
+        def metric(number, step, values=values, rng=rng):
+            return values.setdefault((number, step), rng.random())
+
+        *cuts, (end, _) = drive(pacing, metric, every=rng.randint(1, 5))
+        steps = [step for step, _ in cuts]
+        assert len(cuts) == rounds
+        assert steps[0] == begin
+        lengths = [b - a for a, b in itertools.pairwise([*steps, end])]
+        assert min(lengths) >= 1
+        assert max(lengths) <= (most or max_steps)
+        assert max_steps - steps[-1] >= pacing.min_round_steps
+        assert end <= max_steps
+
+
+def test_steps_left_are_those_that_a_round_may_take_at_most():
+    pacing = Patience.plan(3, 0, 100, [5], min_round_steps=10)
+    pacing.cut_(0)
+    assert pacing.steps_left(0) == 80
+    assert pacing.steps_left(30) == 50
+    pacing.max_round_steps = 35
+    assert pacing.steps_left(30) == 5
+
+
+@pytest.mark.parametrize(
+    ("rounds", "begin", "max_steps", "least", "message"),
+    [
+        (5, 0, 4, None, r"5 rounds of at least 1 steps do not fit into 4 steps \(from step 0 to 4\)"),
+        (5, 60, 100, 9, r"5 rounds of at least 9 steps do not fit into 40 steps .* a smaller min_round_steps"),
+        (1, 100, 100, None, r"begin must be before the end of the run, got begin=100 \(step 100\) in a run of 100"),
+    ],
+)
+def test_rounds_with_patience_that_do_not_fit_the_run_are_an_error(rounds, begin, max_steps, least, message):
+    with pytest.raises(ValueError, match=message):
+        Patience.plan(rounds, begin, max_steps, [1], min_round_steps=least)
+
+
+def test_patience_in_a_run_of_another_length():
+    pacing = Patience.plan(3, 0, 100, [2], min_round_steps=10)
+    pacing.cut_(0)
+    pacing.resize_(200, step=50)
+    assert [pacing.why_over(step) for step in (179, 180)] == [None, "reserve"]
+    with pytest.raises(ValueError, match="the run has 60 steps, too few after step 50 for 2 more rounds of 10 steps"):
+        pacing.resize_(60, step=50)
+
+
+@pytest.mark.parametrize("pacing", [Even.spread(3, 0, None, 10), Patience.plan(3, 0, 10, [1, 2], max_round_steps=5)])
+def test_a_pacing_survives_json(pacing):
+    pacing.cut_(0)
+    pacing.observe_(-1.0)
+    assert type(pacing)(**json.loads(json.dumps(dataclasses.asdict(pacing)))) == pacing

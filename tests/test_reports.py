@@ -159,7 +159,23 @@ def test_a_report_on_no_weights_prints():
 
 def history(**values):
     rounds = [
-        Round(1, 0, 0.5, 0.5, 50, 51, 100, "magnitude", 4.0, 1.5, 2.0, steps=30, samples=240, tokens=960, seconds=1.5),
+        Round(
+            1,
+            0,
+            0.5,
+            0.5,
+            50,
+            51,
+            100,
+            "magnitude",
+            4.0,
+            1.5,
+            last=2.0,
+            steps=30,
+            samples=240,
+            tokens=960,
+            seconds=1.5,
+        ),
         Round(2, 30, 0.75, 0.75, 75, 75, 100, "magnitude", after_cut=6.0, best=None, last=None, steps=70, samples=560),
     ]
     return PruningHistory(**{"dense": 1.25, "evaluations": [(10, 1.5), (20, 2.0)], "rounds": rounds, **values})
@@ -250,22 +266,20 @@ def test_a_missing_history_is_an_error(tmp_path):
         PruningHistory.load(tmp_path / "missing")
 
 
-@pytest.mark.parametrize(("greater_is_better", "better", "worse"), [(False, 1.0, 2.0), (True, 2.0, 1.0)])
+@pytest.mark.parametrize(("greater_is_better", "better", "worse"), [(False, 1.0, 3.0), (True, 3.0, 1.0)])
 def test_which_way_a_metric_improves(greater_is_better, better, worse):
     history = PruningHistory(greater_is_better=greater_is_better)
-    assert history.is_better(better, than=worse)
-    assert not history.is_better(worse, than=better)
-    assert not history.is_better(better, than=better)
-    assert history.is_better(worse, than=None)
+    assert history.gain(better, over=worse) == 2.0
+    assert history.gain(worse, over=better) == -2.0
+    assert history.gain(better, over=better) == 0.0
+    assert history.gain(worse, over=None) == math.inf
 
 
 @pytest.mark.parametrize("greater_is_better", [False, True])
-def test_anything_is_better_than_nan_and_nan_is_never_better(greater_is_better):
-    """Else a round whose first evaluation is NaN would keep NaN as its best."""
+def test_nan_is_no_improvement_on_anything(greater_is_better):
     history = PruningHistory(greater_is_better=greater_is_better)
-    assert history.is_better(1.0, than=math.nan)
-    assert not history.is_better(math.nan, than=1.0)
-    assert not history.is_better(math.nan, than=math.nan)
+    assert math.isnan(history.gain(math.nan, over=1.0))
+    assert math.isnan(history.gain(math.nan, over=None))
 
 
 def test_a_history_prints_as_a_table():
@@ -278,6 +292,19 @@ def test_a_history_prints_as_a_table():
             "2        30    0.7500                       6.0000                ",
         ]
     )
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [(1, "after round 1 of 2: the sparsity is 0.5000"), (0, "after round 0 of 2: the sparsity is 0.0000")],
+)
+def test_a_run_that_ended_before_its_target_says_so(rows, said):
+    whole = history(asked=[0.5, 0.75], ended="stopped")
+    assert "Training ended" not in str(whole)
+    whole.rounds = whole.rounds[:rows]
+    assert str(whole).endswith(f"\nTraining ended {said}, not the 0.7500 asked for.")
+    whole.ended = None
+    assert "Training ended" not in str(whole)
 
 
 def test_the_exponential_of_a_language_models_loss_is_shown_and_marked_for_what_it_is():

@@ -13,12 +13,17 @@ import pytest
 import torch
 from transformers import Trainer, ViTConfig, ViTForImageClassification
 
-from hf_prune import MaskSet, PruningConfig, PruningHistory, PruningTrainerCallback, sparsity_report
+from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, sparsity_report
 from hf_prune.checkpoints import load_renamed_weights_
 from tests.tiny import FAMILIES, build
 from tests.training import trainer_factory
 
 CONFIG = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, begin=1, end=8)
+# Improves for a while after each cut, so that some of the best weights are of a step that is not a checkpoint's last.
+PATIENT = PruningConfig(
+    sparsity=0.8, schedule="geometric", rounds=2, begin=1, patience=1, min_round_steps=2, max_round_steps=4,
+    restart_lr=True, metric="score",
+)  # fmt: skip
 STEPS = 10
 OPTIONS = dict(
     max_steps=STEPS, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
@@ -35,6 +40,13 @@ def start(
     pruning = PruningTrainerCallback(config)
     trainer = make_trainer(build(family), pruning, **{**OPTIONS, **options})
     pruning.evaluate, pruning.log = trainer.evaluate, trainer.log
+
+    def compute_metrics(_) -> dict[str, float]:
+        """Best two steps after the cut, and worse from there."""
+        since = trainer.state.global_step - (pruning.history[-1].step if pruning.history else 0)
+        return {"score": -abs(since - 2)}
+
+    trainer.compute_metrics = compute_metrics
     return trainer, pruning
 
 
@@ -71,7 +83,7 @@ def checkpoints(undisturbed, tmp_path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("step", range(1, STEPS))
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_resuming_at_every_step(step, undisturbed, checkpoints, make_trainer):
     for later in range(step + 1, STEPS + 1):
         shutil.rmtree(checkpoints / f"checkpoint-{later}")
@@ -80,6 +92,35 @@ def test_resuming_at_every_step(step, undisturbed, checkpoints, make_trainer):
     how = {0: True, 1: str(checkpoints / f"checkpoint-{step}")}[step % 2]
     trainer.train(resume_from_checkpoint=how)
     assert outcome(trainer, pruning) == undisturbed[1]
+
+
+@pytest.fixture(scope="module", params=["best", "last"])
+def patient(request, tmp_path_factory) -> tuple[PruningConfig, Path, dict]:
+    """A run whose rounds end on patience, from beginning to end."""
+    config = PruningConfig(**{**PATIENT.to_dict(), "restore": request.param})
+    folder = tmp_path_factory.mktemp("patient")
+    trainer, pruning = start(trainer_factory(folder), config, load_best_model_at_end=False)
+    trainer.train()
+    assert [(row.step, row.best_step, row.ended) for row in pruning.history] == [
+        (1, 3, "patience"),
+        (4, 6, "patience"),
+    ]
+    assert trainer.state.global_step == 7
+    return config, folder / "out", outcome(trainer, pruning)
+
+
+@pytest.mark.parametrize("step", range(1, 8))
+def test_resuming_at_every_step_of_rounds_that_end_on_patience(step, patient, tmp_path):
+    """Cuts at 1 and 4; 3 and 6 are the best; at 4 and 7, patience is over and the cut, or the end, is pending."""
+    config, whole, expected = patient
+    shutil.copytree(whole, tmp_path / "out")
+    for later in range(step + 1, 8):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{later}")
+    trainer, pruning = start(trainer_factory(tmp_path), config, load_best_model_at_end=False)
+    trainer.train(resume_from_checkpoint=True)
+    assert outcome(trainer, pruning) == expected
+    best = tmp_path / "out" / f"checkpoint-{step}" / "pruning_best.safetensors"
+    assert best.exists() == (config.restore == "best" and step in (4, 7))
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
@@ -199,6 +240,26 @@ def test_masks_that_cannot_be_found_are_an_error(harm, checkpoints, make_trainer
     assert before == {path: path.read_bytes() for path in checkpoints.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("harm", [delete, truncate, of_another_model])
+def test_best_weights_that_cannot_be_found_are_an_error(harm, tmp_path):
+    folder = tmp_path / "out" / "checkpoint-4"
+    start(trainer_factory(tmp_path), PATIENT)[0].train()
+    harm(folder / "pruning_best.safetensors")
+    harm(tmp_path / "out" / "checkpoint-7" / "pruning_best.safetensors")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    message = r"best weights of the round are missing or damaged: .* newest complete checkpoint here: .*checkpoint-6\."
+    with pytest.raises(ValueError, match=message):
+        start(trainer_factory(tmp_path), PATIENT)[0].train(resume_from_checkpoint=str(folder))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_a_run_too_short_for_the_rounds_that_are_left_is_an_error(tmp_path):
+    start(trainer_factory(tmp_path), PATIENT)[0].train()
+    trainer, _ = start(trainer_factory(tmp_path), PATIENT, max_steps=4)
+    with pytest.raises(ValueError, match="the run has 4 steps, too few after step 3 for 1 more rounds of 2 steps"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+
+
 def test_weights_that_do_not_fit_the_masks_are_an_error(checkpoints, make_trainer):
     shutil.copy(checkpoints / "checkpoint-2" / "model.safetensors", checkpoints / "checkpoint-9")
     trainer, _ = start(make_trainer)
@@ -241,13 +302,6 @@ def test_callbacks_that_trainer_rebuilds_from_their_state(undisturbed, checkpoin
     assert rebuilt is not pruning
     assert rebuilt.config == CONFIG
     assert outcome(trainer, rebuilt)["weights"] == undisturbed[1]["weights"]
-
-
-def test_resuming_a_finished_run_changes_nothing(undisturbed, checkpoints, make_trainer):
-    trainer, pruning = start(make_trainer, load_best_model_at_end=False)
-    trainer.train(resume_from_checkpoint=str(checkpoints / f"checkpoint-{STEPS}"))
-    assert pruning.masks.digest() == undisturbed[1]["masks"]
-    assert len(PruningHistory.load(checkpoints / "pruning_history.json")) == 3
 
 
 def test_training_on_for_longer_keeps_the_cuts(checkpoints, make_trainer):

@@ -1,0 +1,82 @@
+"""What a cut does to the optimizer: the moments of its parameters, and the learning rate."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+OPTIMIZER_STATES = ("mask", "reset", "keep")
+
+
+@torch.no_grad()
+def treat_state_(optimizer: torch.optim.Optimizer, how: str, masks: Mapping[torch.Tensor, torch.Tensor]) -> None:
+    """Does to an optimizer's state what a cut asks for.
+
+    Args:
+        optimizer: The optimizer; changed in place.
+        how: "mask" zeroes what it remembers of pruned weights (momentum would push them, and averages of weights
+            would bring them back); "reset" forgets everything, as a new optimizer would; "keep" touches nothing.
+        masks: Parameter → mask.
+    """
+    if how == "reset":
+        optimizer.state.clear()
+    if how == "mask":
+        for parameter, mask in masks.items():
+            for value in optimizer.state.get(parameter, {}).values():
+                if torch.is_tensor(value) and value.is_floating_point() and value.shape == mask.shape:
+                    value.mul_(mask)
+
+
+def require_restartable(scheduler: LRScheduler) -> LambdaLR:
+    """Requires a learning rate that is a function of the step.
+
+    Returns:
+        The scheduler.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"restart_lr needs a learning rate that is a function of the step, and {type(scheduler).__name__} is not. "
+            "Take a lr_scheduler_type such as linear or cosine, or restart_lr=False."
+        )
+    return scheduler
+
+
+def restart_lr_(scheduler: LRScheduler, start: int, steps: int, max_steps: int) -> None:
+    """Starts the learning-rate schedule of a run anew, warm-up included, compressed to the length of a round.
+
+    `lr(t) = λ((t − start) · max_steps / steps)`, where `λ` is the schedule of the run.
+
+    Args:
+        scheduler: The scheduler; changed in place, and with it the learning rate that the optimizer takes next.
+        start: `scheduler.last_epoch` at the cut.
+        steps: Number of steps until the schedule is at its end, at least 1.
+        max_steps: Number of steps of the run, for which the schedule was made.
+    """
+    scheduler = require_restartable(scheduler)
+    lambdas = [_of_the_run(function) for function in scheduler.lr_lambdas]
+    scheduler.lr_lambdas = [functools.partial(_restarted, f, start, max_steps / steps) for f in lambdas]
+    rates = [base * f(scheduler.last_epoch) for base, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def resume_run_lr_(scheduler: LRScheduler) -> None:
+    """Undoes `restart_lr_`, so that a scheduler that is used again begins as its owner made it."""
+    if isinstance(scheduler, LambdaLR):
+        scheduler.lr_lambdas = [_of_the_run(function) for function in scheduler.lr_lambdas]
+
+
+def _restarted(schedule: Callable[[int], float], start: int, stretch: float, step: int) -> float:
+    return schedule((step - start) * stretch)  # type: ignore[arg-type]  # between two steps of the run
+
+
+def _of_the_run(function: Callable[[int], float]) -> Callable[[int], float]:
+    if isinstance(function, functools.partial) and function.func is _restarted:
+        return cast(Callable[[int], float], function.args[0])
+    return function

@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import logging
-import math
 import random
-import time
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
@@ -45,6 +43,7 @@ from .optimizers import require_restartable, restart_lr_, resume_run_lr_, treat_
 from .pacing import Even, Patience
 from .pruning import next_masks, resolve_targets
 from .reports import HISTORY_NAME, PruningHistory, Round, sparsity_report
+from .rounds import Rounds
 from .targets import Target
 
 logger = logging.getLogger(__name__)
@@ -107,34 +106,36 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 
     def _start_clean(self) -> None:
         self.masks = MaskSet()
-        self.history = PruningHistory()
         self._targets: dict[str, Target] = {}
         self._held: list[str] = []
         self._run = uuid.uuid4().hex
-        self._pacing: Even | Patience = Even([], 0)
-        self._best: BestWeights | None = None
+        self._rounds = Rounds(self.config, Even([], 0), PruningHistory())
         self._restarted: tuple[int, int] | None = None
         self._training = False
         self._over: tuple[int, float | None, BestWeights] | None = None
         self._reported: set[str] = set()
-        self._nan_is_said = False
-        self._clock = 0.0
         self._tokens_seen = 0
+
+    @property
+    def history(self) -> PruningHistory:
+        """The rounds so far."""
+        return self._rounds.history
 
     # What is resumed from: JSON in the trainer's state, the masks in a file of their own.
 
     def state(self) -> dict[str, object]:
         """What Trainer stores in a checkpoint's `trainer_state.json`."""
+        rounds = self._rounds
         progress: Progress = {
             "run": self._run,
             "config": self.config.to_dict(),
             "criterion": self._criterion_name,
-            "pacing": dataclasses.asdict(self._pacing),
+            "pacing": dataclasses.asdict(rounds.pacing),
             "restarted": self._restarted,
             "masks": self.masks.digest() if self.masks else None,
-            "best": self._best.digest() if self._best else None,
-            "best_step": self.history[-1].best_step if self._best else None,
-            "history": self.history.to_dict(),
+            "best": rounds.best.digest() if rounds.best else None,
+            "best_step": rounds.history[-1].best_step if rounds.best else None,
+            "history": rounds.history.to_dict(),
         }
         return {"args": {"config": self.config.to_dict()}, "attributes": {}, "progress": progress}
 
@@ -165,12 +166,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             progress_of(state.stateful_callbacks, type(self).__name__)  # One callback, not more.
         self._targets = resolve_targets(model, self.config)
         self._release()  # What an interrupted run of another callback has left.
-        self._clock, self._tokens_seen = time.monotonic(), state.num_input_tokens_seen
+        self._tokens_seen = state.num_input_tokens_seen
         if state.global_step > 0:
             self._resume(args, state, model, scheduler)
         else:
-            self._pacing = _new_pacing(self.config, state.max_steps)
-            self.history = _new_history(self.config, args, model)
+            self._rounds = Rounds.plan(self.config, _new_history(self.config, args, model), state.max_steps)
             if self.config.hold_zeros:
                 self._adopt(MaskSet.from_zeros(model, self._targets), None, args, state, model, optimizer)
                 self._require_room(args)
@@ -199,16 +199,12 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if self._over is not None:
             self._stay_over(state, control)
             return
-        self._count_seconds()
         tokens, self._tokens_seen = state.num_input_tokens_seen - self._tokens_seen, state.num_input_tokens_seen
-        if self.history:
-            current = self.history[-1]
-            current.steps += 1
-            current.samples += args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            if args.include_num_input_tokens_seen != "no":
-                current.tokens = (current.tokens or 0) + tokens
-        if self._pacing.is_over(state.global_step):
-            control.should_training_stop = True
+        self._rounds.count_step_(
+            samples=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            tokens=tokens if args.include_num_input_tokens_seen != "no" else None,
+        )
+        self._stop_if_over(state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -223,30 +219,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         """Notes the metric. A cut that is due waits for the next step, so that Trainer saves what it evaluated."""
         if not self._training:
             return
-        history, value = self.history, kwargs["metrics"].get(self.history.metric)
-        self._reported |= {key for key in kwargs["metrics"] if key.startswith("eval_")}
-        if value is None:
-            return
-        if history and state.global_step == history[-1].step:
-            history[-1].after_cut = value
-            return
-        history.evaluations.append((state.global_step, value))
-        if not history:
-            history.dense = value
-            return
-        row = history[-1]
-        row.last, row.evaluations = value, row.evaluations + 1
-        if math.isnan(gain := history.gain(value, over=row.best)) and not self._nan_is_said:
-            logger.warning("%s is NaN at step %d: no improvement.", history.metric, state.global_step)
-            self._nan_is_said = True
-        if gain > 0:
-            row.best, row.best_step = value, state.global_step
-            if self.config.patience and self.config.restore == "best" and row.round > 0:
-                self._best = BestWeights.of(kwargs["model"])
-        if row.round > 0:
-            self._pacing.observe_(gain)
-            if self._pacing.is_over(state.global_step):
-                control.should_training_stop = True
+        metrics = kwargs["metrics"]
+        self._reported |= {key for key in metrics if key.startswith("eval_")}
+        if (value := metrics.get(self.history.metric)) is not None:
+            self._rounds.observe_(state.global_step, value, kwargs["model"])
+            self._stop_if_over(state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts masks, config and history into the checkpoint."""
@@ -256,34 +233,29 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         elif args.should_save:
             if self.masks:
                 self.masks.save(folder / MASKS_NAME)
-            if self._best is not None and self.history[-1].best_step != state.global_step:
-                self._best.save(folder / BEST_NAME)
+            if self._rounds.best is not None and self.history[-1].best_step != state.global_step:
+                self._rounds.best.save(folder / BEST_NAME)
             self._save_reports(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leaves an ordinary model with its zeros, and says loudly if they are fewer than asked for."""
-        self._count_seconds()
+        model = kwargs["model"]
         self._release()
         self._training = False
-        model, history = kwargs["model"], self.history
         resume_run_lr_(kwargs["lr_scheduler"])
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             load_renamed_weights_(model, Path(state.best_model_checkpoint))
         elif self._over is not None:
             self._over[-1].restore_(model)
-        history.ended = "stopped"
-        if self._pacing.is_over(state.global_step):
-            history.ended = self._pacing.why_over(state.global_step)
-        if history:
-            self._end_round(history.ended, model)
+        self._rounds.finish_(state.global_step, model)
         self.masks.apply_(model)
         asked = self.config.round_sparsities
-        if self._pacing.round < len(asked):
+        if self._rounds.pacing.round < len(asked):
             logger.warning(
                 "Training stopped at step %d after round %d of %d: the sparsity is %.4f, not the %.4f asked for.",
-                state.global_step, self._pacing.round, len(asked), self.masks.sparsity, asked[-1],
+                state.global_step, self._rounds.pacing.round, len(asked), self.masks.sparsity, asked[-1],
             )  # fmt: skip
         if self._reported and self.history.metric not in self._reported:
             logger.warning(
@@ -303,33 +275,24 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler,
     ) -> None:
-        step = state.global_step
-        if not self._pacing.is_due(step):
+        step, pacing = state.global_step, self._rounds.pacing
+        if not pacing.is_due(step):
             return
-        if self.history:
-            self._end_round(self._pacing.why_over(step), model)
-        elif self.evaluate is not None:
+        if not self.history and self.evaluate is not None:
             self.history.dense = self._measure("dense", args)
             self._require_metric()
-        asked = self.config.round_sparsities[self._pacing.round]
+        self._rounds.end_(pacing.why_over(step), model)
+        asked = self._rounds.next_sparsity
         masks = next_masks(self._targets, self.masks, asked, self.config, criterion=self.criterion, seed=args.seed)
-        self._pacing.cut_(step)
+        pacing.cut_(step)
         if self.config.restart_lr:
-            self._restarted = scheduler.last_epoch, self._pacing.steps_left(step)
+            self._restarted = scheduler.last_epoch, pacing.steps_left(step)
             restart_lr_(scheduler, *self._restarted, state.max_steps)
         self._adopt(masks, asked, args, state, model, optimizer)
 
-    def _end_round(self, why: str | None, model: nn.Module) -> None:
-        """Writes down why the round has ended, and brings its best weights back."""
-        row = self.history[-1]
-        row.ended = why
-        if self._best is not None:
-            self._best.restore_(model)
-            self._best = None
-            logger.info(
-                "Round %d ended (%s) with %s %.4f; its best, %.4f at step %d, comes back.",
-                row.round, why, self.history.metric, row.last, row.best, row.best_step,
-            )  # fmt: skip
+    def _stop_if_over(self, state: TrainerState, control: TrainerControl) -> None:
+        if self._rounds.pacing.is_over(state.global_step):
+            control.should_training_stop = True
 
     def _require_metric(self) -> None:
         if self.config.patience and self._reported and self.history.metric not in self._reported:
@@ -356,7 +319,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Applies masks, holds them from here on, writes the round down and measures it."""
-        self._count_seconds()
         self.masks = masks
         masks.apply_(model)
         treat_state_(optimizer, self.config.optimizer_state, {self._targets[n].weight: m for n, m in masks.items()})
@@ -366,7 +328,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 
         zeros = sparsity_report(model, masks=masks).zeros
         row = Round(
-            round=self._pacing.round,
+            round=self._rounds.pacing.round,
             step=state.global_step,
             asked=asked,
             reached=masks.sparsity,
@@ -375,7 +337,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             total=masks.total,
             criterion=self._criterion_name,
         )
-        self.history.rounds.append(row)
+        self._rounds.begin_(row)
         logger.log(
             logging.INFO if state.is_world_process_zero else logging.DEBUG,
             "Round %d of %d at step %d: sparsity %.4f, %s of %s weights pruned.",
@@ -418,12 +380,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._reported |= {key.replace(prefix, "eval", 1) for key in metrics if key.startswith(prefix)}
         return metrics.get(self.history.metric.replace("eval", prefix, 1))
 
-    def _count_seconds(self) -> None:
-        now = time.monotonic()
-        if self.history:
-            self.history[-1].seconds += now - self._clock
-        self._clock = now
-
     # Files.
 
     def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module, scheduler: LRScheduler) -> None:
@@ -431,12 +387,12 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         progress = progress_of(state.stateful_callbacks, name)
         require_same(progress, self.config.to_dict(), self._criterion_name)
         self._run = progress["run"]
-        self._pacing = (Patience if self.config.patience else Even)(**progress["pacing"])  # type: ignore[arg-type]
-        self._pacing.resize_(state.max_steps, state.global_step)
+        pacing = (Patience if self.config.patience else Even)(**progress["pacing"])  # type: ignore[arg-type]
+        pacing.resize_(state.max_steps, state.global_step)
+        self._rounds = Rounds(self.config, pacing, PruningHistory.from_dict(progress["history"]))
         if progress["restarted"] is not None:
             start, steps = self._restarted = progress["restarted"]
             restart_lr_(scheduler, start, steps, state.max_steps)
-        self.history = PruningHistory.from_dict(progress["history"])
         named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
         folder = find_checkpoint([*named, _checkpoint_folder(args, state)], name, progress, state.global_step)
         if folder is not None:
@@ -448,11 +404,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 self.masks = recover_masks(folder, progress["masks"], model, self._targets)
                 self._hold()
             if progress["best"] is not None:
-                self._best = recover_best(folder, progress["best"], model)
+                self._rounds.best = recover_best(folder, progress["best"], model)
         except ValueError as error:
             newest = newest_complete(_output_dir(args), name)
             raise ValueError(f"{error} The newest complete checkpoint here: {newest or 'none'}.") from error
-        if self._pacing.is_over(state.global_step):
+        if pacing.is_over(state.global_step):
             self._over = state.global_step, state.epoch, BestWeights.of(model)
 
     def _stay_over(self, state: TrainerState, control: TrainerControl) -> None:
@@ -491,21 +447,6 @@ def _new_history(config: PruningConfig, args: TrainingArguments, model: nn.Modul
         greater_is_better=not falls,
         asked=config.round_sparsities,
         language_model=isinstance(model, PreTrainedModel) and model.can_generate(),
-    )
-
-
-def _new_pacing(config: PruningConfig, max_steps: int) -> Even | Patience:
-    rounds = len(config.round_sparsities)
-    if config.patience is None:
-        return Even.spread(rounds, config.begin, config.end, max_steps)
-    return Patience.plan(
-        rounds,
-        config.begin,
-        max_steps,
-        config.patience,
-        min_delta=config.min_delta,
-        max_round_steps=config.max_round_steps,
-        min_round_steps=config.min_round_steps,
     )
 
 

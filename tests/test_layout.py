@@ -29,6 +29,7 @@ ORDER = [
     "metrics",
     "pruning",
     "best",
+    "rounds",
     "checkpoints",
     "callback",
 ]

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainingArguments,
     default_data_collator,
     set_seed,
 )
@@ -25,6 +26,7 @@ from common.arguments import parse
 from common.dense import DenseArguments, dense_model
 from common.report import report
 from common.splits import SplitArguments, three_splits
+from common.task import Task
 from common.text import continue_text, cut_blocks, load_texts
 from common.tokenizer import train_tokenizer
 from hf_prune import PruningTrainerCallback
@@ -44,6 +46,7 @@ SMALL_MODEL = {
     "per_device_eval_batch_size": 32,
 }
 PRUNING = {"sparsity": 0.9, "schedule": "geometric"}
+STUDY = {"block_size": 64, "num_stories": 10000, "max_eval_samples": 100, "dense_steps": 3000}
 
 
 @dataclass
@@ -82,11 +85,8 @@ def small_gpt_neo(tokenizer: PreTrainedTokenizerBase, block_size: int) -> GPTNeo
     )
 
 
-def main() -> None:
-    """Text, dense model, pruning, report."""
-    script, pruning, training = parse(ScriptArguments, DEFAULTS, SMALL_MODEL, PRUNING)
-    set_seed(training.seed)
-
+def load_task(script: ScriptArguments, training: TrainingArguments) -> Task:
+    """Text in three splits, and the model that is to be pruned."""
     with training.main_process_first():  # so that the others find what `datasets` has cached
         texts = load_texts(script.dataset, script.num_stories, training.seed)
         texts = three_splits(texts, script, training.seed)
@@ -113,18 +113,27 @@ def main() -> None:
         "compute_metrics": compute_metrics,
         "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
     }
-    if script.train_dense or not script.model_name_or_path:
-        model = dense_model(model, script, training, parts)
+    is_trained = bool(script.model_name_or_path) and not script.train_dense
+    return Task(model, is_trained, parts, blocks["test"])
+
+
+def main() -> None:
+    """Text, dense model, pruning, report."""
+    script, pruning, training = parse(ScriptArguments, DEFAULTS, SMALL_MODEL, PRUNING)
+    set_seed(training.seed)
+    task = load_task(script, training)
+    model = task.model if task.is_trained else dense_model(task.model, script, training, task.parts)
 
     callback = PruningTrainerCallback(pruning)
-    trainer = Trainer(model, training, callbacks=[callback], **parts)
+    trainer = Trainer(model, training, callbacks=[callback], **task.parts)
     callback.evaluate = trainer.evaluate
     callback.log = trainer.log
 
-    prompt = " ".join(texts["test"][0]["text"].split()[:8])
-    dense_test, dense_story = trainer.predict(blocks["test"]), continue_text(model, tokenizer, prompt)
+    tokenizer = task.parts["processing_class"]
+    prompt = " ".join(tokenizer.decode(task.test[0]["input_ids"]).split()[:8])
+    dense_test, dense_story = trainer.predict(task.test), continue_text(model, tokenizer, prompt)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    report(trainer, callback, dense_test, trainer.predict(blocks["test"]))
+    report(trainer, callback, dense_test, trainer.predict(task.test))
     story = continue_text(model, tokenizer, prompt)
     PartialState().print(f"\nStory before: {dense_story}\n\nStory after: {story}")
 

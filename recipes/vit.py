@@ -12,6 +12,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     Trainer,
+    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -23,6 +24,7 @@ from common.dense import DenseArguments, dense_model
 from common.images import ImageCollator, load_images
 from common.report import report
 from common.splits import SplitArguments, three_splits
+from common.task import Task
 from hf_prune import PruningTrainerCallback
 from hf_prune.metrics import accuracy_metrics
 
@@ -41,6 +43,7 @@ SMALL_MODEL = {
     "per_device_eval_batch_size": 128,
 }
 PRUNING = {"sparsity": 0.9, "schedule": "geometric"}
+STUDY = {"dense_steps": 2000, "budget": 600}
 
 
 @dataclass
@@ -72,11 +75,8 @@ def small_vit(image_size: int, labels: list[str]) -> ViTForImageClassification:
     )
 
 
-def main() -> None:
-    """Images, dense model, pruning, report."""
-    script, pruning, training = parse(ScriptArguments, DEFAULTS, SMALL_MODEL, PRUNING)
-    set_seed(training.seed)
-
+def load_task(script: ScriptArguments, training: TrainingArguments) -> Task:
+    """Images in three splits, and the model that is to be pruned."""
     with training.main_process_first():  # so that the others find what `datasets` has cached
         images = three_splits(load_images(script.dataset), script, training.seed)
         labels = images["train"].features["label"].names
@@ -104,16 +104,24 @@ def main() -> None:
         "compute_metrics": compute_metrics,
         "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
     }
-    model = dense_model(model, script, training, parts)
+    return Task(model, False, parts, images["test"])
+
+
+def main() -> None:
+    """Images, dense model, pruning, report."""
+    script, pruning, training = parse(ScriptArguments, DEFAULTS, SMALL_MODEL, PRUNING)
+    set_seed(training.seed)
+    task = load_task(script, training)
+    model = dense_model(task.model, script, training, task.parts)
 
     callback = PruningTrainerCallback(pruning)
-    trainer = Trainer(model, training, callbacks=[callback], **parts)
+    trainer = Trainer(model, training, callbacks=[callback], **task.parts)
     callback.evaluate = trainer.evaluate
     callback.log = trainer.log
 
-    dense_test = trainer.predict(images["test"])
+    dense_test = trainer.predict(task.test)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    report(trainer, callback, dense_test, trainer.predict(images["test"]))
+    report(trainer, callback, dense_test, trainer.predict(task.test))
 
 
 if __name__ == "__main__":

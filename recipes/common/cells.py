@@ -1,0 +1,139 @@
+"""The cells of a study: one training run each, kept when it is finished, so that an interrupted study goes on."""
+
+import dataclasses
+import functools
+import json
+import os
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+TRAINED_ON = "dense"  # in place of a schedule: the dense model, trained on for the same steps
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes:
+        schedule: A schedule of hf_prune, or `TRAINED_ON`.
+        sparsity: The target, 0 for `TRAINED_ON`.
+        criterion: As in `PruningConfig`.
+        granularity: As in `PruningConfig`.
+        split: How the budget is divided among the rounds: a key of `SPLITS` in `study.py`.
+        learning_rate: The peak of the schedule.
+        steps: The budget, in optimizer steps.
+        seed: Seed of the dense model, of the order of the data, and of dropout.
+    """
+
+    schedule: str
+    sparsity: float
+    criterion: str
+    granularity: str
+    split: str
+    learning_rate: float
+    steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """A name for a file."""
+        return "-".join(str(value) for value in dataclasses.astuple(self)).replace(":", "_")
+
+
+def run_cells(
+    cells: Iterable[Cell], run: Callable[[Cell], Result], folder: Path, workers: int, initializer: Callable[[], None]
+) -> dict[Cell, Result]:
+    """Runs the cells that are not yet in `folder`.
+
+    Args:
+        cells: What to run.
+        run: Runs one. What it raises is reported, and the rest goes on.
+        folder: Where finished cells are kept, each as JSON.
+        workers: Number of processes that run cells side by side.
+        initializer: Called once in each of them.
+
+    Returns:
+        The results of those that did not fail, in the order of `cells`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = list(dict.fromkeys(cells))
+    results = {cell: found for cell in cells if (found := _read(folder / f"{cell.name}.json")) is not None}
+    missing = [cell for cell in cells if cell not in results]
+    if missing:
+        print(f"{len(cells)} cells, {len(results)} of them finished before.", flush=True)
+    # Processes that begin from nothing: a fork of one that has used threads may wait for them forever.
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer) as pool:
+        running = {pool.submit(functools.partial(_run_and_keep, run, folder), cell): cell for cell in missing}
+        for done, future in enumerate(as_completed(running), start=1):
+            cell, (result, error) = running[future], future.result()
+            if result is not None:
+                results[cell] = result
+            print(f"[{done}/{len(missing)}] {cell.name}: {_summary(result) if result else error}", flush=True)
+    return {cell: results[cell] for cell in cells if cell in results}
+
+
+# Arguments that decide where things lie and what is shown, or that each cell has for itself.
+_IRRELEVANT = (
+    "output_dir",
+    "dense_dir",
+    "log",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "seed",
+    "learning_rate",
+    "hub_",
+)
+
+
+def keep_settings(path: Path, settings: Mapping[str, object]) -> None:
+    """Writes down with which arguments a study was begun, and requires that it goes on with the same.
+
+    Args:
+        path: The file that keeps them.
+        settings: Argument → value.
+
+    Raises:
+        ValueError: They are others than those of the cells that are there.
+    """
+    relevant = {name: value for name, value in settings.items() if not name.startswith(_IRRELEVANT)}
+    now = json.loads(json.dumps(relevant, sort_keys=True, default=str))
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [name for name in before | now if before.get(name) != now.get(name)]:
+            was = ", ".join(f"{name}={before.get(name)!r} (now {now.get(name)!r})" for name in changed)
+            raise ValueError(f"{path.parent} holds a study with other arguments: {was}. Give another --output_dir.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now, indent=1), encoding="utf-8")
+
+
+def _run_and_keep(run: Callable[[Cell], Result], folder: Path, cell: Cell) -> tuple[Result | None, str]:
+    failed = folder / f"{cell.name}.error"
+    try:
+        result = run(cell)
+    except Exception as error:  # whatever it is, it is written down and said, and the other cells go on
+        failed.write_text(traceback.format_exc(), encoding="utf-8")
+        return None, f"FAILED with {error!r}; see {failed}"
+    unfinished = folder / f".{cell.name}.{os.getpid()}"
+    unfinished.write_text(json.dumps({**dataclasses.asdict(cell), **result}, indent=1), encoding="utf-8")
+    unfinished.replace(folder / f"{cell.name}.json")
+    failed.unlink(missing_ok=True)
+    return result, ""
+
+
+def _read(path: Path) -> Result | None:
+    if not path.is_file():
+        return None
+    found: Result = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _summary(result: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {result[name]:.4f}" for name in ("validation", "test", "seconds"))

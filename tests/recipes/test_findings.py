@@ -1,0 +1,93 @@
+import csv
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+
+from common.cells import TRAINED_ON, Cell
+from common.figures import draw
+from common.findings import Findings, choose
+from hf_prune import PruningHistory
+from hf_prune.reports import Round
+
+LEVELS, SEEDS = (0.5, 0.9), (0, 1, 2)
+
+
+def result(validation: float, test: float) -> dict[str, object]:
+    history = PruningHistory(rounds=[Round(1, 0, 0.9, 0.9, 9, 9, 10, "magnitude", steps=20)], evaluations=[(5, 3.0)])
+    return {
+        "validation": validation, "test": test, "dense_validation": 2.0, "dense_test": 2.0,
+        "metric": "perplexity", "reached": 0.9, "seconds": 1.0, "history": history.to_dict(),
+    }  # fmt: skip
+
+
+def cells() -> dict[Cell, dict[str, object]]:
+    """One shot loses 2 at 0.9, geometric 1 with its better split; the better learning rate is 0.1."""
+    found: dict[Cell, dict[str, object]] = {}
+    for rate in (0.1, 0.2):
+        for seed in SEEDS:
+            found[Cell(TRAINED_ON, 0.0, "", "", "", rate, 20, seed)] = result(1.8 + rate, 1.9)
+            for level, steps in itertools.product(LEVELS, (10, 20)):
+                shift = rate + 0.01 * seed + (20 - steps) / 10
+                shot = Cell("one_shot", level, "magnitude", "unstructured", "", rate, steps, seed)
+                lost = 2.0 if level == 0.9 else 0.1
+                found[shot] = result(2 + lost + shift, 2 + lost + 0.1 * (seed - 1))
+                for split, more in (("equal", 0.5), ("early", 0.0)):
+                    lost = 1.0 if level == 0.9 else 0.2
+                    cell = dataclasses.replace(shot, schedule="geometric", split=split)
+                    found[cell] = result(2 + lost + more + shift, 2 + lost)
+    return found
+
+
+@pytest.fixture
+def findings() -> Findings:
+    results = cells()
+    chosen = choose({c: r for c, r in results.items() if c.seed == 0 and c.steps == 20}, greater_is_better=False)
+    return Findings("stories", 20, chosen, results, greater_is_better=False)
+
+
+def test_validation_chooses_and_test_is_told(findings: Findings) -> None:
+    assert {(c.schedule, c.sparsity, c.split, c.learning_rate) for c in findings.chosen} == {
+        (TRAINED_ON, 0.0, "", 0.1),
+        ("one_shot", 0.5, "", 0.1),
+        ("one_shot", 0.9, "", 0.1),
+        ("geometric", 0.5, "early", 0.1),
+        ("geometric", 0.9, "early", 0.1),
+    }
+    assert "| one_shot | 2.100 ± 0.100 | 4.000 ± 0.100 |" in findings.tables()
+    assert "| geometric | early, 0.1 | early, 0.1 |" in findings.tables()
+    assert "Dense: 2.000 ± 0.000." in findings.tables()
+    assert "Dense, trained on for 20 steps: 1.900 ± 0.000 (learning rate 0.1)." in findings.tables()
+
+
+def test_where_greater_is_better_the_greatest_is_chosen() -> None:
+    results = {c: r for c, r in cells().items() if c.seed == 0 and c.steps == 20}
+    assert {c.learning_rate for c in choose(results, greater_is_better=True)} == {0.2}
+
+
+def test_advice_says_how_much_of_the_loss_comes_back(findings: Findings) -> None:
+    low, high = findings.advice().splitlines()
+    assert low == "magnitude, unstructured at 0.5: one_shot (0.1), 2.100 ± 0.100."
+    assert high == (
+        "magnitude, unstructured at 0.9: geometric (early, 0.1), 3.000 ± 0.000; one_shot 4.000 ± 0.100, of whose loss "
+        "it recovers 50%."
+    )
+
+
+def test_all_cells_are_published(findings: Findings, tmp_path: Path) -> None:
+    findings.save(tmp_path)
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(findings.results)
+    assert set(rows[0]) >= {field.name for field in dataclasses.fields(Cell)} | {"validation", "test", "reached"}
+    assert (tmp_path / "tables.md").read_text().startswith("## stories: test perplexity after 20 steps")
+
+
+def test_pictures(findings: Findings, tmp_path: Path) -> None:
+    draw(findings, 0.9, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "budget-magnitude-unstructured.png",
+        "sparsity-magnitude-unstructured.png",
+        "trajectory-magnitude-unstructured.png",
+    ]

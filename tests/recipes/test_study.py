@@ -1,0 +1,86 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.conftest import RECIPES
+
+SHORT = (
+    "vit", "--levels=0.5", "--schedules", "one_shot", "geometric", "--splits", "equal", "patience", "--budget=20",
+    "--dense_steps=20", "--max_train_samples=200", "--max_eval_samples=50", "--dense_dir=dense", "--use_cpu",
+)  # fmt: skip
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, str(RECIPES / "study.py"), *flags]
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command(*flags), cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+
+
+def run(folder: Path, *flags: str) -> str:
+    process = start(folder, *flags)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_goes_on_and_finds_the_same(tmp_path: Path) -> None:
+    flags = (*SHORT, "--seeds", "0", "1", "--budget_level=0.5")
+    printed = run(tmp_path, *flags, "--output_dir=whole")
+    whole = rows(tmp_path / "whole")
+    # Two rates: 2 for dense, 2 for one shot, 4 for geometric; the other seed of these three; 3 budgets of 3 and 2 seeds.
+    assert len(whole) == 8 + 3 + 18
+    assert "vit: test accuracy after 20 steps" in printed
+    assert "magnitude, unstructured at 0.5: " in printed
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    kind = "magnitude-unstructured.png"
+    assert names >= {"results.csv", "tables.md", f"sparsity-{kind}", f"budget-{kind}", f"trajectory-{kind}"}
+    assert {row["reached"] for row in whole if row["schedule"] != "dense"} == {"0.5"}
+
+    process = start(tmp_path, *flags, "--output_dir=killed")
+    cells = tmp_path / "killed" / "cells"
+    while len(list(cells.glob("*.json"))) < 5:
+        time.sleep(0.2)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert 5 <= len(list(cells.glob("*.json"))) < len(whole)
+    run(tmp_path, *flags, "--output_dir=killed")
+    assert rows(tmp_path / "killed") == whole  # The same seeds give the same results, bit for bit.
+    assert "finished before" not in run(tmp_path, *flags, "--output_dir=killed")  # Nothing is left to run.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "usage: study.py {tinystories,vit}"),
+        (("vit", "--splits", "half"), "splits must be of equal, early, short, patience, .*; got 'half'"),
+        (("vit", "--levels", "80"), "sparsity must be in .* Did you mean 0.8"),
+        (("vit", "--schedules", "sudden"), "schedule must be one of auto, one_shot"),
+    ],
+)
+def test_bad_input_is_an_error_before_anything_runs(flags: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    process = start(tmp_path, *flags)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(err)
+    assert not list(tmp_path.rglob("*.json"))

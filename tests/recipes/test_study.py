@@ -45,7 +45,7 @@ def test_a_study_that_is_killed_goes_on_and_finds_the_same(tmp_path: Path) -> No
     flags = (*SHORT, "--seeds", "0", "1", "--budget_level=0.5")
     printed = run(tmp_path, *flags, "--output_dir=whole")
     whole = rows(tmp_path / "whole")
-    # Two rates: 2 for dense, 2 for one shot, 4 for geometric; the other seed of these three; 3 budgets of 3 and 2 seeds.
+    # Two rates: 2 for dense, 2 for one shot, 4 for geometric; the other seed of these; 3 budgets of these, 2 seeds.
     assert len(whole) == 8 + 3 + 18
     assert "vit: test accuracy after 20 steps" in printed
     assert "magnitude, unstructured at 0.5: " in printed

@@ -177,8 +177,11 @@ def recover_best(folder: Path | None, digest: str, model: nn.Module) -> BestWeig
     )
 
 
-def newest_complete(output_dir: Path, callback: str) -> Path | None:
+def newest_complete(output_dir: Path, callback: str = "PruningTrainerCallback") -> Path | None:
     """The newest checkpoint from which a pruning run can be resumed.
+
+    A run that is killed while it saves leaves a checkpoint that is not whole, and `resume_from_checkpoint=True` takes
+    the newest one as it is.
 
     Args:
         output_dir: The folder that holds the checkpoints.

@@ -1,6 +1,7 @@
 """Walks the public tables: every family, criterion, granularity and scope, from perturbed weights."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn.utils import prune as torch_prune
 from hf_prune import MaskSet, PruningConfig, ScoreInputs, prune, sparsity_report
 from hf_prune.criteria import CRITERIA
 from hf_prune.pruning import next_masks, resolve_targets
+from hf_prune.schedules import SCHEDULES
 from hf_prune.scopes import SCOPES
 from hf_prune.targets import Target, find_targets
 from tests.tiny import FAMILIES, build, twin
@@ -101,6 +103,27 @@ def test_rounds_are_monotone_and_exact(criterion, scope, granularity):
         if scope != "layer":
             size = 8 if granularity.startswith("block") else 1
             assert masks.masked == size * round(sparsity * masks.total / size)
+
+
+@pytest.mark.parametrize("rounds", range(1, 21))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_is_exact_after_each_round(schedule, rounds):
+    """Whatever the target: a schedule may round as it likes, the number of masked weights may not."""
+    if (schedule, rounds) == ("hybrid", 1) or (schedule == "one_shot" and rounds > 1):
+        return
+    rng = random.Random(rounds)
+    torch.manual_seed(rounds)
+    model = nn.Sequential(nn.Linear(37, 29), nn.Linear(29, 41))
+    targets = find_targets(model)
+    total = 29 * 37 + 41 * 29
+    for sparsity in [0.05, 0.995, *(round(rng.uniform(0.05, 0.995), 3) for _ in range(4))]:
+        config = PruningConfig(sparsity=sparsity, schedule=schedule, rounds=rounds)
+        masks = MaskSet()
+        for asked in config.round_sparsities:
+            masks = next_masks(targets, masks, asked, config)
+            assert masks.masked == round(asked * total)
+        assert len(config.round_sparsities) == rounds
+        assert masks.masked == round(sparsity * total)
 
 
 def test_pattern_rounds_go_through_all_patterns():

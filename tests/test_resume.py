@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -178,6 +179,59 @@ def test_kill_9_in_mid_round(tmp_path):
     assert sorted(p.name for p in (tmp_path / "killed" / "out").iterdir()) == ["checkpoint-2", "checkpoint-4"]
     assert run("killed", 9, "resume") == -signal.SIGKILL
     assert run("killed", 0, "resume") == 0
+    outcomes = [json.loads((tmp_path / folder / "outcome.json").read_text()) for folder in ("whole", "killed")]
+    assert outcomes[0] == outcomes[1]
+
+
+RANDOM = """
+    import json, os, random, signal, sys, threading, time
+    from pathlib import Path
+    from transformers import TrainerCallback
+    import tests.test_resume as t
+    from hf_prune import PruningConfig
+    from hf_prune.checkpoints import newest_complete
+    from tests.training import trainer_factory
+
+    class KillSometime(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            def kill():
+                time.sleep(float(sys.argv[2]))
+                os.kill(os.getpid(), signal.SIGKILL)
+            if float(sys.argv[2]):
+                threading.Thread(target=kill, daemon=True).start()
+
+    config = PruningConfig(**{**t.PATIENT.to_dict(), "rounds": 12, "patience": [6], "max_round_steps": 8})
+    trainer, pruning = t.start(trainer_factory(Path(sys.argv[1])), config, max_steps=120, save_steps=2)
+    trainer.add_callback(KillSometime())
+    newest = newest_complete(Path(sys.argv[1], "out"))
+    print(f"from {newest.name if newest else 'the beginning'}")
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    Path(sys.argv[1], "outcome.json").write_text(json.dumps(t.outcome(trainer, pruning)))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_ten_times_in_a_row(tmp_path):
+    """In a step, in an evaluation, in the middle of saving: wherever it happens to be."""
+
+    def run(folder: str, delay: float) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(RANDOM), str(tmp_path / folder), str(delay)],
+            cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=-1, text=True,
+        )  # fmt: skip
+
+    assert run("whole", 0).returncode == 0
+    rng = random.Random(0)
+    kills, resumed_from = 0, set()
+    for _ in range(30):
+        done = run("killed", rng.uniform(0.05, 0.4))
+        resumed_from.add(done.stdout.splitlines()[0])
+        kills += done.returncode == -signal.SIGKILL
+        if kills == 10 or done.returncode == 0:
+            break
+    assert kills == 10
+    assert len(resumed_from) >= 4  # It did get on in between.
+    assert run("killed", 0).returncode == 0
     outcomes = [json.loads((tmp_path / folder / "outcome.json").read_text()) for folder in ("whole", "killed")]
     assert outcomes[0] == outcomes[1]
 

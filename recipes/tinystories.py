@@ -96,13 +96,13 @@ def load_task(script: ScriptArguments, training: TrainingArguments) -> Task:
             tokenizer = train_tokenizer(texts["train"]["text"], script.vocab_size)
         blocks = cut_blocks(texts, tokenizer, script.block_size)
 
-    model: PreTrainedModel
-    if script.model_name_or_path:
+    def make_model() -> PreTrainedModel:
+        if not script.model_name_or_path:
+            return small_gpt_neo(tokenizer, script.block_size)
         model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="float32")
         if script.block_size > (longest := getattr(model.config, "max_position_embeddings", script.block_size)):
             raise ValueError(f"block_size must be at most {longest} for this model, got {script.block_size}.")
-    else:
-        model = small_gpt_neo(tokenizer, script.block_size)
+        return model
 
     compute_metrics, preprocess_logits_for_metrics = perplexity_metrics()
     parts = {
@@ -114,7 +114,7 @@ def load_task(script: ScriptArguments, training: TrainingArguments) -> Task:
         "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
     }
     is_trained = bool(script.model_name_or_path) and not script.train_dense
-    return Task(model, is_trained, parts, blocks["test"])
+    return Task(make_model, is_trained, parts, blocks["test"])
 
 
 def main() -> None:
@@ -122,7 +122,9 @@ def main() -> None:
     script, pruning, training = parse(ScriptArguments, DEFAULTS, SMALL_MODEL, PRUNING)
     set_seed(training.seed)
     task = load_task(script, training)
-    model = task.model if task.is_trained else dense_model(task.model, script, training, task.parts)
+    model = task.make_model()
+    if not task.is_trained:
+        model = dense_model(model, script, training, task.parts)
 
     callback = PruningTrainerCallback(pruning)
     trainer = Trainer(model, training, callbacks=[callback], **task.parts)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -82,18 +83,21 @@ def load_task(script: ScriptArguments, training: TrainingArguments) -> Task:
         labels = images["train"].features["label"].names
         if script.model_name_or_path:
             processor = AutoImageProcessor.from_pretrained(script.model_name_or_path, backend="pil")
-            model = AutoModelForImageClassification.from_pretrained(
-                script.model_name_or_path,
-                dtype="float32",
-                num_labels=len(labels),
-                id2label=dict(enumerate(labels)),
-                label2id={label: i for i, label in enumerate(labels)},
-                ignore_mismatched_sizes=True,
-            )
         else:
             side = min(32, *images["train"][0]["image"].size) // 4 * 4
             processor = ViTImageProcessorPil(size={"height": side, "width": side})
-            model = small_vit(side, labels)
+
+    def make_model() -> PreTrainedModel:
+        if not script.model_name_or_path:
+            return small_vit(processor.size["height"], labels)
+        return AutoModelForImageClassification.from_pretrained(
+            script.model_name_or_path,
+            dtype="float32",
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+            ignore_mismatched_sizes=True,
+        )
 
     compute_metrics, preprocess_logits_for_metrics = accuracy_metrics()
     parts = {
@@ -104,7 +108,7 @@ def load_task(script: ScriptArguments, training: TrainingArguments) -> Task:
         "compute_metrics": compute_metrics,
         "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
     }
-    return Task(model, False, parts, images["test"])
+    return Task(make_model, False, parts, images["test"])
 
 
 def main() -> None:
@@ -112,7 +116,7 @@ def main() -> None:
     script, pruning, training = parse(ScriptArguments, DEFAULTS, SMALL_MODEL, PRUNING)
     set_seed(training.seed)
     task = load_task(script, training)
-    model = dense_model(task.model, script, training, task.parts)
+    model = dense_model(task.make_model(), script, training, task.parts)
 
     callback = PruningTrainerCallback(pruning)
     trainer = Trainer(model, training, callbacks=[callback], **task.parts)

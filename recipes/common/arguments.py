@@ -1,6 +1,7 @@
 """The command line of a recipe: its own flags, those of `PruningConfig`, those of `TrainingArguments`."""
 
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -10,11 +11,11 @@ from hf_prune import PruningConfig
 
 Script = TypeVar("Script")
 
-# Fractions of the run: twenty evaluations, four in each of five rounds, however long it is.
+EVALUATIONS = 20  # of a run: four in each of five rounds, however long it is
 EVALUATED = {
     "eval_strategy": "steps",
-    "eval_steps": 0.05,
-    "logging_steps": 0.05,
+    "eval_steps": 1 / EVALUATIONS,
+    "logging_steps": 1 / EVALUATIONS,
     "save_steps": 0.1,
     "save_total_limit": 2,
     "dataloader_pin_memory": torch.accelerator.is_available(),
@@ -39,11 +40,27 @@ def parse(
         ValueError: A value is out of its range or contradicts another.
     """
     parser = HfArgumentParser((script, PruningConfig, TrainingArguments))  # type: ignore[arg-type]
-    parser.set_defaults(**EVALUATED, **defaults)
-    given, _ = parser.parse_known_args()
-    if given.model_name_or_path is None:
-        parser.set_defaults(**small_model)
+    given = set_defaults(parser, defaults, small_model)
     # These three say themselves how sparse the model becomes, and a default would contradict them.
     if given.sparsities is None and given.granularity == PruningConfig.granularity and not given.hold_zeros:
         parser.set_defaults(**pruning)
     return parser.parse_args_into_dataclasses()  # type: ignore[return-value]
+
+
+def set_defaults(
+    parser: HfArgumentParser,
+    defaults: Mapping[str, object],
+    small_model: Mapping[str, object],
+    argv: Sequence[str] | None = None,
+) -> Namespace:
+    """Gives a parser its defaults, as far as they do not depend on what else is given.
+
+    Returns:
+        What the command line gives with them.
+    """
+    parser.set_defaults(**EVALUATED, **defaults)
+    given, _ = parser.parse_known_args(argv)
+    if given.model_name_or_path is None:
+        parser.set_defaults(**small_model)
+        given, _ = parser.parse_known_args(argv)
+    return given

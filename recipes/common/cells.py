@@ -1,7 +1,6 @@
 """The cells of a study: one training run each, kept when it is finished, so that an interrupted study goes on."""
 
 import dataclasses
-import functools
 import json
 import os
 import traceback
@@ -10,11 +9,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
-TRAINED_ON = "dense"  # in place of a schedule: the dense model, trained on for the same steps
+from common.dense import IRRELEVANT
 
-Result = dict[str, Any]
+DENSE = "dense"  # in place of a schedule: the dense model, trained on for the same steps
 
 
 @dataclass(frozen=True)
@@ -22,12 +21,13 @@ class Cell:
     """One run of a study.
 
     Attributes:
-        schedule: A schedule of hf_prune, or `TRAINED_ON`.
-        sparsity: The target, 0 for `TRAINED_ON`.
+        schedule: A schedule of hf_prune, or `DENSE`.
+        sparsity: The target, 0 for `DENSE`.
         criterion: As in `PruningConfig`.
         granularity: As in `PruningConfig`.
-        split: How the budget is divided among the rounds: a key of `SPLITS` in `study.py`.
-        learning_rate: The peak of the schedule.
+        variant: A key of `VARIANTS` in `study.py`, such as how the budget is divided among the rounds; empty where
+            there is one round, and nothing to divide.
+        learning_rate: The peak of the learning-rate schedule.
         steps: The budget, in optimizer steps.
         seed: Seed of the dense model, of the order of the data, and of dropout.
     """
@@ -36,7 +36,7 @@ class Cell:
     sparsity: float
     criterion: str
     granularity: str
-    split: str
+    variant: str
     learning_rate: float
     steps: int
     seed: int
@@ -45,6 +45,28 @@ class Cell:
     def name(self) -> str:
         """A name for a file."""
         return "-".join(str(value) for value in dataclasses.astuple(self)).replace(":", "_")
+
+
+class Result(TypedDict):
+    """What a run gave.
+
+    Keys:
+        metric: Name of what `validation` and `test` give.
+        validation, test: The metric at the end of the run.
+        dense_validation, dense_test: The metric of the dense model before it.
+        reached: The sparsity.
+        seconds: Wall-clock time.
+        history: `PruningHistory.to_dict()`, None for `DENSE`.
+    """
+
+    metric: str
+    validation: float
+    test: float
+    dense_validation: float
+    dense_test: float
+    reached: float
+    seconds: float
+    history: dict[str, object] | None
 
 
 def run_cells(
@@ -70,27 +92,13 @@ def run_cells(
         print(f"{len(cells)} cells, {len(results)} of them finished before.", flush=True)
     # Processes that begin from nothing: a fork of one that has used threads may wait for them forever.
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer) as pool:
-        running = {pool.submit(functools.partial(_run_and_keep, run, folder), cell): cell for cell in missing}
+        running = {pool.submit(_run_and_keep, run, folder, cell): cell for cell in missing}
         for done, future in enumerate(as_completed(running), start=1):
-            cell, (result, error) = running[future], future.result()
+            cell, (result, said) = running[future], future.result()
             if result is not None:
                 results[cell] = result
-            print(f"[{done}/{len(missing)}] {cell.name}: {_summary(result) if result else error}", flush=True)
+            print(f"[{done}/{len(missing)}] {cell.name}: {said}", flush=True)
     return {cell: results[cell] for cell in cells if cell in results}
-
-
-# Arguments that decide where things lie and what is shown, or that each cell has for itself.
-_IRRELEVANT = (
-    "output_dir",
-    "dense_dir",
-    "log",
-    "report_to",
-    "run_name",
-    "disable_tqdm",
-    "seed",
-    "learning_rate",
-    "hub_",
-)
 
 
 def keep_settings(path: Path, settings: Mapping[str, object]) -> None:
@@ -103,7 +111,7 @@ def keep_settings(path: Path, settings: Mapping[str, object]) -> None:
     Raises:
         ValueError: They are others than those of the cells that are there.
     """
-    relevant = {name: value for name, value in settings.items() if not name.startswith(_IRRELEVANT)}
+    relevant = {name: value for name, value in settings.items() if not name.startswith((*IRRELEVANT, "dense_dir"))}
     now = json.loads(json.dumps(relevant, sort_keys=True, default=str))
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -125,15 +133,14 @@ def _run_and_keep(run: Callable[[Cell], Result], folder: Path, cell: Cell) -> tu
     unfinished.write_text(json.dumps({**dataclasses.asdict(cell), **result}, indent=1), encoding="utf-8")
     unfinished.replace(folder / f"{cell.name}.json")
     failed.unlink(missing_ok=True)
-    return result, ""
+    return result, (
+        f"{result['metric']} {result['validation']:.4f} on validation, {result['test']:.4f} on test, "
+        f"{result['seconds']:.0f} s"
+    )
 
 
 def _read(path: Path) -> Result | None:
     if not path.is_file():
         return None
-    found: Result = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def _summary(result: Mapping[str, object]) -> str:
-    return ", ".join(f"{name} {result[name]:.4f}" for name in ("validation", "test", "seconds"))
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return cast(Result, {name: found[name] for name in Result.__annotations__})

@@ -14,10 +14,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments
 
-EVALUATIONS = 20  # of a dense stage that is not stopped early
+from common.arguments import EVALUATIONS
 
 # Arguments that decide what is shown, what is kept, and where; or, like the epochs, that the cap on steps overrules.
-_IRRELEVANT = (
+IRRELEVANT = (
     *("output_dir", "num_train_epochs", "save_", "log", "report_to", "run_name", "project", "disable_tqdm"),
     *("hub_", "push_to_hub", "trackio_"),
 )
@@ -99,7 +99,7 @@ def dense_model(
 
 def _digest(model: PreTrainedModel, args: TrainingArguments, patience: int, parts: dict[str, Any]) -> str:
     """A digest of all that decides the trained weights: the first weights, the data, and how it is trained."""
-    settings = {name: value for name, value in args.to_dict().items() if not name.startswith(_IRRELEVANT)}
+    settings = {name: value for name, value in args.to_dict().items() if not name.startswith(IRRELEVANT)}
     data = [parts[name]._fingerprint for name in ("train_dataset", "eval_dataset")]
     described = [settings, args.world_size, patience, data, repr(parts["processing_class"]), str(model.config)]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())

@@ -2,23 +2,31 @@
 
 import csv
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from common.cells import TRAINED_ON, Cell, Result
+from common.cells import DENSE, Cell, Result
+
+Value = Literal["validation", "test", "dense_validation", "dense_test"]
 
 
 def choose(results: Mapping[Cell, Result], greater_is_better: bool) -> list[Cell]:
     """For each schedule, sparsity, criterion and granularity, the cell with the best validation metric."""
-    best: dict[tuple[object, ...], Cell] = {}
-    for cell, result in results.items():
-        key = (cell.schedule, cell.sparsity, cell.criterion, cell.granularity)
-        value, other = result["validation"], results[best[key]]["validation"] if key in best else None
-        if other is None or (value > other if greater_is_better else value < other):
-            best[key] = cell
-    return list(best.values())
+    groups: dict[tuple[object, ...], list[Cell]] = {}
+    for cell in results:
+        groups.setdefault((cell.schedule, cell.sparsity, cell.criterion, cell.granularity), []).append(cell)
+    return [
+        max(cells, key=lambda cell: _rank(results[cell]["validation"], greater_is_better)) for cells in groups.values()
+    ]
+
+
+def _rank(value: float, greater_is_better: bool) -> float:
+    """Higher is better; a run that diverged is the worst."""
+    return -math.inf if math.isnan(value) else value if greater_is_better else -value
 
 
 @dataclass
@@ -26,7 +34,7 @@ class Findings:
     """Results of a study.
 
     Attributes:
-        task: Its name.
+        task: Name of the task.
         budget: Steps of each run that is compared.
         chosen: The cells of the first seed that were chosen on validation.
         results: All cells that did not fail.
@@ -41,75 +49,85 @@ class Findings:
 
     @property
     def metric(self) -> str:
-        """Its name."""
-        return str(next(iter(self.results.values()))["metric"])
+        """Name of the metric."""
+        return next(iter(self.results.values()))["metric"]
 
-    def over_seeds(self, cell: Cell, value: str = "test") -> list[float]:
-        """A value of a cell for each seed that it was run with."""
+    @property
+    def trained_on(self) -> Cell | None:
+        """The chosen cell of the dense model that was trained on; None if all of them failed."""
+        return next((cell for cell in self.chosen if cell.schedule == DENSE), None)
+
+    def over_seeds(self, cell: Cell, value: Value = "test") -> list[float]:
+        """A value of a cell for each seed that it was run with and did not fail."""
         alike = [other for other in self.results if dataclasses.replace(other, seed=cell.seed) == cell]
-        return [float(self.results[other][value]) for other in sorted(alike, key=lambda other: other.seed)]
+        return [self.results[other][value] for other in sorted(alike, key=lambda other: other.seed)]
+
+    def mean(self, cell: Cell, value: Value = "test") -> float:
+        """The mean over the seeds."""
+        return statistics.mean(self.over_seeds(cell, value))
+
+    def over_budgets(self, cell: Cell) -> list[Cell]:
+        """The same cell for each number of steps that it was run with, fewest first."""
+        alike = {dataclasses.replace(other, seed=cell.seed) for other in self.results
+                 if dataclasses.replace(other, seed=cell.seed, steps=cell.steps) == cell}  # fmt: skip
+        return sorted(alike, key=lambda other: other.steps)
 
     def kinds(self) -> list[tuple[str, str]]:
         """Criterion and granularity of each table."""
-        return list(dict.fromkeys((c.criterion, c.granularity) for c in self.chosen if c.schedule != TRAINED_ON))
+        return list(dict.fromkeys((c.criterion, c.granularity) for c in self.chosen if c.schedule != DENSE))
 
     def of_kind(self, kind: tuple[str, str]) -> dict[tuple[str, float], Cell]:
         """Schedule and sparsity to the chosen cell."""
         return {(c.schedule, c.sparsity): c for c in self.chosen if (c.criterion, c.granularity) == kind}
 
-    def best_schedule(self, cells: Mapping[tuple[str, float], Cell], sparsity: float) -> str:
-        """The schedule with the best mean on validation over the seeds."""
-        means = {
-            schedule: statistics.mean(self.over_seeds(cell, "validation"))
-            for (schedule, level), cell in cells.items()
-            if level == sparsity
-        }
-        return (max if self.greater_is_better else min)(means, key=lambda schedule: means[schedule])
+    def best(self, cells: Mapping[tuple[str, float], Cell], sparsity: float) -> Cell:
+        """The cell with the best mean on validation."""
+        at_sparsity = [cell for (_, level), cell in cells.items() if level == sparsity]
+        return max(at_sparsity, key=lambda cell: _rank(self.mean(cell, "validation"), self.greater_is_better))
 
     def tables(self) -> str:
         """Markdown: test over the seeds, by schedule and sparsity, for each criterion and granularity."""
-        trained_on = [cell for cell in self.chosen if cell.schedule == TRAINED_ON]
         lines = [f"## {self.task}: test {self.metric} after {self.budget} steps", ""]
-        any_cell = next(iter(self.chosen))
-        lines.append(f"Dense: {_spread(self.over_seeds(any_cell, 'dense_test'))}.")
-        for cell in trained_on:
+        lines.append(f"Dense: {_spread(self.over_seeds(self.chosen[0], 'dense_test'))}.")
+        if self.trained_on is not None:
             lines.append(
-                f"Dense, trained on for {cell.steps} steps: {_spread(self.over_seeds(cell))} "
-                f"(learning rate {cell.learning_rate:g})."
+                f"Dense, trained on for {self.budget} steps: {_spread(self.over_seeds(self.trained_on))} "
+                f"(learning rate {self.trained_on.learning_rate:g})."
             )
         for kind in self.kinds():
             cells = self.of_kind(kind)
             lines += ["", f"### {', '.join(kind)}", ""]
             lines += _markdown(cells, lambda cell: _spread(self.over_seeds(cell)))
-            lines += ["", "Split of the budget and learning rate that validation chose:", ""]
+            lines += ["", "Variant and learning rate that validation chose:", ""]
             lines += _markdown(cells, _choice)
         return "\n".join(lines)
 
     def advice(self) -> str:
-        """Which schedule to take at each sparsity, and how firm that is."""
+        """Which schedule to take at each sparsity, and what it gains over one shot."""
         lines = []
         for kind in self.kinds():
             cells = self.of_kind(kind)
             for sparsity in sorted({level for _, level in cells}):
-                schedule = self.best_schedule(cells, sparsity)
-                cell, one_shot = cells[schedule, sparsity], cells.get(("one_shot", sparsity))
-                line = f"{', '.join(kind)} at {sparsity:g}: {schedule} ({_choice(cell)})"
-                line += f", {_spread(self.over_seeds(cell))}"
-                if one_shot not in (None, cell):
-                    line += (
-                        f"; one_shot {_spread(self.over_seeds(one_shot))}, "
-                        f"of whose loss it recovers {self._recovered(one_shot, cell):.0%}"
-                    )
-                lines.append(line + ".")
+                best, one_shot = self.best(cells, sparsity), cells.get(("one_shot", sparsity))
+                line = f"{', '.join(kind)} at {sparsity:g}: {best.schedule} ({_choice(best)})"
+                line += f", {_spread(self.over_seeds(best))}"
+                if one_shot is not None and one_shot != best:
+                    line += f"; one_shot {_spread(self.over_seeds(one_shot))}{self._gain(one_shot, best)}"
+                lines.append(f"{line}.")
         return "\n".join(lines)
 
-    def _recovered(self, one_shot: Cell, best: Cell) -> float:
-        """The part of what one shot loses against dense that another cell does not lose."""
-        dense, shot, other = (
-            statistics.mean(values)
-            for values in (self.over_seeds(one_shot, "dense_test"), self.over_seeds(one_shot), self.over_seeds(best))
-        )
-        return (shot - other) / (shot - dense) if shot != dense else 0.0
+    def _gain(self, one_shot: Cell, best: Cell) -> str:
+        """How much of one shot's distance to the dense models the best cell closes, where there is a distance."""
+        references = {"dense": self.mean(one_shot, "dense_test")}
+        if self.trained_on is not None:
+            references["dense trained on"] = self.mean(self.trained_on)
+        sign = 1 if self.greater_is_better else -1
+        shares = [
+            f"{(self.mean(best) - self.mean(one_shot)) / (value - self.mean(one_shot)):.0%} of the gap to {name}"
+            for name, value in references.items()
+            if sign * (value - self.mean(one_shot)) > 0
+        ]
+        return f", of which it closes {' and '.join(shares)}" if shares else ""
 
     def save(self, folder: Path) -> None:
         """Writes results.csv, one row a cell, and tables.md."""
@@ -129,7 +147,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _choice(cell: Cell) -> str:
-    return f"{cell.split}, {cell.learning_rate:g}" if cell.split else f"{cell.learning_rate:g}"
+    return f"{cell.variant}, {cell.learning_rate:g}" if cell.variant else f"{cell.learning_rate:g}"
 
 
 def _markdown(cells: Mapping[tuple[str, float], Cell], show: Callable[[Cell], str]) -> list[str]:

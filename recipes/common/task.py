@@ -1,5 +1,6 @@
 """A task: a model that is to be pruned, and the data that go with it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,14 @@ class Task:
     """What a recipe prunes.
 
     Attributes:
-        model: The model before any training here: with random weights, or pretrained.
+        make_model: Makes the model before any training here: with random weights, or pretrained.
         is_trained: Whether it needs no training before it is pruned.
         parts: What a `Trainer` needs besides model and arguments: datasets that train and steer, collator, metrics,
             tokenizer or image processor.
         test: The dataset that is looked at once, at the end.
     """
 
-    model: PreTrainedModel
+    make_model: Callable[[], PreTrainedModel]
     is_trained: bool
     parts: dict[str, Any]
     test: Dataset

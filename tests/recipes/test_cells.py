@@ -3,36 +3,39 @@ from pathlib import Path
 
 import pytest
 
-from common.cells import TRAINED_ON, Cell, keep_settings, run_cells
+from common.cells import DENSE, Cell, Result, keep_settings, run_cells
 
 
 def cell(seed: int = 0, schedule: str = "geometric") -> Cell:
     return Cell(schedule, 0.9, "magnitude", "2:4", "equal", 1e-3, 10, seed)
 
 
-def scored(cell: Cell) -> dict[str, object]:
+def scored(cell: Cell) -> Result:
     """Runs in another process; fails for one of the cells."""
     if cell.schedule == "cubic":
         raise RuntimeError("it does not fit")
-    return {"validation": 1.0 + cell.seed, "test": 2.0, "seconds": 0.1, "process": os.getpid()}
+    return {
+        "metric": "loss", "validation": 1.0 + cell.seed, "test": 2.0, "dense_validation": 1.0, "dense_test": 1.0,
+        "reached": 0.9, "seconds": float(os.getpid()), "history": None,
+    }  # fmt: skip
 
 
 def nothing() -> None:
     pass
 
 
-def run(folder: Path, *cells: Cell) -> dict[Cell, dict[str, object]]:
+def run(folder: Path, *cells: Cell) -> dict[Cell, Result]:
     return run_cells(cells, scored, folder, 2, nothing)
 
 
 def test_finished_cells_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = run(tmp_path, cell(0), cell(1), cell(0))
     assert [result["validation"] for result in first.values()] == [1.0, 2.0]
-    assert os.getpid() not in [result["process"] for result in first.values()]
+    assert os.getpid() not in [result["seconds"] for result in first.values()]
     assert "2 cells, 0 of them finished before." in capsys.readouterr().out
     second = run(tmp_path, cell(2), cell(1), cell(0))
     assert list(second) == [cell(2), cell(1), cell(0)]
-    assert all(second[c]["process"] == first[c]["process"] for c in first)
+    assert all(second[c]["seconds"] == first[c]["seconds"] for c in first)
     assert "3 cells, 2 of them finished before." in capsys.readouterr().out
     run(tmp_path, cell(0))
     assert capsys.readouterr().out == ""
@@ -59,16 +62,16 @@ def test_half_a_cell_is_no_cell(tmp_path: Path) -> None:
 
 
 def test_names_tell_cells_apart() -> None:
-    cells = [cell(0), cell(1), cell(0, "hybrid"), Cell(TRAINED_ON, 0.0, "", "", "", 1e-3, 10, 0)]
+    cells = [cell(0), cell(1), cell(0, "hybrid"), Cell(DENSE, 0.0, "", "", "", 1e-3, 10, 0)]
     assert len({c.name for c in cells}) == 4
     assert all(set(c.name).isdisjoint('/\\:*?"<>|') for c in cells)
 
 
 def test_a_study_goes_on_with_the_arguments_with_which_it_was_begun(tmp_path: Path) -> None:
     path = tmp_path / "study" / "settings.json"
-    settings = {"block_size": 64, "dataset": "stories", "output_dir": "a", "seed": 1, "learning_rate": 0.1}
+    settings = {"block_size": 64, "dataset": "stories", "output_dir": "a", "logging_steps": 1}
     keep_settings(path, settings)
-    keep_settings(path, {**settings, "output_dir": "b", "seed": 2, "learning_rate": 0.2, "logging_steps": 5})
+    keep_settings(path, {**settings, "output_dir": "b", "logging_steps": 5, "report_to": "none"})
     with pytest.raises(
         ValueError, match=r"holds a study with other arguments: block_size=64 \(now 32\)\. Give another"
     ):

@@ -11,8 +11,9 @@ import pytest
 from tests.recipes.conftest import RECIPES
 
 SHORT = (
-    "vit", "--levels=0.5", "--schedules", "one_shot", "geometric", "--splits", "equal", "patience", "--budget=20",
-    "--dense_steps=20", "--max_train_samples=200", "--max_eval_samples=50", "--dense_dir=dense", "--use_cpu",
+    "vit", "--sparsities=0.5", "--schedules", "one_shot", "geometric", "--variants", "equal", "patience",
+    "--learning_rates", "0.001", "0.002", "--budget=20", "--dense_steps=20",
+    "--max_train_samples=200", "--max_eval_samples=50", "--dense_dir=dense", "--use_cpu",
 )  # fmt: skip
 
 
@@ -42,10 +43,11 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 def test_a_study_that_is_killed_goes_on_and_finds_the_same(tmp_path: Path) -> None:
-    flags = (*SHORT, "--seeds", "0", "1", "--budget_level=0.5")
+    flags = (*SHORT, "--seeds", "0", "1", "--budget_sparsity=0.5")
     printed = run(tmp_path, *flags, "--output_dir=whole")
     whole = rows(tmp_path / "whole")
-    # Two rates: 2 for dense, 2 for one shot, 4 for geometric; the other seed of these; 3 budgets of these, 2 seeds.
+    # Two learning rates: 2 for dense, 2 for one shot, 4 for geometric. The other seed of what was chosen, and
+    # three other budgets of that with both seeds.
     assert len(whole) == 8 + 3 + 18
     assert "vit: test accuracy after 20 steps" in printed
     assert "magnitude, unstructured at 0.5: " in printed
@@ -72,8 +74,8 @@ def test_a_study_that_is_killed_goes_on_and_finds_the_same(tmp_path: Path) -> No
     ("flags", "message"),
     [
         ((), "usage: study.py {tinystories,vit}"),
-        (("vit", "--splits", "half"), "splits must be of equal, early, short, patience, .*; got 'half'"),
-        (("vit", "--levels", "80"), "sparsity must be in .* Did you mean 0.8"),
+        (("vit", "--variants", "half"), "variants must be of equal, early, short, patience, .*; got 'half'"),
+        (("vit", "--sparsities", "80"), "sparsity must be in .* Did you mean 0.8"),
         (("vit", "--schedules", "sudden"), "schedule must be one of auto, one_shot"),
     ],
 )

@@ -1,14 +1,13 @@
 """PruningTrainerCallback: tells the rounds when, between the events of a `transformers.Trainer`."""
 
 import dataclasses
-import functools
 import logging
+import math
 import random
 import uuid
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +16,9 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .best import BestWeights
 from .checkpoints import (
     BEST_NAME,
     ELSEWHERE,
@@ -38,18 +35,28 @@ from .checkpoints import (
 )
 from .config import PruningConfig
 from .criteria import Criterion
-from .masks import MaskSet, as_factor
-from .optimizers import require_restartable, restart_lr_, resume_run_lr_, treat_state_
+from .hooks import GradientHooks
+from .masks import MaskSet
+from .optimizers import cut_state_, require_restartable, restart_lr_, undo_restart_lr_
 from .pacing import Even, Patience
 from .pruning import next_masks, resolve_targets
-from .reports import HISTORY_NAME, PruningHistory, Round, sparsity_report
+from .reports import HISTORY_NAME, PruningHistory, sparsity_report
 from .rounds import Rounds
 from .targets import Target
+from .weights import WeightsCopy
+
+FALLING = ("loss", "perplexity", "error", "wer", "cer", "mse", "mae")
+"""A metric whose name ends so improves as it falls, unless the training arguments say otherwise."""
 
 logger = logging.getLogger(__name__)
 
-# The hooks by parameter, shared by all callbacks: a run takes away what an interrupted one has left on its model.
-_HOOKS = WeakTensorKeyDictionary()
+
+class Finished(NamedTuple):
+    """A run that was over when it was resumed."""
+
+    step: int
+    epoch: float | None
+    weights: WeightsCopy
 
 
 class PruningTrainerCallback(TrainerCallback, ExportableState):
@@ -59,12 +66,14 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     planned steps, or, with `patience`, when the metric has stopped improving; the best weights of the round then come
     back before the next cut, and the training stops when the last round has converged. From a cut on the gradients of
     pruned weights are zeroed before they are clipped, and the weights after each optimizer step: to the last bit the
-    training that `torch.nn.utils.prune` gives. Parameters keep their names and
-    shapes, and the saved model is an ordinary one.
+    training that `torch.nn.utils.prune` gives. Parameters keep their names and shapes, and the saved model is an
+    ordinary one. It is final in `on_train_end` of this callback: put others that look at it, or upload it, behind.
 
     `pruning_config.json` and `pruning_history.json` are written beside the model, into each checkpoint and into
     `output_dir` at the end. `trainer.train(resume_from_checkpoint=…)` goes on bit for bit. Each `train()` that is
     not a resumption starts clean. With `load_best_model_at_end`, only evaluations at the final sparsity compete.
+    Evaluate and save by the same strategy: where Trainer saves in steps and evaluates in epochs, the evaluation at an
+    epoch's end comes after the checkpoint, and a run that is resumed there does not make it up.
 
     Args:
         config: What to prune, how far, and when.
@@ -72,6 +81,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 
     Attributes:
         config: The config.
+        criterion: The function in place of the config's criterion; None if there is none.
         masks: The masks so far, by parameter name.
         history: The rounds so far.
         evaluate: Set it to `trainer.evaluate` to have the metric measured before the first cut and right after each
@@ -107,12 +117,13 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def _start_clean(self) -> None:
         self.masks = MaskSet()
         self._targets: dict[str, Target] = {}
-        self._held: list[str] = []
+        self._hooks = GradientHooks()
         self._run = uuid.uuid4().hex
         self._rounds = Rounds(self.config, Even([], 0), PruningHistory())
-        self._restarted: tuple[int, int] | None = None
+        self._lr_start: int | None = None
         self._training = False
-        self._over: tuple[int, float | None, BestWeights] | None = None
+        self._finished: Finished | None = None
+        self._resumed_at: int | None = None
         self._reported: set[str] = set()
         self._tokens_seen = 0
 
@@ -131,10 +142,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             "config": self.config.to_dict(),
             "criterion": self._criterion_name,
             "pacing": dataclasses.asdict(rounds.pacing),
-            "restarted": self._restarted,
+            "lr_start": self._lr_start,
             "masks": self.masks.digest() if self.masks else None,
             "best": rounds.best.digest() if rounds.best else None,
-            "best_step": rounds.history[-1].best_step if rounds.best else None,
             "history": rounds.history.to_dict(),
         }
         return {"args": {"config": self.config.to_dict()}, "attributes": {}, "progress": progress}
@@ -152,20 +162,18 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Checks that the config fits the model and the run; starts, or goes on where a checkpoint was."""
         model, optimizer, scheduler = kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"]
-        self._release()
+        self._hooks.release_(self._weights.values())
+        undo_restart_lr_(scheduler)
         self._start_clean()
         _require_supported(model)
         if self.config.restart_lr:
             require_restartable(scheduler)
-        if self.config.patience and args.eval_strategy == "no":
-            raise ValueError(
-                "patience needs evaluations, and there are none. Set eval_strategy in the training arguments, and "
-                "eval_dataset in the Trainer."
-            )
+        if self.config.patience:
+            self._require_evaluations(args, state)
         if isinstance(state.stateful_callbacks, dict) and state.global_step == 0:
             progress_of(state.stateful_callbacks, type(self).__name__)  # One callback, not more.
         self._targets = resolve_targets(model, self.config)
-        self._release()  # What an interrupted run of another callback has left.
+        self._hooks.release_(self._weights.values())  # What an interrupted run of another callback has left.
         self._tokens_seen = state.num_input_tokens_seen
         if state.global_step > 0:
             self._resume(args, state, model, scheduler)
@@ -182,8 +190,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Cuts if a round begins here: after what Trainer evaluated and saved at the end of the step before."""
         self._require_metric()
-        if self._held != self._trainable():
-            self._hold()  # Somebody froze or unfroze weights.
+        if not self._hooks.are_on(self._weights, self.masks):
+            self._hooks.hold_(self._weights, self.masks)
         self._cut_if_due(args, state, kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"])
 
     def on_optimizer_step(
@@ -196,12 +204,13 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Counts what the round costs."""
-        if self._over is not None:
+        if self._finished is not None:
             self._stay_over(state, control)
             return
         tokens, self._tokens_seen = state.num_input_tokens_seen - self._tokens_seen, state.num_input_tokens_seen
+        batch_size = state.train_batch_size or args.train_batch_size  # The former is what auto_find_batch_size found.
         self._rounds.count_step_(
-            samples=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            samples=batch_size * args.gradient_accumulation_steps * args.world_size,
             tokens=tokens if args.include_num_input_tokens_seen != "no" else None,
         )
         self._stop_if_over(state, control)
@@ -210,7 +219,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Lets nothing happen in a run that was over when it was resumed."""
-        if self._over is not None:
+        if self._finished is not None:
             self._stay_over(state, control)
 
     def on_evaluate(
@@ -219,14 +228,15 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         """Notes the metric. A cut that is due waits for the next step, so that Trainer saves what it evaluated."""
         if not self._training:
             return
-        metrics = kwargs["metrics"]
+        metrics, metric = kwargs["metrics"], self.history.metric
         self._reported |= {key for key in metrics if key.startswith("eval_")}
-        if (value := metrics.get(self.history.metric)) is not None:
-            self._rounds.observe_(state.global_step, value, kwargs["model"])
+        # With `eval_on_start`, a resumed run evaluates where the run before it would not have.
+        if metric in metrics and state.global_step != self._resumed_at:
+            self._rounds.observe_(state.global_step, _as_number(metric, metrics[metric]), kwargs["model"])
             self._stop_if_over(state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Puts masks, config and history into the checkpoint."""
+        """Puts masks, best weights, config and history into the checkpoint."""
         folder = _checkpoint_folder(args, state)
         if args.should_save and not folder.is_dir():
             logger.warning("%s is gone: was it rotated away by save_total_limit, among older ones?", folder)
@@ -242,22 +252,18 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Leaves an ordinary model with its zeros, and says loudly if they are fewer than asked for."""
         model = kwargs["model"]
-        self._release()
+        self._hooks.release_(self._weights.values())
         self._training = False
-        resume_run_lr_(kwargs["lr_scheduler"])
+        undo_restart_lr_(kwargs["lr_scheduler"])
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             load_renamed_weights_(model, Path(state.best_model_checkpoint))
-        elif self._over is not None:
-            self._over[-1].restore_(model)
-        self._rounds.finish_(state.global_step, model)
+        elif self._finished is not None:
+            self._finished.weights.restore_(model)
+        self._say(self._rounds.finish_(state.global_step, model), state)
         self.masks.apply_(model)
-        asked = self.config.round_sparsities
-        if self._rounds.pacing.round < len(asked):
-            logger.warning(
-                "Training stopped at step %d after round %d of %d: the sparsity is %.4f, not the %.4f asked for.",
-                state.global_step, self._rounds.pacing.round, len(asked), self.masks.sparsity, asked[-1],
-            )  # fmt: skip
-        if self._reported and self.history.metric not in self._reported:
+        if shortfall := self.history.shortfall():
+            logger.warning("%s", shortfall)
+        if self._lacks_metric:
             logger.warning(
                 "No evaluation gave the metric %r, so the history has no values. There were %s.",
                 self.history.metric, ", ".join(sorted(self._reported)),
@@ -281,21 +287,43 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if not self.history and self.evaluate is not None:
             self.history.dense = self._measure("dense", args)
             self._require_metric()
-        self._rounds.end_(pacing.why_over(step), model)
+        self._say(self._rounds.end_(pacing.why_round_ends(step), model), state)
         asked = self._rounds.next_sparsity
         masks = next_masks(self._targets, self.masks, asked, self.config, criterion=self.criterion, seed=args.seed)
-        pacing.cut_(step)
-        if self.config.restart_lr:
-            self._restarted = scheduler.last_epoch, pacing.steps_left(step)
-            restart_lr_(scheduler, *self._restarted, state.max_steps)
         self._adopt(masks, asked, args, state, model, optimizer)
+        if self.config.restart_lr:
+            self._lr_start = scheduler.last_epoch
+            restart_lr_(scheduler, self._lr_start, pacing.steps_left(step), state.max_steps)
 
     def _stop_if_over(self, state: TrainerState, control: TrainerControl) -> None:
-        if self._rounds.pacing.is_over(state.global_step):
+        if self._rounds.pacing.is_run_over(state.global_step):
             control.should_training_stop = True
 
+    def _require_evaluations(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Requires that Trainer evaluates before the run is over."""
+        often = "Set eval_strategy and eval_steps in the training arguments, and eval_dataset in the Trainer."
+        if args.eval_strategy == "no":
+            raise ValueError(f"patience needs evaluations, and there are none. {often}")
+        if (args.eval_strategy == "steps" and state.eval_steps >= state.max_steps) or (
+            args.eval_strategy == "epoch" and state.num_train_epochs <= 1
+        ):
+            raise ValueError(f"patience needs several evaluations, and there is none before the run's end. {often}")
+        if args.load_best_model_at_end and self.config.restore == "best":
+            ours, theirs = _metric_name(self.config, args), f"eval_{args.metric_for_best_model}"
+            if ours != theirs.replace("eval_eval_", "eval_"):
+                raise ValueError(
+                    f"patience brings the best {ours} back, and load_best_model_at_end the best {theirs}. Take the "
+                    'same metric for both, or restore="last" in the config.'
+                )
+
+    @property
+    def _lacks_metric(self) -> bool:
+        """Whether there were evaluations, and none gave the metric."""
+        return bool(self._reported) and self.history.metric not in self._reported
+
     def _require_metric(self) -> None:
-        if self.config.patience and self._reported and self.history.metric not in self._reported:
+        # Not as soon as an evaluation lacks it: with several evaluation datasets, another one may have it.
+        if self.config.patience and self._lacks_metric:
             raise ValueError(
                 f"patience follows {self.history.metric!r}, but the evaluation gives "
                 f"{', '.join(sorted(self._reported))}. Set metric in the config to one of them."
@@ -321,28 +349,18 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         """Applies masks, holds them from here on, writes the round down and measures it."""
         self.masks = masks
         masks.apply_(model)
-        treat_state_(optimizer, self.config.optimizer_state, {self._targets[n].weight: m for n, m in masks.items()})
-        self._hold()
+        cut_state_(optimizer, self.config.optimizer_state, {self._weights[n]: m for n, m in masks.items()})
+        self._hooks.hold_(self._weights, masks)
         # Metrics of a less sparse model must not keep a sparser one from becoming the best.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
         zeros = sparsity_report(model, masks=masks).zeros
-        row = Round(
-            round=self._rounds.pacing.round,
-            step=state.global_step,
-            asked=asked,
-            reached=masks.sparsity,
-            masked=masks.masked,
-            zeros=zeros,
-            total=masks.total,
-            criterion=self._criterion_name,
+        row = self._rounds.begin_(state.global_step, asked, masks, zeros, self._criterion_name)
+        self._say(
+            f"Round {row.round} of {len(self.config.round_sparsities)} at step {row.step}: "
+            f"sparsity {row.reached:.4f}, {row.masked:,} of {row.total:,} weights pruned.",
+            state,
         )
-        self._rounds.begin_(row)
-        logger.log(
-            logging.INFO if state.is_world_process_zero else logging.DEBUG,
-            "Round %d of %d at step %d: sparsity %.4f, %s of %s weights pruned.",
-            row.round, len(self.config.round_sparsities), row.step, row.reached, f"{row.masked:,}", f"{row.total:,}",
-        )  # fmt: skip
         entry = {"pruning_round": row.round, "sparsity": row.reached}
         if self.log is not None:
             self.log(entry)
@@ -351,23 +369,15 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if self.evaluate is not None:
             row.after_cut = self._measure("after_cut", args)
 
-    def _hold(self) -> None:
-        """Zeroes the gradients of pruned weights as they are accumulated, which is before they are clipped."""
-        self._release()
-        self._held = self._trainable()
-        for name in self._held:
-            weight = self._targets[name].weight
-            hook = functools.partial(_mask_gradient, weakref.ref(self), self.masks[name])
-            _HOOKS[weight] = weight.register_post_accumulate_grad_hook(hook)
+    @property
+    def _weights(self) -> dict[str, nn.Parameter]:
+        return {name: target.weight for name, target in self._targets.items()}
 
-    def _trainable(self) -> list[str]:
-        return [name for name in self.masks if self._targets[name].weight.requires_grad]
-
-    def _release(self) -> None:
-        self._held = []
-        for target in self._targets.values():
-            if target.weight in _HOOKS:
-                _HOOKS.pop(target.weight).remove()
+    @staticmethod
+    def _say(sentence: str | None, state: TrainerState) -> None:
+        """Says what every process knows, once."""
+        if sentence is not None:
+            logger.log(logging.INFO if state.is_world_process_zero else logging.DEBUG, "%s", sentence)
 
     def _measure(self, prefix: str, args: TrainingArguments) -> float | None:
         """The metric now, under a prefix of its own: nobody takes it for an evaluation of the run."""
@@ -390,9 +400,14 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         pacing = (Patience if self.config.patience else Even)(**progress["pacing"])  # type: ignore[arg-type]
         pacing.resize_(state.max_steps, state.global_step)
         self._rounds = Rounds(self.config, pacing, PruningHistory.from_dict(progress["history"]))
-        if progress["restarted"] is not None:
-            start, steps = self._restarted = progress["restarted"]
-            restart_lr_(scheduler, start, steps, state.max_steps)
+        self._resumed_at = state.global_step
+        if progress["lr_start"] is not None:
+            # Without the scheduler's file, as with `save_only_model`, Trainer begins its schedule anew, and so do we.
+            lost = scheduler.last_epoch < progress["lr_start"]
+            self._lr_start = scheduler.last_epoch if lost else progress["lr_start"]
+            past = 0 if lost else state.global_step - self.history[-1].step
+            left = max(1, past + pacing.steps_left(state.global_step))
+            restart_lr_(scheduler, self._lr_start, left, state.max_steps)
         named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
         folder = find_checkpoint([*named, _checkpoint_folder(args, state)], name, progress, state.global_step)
         if folder is not None:
@@ -402,19 +417,20 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         try:
             if progress["masks"] is not None:
                 self.masks = recover_masks(folder, progress["masks"], model, self._targets)
-                self._hold()
+                self._hooks.hold_(self._weights, self.masks)
             if progress["best"] is not None:
                 self._rounds.best = recover_best(folder, progress["best"], model)
         except ValueError as error:
             newest = newest_complete(_output_dir(args), name)
-            raise ValueError(f"{error} The newest complete checkpoint here: {newest or 'none'}.") from error
-        if pacing.is_over(state.global_step):
-            self._over = state.global_step, state.epoch, BestWeights.of(model)
+            hint = f" The newest complete checkpoint here: {newest}." if newest else ""
+            raise ValueError(f"{error}{hint}") from error
+        if pacing.is_run_over(state.global_step):
+            self._finished = Finished(state.global_step, state.epoch, WeightsCopy.of(model))
 
     def _stay_over(self, state: TrainerState, control: TrainerControl) -> None:
-        """Trainer takes one more step when it resumes a run that was over: it is not counted, and its weights go."""
-        assert self._over is not None
-        state.global_step, state.epoch, _ = self._over  # type: ignore[assignment]  # Trainer starts it with None.
+        """Trainer takes one more step when it resumes a run that was over: it is not counted, and undone later."""
+        assert self._finished is not None
+        state.global_step, state.epoch, _ = self._finished  # type: ignore[assignment]  # Trainer starts it with None.
         control.should_log = control.should_evaluate = control.should_save = False
         control.should_training_stop = True
 
@@ -423,18 +439,15 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self.history.save(folder / HISTORY_NAME)
 
 
-def _mask_gradient(callback: weakref.ref[PruningTrainerCallback], mask: torch.Tensor, parameter: torch.Tensor) -> None:
-    # A run that was interrupted could not take its hooks away: they end with the callback.
-    # Optimizers that step inside the backward pass may have taken the gradient away already.
-    if callback() is not None and parameter.grad is not None:
-        parameter.grad.mul_(as_factor(mask))
+def _metric_name(config: PruningConfig, args: TrainingArguments) -> str:
+    return "eval_" + (config.metric or args.metric_for_best_model or "loss").removeprefix("eval_")
 
 
 def _new_history(config: PruningConfig, args: TrainingArguments, model: nn.Module) -> PruningHistory:
-    best = args.metric_for_best_model
-    metric = "eval_" + (config.metric or best or "loss").removeprefix("eval_")
-    falls = metric.endswith(("loss", "perplexity"))
-    if best is not None and metric == "eval_" + best.removeprefix("eval_") and args.greater_is_better is not None:
+    metric, best = _metric_name(config, args), args.metric_for_best_model
+    falls = metric.endswith(FALLING)
+    # Trainer's `greater_is_better` is about its own metric, if it has one.
+    if args.greater_is_better is not None and best in (None, metric, metric.removeprefix("eval_")):
         if falls and args.greater_is_better:
             logger.warning(
                 "greater_is_better is True for %s, which improves as it falls: Trainer would keep the worst model. "
@@ -448,6 +461,13 @@ def _new_history(config: PruningConfig, args: TrainingArguments, model: nn.Modul
         asked=config.round_sparsities,
         language_model=isinstance(model, PreTrainedModel) and model.can_generate(),
     )
+
+
+def _as_number(metric: str, value: object) -> float:
+    try:
+        return math.nan if value is None else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ValueError(f"the metric {metric!r} must be a number, got {value!r}.") from None
 
 
 def _output_dir(args: TrainingArguments) -> Path:

@@ -15,8 +15,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from .best import BestWeights
 from .masks import MaskSet
+from .reports import PruningHistory
+from .weights import WeightsCopy
 
 TRAINER_STATE_NAME = "trainer_state.json"  # As in `transformers.trainer`, which imports datasets.
 MASKS_NAME = "pruning_masks.safetensors"
@@ -28,7 +29,7 @@ ELSEWHERE = (
 
 logger = logging.getLogger(__name__)
 
-Loaded = TypeVar("Loaded", MaskSet, BestWeights)
+Loaded = TypeVar("Loaded", MaskSet, WeightsCopy)
 
 
 class Progress(TypedDict):
@@ -39,10 +40,9 @@ class Progress(TypedDict):
         config: `PruningConfig.to_dict()`.
         criterion: Name of what scores the weights.
         pacing: The fields of the pacing.
-        restarted: Arguments of `restart_lr_` at the last cut, None if the learning rate goes on.
+        lr_start: `start` of `restart_lr_` at the last cut, None if the learning rate goes on.
         masks: `MaskSet.digest()`, None before the first cut.
-        best: `BestWeights.digest()` of the current round, None without such weights.
-        best_step: The number of finished steps at which they were the model's.
+        best: `WeightsCopy.digest()` of the best weights of the current round, None without such weights.
         history: `PruningHistory.to_dict()`.
     """
 
@@ -50,10 +50,9 @@ class Progress(TypedDict):
     config: dict[str, object]
     criterion: str
     pacing: dict[str, object]
-    restarted: tuple[int, int] | None
+    lr_start: int | None
     masks: str | None
     best: str | None
-    best_step: int | None
     history: dict[str, object]
 
 
@@ -150,16 +149,16 @@ def recover_masks(folder: Path | None, digest: str, model: nn.Module, names: Col
                 return masks
     raise ValueError(
         f"the masks of the checkpoint are missing, damaged or of another model: no {MASKS_NAME} fits the digest on "
-        f"record, nor do the zeros of the weights. {ELSEWHERE if folder is None else f'The checkpoint is {folder}.'}"
+        f"record, nor do the zeros of the weights. {_whereabouts(folder)}"
     )
 
 
-def recover_best(folder: Path | None, digest: str, model: nn.Module) -> BestWeights:
+def recover_best(folder: Path | None, digest: str, model: nn.Module) -> WeightsCopy:
     """Finds the best weights of a digest: those of the checkpoint itself, else in a file of their own.
 
     Args:
         folder: The checkpoint, None if it is unknown.
-        digest: `BestWeights.digest()`, as the checkpoint recorded it.
+        digest: `WeightsCopy.digest()`, as the checkpoint recorded it.
         model: The model with the checkpoint's weights.
 
     Returns:
@@ -168,12 +167,12 @@ def recover_best(folder: Path | None, digest: str, model: nn.Module) -> BestWeig
     Raises:
         ValueError: if there are no such weights.
     """
-    for best in (BestWeights.of(model), None if folder is None else _load(BestWeights, folder / BEST_NAME)):
+    for best in (WeightsCopy.of(model), None if folder is None else _load(WeightsCopy, folder / BEST_NAME)):
         if best is not None and best.digest() == digest:
             return best
     raise ValueError(
         f"the best weights of the round are missing or damaged: no {BEST_NAME} fits the digest on record. "
-        f"{ELSEWHERE if folder is None else f'The checkpoint is {folder}.'}"
+        f"{_whereabouts(folder)}"
     )
 
 
@@ -222,6 +221,10 @@ def progress_of(stored: object, callback: str) -> Progress:
     return cast(Progress, progress)
 
 
+def _whereabouts(folder: Path | None) -> str:
+    return ELSEWHERE if folder is None else f"The checkpoint is {folder}."
+
+
 @torch.no_grad()
 def _are_zero(model: nn.Module, masks: MaskSet) -> bool:
     """Whether every masked weight of the model is zero."""
@@ -239,9 +242,10 @@ def _read_progress(folder: Path, callback: str) -> tuple[Progress | None, int]:
 
 def _is_complete(folder: Path, progress: Progress, step: int) -> bool:
     """Whether masks and best weights are in a checkpoint as it recorded them."""
-    own = progress["best_step"] == step  # Then the checkpoint's own weights are the best.
+    rounds = PruningHistory.from_dict(progress["history"])[-1:]
+    own = bool(rounds) and rounds[0].best_step == step  # Then the checkpoint's own weights are the best.
     return _is_as_recorded(MaskSet, folder / MASKS_NAME, progress["masks"]) and _is_as_recorded(
-        BestWeights, folder / BEST_NAME, None if own else progress["best"]
+        WeightsCopy, folder / BEST_NAME, None if own else progress["best"]
     )
 
 

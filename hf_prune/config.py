@@ -61,7 +61,8 @@ class PruningConfig:
             weights or its "last".
         metric: The evaluation metric that patience and the history follow; `metric_for_best_model` of the training
             arguments if None, else `eval_loss`. The training arguments' `greater_is_better` says which way it
-            improves, and without it the name: losses and perplexities fall.
+            improves if it is their metric, or they name none; otherwise its name does: losses, perplexities and
+            errors fall.
         restart_lr: Each cut starts the learning-rate schedule anew, with its warm-up, compressed to what the round may
             take at most. Otherwise it goes on.
         optimizer_state: What a cut does to the optimizer: "mask" zeroes what it remembers of pruned weights, "reset"
@@ -165,10 +166,10 @@ class PruningConfig:
                     raise ValueError(f"{name} must hold names or regular expressions, got {pattern!r}.")
                 if isinstance(patterns, str) or is_regex(pattern):
                     _require_regex(name, pattern)
-        if self.criterion not in CRITERIA:
-            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}; got {self.criterion!r}.")
-        if self.scope not in SCOPES:
-            raise ValueError(f"scope must be one of {', '.join(SCOPES)}; got {self.scope!r}.")
+        known = {"criterion": CRITERIA, "scope": SCOPES, "optimizer_state": OPTIMIZER_STATES, "restore": RESTORE}
+        for name, allowed in known.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
         if not 0 <= self.begin < math.inf:
             raise ValueError(f"begin must be 0 or more (steps, or below 1 a fraction of the run), got {self.begin}.")
         if self.end is not None and not 0 < self.end < math.inf:
@@ -186,10 +187,6 @@ class PruningConfig:
                         f"{name} does not apply to granularity {self.granularity!r}: weights compete within their "
                         f"groups, and each layer has the same sparsity. Leave {name} out."
                     )
-        if self.optimizer_state not in OPTIMIZER_STATES:
-            raise ValueError(
-                f"optimizer_state must be one of {', '.join(OPTIMIZER_STATES)}; got {self.optimizer_state!r}."
-            )
         # Computed once here so that a schedule that cannot be is an error at once.
         object.__setattr__(self, "_round_sparsities", self._resolve_rounds())
         self._check_patience()
@@ -202,13 +199,15 @@ class PruningConfig:
                     raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}.")
         if not 0 <= self.min_delta < math.inf:
             raise ValueError(f"min_delta must be 0 or more, in units of the metric, got {self.min_delta}.")
-        if self.restore not in RESTORE:
-            raise ValueError(f"restore must be one of {', '.join(RESTORE)}; got {self.restore!r}.")
         if self.patience is None:
             for name in ("min_delta", "max_round_steps", "min_round_steps", "restore"):
                 if getattr(self, name) != getattr(type(self), name):
                     raise ValueError(f"{name} needs patience: without it, rounds are spread evenly.")
             return
+        if not self.round_sparsities:
+            raise ValueError(
+                "patience needs rounds to end, and with hold_zeros alone there are none. Give a sparsity."
+            )
         if not 1 <= len(self.patience) <= len(self.round_sparsities):
             raise ValueError(
                 f"patience must have one number, or at most one for each of the {len(self.round_sparsities)} rounds, "

@@ -11,7 +11,7 @@ OPTIMIZER_STATES = ("mask", "reset", "keep")
 
 
 @torch.no_grad()
-def treat_state_(optimizer: torch.optim.Optimizer, how: str, masks: Mapping[torch.Tensor, torch.Tensor]) -> None:
+def cut_state_(optimizer: torch.optim.Optimizer, how: str, masks: Mapping[torch.Tensor, torch.Tensor]) -> None:
     """Does to an optimizer's state what a cut asks for.
 
     Args:
@@ -56,6 +56,9 @@ def restart_lr_(scheduler: LRScheduler, start: int, steps: int, max_steps: int) 
         start: `scheduler.last_epoch` at the cut.
         steps: Number of steps until the schedule is at its end, at least 1.
         max_steps: Number of steps of the run, for which the schedule was made.
+
+    Raises:
+        ValueError: as `require_restartable` does.
     """
     scheduler = require_restartable(scheduler)
     lambdas = [_of_the_run(function) for function in scheduler.lr_lambdas]
@@ -66,7 +69,7 @@ def restart_lr_(scheduler: LRScheduler, start: int, steps: int, max_steps: int) 
     scheduler._last_lr = rates
 
 
-def resume_run_lr_(scheduler: LRScheduler) -> None:
+def undo_restart_lr_(scheduler: LRScheduler) -> None:
     """Undoes `restart_lr_`, so that a scheduler that is used again begins as its owner made it."""
     if isinstance(scheduler, LambdaLR):
         scheduler.lr_lambdas = [_of_the_run(function) for function in scheduler.lr_lambdas]

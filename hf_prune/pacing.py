@@ -1,7 +1,7 @@
 """Pacing: when a round begins and when it ends. State machines over step numbers; nothing here knows a Trainer.
 
 Both pacings are told of each cut (`cut_`) and each evaluation (`observe_`), and say whether the next cut happens now
-(`is_due`), whether the run is over (`is_over`), and why a round ends (`why_over`), in one of these words:
+(`is_due`), whether the run is over (`is_run_over`), and why a round ends (`why_round_ends`), in one of these words:
 
 `planned`           its end was set beforehand
 `patience`          the metric has not improved for as many evaluations as patience allows
@@ -32,7 +32,7 @@ class Even:
     round: int = 0
 
     @classmethod
-    def spread(cls, rounds: int, begin: float, end: float | None, max_steps: int) -> "Even":
+    def plan(cls, rounds: int, begin: float, end: float | None, max_steps: int) -> "Even":
         """Spreads rounds evenly over a run.
 
         Args:
@@ -48,7 +48,7 @@ class Even:
             ValueError: if the rounds do not fit.
 
         Example:
-            >>> Even.spread(4, begin=0, end=0.8, max_steps=100).cuts
+            >>> Even.plan(4, begin=0, end=0.8, max_steps=100).cuts
             [0, 20, 40, 60]
         """
         if rounds == 0:
@@ -74,13 +74,13 @@ class Even:
         """Whether the next cut happens now, after that many finished steps."""
         return self.round < len(self.cuts) and step >= self.cuts[self.round]
 
-    def is_over(self, step: int) -> bool:
+    def is_run_over(self, step: int) -> bool:
         """Whether the run has nothing left to do."""
         return step >= self.max_steps
 
-    def why_over(self, step: int) -> str | None:
+    def why_round_ends(self, step: int) -> str | None:
         """Why the current round, or the time before the first one, ends now; None while it goes on."""
-        return "planned" if self.is_due(step) else "max_steps" if self.is_over(step) else None
+        return "planned" if self.is_due(step) else "max_steps" if self.is_run_over(step) else None
 
     def steps_left(self, step: int) -> int:
         """The number of steps that the current round may still take."""
@@ -171,7 +171,7 @@ class Patience:
         Example:
             >>> pacing = Patience.plan(2, begin=0, max_steps=100, patience=[3])
             >>> pacing.cut_(0)
-            >>> [pacing.why_over(step) for step in (74, 75)]
+            >>> [pacing.why_round_ends(step) for step in (74, 75)]
             [None, 'reserve']
         """
         first = _steps(begin, max_steps)
@@ -191,13 +191,13 @@ class Patience:
 
     def is_due(self, step: int) -> bool:
         """Whether the next cut happens now, after that many finished steps."""
-        return self.round < self.rounds and self.why_over(step) is not None
+        return self.round < self.rounds and self.why_round_ends(step) is not None
 
-    def is_over(self, step: int) -> bool:
+    def is_run_over(self, step: int) -> bool:
         """Whether the run has nothing left to do: the last round has ended."""
-        return self.round == self.rounds and self.why_over(step) is not None
+        return self.round == self.rounds and self.why_round_ends(step) is not None
 
-    def why_over(self, step: int) -> str | None:
+    def why_round_ends(self, step: int) -> str | None:
         """Why the current round, or the time before the first one, ends now; None while it goes on."""
         if self.round == 0:
             return "planned" if step >= self.begin else None
@@ -237,10 +237,11 @@ class Patience:
         Raises:
             ValueError: if the steps that are left do not suffice for the rounds that are left.
         """
-        if max_steps - step < self._reserve:
+        first = step if self.round else max(step, self.begin)
+        if max_steps - first < self._reserve:
             raise ValueError(
-                f"the run has {max_steps} steps, too few after step {step} for {self.rounds - self.round} more rounds "
-                f"of {self.min_round_steps} steps. Resume with the same max_steps or num_train_epochs."
+                f"the run has {max_steps} steps, too few after step {first} for {self.rounds - self.round} more "
+                f"rounds of {self.min_round_steps} steps. Resume with the same max_steps or num_train_epochs."
             )
         self.max_steps = max_steps
 

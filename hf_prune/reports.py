@@ -162,8 +162,8 @@ class Round:
         ended: Why the round ended: one of the words of `hf_prune.pacing`, or "stopped" if something else stopped the
             training; None while it goes on.
         steps: Number of optimizer steps in the round.
-        samples: Number of training samples in the round: steps times the batch size over all processes, as if the
-            last batch of an epoch were whole.
+        samples: Number of training samples in the round: steps times batch size times accumulation times processes, as
+            if the last step of an epoch were as full as the others.
         tokens: Number of input tokens in the round, None unless the training arguments count them.
         evaluations: Number of evaluations in the round, the one right after the cut left out.
         seconds: Wall-clock time of the round, evaluations included.
@@ -199,7 +199,7 @@ class PruningHistory(Sequence[Round]):
         greater_is_better: Which way the metric improves.
         ended: Why the run ended, in the words of the last round; None while it goes on.
         dense: The metric before any weight was masked; None if nothing measured it, or zeros were held from the start.
-        evaluations: `(step, value)` of each evaluation of the run.
+        evaluations: `(step, value)` of each evaluation of the run, those right after a cut left out.
         rounds: The rounds.
         language_model: Whether the model generates text, so that the exponential of its loss is a perplexity.
     """
@@ -281,13 +281,19 @@ class PruningHistory(Sequence[Round]):
         lines = [_table(rows, rules=(1,))]
         if exponential:
             lines.append("* the exponential of a mean of batch means, not weighted by tokens")
-        done = self[-1].round if self else 0
-        if self.ended is not None and done < len(self.asked):
-            lines.append(
-                f"Training ended after round {done} of {len(self.asked)}: the sparsity is "
-                f"{self[-1].reached if self else 0.0:.4f}, not the {self.asked[-1]:.4f} asked for."
-            )
+        if shortfall := self.shortfall():
+            lines.append(shortfall)
         return "\n".join(lines)
+
+    def shortfall(self) -> str | None:
+        """A sentence that says by how much a run that has ended missed its target; None if it did not."""
+        done, reached = (self[-1].round, self[-1].reached) if self else (0, 0.0)
+        if self.ended is None or done >= len(self.asked):
+            return None
+        return (
+            f"Training ended after round {done} of {len(self.asked)}: the sparsity is {reached:.4f}, "
+            f"not the {self.asked[-1]:.4f} asked for."
+        )
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws sparsity and metric against steps into an image file.

@@ -6,16 +6,17 @@ import time
 
 from torch import nn
 
-from .best import BestWeights
 from .config import PruningConfig
+from .masks import MaskSet
 from .pacing import Even, Patience
 from .reports import PruningHistory, Round
+from .weights import WeightsCopy
 
 logger = logging.getLogger(__name__)
 
 
 class Rounds:
-    """The rounds of a run, as far as they are.
+    """Where the rounds of a run are: which one it is in, what it has cost, and its best weights.
 
     Args:
         config: The pruning config.
@@ -36,7 +37,7 @@ class Rounds:
         config: PruningConfig,
         pacing: Even | Patience,
         history: PruningHistory,
-        best: BestWeights | None = None,
+        best: WeightsCopy | None = None,
     ) -> None:
         self.config = config
         self.pacing = pacing
@@ -54,19 +55,42 @@ class Rounds:
         """
         rounds = len(config.round_sparsities)
         if config.patience is None:
-            return cls(config, Even.spread(rounds, config.begin, config.end, max_steps), history)
-        limits = {name: getattr(config, name) for name in ("min_delta", "max_round_steps", "min_round_steps")}
-        return cls(config, Patience.plan(rounds, config.begin, max_steps, config.patience, **limits), history)
+            return cls(config, Even.plan(rounds, config.begin, config.end, max_steps), history)
+        pacing = Patience.plan(
+            rounds,
+            config.begin,
+            max_steps,
+            config.patience,
+            min_delta=config.min_delta,
+            max_round_steps=config.max_round_steps,
+            min_round_steps=config.min_round_steps,
+        )
+        return cls(config, pacing, history)
 
     @property
     def next_sparsity(self) -> float:
         """The sparsity that the next cut is to reach."""
         return self.config.round_sparsities[self.pacing.round]
 
-    def begin_(self, row: Round) -> None:
-        """Begins a round with its row of the history."""
+    def begin_(self, step: int, asked: float | None, masks: MaskSet, zeros: int, criterion: str) -> Round:
+        """Begins the next round with the masks of its cut.
+
+        Args:
+            step: Number of finished steps.
+            asked: The sparsity that was asked for; None for round 0, the zeros that are held from the start.
+            masks: The masks after the cut.
+            zeros: Number of targeted weights that are zero after the cut.
+            criterion: Name of what scored the weights.
+
+        Returns:
+            Its row of the history.
+        """
         self.count_seconds_()
+        if asked is not None:
+            self.pacing.cut_(step)
+        row = Round(self.pacing.round, step, asked, masks.sparsity, masks.masked, zeros, masks.total, criterion)
         self.history.rounds.append(row)
+        return row
 
     def observe_(self, step: int, value: float, model: nn.Module) -> None:
         """Hears of an evaluation.
@@ -77,9 +101,11 @@ class Rounds:
             model: The model that was evaluated, unwrapped; copied if it is the best of its round.
         """
         history = self.history
-        if history and step == history[-1].step:
+        if history and step == history[-1].step:  # Trainer's own, as with `eval_on_start`
             history[-1].after_cut = value
             return
+        if history.evaluations and step == history.evaluations[-1][0]:
+            return  # Once is enough: a second look at the same weights says nothing about patience.
         history.evaluations.append((step, value))
         if not history:
             history.dense = value
@@ -95,7 +121,7 @@ class Rounds:
         if self.pacing.round > 0:
             self.pacing.observe_(gain)
             if gain > 0 and self.config.patience and self.config.restore == "best":
-                self.best = BestWeights.of(model)
+                self.best = WeightsCopy.of(model)
 
     def count_step_(self, samples: int, tokens: int | None) -> None:
         """Counts what a step has cost; tokens are None where nobody counts them."""
@@ -112,22 +138,27 @@ class Rounds:
             self.history[-1].seconds += now - self._clock
         self._clock = now
 
-    def end_(self, why: str | None, model: nn.Module) -> None:
-        """Writes down why the current round has ended, and brings its best weights back."""
+    def end_(self, why: str | None, model: nn.Module) -> str | None:
+        """Writes down why the current round has ended, and brings its best weights back.
+
+        Returns:
+            A sentence that says what came back; None if nothing did.
+        """
         self.count_seconds_()
         if not self.history:
-            return
+            return None
         row = self.history[-1]
         row.ended = why
-        if self.best is not None:
-            self.best.restore_(model)
-            self.best = None
-            logger.info(
-                "Round %d ended (%s) with %s %.4f; its best, %.4f at step %d, comes back.",
-                row.round, why, self.history.metric, row.last, row.best, row.best_step,
-            )  # fmt: skip
+        if self.best is None:
+            return None
+        self.best.restore_(model)
+        self.best = None
+        return (
+            f"Round {row.round} ended ({why}) with {self.history.metric} {row.last:.4f}; its best, {row.best:.4f} at "
+            f"step {row.best_step}, comes back."
+        )
 
-    def finish_(self, step: int, model: nn.Module) -> None:
-        """Ends the run: "stopped" is what ended it if it was not over."""
-        self.history.ended = self.pacing.why_over(step) if self.pacing.is_over(step) else "stopped"
-        self.end_(self.history.ended, model)
+    def finish_(self, step: int, model: nn.Module) -> str | None:
+        """Ends the run: "stopped" is what ended it if it was not over. Returns what `end_` does."""
+        self.history.ended = self.pacing.why_round_ends(step) if self.pacing.is_run_over(step) else "stopped"
+        return self.end_(self.history.ended, model)

@@ -5,7 +5,7 @@ python recipes/study.py vit --quick
 python recipes/study.py tinystories --dataset path/to/texts --model_name_or_path path/to/model --budget 1000
 
 Each cell (schedule x sparsity x criterion x granularity x variant x learning rate x seed) is one run, and kept when it
-is finished: the same command goes on where it was interrupted. A variant is a way to divide the budget among the rounds.
+is finished: the same command goes on where it was interrupted. A variant is a way to divide the budget among rounds.
 Variant and learning rate are chosen on validation with the first seed, from one grid for all schedules and for the
 dense model that is trained on; the other seeds run with what was chosen, and test is looked at with that.
 """

@@ -277,7 +277,7 @@ def test_a_run_that_is_stopped_early_is_said_loudly(make_trainer, caplog):
 
     pruning = PruningTrainerCallback(FOUR_ROUNDS)
     make_trainer(model, pruning, Stop()).train()
-    assert "Training stopped at step 2 after round 2 of 4: the sparsity is 0.5527, not the 0.8000" in caplog.text
+    assert "Training ended after round 2 of 4: the sparsity is 0.5527, not the 0.8000" in caplog.text
 
 
 def test_twice_in_a_row_starts_clean(make_trainer):

@@ -2,7 +2,7 @@ import pytest
 import torch
 import transformers
 
-from hf_prune.optimizers import restart_lr_, resume_run_lr_, treat_state_
+from hf_prune.optimizers import cut_state_, restart_lr_, undo_restart_lr_
 
 
 def scheduler_of(kind: str, steps: int, warmup: int, rates=(1e-2, 1e-3)) -> torch.optim.lr_scheduler.LambdaLR:
@@ -37,7 +37,7 @@ def test_undone_the_schedule_is_the_runs():
     before = list(scheduler.lr_lambdas)
     restart_lr_(scheduler, 0, 10, 100)
     assert scheduler.lr_lambdas != before
-    resume_run_lr_(scheduler)
+    undo_restart_lr_(scheduler)
     assert scheduler.lr_lambdas == before
 
 
@@ -61,7 +61,7 @@ def test_a_learning_rate_that_is_no_function_of_the_step_is_an_error():
             ValueError, match=rf"restart_lr needs .* and {type(scheduler).__name__} is not\. Take a lr_"
         ):
             restart_lr_(scheduler, 0, 10, 100)
-        resume_run_lr_(scheduler)
+        undo_restart_lr_(scheduler)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adafactor])
@@ -76,7 +76,7 @@ def test_what_becomes_of_the_state(kind, how):
         p: {k: v.clone() for k, v in state.items() if torch.is_tensor(v)} for p, state in optimizer.state.items()
     }
     mask = torch.rand(4, 4) > 0.5
-    treat_state_(optimizer, how, {pruned: mask})
+    cut_state_(optimizer, how, {pruned: mask})
     if how == "reset":
         assert not optimizer.state
         return

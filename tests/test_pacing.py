@@ -10,9 +10,9 @@ from hf_prune.pacing import Even, Patience
 
 
 def test_rounds_are_spread_over_the_whole_run():
-    assert Even.spread(4, begin=0, end=None, max_steps=100).cuts == [0, 25, 50, 75]
-    assert Even.spread(3, begin=0, end=None, max_steps=10).cuts == [0, 3, 6]
-    assert Even.spread(1, begin=0, end=None, max_steps=1).cuts == [0]
+    assert Even.plan(4, begin=0, end=None, max_steps=100).cuts == [0, 25, 50, 75]
+    assert Even.plan(3, begin=0, end=None, max_steps=10).cuts == [0, 3, 6]
+    assert Even.plan(1, begin=0, end=None, max_steps=1).cuts == [0]
 
 
 @pytest.mark.parametrize(
@@ -31,18 +31,18 @@ def test_rounds_are_spread_over_the_whole_run():
     ],
 )
 def test_begin_and_end_are_steps_or_fractions_of_the_run(begin, end, cuts):
-    assert Even.spread(3, begin, end, max_steps=100).cuts == cuts
+    assert Even.plan(3, begin, end, max_steps=100).cuts == cuts
 
 
 def test_a_fraction_that_is_a_whole_number_of_steps_is_that_step():
     """0.29 · 100 is 28.999999999999996 in floating point, and step 29 all the same."""
-    cuts = [Even.spread(1, begin=percent / 100, end=None, max_steps=100).cuts for percent in range(1, 100)]
+    cuts = [Even.plan(1, begin=percent / 100, end=None, max_steps=100).cuts for percent in range(1, 100)]
     assert cuts == [[percent] for percent in range(1, 100)]
 
 
 @pytest.mark.parametrize(("begin", "step"), [(0.25, 3), (0.2, 2), (0.201, 3), (0.001, 1), (0.0, 0)])
 def test_a_fraction_that_is_not_is_the_next_step_as_trainer_reads_it(begin, step):
-    assert Even.spread(1, begin=begin, end=None, max_steps=10).cuts == [step]
+    assert Even.plan(1, begin=begin, end=None, max_steps=10).cuts == [step]
 
 
 def test_cuts_rise_from_begin_and_leave_each_round_its_share():
@@ -52,7 +52,7 @@ def test_cuts_rise_from_begin_and_leave_each_round_its_share():
         first = rng.randrange(max_steps)
         last = rng.randint(first + 1, max_steps)
         rounds = rng.randint(1, min(last - first, 40))
-        cuts = Even.spread(rounds, first, last, max_steps).cuts
+        cuts = Even.plan(rounds, first, last, max_steps).cuts
         assert len(cuts) == rounds
         assert all(type(cut) is int for cut in cuts)
         lengths = [b - a for a, b in itertools.pairwise([*cuts, last])]
@@ -63,10 +63,10 @@ def test_cuts_rise_from_begin_and_leave_each_round_its_share():
 
 
 def test_no_round_is_no_cut():
-    pacing = Even.spread(0, begin=0, end=None, max_steps=10)
+    pacing = Even.plan(0, begin=0, end=None, max_steps=10)
     assert pacing.cuts == []
     assert not any(pacing.is_due(step) for step in range(11))
-    assert [pacing.is_over(step) for step in (9, 10)] == [False, True]
+    assert [pacing.is_run_over(step) for step in (9, 10)] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_no_round_is_no_cut():
 )
 def test_rounds_that_do_not_fit_the_run_are_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Even.spread(*arguments)
+        Even.plan(*arguments)
 
 
 def test_a_round_is_due_once_its_step_is_reached():
@@ -112,11 +112,11 @@ def test_even_rounds_end_as_planned_whatever_the_metric_does():
     pacing.cut_(0)
     for _ in range(10):
         pacing.observe_(-1.0)
-    assert [pacing.why_over(step) for step in (4, 5)] == [None, "planned"]
+    assert [pacing.why_round_ends(step) for step in (4, 5)] == [None, "planned"]
     assert pacing.steps_left(2) == 3
     pacing.cut_(5)
-    assert [pacing.why_over(step) for step in (5, 9, 10)] == [None, None, "max_steps"]
-    assert [pacing.is_over(step) for step in (9, 10)] == [False, True]
+    assert [pacing.why_round_ends(step) for step in (5, 9, 10)] == [None, None, "max_steps"]
+    assert [pacing.is_run_over(step) for step in (9, 10)] == [False, True]
     assert pacing.steps_left(7) == 3
 
 
@@ -144,10 +144,10 @@ def drive(pacing: Patience, metric, every: int = 1) -> list[tuple[int, str | Non
             value = metric(pacing.round, step - pacing.start)
             pacing.observe_(math.nan if math.isnan(value) else best - value)
             best = min(best, value) if not math.isnan(value) else best
-        if pacing.is_over(step):
-            return [*events, (step, pacing.why_over(step))]
+        if pacing.is_run_over(step):
+            return [*events, (step, pacing.why_round_ends(step))]
         if pacing.is_due(step):
-            events.append((step, pacing.why_over(step)))
+            events.append((step, pacing.why_round_ends(step)))
             pacing.cut_(step)
             best = math.inf
     raise AssertionError("the run is at its end, and the pacing does not know")
@@ -273,12 +273,15 @@ def test_patience_in_a_run_of_another_length():
     pacing = Patience.plan(3, 0, 100, [2], min_round_steps=10)
     pacing.cut_(0)
     pacing.resize_(200, step=50)
-    assert [pacing.why_over(step) for step in (179, 180)] == [None, "reserve"]
+    assert [pacing.why_round_ends(step) for step in (179, 180)] == [None, "reserve"]
     with pytest.raises(ValueError, match="the run has 60 steps, too few after step 50 for 2 more rounds of 10 steps"):
         pacing.resize_(60, step=50)
+    later = Patience.plan(2, 50, 100, [2], min_round_steps=10)
+    with pytest.raises(ValueError, match="the run has 60 steps, too few after step 50 for 2 more rounds of 10 steps"):
+        later.resize_(60, step=10)
 
 
-@pytest.mark.parametrize("pacing", [Even.spread(3, 0, None, 10), Patience.plan(3, 0, 10, [1, 2], max_round_steps=5)])
+@pytest.mark.parametrize("pacing", [Even.plan(3, 0, None, 10), Patience.plan(3, 0, 10, [1, 2], max_round_steps=5)])
 def test_a_pacing_survives_json(pacing):
     pacing.cut_(0)
     pacing.observe_(-1.0)

@@ -86,7 +86,7 @@ def test_rounds_end_on_patience_and_then_the_training_stops(make_trainer, caplog
     assert [(row.best, row.best_step, row.last) for row in pruning.history] == [(1.0, 4, 3.0), (1.0, 9, 3.0)]
     assert (pruning.history.ended, trainer.state.global_step) == ("patience", 11)
     assert "Round 1 ended (patience) with eval_score 3.0000; its best, 1.0000 at step 4, comes back." in caplog.text
-    assert "Training stopped" not in caplog.text
+    assert "Training ended" not in caplog.text
     assert sparsity_report(trainer.model).zeros == round(0.8 * pruning.masks.total)
 
 
@@ -101,6 +101,24 @@ def test_without_training_arguments_the_name_says_which_way(make_trainer):
     _, pruning, _ = run(make_trainer, score=lambda *at: -v_shaped(*at), **options)
     assert [row.best_step for row in pruning.history] == [4, 9]
     assert pruning.history.greater_is_better
+
+
+@pytest.mark.parametrize(
+    ("best", "greater", "name", "expected"),
+    [
+        (None, False, "score", False),  # The training arguments name no metric of their own: it is about ours.
+        ("eval_score", False, "score", False),
+        ("score", None, "score", True),
+        ("loss", False, "score", True),  # It is about another metric.
+        ("accuracy", True, "eval_wer", False),
+        (None, None, "perplexity", False),
+        (None, None, None, False),
+    ],
+)
+def test_which_way_a_metric_improves(best, greater, name, expected, make_trainer):
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.5, metric=name))
+    make_trainer(build("llama"), pruning, metric_for_best_model=best, greater_is_better=greater).train()
+    assert pruning.history.greater_is_better is expected
 
 
 def test_evaluations_once_an_epoch(make_trainer):
@@ -142,7 +160,7 @@ def test_early_stopping_before_the_target_is_said_everywhere(make_trainer, caplo
     early = EarlyStoppingCallback(early_stopping_patience=1)
     options = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
     trainer, pruning, weights = run(make_trainer, TWO_ROUNDS, v_shaped, early, **options)
-    assert "Training stopped at step 5 after round 1 of 2" in caplog.text
+    assert "Training ended after round 1 of 2" in caplog.text
     assert (pruning.history[-1].ended, pruning.history.ended) == ("stopped", "stopped")
     said = "Training ended after round 1 of 2: the sparsity is 0.5527, not the 0.8000 asked for."
     assert said in str(pruning.history)
@@ -286,12 +304,23 @@ def test_with_patience_the_schedule_has_the_steps_that_a_round_may_take_at_most(
     assert rates.rates == pytest.approx([*fresh_schedule("linear", 20, 0, 1), *first, *second])
 
 
-def test_a_scheduler_of_the_users_own_is_as_it_was_afterwards(make_trainer):
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_scheduler_of_the_users_own_is_as_it_was_afterwards(interrupted, make_trainer):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if interrupted:
+                raise KeyboardInterrupt
+
     pruning = PruningTrainerCallback(PruningConfig(sparsity=0.8, schedule="geometric", rounds=2, restart_lr=True))
-    trainer = make_trainer(build("llama"), pruning)
+    interrupt = Interrupt()
+    trainer = make_trainer(build("llama"), pruning, interrupt)
     trainer.create_optimizer()
     ramp = lambda step: 1 / (1 + step)  # noqa: E731
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, ramp)
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.remove_callback(interrupt)
     trainer.train()
     assert trainer.lr_scheduler.lr_lambdas == [ramp] * len(trainer.lr_scheduler.lr_lambdas)
 
@@ -359,6 +388,41 @@ def test_a_metric_that_the_evaluation_does_not_return_is_an_error(measured, make
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == (0 if measured else 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eval_strategy": "steps", "eval_steps": 6},
+        {"eval_strategy": "steps"},
+        {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 1},
+    ],
+)
+def test_no_evaluation_before_the_end_is_an_error(options, make_trainer):
+    trainer = make_trainer(build("llama"), PruningTrainerCallback(PruningConfig(sparsity=0.8, patience=2)), **options)
+    with pytest.raises(ValueError, match="patience needs several evaluations, and there is none before the run's end"):
+        trainer.train()
+
+
+def test_two_metrics_that_both_bring_their_best_back_are_an_error(make_trainer):
+    options = {"metric_for_best_model": "loss", "load_best_model_at_end": True, "save_strategy": "steps"}
+    message = "patience brings the best eval_score back, and load_best_model_at_end the best eval_loss"
+    with pytest.raises(ValueError, match=message):
+        run(make_trainer, save_steps=1, **options)
+    config = PruningConfig(**{**TWO_ROUNDS.to_dict(), "restore": "last"})
+    trainer, _, weights = run(make_trainer, config, save_steps=1, **options)
+    assert equal(copied(trainer.model), weights.after_step[trainer.state.best_global_step])
+
+
+def test_a_metric_that_is_none_is_no_improvement(make_trainer, caplog):
+    _, pruning, _ = run(make_trainer, score=lambda *_: None, metric_for_best_model=None)
+    assert [(row.steps, row.ended) for row in pruning.history] == [(2, "patience")] * 2
+    assert "eval_score is NaN at step 2: no improvement." in caplog.text
+
+
+def test_a_metric_that_is_no_number_is_an_error(make_trainer):
+    with pytest.raises(ValueError, match=r"the metric 'eval_score' must be a number, got 'high'\."):
+        run(make_trainer, score=lambda *_: "high", metric_for_best_model=None)
 
 
 def test_several_evaluation_datasets_of_which_one_has_the_metric(make_trainer):

@@ -1,6 +1,7 @@
 """train(2k) ≡ train(k) + resume(k), bit for bit: weights, masks, history, what is best."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, ViTConfig, ViTForImageClassification
+from transformers import Trainer, TrainerCallback, ViTConfig, ViTForImageClassification
 
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, sparsity_report
 from hf_prune.checkpoints import load_renamed_weights_
@@ -39,7 +40,7 @@ def start(
 ) -> tuple[Trainer, PruningTrainerCallback]:
     """A trainer and its callback; GPT-2 has dropout, so that the random state counts."""
     pruning = PruningTrainerCallback(config)
-    trainer = make_trainer(build(family), pruning, **{**OPTIONS, **options})
+    trainer = make_trainer(build(family), pruning, **{**OPTIONS, "metric_for_best_model": config.metric, **options})
     pruning.evaluate, pruning.log = trainer.evaluate, trainer.log
 
     def compute_metrics(_) -> dict[str, float]:
@@ -305,6 +306,54 @@ def test_best_weights_that_cannot_be_found_are_an_error(harm, tmp_path):
     with pytest.raises(ValueError, match=message):
         start(trainer_factory(tmp_path), PATIENT)[0].train(resume_from_checkpoint=str(folder))
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+class Rates(TrainerCallback):
+    """The learning rate with which each step is taken."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+RESTARTING = PruningConfig(sparsity=0.8, schedule="geometric", rounds=2, restart_lr=True)  # cuts at 0 and 5
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_a_restarted_learning_rate_in_a_run_that_goes_on_for_longer(kind, tmp_path):
+    """The last round may take more steps now, and its schedule covers them."""
+    options = dict(lr_scheduler_type=kind, warmup_steps=0, load_best_model_at_end=False)
+    start(trainer_factory(tmp_path), RESTARTING, **options)[0].train()
+    trainer, _ = start(trainer_factory(tmp_path), RESTARTING, **{**options, "max_steps": 20})
+    trainer.add_callback(rates := Rates())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-8"))
+    done = [(step - 5) / 15 for step in range(8, 20)]
+    shape = {"linear": lambda x: 1 - x, "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x))}[kind]
+    assert rates.rates == pytest.approx([1e-2 * shape(x) for x in done])
+
+
+def test_a_restarted_learning_rate_without_the_schedulers_file(tmp_path):
+    """Trainer begins its schedule anew then: so does the round, with the steps that it has left."""
+    options = dict(warmup_steps=0, load_best_model_at_end=False, save_only_model=True)
+    start(trainer_factory(tmp_path), RESTARTING, **options)[0].train()
+    trainer, _ = start(trainer_factory(tmp_path), RESTARTING, **options)
+    trainer.add_callback(rates := Rates())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-7"))
+    assert rates.rates == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 5])
+def test_an_evaluation_before_a_resumed_run_begins_does_not_count(step, tmp_path):
+    config = PruningConfig(**{**PATIENT.to_dict(), "begin": 0, "restart_lr": False})
+    options = dict(eval_on_start=True, load_best_model_at_end=False)
+    trainer, pruning = start(trainer_factory(tmp_path), config, **options)
+    trainer.train()
+    resumed, resumed_pruning = start(trainer_factory(tmp_path), config, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
+    whole, again = outcome(trainer, pruning), outcome(resumed, resumed_pruning)
+    assert {**again, "logs": None} == {**whole, "logs": None}  # Trainer logs that evaluation.
 
 
 def test_a_run_too_short_for_the_rounds_that_are_left_is_an_error(tmp_path):

@@ -1,11 +1,10 @@
-import logging
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from hf_prune import PruningConfig, PruningHistory
+from hf_prune import MaskSet, PruningConfig, PruningHistory
 from hf_prune.reports import Round
 from hf_prune.rounds import Rounds
 
@@ -17,11 +16,8 @@ def start(config: PruningConfig = PATIENT, max_steps: int = 100) -> Rounds:
 
 
 def cut(rounds: Rounds, step: int) -> Round:
-    rounds.pacing.cut_(step)
-    number = rounds.pacing.round
-    row = Round(number, step, number / 4, number / 4, number, number, 4, "magnitude")
-    rounds.begin_(row)
-    return row
+    masks = MaskSet({"weight": torch.arange(4) > rounds.pacing.round})
+    return rounds.begin_(step, rounds.next_sparsity, masks, zeros=masks.masked, criterion="magnitude")
 
 
 def weight(value: float) -> nn.Module:
@@ -55,19 +51,18 @@ def test_an_evaluation_belongs_to_where_it_was_made():
     assert rounds.history.evaluations == [(2, 9.0), (6, 7.0), (7, 7.5)]
 
 
-def test_the_best_comes_back_when_the_round_ends(caplog):
+def test_the_best_comes_back_when_the_round_ends():
     rounds, model = start(), weight(1.0)
     row = cut(rounds, 0)
     for step, value in enumerate([3.0, 2.0, 4.0, 5.0], start=1):
         nn.init.constant_(model.weight, float(step))
         rounds.observe_(step, value, model)
     assert rounds.pacing.is_due(4)
-    with caplog.at_level(logging.INFO):
-        rounds.end_("patience", model)
+    said = rounds.end_("patience", model)
     assert model.weight.item() == 2.0
     assert row.ended == "patience"
     assert rounds.best is None
-    assert "Round 1 ended (patience) with eval_loss 5.0000; its best, 2.0000 at step 2, comes back." in caplog.text
+    assert said == "Round 1 ended (patience) with eval_loss 5.0000; its best, 2.0000 at step 2, comes back."
 
 
 @pytest.mark.parametrize("changes", [{"restore": "last"}, {"patience": None, "min_round_steps": None}])
@@ -80,12 +75,30 @@ def test_nothing_is_copied_where_nothing_is_to_come_back(changes):
 
 def test_zeros_that_are_held_before_the_first_round_have_no_patience():
     rounds, model = start(PruningConfig(**{**PATIENT.to_dict(), "begin": 50, "hold_zeros": True})), weight(1.0)
-    rounds.begin_(Round(0, 0, None, 0.1, 1, 1, 4, "magnitude"))
+    rounds.begin_(0, None, MaskSet({"weight": torch.arange(4) > 0}), zeros=1, criterion="magnitude")
     for step in range(1, 10):
         rounds.observe_(step, float(step), model)
     assert rounds.best is None
     assert not rounds.pacing.is_due(10)
     assert rounds.history[0].best == 1.0
+
+
+def test_a_round_begins_with_its_row_of_the_history():
+    rounds = start()
+    masks = MaskSet({"weight": torch.arange(4) > 0})
+    row = rounds.begin_(0, 0.25, masks, zeros=2, criterion="random")
+    assert rounds.history.rounds == [row]
+    assert row == Round(1, 0, 0.25, 0.25, 1, 2, 4, "random")
+    assert rounds.pacing.round == 1
+
+
+def test_a_second_evaluation_at_the_same_step_does_not_count():
+    rounds, model = start(), weight(1.0)
+    cut(rounds, 0)
+    for _ in range(3):
+        rounds.observe_(1, 3.0, model)
+    assert rounds.history[0].evaluations == 1
+    assert not rounds.pacing.is_due(1)
 
 
 def test_nan_is_said_once(caplog):

@@ -15,7 +15,7 @@ from .files import save_tensors
 
 
 @dataclass(frozen=True, eq=False)
-class BestWeights:
+class WeightsCopy:
     """A copy of a model's parameters and persistent buffers, on the CPU.
 
     Attributes:
@@ -26,7 +26,7 @@ class BestWeights:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: nn.Module) -> "BestWeights":
+    def of(cls, model: nn.Module) -> "WeightsCopy":
         """Copies the weights of a model, unwrapped."""
         return cls({name: tensor.detach().to("cpu", copy=True) for name, tensor in _tensors_of(model).items()})
 
@@ -49,7 +49,7 @@ class BestWeights:
         save_tensors(self.tensors, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "BestWeights":
+    def load(cls, path: str | os.PathLike[str]) -> "WeightsCopy":
         """Reads what `save` wrote, onto the CPU.
 
         Raises:

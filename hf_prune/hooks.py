@@ -1,0 +1,50 @@
+"""Hooks that zero the gradients of pruned weights as they are accumulated, which is before they are clipped."""
+
+import functools
+import weakref
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .masks import as_factor
+
+# By parameter, shared by all: a run takes away what an interrupted one has left on its model.
+_HOOKS = WeakTensorKeyDictionary()
+
+
+class GradientHooks:
+    """The hooks of a run; they end with this object, as a run that is interrupted cannot take them away."""
+
+    def __init__(self) -> None:
+        self._held: list[str] = []
+
+    def hold_(self, weights: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> None:
+        """Puts a hook on each trainable weight that has a mask, in place of those that are there."""
+        self.release_(weights.values())
+        self._held = _trainable(weights, masks)
+        for name in self._held:
+            hook = functools.partial(_mask_gradient, weakref.ref(self), masks[name])
+            _HOOKS[weights[name]] = weights[name].register_post_accumulate_grad_hook(hook)
+
+    def are_on(self, weights: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> bool:
+        """Whether there are hooks on all weights that need one: somebody may have unfrozen some."""
+        return self._held == _trainable(weights, masks)
+
+    def release_(self, weights: Iterable[nn.Parameter]) -> None:
+        """Takes all hooks from weights, whoever has put them there."""
+        self._held = []
+        for weight in weights:
+            if weight in _HOOKS:
+                _HOOKS.pop(weight).remove()
+
+
+def _trainable(weights: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> list[str]:
+    return [name for name in masks if weights[name].requires_grad]
+
+
+def _mask_gradient(owner: weakref.ref[GradientHooks], mask: torch.Tensor, parameter: torch.Tensor) -> None:
+    # Optimizers that step inside the backward pass may have taken the gradient away already.
+    if owner() is not None and parameter.grad is not None:
+        parameter.grad.mul_(as_factor(mask))

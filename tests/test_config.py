@@ -360,7 +360,10 @@ def test_an_unknown_name_is_an_error_that_lists_the_known(name, value):
             {"sparsity": 0.9, "rounds": 3, "patience": [1, 2, 3, 4]},
             r"patience must have one number, or at most one for each of the 3 rounds, got 4\.",
         ),
-        ({"hold_zeros": True, "patience": 2}, r"patience needs rounds to end, and with hold_zeros alone there are none"),
+        (
+            {"hold_zeros": True, "patience": 2},
+            r"patience needs rounds to end, and with hold_zeros alone",
+        ),
         ({"sparsity": 0.3, "patience": 2, "min_delta": -0.1}, r"min_delta must be 0 or more, .*, got -0\.1\."),
         ({"sparsity": 0.3, "patience": 2, "min_delta": math.nan}, r"min_delta must be 0 or more, .*, got nan\."),
         (

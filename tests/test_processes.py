@@ -12,10 +12,19 @@ from hf_prune import PruningConfig, PruningTrainerCallback
 from tests.tiny import batch, build
 from tests.training import trainer_factory
 
-CONFIG = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3)
+CONFIGS = {
+    "even": PruningConfig(sparsity=0.8, schedule="geometric", rounds=3),
+    "patience": PruningConfig(
+        sparsity=0.8, schedule="geometric", rounds=3, patience=1, min_round_steps=1, restart_lr=True
+    ),
+}
+OPTIONS = {
+    "even": {"eval_steps": 3},
+    "patience": {"eval_steps": 1, "learning_rate": 0.3, "max_steps": 30},  # so large that it soon gets worse
+}
 
 
-def train(folder: Path, batch_size: int) -> None:
+def train(folder: Path, batch_size: int, pacing: str) -> None:
     """Trains on whatever processes there are, and notes what came out of it."""
     import torch.distributed
     from transformers import TrainerCallback
@@ -27,11 +36,11 @@ def train(folder: Path, batch_size: int) -> None:
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
             norms.append(sum(float(p.grad.square().sum()) for p in model.parameters()) ** 0.5)
 
-    pruning = PruningTrainerCallback(CONFIG)
+    pruning = PruningTrainerCallback(CONFIGS[pacing])
     trainer = trainer_factory(folder)(
         model, pruning, Norm(), train_dataset=batch(model, 24), eval_dataset=batch(model, 8, seed=1),
         per_device_train_batch_size=batch_size, max_grad_norm=1e-2, save_strategy="steps", save_steps=3,
-        eval_strategy="steps", eval_steps=3,
+        eval_strategy="steps", **OPTIONS[pacing],
     )  # fmt: skip
     pruning.evaluate, pruning.log = trainer.evaluate, trainer.log
     trainer.train()
@@ -42,6 +51,7 @@ def train(folder: Path, batch_size: int) -> None:
         "pruned": pruning.masks.masked,
         "norms": norms,
         "samples": [row.samples for row in pruning.history],
+        "rounds": [(row.step, row.best_step, row.ended) for row in pruning.history],
         "after_cut": [row.after_cut for row in pruning.history],
         "weights": sum(float(parameter.detach().abs().sum()) for parameter in model.parameters()),
     }
@@ -49,11 +59,12 @@ def train(folder: Path, batch_size: int) -> None:
 
 
 @pytest.mark.multiprocess
-def test_two_processes_prune_what_one_does(tmp_path):
+@pytest.mark.parametrize("pacing", CONFIGS)
+def test_two_processes_prune_what_one_does(pacing, tmp_path):
     def launch(folder: str, processes: int, batch_size: int) -> list[dict]:
         (tmp_path / folder).mkdir()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        script = ["-m", "tests.test_processes", str(tmp_path / folder), str(batch_size)]
+        script = ["-m", "tests.test_processes", str(tmp_path / folder), str(batch_size), pacing]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([*command, *script], check=True, env=environment, timeout=240, cwd=Path(__file__).parents[1])
         return [json.loads(path.read_text()) for path in sorted((tmp_path / folder).glob("rank-*.json"))]
@@ -64,13 +75,18 @@ def test_two_processes_prune_what_one_does(tmp_path):
     assert first == second
     assert first["pruned"] == one["pruned"] == round(0.8 * 4608)
     assert first["masks"] == one["masks"]
-    assert first["samples"] == one["samples"] == [8, 8, 8]
+    assert first["samples"] == one["samples"]
+    assert first["rounds"] == one["rounds"]
+    if pacing == "even":
+        assert one["samples"] == [8, 8, 8]
+        assert one["norms"] == pytest.approx([1e-2] * 6, rel=1e-3)
+    else:  # Each round ends after its best, and the best comes back.
+        assert "patience" in [ended for *_, ended in one["rounds"]]
     # Masked before the reduction and clipped after it: the norm is that of the masked mean gradient.
     assert first["norms"] == pytest.approx(one["norms"], rel=1e-9)
-    assert one["norms"] == pytest.approx([1e-2] * 6, rel=1e-3)
     assert first["weights"] == pytest.approx(one["weights"], rel=1e-12)
     assert first["after_cut"] == pytest.approx(one["after_cut"], rel=1e-6)
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), int(sys.argv[2]))
+    train(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

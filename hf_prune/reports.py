@@ -266,19 +266,21 @@ class PruningHistory(Sequence[Round]):
             raise ValueError(f"{path} is not a pruning history ({error!r}).") from error
 
     def __str__(self) -> str:
+        columns = {
+            "round": ["dense", *(str(row.round) for row in self)],
+            "step": ["", *(str(row.step) for row in self)],
+            "sparsity": [f"{0:.4f}", *(f"{row.reached:.4f}" for row in self)],
+            f"{self.metric} after the cut": [_number(self.dense), *(_number(row.after_cut) for row in self)],
+            "best": ["", *(_number(row.best) for row in self)],
+            "last": ["", *(_number(row.last) for row in self)],
+        }
         # Where only the loss is known, its exponential is shown too, and marked for what it is.
-        exponential = self.language_model and self.metric == "eval_loss"
-        heads = ["round", "step", "sparsity", f"{self.metric} after the cut", "best", "last"]
-        rows = [heads + (["exp(last)*"] if exponential else [])]
-        last = [self.dense, *(row.last for row in self)]
-        rows.append(["dense", "", _number(0.0), _number(self.dense), "", ""])
-        for row in self:
-            cells = [str(row.round), str(row.step), f"{row.reached:.4f}"]
-            rows.append(cells + [_number(value) for value in (row.after_cut, row.best, row.last)])
-        if exponential:
-            for cells, value in zip(rows[1:], last, strict=True):
-                cells.append(_number(None if value is None else perplexity_from_loss(value)))
-        lines = [_table(rows, rules=(1,))]
+        if exponential := self.language_model and self.metric == "eval_loss":
+            losses = [self.dense, *(row.last for row in self)]
+            columns["exp(last)*"] = [_number(None if x is None else perplexity_from_loss(x)) for x in losses]
+        if any(row.ended not in (None, "planned", "max_steps") for row in self):
+            columns["ended"] = ["", *(row.ended or "" for row in self)]
+        lines = [_table([list(columns), *zip(*columns.values(), strict=True)], rules=(1,))]
         if exponential:
             lines.append("* the exponential of a mean of batch means, not weighted by tokens")
         if shortfall := self.shortfall():

@@ -307,6 +307,14 @@ def test_a_run_that_ended_before_its_target_says_so(rows, said):
     assert "Training ended" not in str(whole)
 
 
+def test_why_rounds_ended_is_shown_where_it_was_not_planned():
+    planned = history()
+    planned[0].ended, planned[1].ended = "planned", "max_steps"
+    assert "ended" not in str(planned)
+    planned[0].ended = "patience"
+    assert [line.split()[-1] for line in str(planned).splitlines()[3:]] == ["patience", "max_steps"]
+
+
 def test_the_exponential_of_a_language_models_loss_is_shown_and_marked_for_what_it_is():
     lines = str(history(language_model=True)).splitlines()
     assert lines[0].endswith("last  exp(last)*")

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict, TypeGuard, TypeVar, cast
@@ -176,7 +177,7 @@ def recover_best(folder: Path | None, digest: str, model: nn.Module) -> WeightsC
     )
 
 
-def newest_complete(output_dir: Path, callback: str = "PruningTrainerCallback") -> Path | None:
+def newest_complete(output_dir: str | os.PathLike[str], callback: str = "PruningTrainerCallback") -> Path | None:
     """The newest checkpoint from which a pruning run can be resumed.
 
     A run that is killed while it saves leaves a checkpoint that is not whole, and `resume_from_checkpoint=True` takes
@@ -189,7 +190,7 @@ def newest_complete(output_dir: Path, callback: str = "PruningTrainerCallback") 
     Returns:
         A checkpoint folder, or None if there is none.
     """
-    for folder in sorted(output_dir.glob("checkpoint-*"), key=_step, reverse=True):
+    for folder in sorted(Path(output_dir).glob("checkpoint-*"), key=_step, reverse=True):
         progress, step = _read_progress(folder, callback)
         if progress is not None and _is_complete(folder, progress, step):
             return folder

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import random
 import uuid
 from collections.abc import Callable, Mapping
@@ -37,6 +36,7 @@ from .config import PruningConfig
 from .criteria import Criterion
 from .hooks import GradientHooks
 from .masks import MaskSet
+from .monitor import as_number, improves_as_it_rises, metric_name, require_evaluations
 from .optimizers import cut_state_, require_restartable, restart_lr_, undo_restart_lr_
 from .pacing import Even, Patience
 from .pruning import next_masks, resolve_targets
@@ -44,9 +44,6 @@ from .reports import HISTORY_NAME, PruningHistory, sparsity_report
 from .rounds import Rounds
 from .targets import Target
 from .weights import WeightsCopy
-
-FALLING = ("loss", "perplexity", "error", "wer", "cer", "mse", "mae")
-"""A metric whose name ends so improves as it falls, unless the training arguments say otherwise."""
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +166,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if self.config.restart_lr:
             require_restartable(scheduler)
         if self.config.patience:
-            self._require_evaluations(args, state)
+            require_evaluations(self.config, args, state)
         if isinstance(state.stateful_callbacks, dict) and state.global_step == 0:
             progress_of(state.stateful_callbacks, type(self).__name__)  # One callback, not more.
         self._targets = resolve_targets(model, self.config)
@@ -178,7 +175,14 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if state.global_step > 0:
             self._resume(args, state, model, scheduler)
         else:
-            self._rounds = Rounds.plan(self.config, _new_history(self.config, args, model), state.max_steps)
+            metric = metric_name(self.config, args)
+            history = PruningHistory(
+                metric,
+                greater_is_better=improves_as_it_rises(metric, args),
+                asked=self.config.round_sparsities,
+                language_model=isinstance(model, PreTrainedModel) and model.can_generate(),
+            )
+            self._rounds = Rounds.plan(self.config, history, state.max_steps)
             if self.config.hold_zeros:
                 self._adopt(MaskSet.from_zeros(model, self._targets), None, args, state, model, optimizer)
                 self._require_room(args)
@@ -232,7 +236,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._reported |= {key for key in metrics if key.startswith("eval_")}
         # With `eval_on_start`, a resumed run evaluates where the run before it would not have.
         if metric in metrics and state.global_step != self._resumed_at:
-            self._rounds.observe_(state.global_step, _as_number(metric, metrics[metric]), kwargs["model"])
+            self._rounds.observe_(state.global_step, as_number(metric, metrics[metric]), kwargs["model"])
             self._stop_if_over(state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -298,23 +302,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def _stop_if_over(self, state: TrainerState, control: TrainerControl) -> None:
         if self._rounds.pacing.is_run_over(state.global_step):
             control.should_training_stop = True
-
-    def _require_evaluations(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Requires that Trainer evaluates before the run is over."""
-        often = "Set eval_strategy and eval_steps in the training arguments, and eval_dataset in the Trainer."
-        if args.eval_strategy == "no":
-            raise ValueError(f"patience needs evaluations, and there are none. {often}")
-        if (args.eval_strategy == "steps" and state.eval_steps >= state.max_steps) or (
-            args.eval_strategy == "epoch" and state.num_train_epochs <= 1
-        ):
-            raise ValueError(f"patience needs several evaluations, and there is none before the run's end. {often}")
-        if args.load_best_model_at_end and self.config.restore == "best":
-            ours, theirs = _metric_name(self.config, args), f"eval_{args.metric_for_best_model}"
-            if ours != theirs.replace("eval_eval_", "eval_"):
-                raise ValueError(
-                    f"patience brings the best {ours} back, and load_best_model_at_end the best {theirs}. Take the "
-                    'same metric for both, or restore="last" in the config.'
-                )
 
     @property
     def _lacks_metric(self) -> bool:
@@ -437,37 +424,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def _save_reports(self, folder: Path) -> None:
         self.config.save_pretrained(folder)
         self.history.save(folder / HISTORY_NAME)
-
-
-def _metric_name(config: PruningConfig, args: TrainingArguments) -> str:
-    return "eval_" + (config.metric or args.metric_for_best_model or "loss").removeprefix("eval_")
-
-
-def _new_history(config: PruningConfig, args: TrainingArguments, model: nn.Module) -> PruningHistory:
-    metric, best = _metric_name(config, args), args.metric_for_best_model
-    falls = metric.endswith(FALLING)
-    # Trainer's `greater_is_better` is about its own metric, if it has one.
-    if args.greater_is_better is not None and best in (None, metric, metric.removeprefix("eval_")):
-        if falls and args.greater_is_better:
-            logger.warning(
-                "greater_is_better is True for %s, which improves as it falls: Trainer would keep the worst model. "
-                "Set greater_is_better=False in the training arguments.",
-                metric,
-            )
-        falls = not args.greater_is_better
-    return PruningHistory(
-        metric,
-        greater_is_better=not falls,
-        asked=config.round_sparsities,
-        language_model=isinstance(model, PreTrainedModel) and model.can_generate(),
-    )
-
-
-def _as_number(metric: str, value: object) -> float:
-    try:
-        return math.nan if value is None else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise ValueError(f"the metric {metric!r} must be a number, got {value!r}.") from None
 
 
 def _output_dir(args: TrainingArguments) -> Path:

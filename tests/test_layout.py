@@ -32,6 +32,7 @@ ORDER = [
     "weights",
     "rounds",
     "checkpoints",
+    "monitor",
     "callback",
 ]
 OPTIONAL = ("evaluate", "peft", "matplotlib", "torch_pruning", "datasets")

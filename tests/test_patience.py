@@ -103,24 +103,6 @@ def test_without_training_arguments_the_name_says_which_way(make_trainer):
     assert pruning.history.greater_is_better
 
 
-@pytest.mark.parametrize(
-    ("best", "greater", "name", "expected"),
-    [
-        (None, False, "score", False),  # The training arguments name no metric of their own: it is about ours.
-        ("eval_score", False, "score", False),
-        ("score", None, "score", True),
-        ("loss", False, "score", True),  # It is about another metric.
-        ("accuracy", True, "eval_wer", False),
-        (None, None, "perplexity", False),
-        (None, None, None, False),
-    ],
-)
-def test_which_way_a_metric_improves(best, greater, name, expected, make_trainer):
-    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.5, metric=name))
-    make_trainer(build("llama"), pruning, metric_for_best_model=best, greater_is_better=greater).train()
-    assert pruning.history.greater_is_better is expected
-
-
 def test_evaluations_once_an_epoch(make_trainer):
     config = PruningConfig(sparsity=0.5, schedule="one_shot", patience=1)
     options = {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 5}  # of six steps
@@ -388,20 +370,6 @@ def test_a_metric_that_the_evaluation_does_not_return_is_an_error(measured, make
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == (0 if measured else 2)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"eval_strategy": "steps", "eval_steps": 6},
-        {"eval_strategy": "steps"},
-        {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 1},
-    ],
-)
-def test_no_evaluation_before_the_end_is_an_error(options, make_trainer):
-    trainer = make_trainer(build("llama"), PruningTrainerCallback(PruningConfig(sparsity=0.8, patience=2)), **options)
-    with pytest.raises(ValueError, match="patience needs several evaluations, and there is none before the run's end"):
-        trainer.train()
 
 
 def test_two_metrics_that_both_bring_their_best_back_are_an_error(make_trainer):

@@ -25,7 +25,7 @@ class Cell:
         sparsity: The target, 0 for `DENSE`.
         criterion: As in `PruningConfig`.
         granularity: As in `PruningConfig`.
-        variant: A key of `VARIANTS` in `study.py`, such as how the budget is divided among the rounds; empty where
+        variant: A key of `VARIANTS` in `grid.py`, such as how the budget is divided among the rounds; empty where
             there is one round, and nothing to divide.
         learning_rate: The peak of the learning-rate schedule.
         steps: The budget, in optimizer steps.

@@ -1,0 +1,50 @@
+import dataclasses
+import itertools
+
+import pytest
+
+from common.cells import DENSE, Cell
+from common.grid import VARIANTS, StudyArguments, config_of, grid
+from hf_prune.schedules import SCHEDULES
+
+
+def test_the_grid_has_each_combination_once_and_one_shot_has_nothing_to_divide() -> None:
+    study = StudyArguments(sparsities=[0.5, 0.9], criteria=["magnitude", "random"], seeds=[7, 8], budget=40)
+    cells = grid(study, [0.1, 0.2])
+    # 2 rates for dense; 2 sparsities x 2 criteria x 2 rates for one shot, and x 4 variants for three others.
+    assert len(cells) == len(set(cells)) == 2 + 8 + 3 * 8 * 4
+    assert {cell.variant for cell in cells if cell.schedule in ("one_shot", DENSE)} == {""}
+    assert {cell.variant for cell in cells if cell.schedule == "hybrid"} == set(study.variants)
+    assert {(cell.seed, cell.steps) for cell in cells} == {(7, 40)}
+
+
+CELL = Cell("geometric", 0.9, "magnitude", "unstructured", "equal", 0.1, 40, 0)
+
+
+@pytest.mark.parametrize(
+    ("variant", "schedule"), itertools.product(VARIANTS, [name for name in SCHEDULES if name != "one_shot"])
+)
+def test_every_variant_goes_with_every_schedule_of_several_rounds(variant: str, schedule: str) -> None:
+    config = config_of(dataclasses.replace(CELL, variant=variant, schedule=schedule))
+    assert config.round_sparsities[-1] == 0.9
+    assert config.criterion == "magnitude"
+
+
+def test_with_patience_the_last_round_takes_what_is_left() -> None:
+    config = config_of(dataclasses.replace(CELL, variant="patience"))
+    assert config.patience == [1, 1, 1, 1, 20]  # No run has more evaluations than that.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": ["half"]}, r"variants must be of equal, early, .*; got 'half'\."),
+        ({"sparsities": [80.0]}, r"sparsity must be in \[0, 1\), got 80\.0\. Did you mean 0\.8\?"),
+        ({"schedules": ["sudden"]}, "schedule must be one of auto, one_shot"),
+        ({"criteria": ["beauty"]}, "criterion must be one of magnitude"),
+        ({"granularities": ["2:4"]}, r"granularity '2:4' fixes sparsity at 0\.5, got 0\.7"),
+    ],
+)
+def test_what_makes_no_sense_is_an_error_before_anything_runs(changes: dict[str, list], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        grid(StudyArguments(**changes), [0.1])

@@ -58,7 +58,7 @@ class PruningConfig:
         min_round_steps: With patience, the steps that are kept for each later round, so that the last cut always
             comes before the run ends; half of an equal share if None.
         restore: With patience, what a round hands on to the next cut, and the last one to the saved model: its "best"
-            weights or its "last".
+            weights, of which a copy is kept in CPU memory and in checkpoints, or its "last".
         metric: The evaluation metric that patience and the history follow; `metric_for_best_model` of the training
             arguments if None, else `eval_loss`. The training arguments' `greater_is_better` says which way it
             improves if it is their metric, or they name none; otherwise its name does: losses, perplexities and

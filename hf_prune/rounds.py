@@ -22,7 +22,6 @@ class Rounds:
         config: The pruning config.
         pacing: When rounds begin and end.
         history: What was written down so far.
-        best: The best weights of the current round so far.
 
     Attributes:
         config: As given.
@@ -32,17 +31,11 @@ class Rounds:
             is one.
     """
 
-    def __init__(
-        self,
-        config: PruningConfig,
-        pacing: Even | Patience,
-        history: PruningHistory,
-        best: WeightsCopy | None = None,
-    ) -> None:
+    def __init__(self, config: PruningConfig, pacing: Even | Patience, history: PruningHistory) -> None:
         self.config = config
         self.pacing = pacing
         self.history = history
-        self.best = best
+        self.best: WeightsCopy | None = None
         self._clock = time.monotonic()
         self._nan_is_said = False
 

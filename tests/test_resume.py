@@ -185,7 +185,7 @@ def test_kill_9_in_mid_round(tmp_path):
 
 
 RANDOM = """
-    import json, os, random, signal, sys, threading, time
+    import json, os, signal, sys, threading
     from pathlib import Path
     from transformers import TrainerCallback
     import tests.test_resume as t
@@ -193,13 +193,12 @@ RANDOM = """
     from hf_prune.checkpoints import newest_complete
     from tests.training import trainer_factory
 
+    step, delay = int(sys.argv[2]), float(sys.argv[3])
+
     class KillSometime(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            def kill():
-                time.sleep(float(sys.argv[2]))
-                os.kill(os.getpid(), signal.SIGKILL)
-            if float(sys.argv[2]):
-                threading.Thread(target=kill, daemon=True).start()
+        def on_step_begin(self, args, state, control, **kwargs):
+            if 0 < step <= state.global_step:
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
     config = PruningConfig(**{**t.PATIENT.to_dict(), "rounds": 12, "patience": [6], "max_round_steps": 8})
     trainer, pruning = t.start(trainer_factory(Path(sys.argv[1])), config, max_steps=120, save_steps=2)
@@ -207,6 +206,7 @@ RANDOM = """
     newest = newest_complete(Path(sys.argv[1], "out"))
     print(f"from {newest.name if newest else 'the beginning'}")
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    print(trainer.state.global_step)
     Path(sys.argv[1], "outcome.json").write_text(json.dumps(t.outcome(trainer, pruning)))
 """
 
@@ -215,24 +215,23 @@ RANDOM = """
 def test_killed_at_random_moments_ten_times_in_a_row(tmp_path):
     """In a step, in an evaluation, in the middle of saving: wherever it happens to be."""
 
-    def run(folder: str, delay: float) -> subprocess.CompletedProcess:
+    def run(folder: str, step: int = 0, delay: float = 0) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(RANDOM), str(tmp_path / folder), str(delay)],
+            [sys.executable, "-c", textwrap.dedent(RANDOM), str(tmp_path / folder), str(step), str(delay)],
             cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=-1, text=True,
         )  # fmt: skip
 
-    assert run("whole", 0).returncode == 0
-    rng = random.Random(0)
-    kills, resumed_from = 0, set()
-    for _ in range(30):
-        done = run("killed", rng.uniform(0.05, 0.4))
+    whole = run("whole")
+    assert whole.returncode == 0
+    part = int(whole.stdout.splitlines()[-1]) // 12
+    rng, resumed_from = random.Random(0), set()
+    for kill in range(10):
+        step = rng.randrange(kill * part, (kill + 1) * part) + 1
+        done = run("killed", step, delay=rng.uniform(0, 0.03))
+        assert done.returncode == -signal.SIGKILL
         resumed_from.add(done.stdout.splitlines()[0])
-        kills += done.returncode == -signal.SIGKILL
-        if kills == 10 or done.returncode == 0:
-            break
-    assert kills == 10
     assert len(resumed_from) >= 4  # It did get on in between.
-    assert run("killed", 0).returncode == 0
+    assert run("killed").returncode == 0
     outcomes = [json.loads((tmp_path / folder / "outcome.json").read_text()) for folder in ("whole", "killed")]
     assert outcomes[0] == outcomes[1]
 

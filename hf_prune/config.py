@@ -49,14 +49,15 @@ class PruningConfig:
         target_modules: Modules to prune instead of the default ones; see `hf_prune.targets.find_targets`.
         exclude_modules: Modules to leave out.
         begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of the run.
-        end: Where the last round ends, in the same words; the end of the run if None.
+        end: Where the rounds end, in the same words; the end of the run if None. What the run has left after it
+            belongs to the last round.
         patience: A round ends when the metric has not improved for this many evaluations; a list gives one number a
-            round, and the last repeats. The run's steps are then the budget that patience divides. If None, rounds
-            are spread evenly.
+            round, and the last repeats. The steps up to `end` are then the budget that patience divides. If None,
+            rounds are spread evenly.
         min_delta: With patience, an improvement is a gain above this, in units of the metric.
         max_round_steps: With patience, the most steps that a round may take; no limit if None.
         min_round_steps: With patience, the steps that are kept for each later round, so that the last cut always
-            comes before the run ends; half of an equal share if None.
+            comes before `end`; half of an equal share if None.
         restore: With patience, what a round hands on to the next cut, and the last one to the saved model: its "best"
             weights, of which a copy is kept in CPU memory and in checkpoints, or its "last".
         metric: The evaluation metric that patience and the history follow; `metric_for_best_model` of the training
@@ -115,7 +116,7 @@ class PruningConfig:
     )
     end: float | None = field(
         default=None,
-        metadata={"help": "Where the last round ends, in the same words; the end of the run if left out."},
+        metadata={"help": "Where the rounds end, in the same words; the end of the run if left out."},
     )
     patience: list[int] | None = field(
         default=None,
@@ -212,11 +213,6 @@ class PruningConfig:
             raise ValueError(
                 f"patience must have one number, or at most one for each of the {len(self.round_sparsities)} rounds, "
                 f"got {len(self.patience)}."
-            )
-        if self.end is not None:
-            raise ValueError(
-                "end does not go with patience, which decides itself where rounds end. Leave it out, or bound the "
-                "rounds with max_round_steps."
             )
         if self.max_round_steps is not None and (self.min_round_steps or 1) > self.max_round_steps:
             raise ValueError(

@@ -38,7 +38,7 @@ class Even:
         Args:
             rounds: Number of rounds.
             begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of `max_steps`.
-            end: Where the last round ends, in the same words; the end of the run if None.
+            end: Where the rounds end, in the same words; the end of the run if None.
             max_steps: Number of optimizer steps of the run.
 
         Returns:
@@ -53,16 +53,7 @@ class Even:
         """
         if rounds == 0:
             return cls([], max_steps)
-        first, last = _steps(begin, max_steps), max_steps if end is None else _steps(end, max_steps)
-        if last > max_steps:
-            raise ValueError(
-                f"end={end} is after the end of the run. Take an end of at most {max_steps} steps, or train longer."
-            )
-        if first >= last:
-            raise ValueError(
-                f"begin must be before end, got begin={begin} (step {first}) and end={end} (step {last}) "
-                f"in a run of {max_steps} steps."
-            )
+        first, last = _window(begin, end, max_steps)
         if rounds > last - first:
             raise ValueError(
                 f"{rounds} rounds do not fit into {last - first} steps (from step {first} to {last} of {max_steps}). "
@@ -111,13 +102,14 @@ class Even:
 class Patience:
     """Rounds that end when the metric has stopped improving, within the steps of the run.
 
-    Patience decides how the run's steps are divided. As long as there are later rounds, a reserve of
-    `min_round_steps` for each of them is left untouched, so that the last cut always comes before the run ends. The
-    run is over when the last round ends.
+    Patience decides how the steps up to `end` are divided. As long as there are later rounds, a reserve of
+    `min_round_steps` for each of them is left untouched, so that the last cut always comes before `end`. The last
+    round may go on to the end of the run, which is over when that round ends.
 
     Attributes:
         rounds: Number of rounds.
         begin: The number of finished steps at which the first cut happens.
+        end: The number of finished steps at which the rounds end, but for the last one, which may go on.
         max_steps: The number of steps of the run.
         patience: For each round, how many evaluations in a row may pass without improvement; the last repeats.
         min_delta: An improvement is a gain above this, in units of the metric.
@@ -130,6 +122,7 @@ class Patience:
 
     rounds: int
     begin: int
+    end: int
     max_steps: int
     patience: Sequence[int]
     min_delta: float = 0.0
@@ -144,6 +137,7 @@ class Patience:
         cls,
         rounds: int,
         begin: float,
+        end: float | None,
         max_steps: int,
         patience: Sequence[int],
         *,
@@ -156,6 +150,7 @@ class Patience:
         Args:
             rounds: Number of rounds.
             begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of `max_steps`.
+            end: Where the rounds end, in the same words; the end of the run if None.
             max_steps: Number of optimizer steps of the run.
             patience: For each round, evaluations without improvement; the last repeats.
             min_delta: An improvement is a gain above this.
@@ -169,25 +164,20 @@ class Patience:
             ValueError: if the rounds do not fit.
 
         Example:
-            >>> pacing = Patience.plan(2, begin=0, max_steps=100, patience=[3])
+            >>> pacing = Patience.plan(2, begin=0, end=0.8, max_steps=100, patience=[3])
             >>> pacing.cut_(0)
-            >>> [pacing.why_round_ends(step) for step in (74, 75)]
+            >>> [pacing.why_round_ends(step) for step in (59, 60)]
             [None, 'reserve']
         """
-        first = _steps(begin, max_steps)
-        if first >= max_steps:
-            raise ValueError(
-                f"begin must be before the end of the run, got begin={begin} (step {first}) in a run of {max_steps} "
-                "steps."
-            )
-        share = (max_steps - first) // (2 * rounds)
+        first, last = _window(begin, end, max_steps)
+        share = (last - first) // (2 * rounds)
         least = min_round_steps or max(1, min(share, max_round_steps or share))
-        if rounds * least > max_steps - first:
+        if rounds * least > last - first:
             raise ValueError(
-                f"{rounds} rounds of at least {least} steps do not fit into {max_steps - first} steps (from step "
-                f"{first} to {max_steps}). Take fewer rounds or a smaller min_round_steps, or train longer."
+                f"{rounds} rounds of at least {least} steps do not fit into {last - first} steps (from step {first} "
+                f"to {last} of {max_steps}). Take fewer rounds or a smaller min_round_steps, or train longer."
             )
-        return cls(rounds, first, max_steps, list(patience), min_delta, max_round_steps, least)
+        return cls(rounds, first, last, max_steps, list(patience), min_delta, max_round_steps, least)
 
     def is_due(self, step: int) -> bool:
         """Whether the next cut happens now, after that many finished steps."""
@@ -205,18 +195,18 @@ class Patience:
             return "patience"
         if step - self.start >= (self.max_round_steps or math.inf):
             return "max_round_steps"
-        if self.max_steps - step <= self._reserve:
-            return "reserve" if self._reserve else "max_steps"
+        if step >= self._latest_end:
+            return "reserve" if self.round < self.rounds else "max_steps"
         return None
 
     def steps_left(self, step: int) -> int:
         """The most steps that the current round may still take."""
-        end = self.max_steps - self._reserve
-        return min(end, self.start + (self.max_round_steps or end)) - step
+        return min(self._latest_end, self.start + (self.max_round_steps or self._latest_end)) - step
 
     @property
-    def _reserve(self) -> int:
-        return (self.rounds - self.round) * self.min_round_steps
+    def _latest_end(self) -> int:
+        later = self.rounds - self.round
+        return self.end - later * self.min_round_steps if later else self.max_steps
 
     def cut_(self, step: int) -> None:
         """Begins the next round; what has been the best before does not count any more."""
@@ -237,13 +227,29 @@ class Patience:
         Raises:
             ValueError: if the steps that are left do not suffice for the rounds that are left.
         """
-        first = step if self.round else max(step, self.begin)
-        if max_steps - first < self._reserve:
+        first, later = step if self.round else max(step, self.begin), self.rounds - self.round
+        end = max_steps if self.end == self.max_steps else min(self.end, max_steps)
+        if end - first < later * self.min_round_steps:
             raise ValueError(
-                f"the run has {max_steps} steps, too few after step {first} for {self.rounds - self.round} more "
-                f"rounds of {self.min_round_steps} steps. Resume with the same max_steps or num_train_epochs."
+                f"the run has {max_steps} steps, too few after step {first} for {later} more rounds of "
+                f"{self.min_round_steps} steps. Resume with the same max_steps or num_train_epochs."
             )
-        self.max_steps = max_steps
+        self.end, self.max_steps = end, max_steps
+
+
+def _window(begin: float, end: float | None, max_steps: int) -> tuple[int, int]:
+    """The steps from which and to which rounds may be."""
+    first, last = _steps(begin, max_steps), max_steps if end is None else _steps(end, max_steps)
+    if last > max_steps:
+        raise ValueError(
+            f"end={end} is after the end of the run. Take an end of at most {max_steps} steps, or train longer."
+        )
+    if first >= last:
+        raise ValueError(
+            f"begin must be before end, got begin={begin} (step {first}) and end={end} (step {last}) in a run of "
+            f"{max_steps} steps."
+        )
+    return first, last
 
 
 def _steps(value: float, max_steps: int) -> int:

@@ -52,6 +52,7 @@ class Rounds:
         pacing = Patience.plan(
             rounds,
             config.begin,
+            config.end,
             max_steps,
             config.patience,
             min_delta=config.min_delta,

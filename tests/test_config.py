@@ -375,7 +375,6 @@ def test_an_unknown_name_is_an_error_that_lists_the_known(name, value):
             {"sparsity": 0.3, "patience": 2, "min_round_steps": 9, "max_round_steps": 5},
             r"min_round_steps must be at most max_round_steps, got 9 and 5\.",
         ),
-        ({"sparsity": 0.3, "patience": 2, "end": 0.5}, r"end does not go with patience, which decides itself where "),
         ({"sparsity": 0.3, "min_delta": 0.1}, r"min_delta needs patience: without it, rounds are spread evenly\."),
         ({"sparsity": 0.3, "max_round_steps": 9}, r"max_round_steps needs patience"),
         ({"sparsity": 0.3, "min_round_steps": 9}, r"min_round_steps needs patience"),

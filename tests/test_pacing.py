@@ -159,31 +159,31 @@ def v_shaped(turning_point: int):
 
 
 def test_a_round_ends_when_the_metric_has_not_improved_for_so_many_evaluations():
-    pacing = Patience.plan(3, 0, 100, [2], min_round_steps=1)
+    pacing = Patience.plan(3, 0, None, 100, [2], min_round_steps=1)
     assert drive(pacing, v_shaped(4)) == [(0, "planned"), (6, "patience"), (12, "patience"), (18, "patience")]
 
 
 def test_each_round_has_its_patience_and_the_last_repeats():
-    pacing = Patience.plan(4, 0, 100, [1, 3], min_round_steps=1)
+    pacing = Patience.plan(4, 0, None, 100, [1, 3], min_round_steps=1)
     cuts = [0, 5, 12, 19, 26]
     assert [step for step, _ in drive(pacing, v_shaped(4))] == cuts
 
 
 def test_patience_counts_evaluations_not_steps():
-    pacing = Patience.plan(2, 0, 1000, [2], min_round_steps=1)
+    pacing = Patience.plan(2, 0, None, 1000, [2], min_round_steps=1)
     assert drive(pacing, v_shaped(40), every=10) == [(0, "planned"), (60, "patience"), (120, "patience")]
 
 
 def test_what_was_best_before_a_cut_does_not_count_after_it():
     """Each round begins far worse than the one before it ended, and improves all the same."""
-    pacing = Patience.plan(2, 0, 100, [2], min_round_steps=1)
+    pacing = Patience.plan(2, 0, None, 100, [2], min_round_steps=1)
     events = drive(pacing, lambda number, step: 100 * number + abs(step - 4))
     assert events == [(0, "planned"), (6, "patience"), (12, "patience")]
 
 
 def test_a_gain_of_min_delta_is_no_improvement_and_one_above_it_is():
     def run(delta: float) -> int:
-        pacing = Patience.plan(1, 0, 20, [2], min_delta=delta)
+        pacing = Patience.plan(1, 0, None, 20, [2], min_delta=delta)
         return drive(pacing, lambda _, step: -0.5 * step)[-1][0]
 
     assert run(0.5) == 3  # The first value is an improvement on nothing.
@@ -191,18 +191,18 @@ def test_a_gain_of_min_delta_is_no_improvement_and_one_above_it_is():
 
 
 def test_nan_is_no_improvement():
-    pacing = Patience.plan(1, 0, 20, [3])
+    pacing = Patience.plan(1, 0, None, 20, [3])
     assert drive(pacing, lambda _, step: math.nan) == [(0, "planned"), (3, "patience")]
 
 
 def test_a_round_has_at_most_max_round_steps():
-    pacing = Patience.plan(3, 0, 100, [5], max_round_steps=7)
+    pacing = Patience.plan(3, 0, None, 100, [5], max_round_steps=7)
     improving = drive(pacing, lambda _, step: -step)
     assert improving == [(0, "planned"), (7, "max_round_steps"), (14, "max_round_steps"), (21, "max_round_steps")]
 
 
 def test_a_reserve_is_left_to_later_rounds():
-    pacing = Patience.plan(3, 0, 100, [5], min_round_steps=10)
+    pacing = Patience.plan(3, 0, None, 100, [5], min_round_steps=10)
     assert drive(pacing, lambda _, step: -step) == [
         (0, "planned"),
         (80, "reserve"),
@@ -212,13 +212,24 @@ def test_a_reserve_is_left_to_later_rounds():
 
 
 def test_without_being_told_the_reserve_is_half_of_an_equal_share():
-    assert Patience.plan(4, 20, 100, [5]).min_round_steps == 10
-    assert Patience.plan(4, 20, 100, [5], max_round_steps=6).min_round_steps == 6
-    assert Patience.plan(4, 0, 5, [5]).min_round_steps == 1
+    assert Patience.plan(4, 20, None, 100, [5]).min_round_steps == 10
+    assert Patience.plan(4, 20, None, 100, [5], max_round_steps=6).min_round_steps == 6
+    assert Patience.plan(4, 0, None, 5, [5]).min_round_steps == 1
+
+
+def test_the_last_cut_comes_before_end_and_the_last_round_goes_on():
+    pacing = Patience.plan(3, 0, 0.5, 100, [5], min_round_steps=10)
+    assert drive(pacing, lambda _, step: -step) == [
+        (0, "planned"),
+        (30, "reserve"),
+        (40, "reserve"),
+        (100, "max_steps"),
+    ]
+    assert Patience.plan(4, 20, 60, 100, [5]).min_round_steps == 5
 
 
 def test_rounds_begin_at_begin():
-    assert drive(Patience.plan(1, 0.25, 100, [3]), v_shaped(4)) == [(25, "planned"), (32, "patience")]
+    assert drive(Patience.plan(1, 0.25, None, 100, [3]), v_shaped(4)) == [(25, "planned"), (32, "patience")]
 
 
 def test_the_target_is_always_reached_inside_the_budget():
@@ -229,8 +240,10 @@ def test_the_target_is_always_reached_inside_the_budget():
         begin = rng.randint(0, max_steps - rounds)
         patience = [rng.randint(1, 9) for _ in range(rng.randint(1, rounds))]
         most = rng.choice([None, rng.randint(1, max_steps)])
-        least = rng.choice([None, rng.randint(1, max(1, min(most or max_steps, (max_steps - begin) // rounds)))])
-        pacing = Patience.plan(rounds, begin, max_steps, patience, max_round_steps=most, min_round_steps=least)
+        end = rng.choice([None, rng.randint(begin + rounds, max_steps)])
+        last = end or max_steps
+        least = rng.choice([None, rng.randint(1, max(1, min(most or max_steps, (last - begin) // rounds)))])
+        pacing = Patience.plan(rounds, begin, end, max_steps, patience, max_round_steps=most, min_round_steps=least)
         values = {}
 
         def metric(number, step, values=values, rng=rng):
@@ -243,12 +256,12 @@ def test_the_target_is_always_reached_inside_the_budget():
         lengths = [b - a for a, b in itertools.pairwise([*steps, end])]
         assert min(lengths) >= 1
         assert max(lengths) <= (most or max_steps)
-        assert max_steps - steps[-1] >= pacing.min_round_steps
+        assert last - steps[-1] >= pacing.min_round_steps
         assert end <= max_steps
 
 
 def test_steps_left_are_those_that_a_round_may_take_at_most():
-    pacing = Patience.plan(3, 0, 100, [5], min_round_steps=10)
+    pacing = Patience.plan(3, 0, None, 100, [5], min_round_steps=10)
     pacing.cut_(0)
     assert pacing.steps_left(0) == 80
     assert pacing.steps_left(30) == 50
@@ -256,32 +269,53 @@ def test_steps_left_are_those_that_a_round_may_take_at_most():
     assert pacing.steps_left(30) == 5
 
 
+def test_steps_left_of_the_last_round_are_those_of_the_run():
+    pacing = Patience.plan(2, 0, 40, 100, [5], min_round_steps=10)
+    pacing.cut_(0)
+    assert pacing.steps_left(5) == 25
+    pacing.cut_(30)
+    assert pacing.steps_left(30) == 70
+
+
 @pytest.mark.parametrize(
-    ("rounds", "begin", "max_steps", "least", "message"),
+    ("rounds", "begin", "end", "max_steps", "least", "message"),
     [
-        (5, 0, 4, None, r"5 rounds of at least 1 steps do not fit into 4 steps \(from step 0 to 4\)"),
-        (5, 60, 100, 9, r"5 rounds of at least 9 steps do not fit into 40 steps .* a smaller min_round_steps"),
-        (1, 100, 100, None, r"begin must be before the end of the run, got begin=100 \(step 100\) in a run of 100"),
+        (5, 0, None, 4, None, r"5 rounds of at least 1 steps do not fit into 4 steps \(from step 0 to 4 of 4\)"),
+        (5, 60, None, 100, 9, r"5 rounds of at least 9 steps do not fit into 40 steps .* a smaller min_round_steps"),
+        (5, 0, 40, 100, 9, r"5 rounds of at least 9 steps do not fit into 40 steps \(from step 0 to 40 of 100\)"),
+        (1, 100, None, 100, None, r"begin must be before end, got begin=100 \(step 100\) and end=None \(step 100\)"),
+        (1, 0, 101, 100, None, r"end=101 is after the end of the run"),
     ],
 )
-def test_rounds_with_patience_that_do_not_fit_the_run_are_an_error(rounds, begin, max_steps, least, message):
+def test_rounds_with_patience_that_do_not_fit_the_run_are_an_error(rounds, begin, end, max_steps, least, message):
     with pytest.raises(ValueError, match=message):
-        Patience.plan(rounds, begin, max_steps, [1], min_round_steps=least)
+        Patience.plan(rounds, begin, end, max_steps, [1], min_round_steps=least)
 
 
 def test_patience_in_a_run_of_another_length():
-    pacing = Patience.plan(3, 0, 100, [2], min_round_steps=10)
+    pacing = Patience.plan(3, 0, None, 100, [2], min_round_steps=10)
     pacing.cut_(0)
     pacing.resize_(200, step=50)
     assert [pacing.why_round_ends(step) for step in (179, 180)] == [None, "reserve"]
     with pytest.raises(ValueError, match="the run has 60 steps, too few after step 50 for 2 more rounds of 10 steps"):
         pacing.resize_(60, step=50)
-    later = Patience.plan(2, 50, 100, [2], min_round_steps=10)
+    later = Patience.plan(2, 50, None, 100, [2], min_round_steps=10)
     with pytest.raises(ValueError, match="the run has 60 steps, too few after step 50 for 2 more rounds of 10 steps"):
         later.resize_(60, step=10)
 
 
-@pytest.mark.parametrize("pacing", [Even.plan(3, 0, None, 10), Patience.plan(3, 0, 10, [1, 2], max_round_steps=5)])
+def test_an_end_stays_where_it_was_in_a_longer_run():
+    pacing = Patience.plan(3, 0, 50, 100, [2], min_round_steps=10)
+    pacing.cut_(0)
+    pacing.resize_(200, step=20)
+    assert (pacing.end, pacing.max_steps) == (50, 200)
+    pacing.resize_(40, step=20)
+    assert (pacing.end, pacing.max_steps) == (40, 40)
+
+
+@pytest.mark.parametrize(
+    "pacing", [Even.plan(3, 0, None, 10), Patience.plan(3, 0, None, 10, [1, 2], max_round_steps=5)]
+)
 def test_a_pacing_survives_json(pacing):
     pacing.cut_(0)
     pacing.observe_(-1.0)

@@ -9,17 +9,27 @@ from common.arguments import EVALUATIONS
 from common.cells import DENSE, Cell
 from hf_prune import PruningConfig
 
-RATES = (0.25, 1, 4)  # of the recipe's own learning rate
+RATES = (0.25, 1, 2, 4)  # of the recipe's own learning rate
 # How the budget is divided among the rounds. One shot has one round, and nothing to divide.
+EQUAL: dict[str, Any] = {"rounds": 5, "end": None}
+SHORT: dict[str, Any] = {"rounds": 10, "end": 0.25}  # and a long recovery
+PATIENCE: dict[str, Any] = {"rounds": 5, "end": 0.25, "patience": 1}  # and the same recovery
 VARIANTS: dict[str, dict[str, Any]] = {
-    "equal": {},
-    "early": {"end": 0.5},  # equal rounds in the first half, the second half is recovery
-    "short": {"rounds": 10, "end": 0.25},  # many short rounds, and a long recovery
-    "patience": {"patience": 1},  # a round ends when validation has not improved; the last one takes what is left
-    # For the defaults of `restart_lr` and `optimizer_state`:
-    "equal+restart": {"restart_lr": True},
-    "equal+reset": {"optimizer_state": "reset"},
-    "equal+keep": {"optimizer_state": "keep"},
+    "equal": EQUAL,
+    "short": SHORT,
+    "patience": PATIENCE,
+    # One thing changed, for the defaults of `PruningConfig`:
+    "short+rounds=3": {**SHORT, "rounds": 3},
+    "short+rounds=5": {**SHORT, "rounds": 5},
+    "short+rounds=20": {**SHORT, "rounds": 20},
+    "short+end=0.1": {**SHORT, "end": 0.1},
+    "short+end=0.5": {**SHORT, "end": 0.5},
+    "short+restart_lr": {**SHORT, "restart_lr": True},
+    "short+reset": {**SHORT, "optimizer_state": "reset"},
+    "short+keep": {**SHORT, "optimizer_state": "keep"},
+    "patience+rounds=3": {**PATIENCE, "rounds": 3},
+    "patience+end=0.5": {**PATIENCE, "end": 0.5},
+    "patience+restart_lr": {**PATIENCE, "end": 0.5, "restart_lr": True},
 }
 
 
@@ -32,7 +42,7 @@ class StudyArguments:
     criteria: list[str] = field(default_factory=lambda: ["magnitude"])
     granularities: list[str] = field(default_factory=lambda: ["unstructured"])
     variants: list[str] = field(
-        default_factory=lambda: ["equal", "early", "short", "patience"],
+        default_factory=lambda: ["equal", "short", "patience"],
         metadata={"help": f"How the budget is divided among the rounds: {', '.join(VARIANTS)}."},
     )
     learning_rates: list[float] | None = field(

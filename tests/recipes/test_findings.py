@@ -33,7 +33,7 @@ def cells() -> dict[Cell, dict[str, object]]:
                 shot = Cell("one_shot", level, "magnitude", "unstructured", "", rate, steps, seed)
                 lost = 2.0 if level == 0.9 else 0.1
                 found[shot] = result(2 + lost + shift, 2 + lost + 0.1 * (seed - 1))
-                for variant, more in (("equal", 0.5), ("early", 0.0)):
+                for variant, more in (("equal", 0.5), ("short", 0.0)):
                     lost = 1.0 if level == 0.9 else 0.2
                     cell = dataclasses.replace(shot, schedule="geometric", variant=variant)
                     found[cell] = result(2 + lost + more + shift, 2 + lost)
@@ -52,11 +52,11 @@ def test_validation_chooses_and_test_is_told(findings: Findings) -> None:
         (DENSE, 0.0, "", 0.1),
         ("one_shot", 0.5, "", 0.1),
         ("one_shot", 0.9, "", 0.1),
-        ("geometric", 0.5, "early", 0.1),
-        ("geometric", 0.9, "early", 0.1),
+        ("geometric", 0.5, "short", 0.1),
+        ("geometric", 0.9, "short", 0.1),
     }
     assert "| one_shot | 2.100 ± 0.100 | 4.000 ± 0.100 |" in findings.tables()
-    assert "| geometric | early, 0.1 | early, 0.1 |" in findings.tables()
+    assert "| geometric | short, 0.1 | short, 0.1 |" in findings.tables()
     assert "Dense: 2.000 ± 0.000." in findings.tables()
     assert "Dense, trained on for 20 steps: 1.900 ± 0.000 (learning rate 0.1)." in findings.tables()
 
@@ -70,7 +70,7 @@ def test_advice_says_how_much_of_the_loss_comes_back(findings: Findings) -> None
     low, high = findings.advice().splitlines()
     assert low == "magnitude, unstructured at 0.5: one_shot (0.1), 2.100 ± 0.100."
     assert high == (
-        "magnitude, unstructured at 0.9: geometric (early, 0.1), 3.000 ± 0.000; one_shot 4.000 ± 0.100, of which "
+        "magnitude, unstructured at 0.9: geometric (short, 0.1), 3.000 ± 0.000; one_shot 4.000 ± 0.100, of which "
         "it closes 50% of the gap to dense and 48% of the gap to dense trained on."
     )
 

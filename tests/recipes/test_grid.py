@@ -38,7 +38,7 @@ def test_with_patience_the_last_round_takes_what_is_left() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"variants": ["half"]}, r"variants must be of equal, early, .*; got 'half'\."),
+        ({"variants": ["half"]}, r"variants must be of equal, short, .*; got 'half'\."),
         ({"sparsities": [80.0]}, r"sparsity must be in \[0, 1\), got 80\.0\. Did you mean 0\.8\?"),
         ({"schedules": ["sudden"]}, "schedule must be one of auto, one_shot"),
         ({"criteria": ["beauty"]}, "criterion must be one of magnitude"),

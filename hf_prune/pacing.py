@@ -16,6 +16,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+SHARE = 0.25
+"""Of the steps after `begin`, the share that rounds take where `end` does not say it; the rest is recovery.
+
+Measured in recipes/README.md: a long recovery is worth more than long rounds.
+"""
+
 
 @dataclass
 class Even:
@@ -38,7 +44,8 @@ class Even:
         Args:
             rounds: Number of rounds.
             begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of `max_steps`.
-            end: Where the rounds end, in the same words; the end of the run if None.
+            end: Where the rounds end, in the same words; if None, after `SHARE` of the steps that follow `begin`, or
+                as many as the rounds need.
             max_steps: Number of optimizer steps of the run.
 
         Returns:
@@ -50,10 +57,12 @@ class Even:
         Example:
             >>> Even.plan(4, begin=0, end=0.8, max_steps=100).cuts
             [0, 20, 40, 60]
+            >>> Even.plan(5, begin=0, end=None, max_steps=100).cuts
+            [0, 5, 10, 15, 20]
         """
         if rounds == 0:
             return cls([], max_steps)
-        first, last = _window(begin, end, max_steps)
+        first, last = _window(begin, end, max_steps, needed=rounds)
         if rounds > last - first:
             raise ValueError(
                 f"{rounds} rounds do not fit into {last - first} steps (from step {first} to {last} of {max_steps}). "
@@ -150,7 +159,8 @@ class Patience:
         Args:
             rounds: Number of rounds.
             begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of `max_steps`.
-            end: Where the rounds end, in the same words; the end of the run if None.
+            end: Where the rounds end, in the same words; if None, after `SHARE` of the steps that follow `begin`, or
+                as many as the rounds need.
             max_steps: Number of optimizer steps of the run.
             patience: For each round, evaluations without improvement; the last repeats.
             min_delta: An improvement is a gain above this.
@@ -169,7 +179,7 @@ class Patience:
             >>> [pacing.why_round_ends(step) for step in (59, 60)]
             [None, 'reserve']
         """
-        first, last = _window(begin, end, max_steps)
+        first, last = _window(begin, end, max_steps, needed=rounds * (min_round_steps or 1))
         share = (last - first) // (2 * rounds)
         least = min_round_steps or max(1, min(share, max_round_steps or share))
         if rounds * least > last - first:
@@ -237,9 +247,13 @@ class Patience:
         self.end, self.max_steps = end, max_steps
 
 
-def _window(begin: float, end: float | None, max_steps: int) -> tuple[int, int]:
-    """The steps from which and to which rounds may be."""
-    first, last = _steps(begin, max_steps), max_steps if end is None else _steps(end, max_steps)
+def _window(begin: float, end: float | None, max_steps: int, needed: int) -> tuple[int, int]:
+    """The steps from which and to which rounds may be; where `end` does not say it, at least `needed` apart."""
+    first = _steps(begin, max_steps)
+    if end is None:
+        last = min(first + max(needed, _steps(SHARE, max_steps - first)), max_steps)
+    else:
+        last = _steps(end, max_steps)
     if last > max_steps:
         raise ValueError(
             f"end={end} is after the end of the run. Take an end of at most {max_steps} steps, or train longer."

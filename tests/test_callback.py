@@ -26,7 +26,7 @@ from hf_prune import MaskSet, PruningConfig, PruningHistory, PruningTrainerCallb
 from hf_prune.targets import find_targets
 from tests.tiny import FAMILIES, batch, build, twin
 
-FOUR_ROUNDS = PruningConfig(sparsity=0.8, schedule="geometric", rounds=4)
+FOUR_ROUNDS = PruningConfig(sparsity=0.8, schedule="geometric", rounds=4, end=0.99)  # of any length
 
 # Its name in newer versions of transformers, and in older ones.
 CHECKPOINTING = next(
@@ -341,11 +341,13 @@ def test_zeros_are_held_from_the_start_and_pruned_further(make_trainer):
     model = build("llama")
     prune(model, PruningConfig(sparsity=0.5, criterion="random"))
     held = MaskSet.from_zeros(model)
-    config = PruningConfig(sparsity=0.8, hold_zeros=True, begin=2, schedule="constant", rounds=2)
+    config = PruningConfig(sparsity=0.8, hold_zeros=True, begin=2, end=6, schedule="constant", rounds=2)
     # The rounds begin at 0.4, less than what is held.
     with pytest.raises(ValueError, match=r"0\.5000 of the targets is zero already"):
         make_trainer(twin(model), PruningTrainerCallback(config)).train()
-    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.8, hold_zeros=True, begin=2, sparsities=[0.6, 0.8]))
+    pruning = PruningTrainerCallback(
+        PruningConfig(sparsity=0.8, hold_zeros=True, begin=2, end=6, sparsities=[0.6, 0.8])
+    )
     watch = Watch(pruning)
     make_trainer(model, pruning, watch).train()
     assert [count for _, count in watch.seen] == [round(s * 4608) for s in (0.5, 0.5, 0.6, 0.6, 0.8, 0.8)]
@@ -368,7 +370,7 @@ def test_holding_alone_prunes_nothing_further(make_trainer):
 def test_metrics_of_each_round(make_trainer):
     model = build("llama")
     dense = twin(model)
-    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.8, schedule="constant", rounds=2))
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.8, schedule="constant", rounds=2, end=6))
     trainer = make_trainer(model, pruning, eval_strategy="steps", eval_steps=1)
     pruning.evaluate = trainer.evaluate
     trainer.train()
@@ -405,7 +407,7 @@ def test_measuring_changes_nothing_else(make_trainer):
 
     def train(measure: bool) -> tuple[dict, int | None, float | None]:
         model = build("gpt2")  # has dropout
-        pruning = PruningTrainerCallback(PruningConfig(sparsity=0.8, schedule="constant", rounds=2))
+        pruning = PruningTrainerCallback(PruningConfig(sparsity=0.8, schedule="constant", rounds=2, end=6))
         trainer = make_trainer(
             model, pruning, EarlyStoppingCallback(2), eval_strategy="steps", eval_steps=2, save_strategy="steps",
             save_steps=2, load_best_model_at_end=True,
@@ -423,7 +425,7 @@ def test_measuring_changes_nothing_else(make_trainer):
 def train_to_the_best(make_trainer, family: str) -> list[float]:
     """Trains with `load_best_model_at_end`, two rounds of three evaluations each, and checks what came back."""
     model = build(family)
-    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.95, schedule="constant", rounds=2))
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.95, schedule="constant", rounds=2, end=6))
     trainer = make_trainer(
         model, pruning, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
         load_best_model_at_end=True, learning_rate=1e-4,
@@ -450,7 +452,7 @@ def test_a_better_but_less_sparse_checkpoint_does_not_come_back(make_trainer):
 
 def test_a_checkpoint_holds_the_model_that_was_evaluated(make_trainer, tmp_path):
     """save_steps == eval_steps == the step of a cut: the cut must wait until the checkpoint is written."""
-    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.8, schedule="constant", rounds=2))
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.8, schedule="constant", rounds=2, end=6))
     options = dict(eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=3)
     trainer = make_trainer(build("llama"), pruning, **options)
     trainer.train()
@@ -552,7 +554,7 @@ def test_a_metric_that_would_keep_the_worst_model_is_said(make_trainer, caplog):
 
 
 def test_tokens_are_counted_where_trainer_counts_them(make_trainer):
-    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.8, schedule="constant", rounds=2))
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.8, schedule="constant", rounds=2, end=6))
     make_trainer(build("llama"), pruning, include_num_input_tokens_seen="all").train()
     assert [row.tokens for row in pruning.history] == [3 * 4 * 12] * 2
     make_trainer(build("llama"), pruning).train()

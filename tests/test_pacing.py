@@ -9,18 +9,38 @@ import pytest
 from hf_prune.pacing import Even, Patience
 
 
-def test_rounds_are_spread_over_the_whole_run():
-    assert Even.plan(4, begin=0, end=None, max_steps=100).cuts == [0, 25, 50, 75]
-    assert Even.plan(3, begin=0, end=None, max_steps=10).cuts == [0, 3, 6]
+def test_rounds_are_spread_evenly():
+    assert Even.plan(4, begin=0, end=100, max_steps=100).cuts == [0, 25, 50, 75]
+    assert Even.plan(3, begin=0, end=10, max_steps=10).cuts == [0, 3, 6]
     assert Even.plan(1, begin=0, end=None, max_steps=1).cuts == [0]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "begin", "max_steps", "cuts"),
+    [
+        (5, 0, 100, [0, 5, 10, 15, 20]),
+        (2, 20, 100, [20, 30]),
+        (2, 0.2, 100, [20, 30]),
+        (5, 0, 10, [0, 1, 2, 3, 4]),  # A quarter of the run would be too short.
+        (5, 5, 10, [5, 6, 7, 8, 9]),
+    ],
+)
+def test_where_end_does_not_say_it_rounds_take_a_quarter_or_what_they_need(rounds, begin, max_steps, cuts):
+    assert Even.plan(rounds, begin, None, max_steps).cuts == cuts
+    patient = Patience.plan(rounds, begin, None, max_steps, [9], min_round_steps=1)
+    assert patient.end == cuts[-1] + (cuts[-1] - cuts[-2])
+
+
+def test_where_end_does_not_say_it_patience_keeps_its_reserve():
+    assert Patience.plan(3, 10, None, 100, [9], min_round_steps=20).end == 70
 
 
 @pytest.mark.parametrize(
     ("begin", "end", "cuts"),
     [
-        (10, None, [10, 40, 70]),
+        (10, 100, [10, 40, 70]),
         (10, 40, [10, 20, 30]),
-        (0.25, None, [25, 50, 75]),
+        (0.25, 100, [25, 50, 75]),
         (0.25, 0.75, [25, 41, 58]),
         (10, 0.25, [10, 15, 20]),
         (0.5, 80, [50, 60, 70]),
@@ -159,31 +179,31 @@ def v_shaped(turning_point: int):
 
 
 def test_a_round_ends_when_the_metric_has_not_improved_for_so_many_evaluations():
-    pacing = Patience.plan(3, 0, None, 100, [2], min_round_steps=1)
+    pacing = Patience.plan(3, 0, 100, 100, [2], min_round_steps=1)
     assert drive(pacing, v_shaped(4)) == [(0, "planned"), (6, "patience"), (12, "patience"), (18, "patience")]
 
 
 def test_each_round_has_its_patience_and_the_last_repeats():
-    pacing = Patience.plan(4, 0, None, 100, [1, 3], min_round_steps=1)
+    pacing = Patience.plan(4, 0, 100, 100, [1, 3], min_round_steps=1)
     cuts = [0, 5, 12, 19, 26]
     assert [step for step, _ in drive(pacing, v_shaped(4))] == cuts
 
 
 def test_patience_counts_evaluations_not_steps():
-    pacing = Patience.plan(2, 0, None, 1000, [2], min_round_steps=1)
+    pacing = Patience.plan(2, 0, 1000, 1000, [2], min_round_steps=1)
     assert drive(pacing, v_shaped(40), every=10) == [(0, "planned"), (60, "patience"), (120, "patience")]
 
 
 def test_what_was_best_before_a_cut_does_not_count_after_it():
     """Each round begins far worse than the one before it ended, and improves all the same."""
-    pacing = Patience.plan(2, 0, None, 100, [2], min_round_steps=1)
+    pacing = Patience.plan(2, 0, 100, 100, [2], min_round_steps=1)
     events = drive(pacing, lambda number, step: 100 * number + abs(step - 4))
     assert events == [(0, "planned"), (6, "patience"), (12, "patience")]
 
 
 def test_a_gain_of_min_delta_is_no_improvement_and_one_above_it_is():
     def run(delta: float) -> int:
-        pacing = Patience.plan(1, 0, None, 20, [2], min_delta=delta)
+        pacing = Patience.plan(1, 0, 20, 20, [2], min_delta=delta)
         return drive(pacing, lambda _, step: -0.5 * step)[-1][0]
 
     assert run(0.5) == 3  # The first value is an improvement on nothing.
@@ -191,18 +211,18 @@ def test_a_gain_of_min_delta_is_no_improvement_and_one_above_it_is():
 
 
 def test_nan_is_no_improvement():
-    pacing = Patience.plan(1, 0, None, 20, [3])
+    pacing = Patience.plan(1, 0, 20, 20, [3])
     assert drive(pacing, lambda _, step: math.nan) == [(0, "planned"), (3, "patience")]
 
 
 def test_a_round_has_at_most_max_round_steps():
-    pacing = Patience.plan(3, 0, None, 100, [5], max_round_steps=7)
+    pacing = Patience.plan(3, 0, 100, 100, [5], max_round_steps=7)
     improving = drive(pacing, lambda _, step: -step)
     assert improving == [(0, "planned"), (7, "max_round_steps"), (14, "max_round_steps"), (21, "max_round_steps")]
 
 
 def test_a_reserve_is_left_to_later_rounds():
-    pacing = Patience.plan(3, 0, None, 100, [5], min_round_steps=10)
+    pacing = Patience.plan(3, 0, 100, 100, [5], min_round_steps=10)
     assert drive(pacing, lambda _, step: -step) == [
         (0, "planned"),
         (80, "reserve"),
@@ -212,9 +232,9 @@ def test_a_reserve_is_left_to_later_rounds():
 
 
 def test_without_being_told_the_reserve_is_half_of_an_equal_share():
-    assert Patience.plan(4, 20, None, 100, [5]).min_round_steps == 10
-    assert Patience.plan(4, 20, None, 100, [5], max_round_steps=6).min_round_steps == 6
-    assert Patience.plan(4, 0, None, 5, [5]).min_round_steps == 1
+    assert Patience.plan(4, 20, 100, 100, [5]).min_round_steps == 10
+    assert Patience.plan(4, 20, 100, 100, [5], max_round_steps=6).min_round_steps == 6
+    assert Patience.plan(4, 0, 5, 5, [5]).min_round_steps == 1
 
 
 def test_the_last_cut_comes_before_end_and_the_last_round_goes_on():
@@ -241,7 +261,7 @@ def test_the_target_is_always_reached_inside_the_budget():
         patience = [rng.randint(1, 9) for _ in range(rng.randint(1, rounds))]
         most = rng.choice([None, rng.randint(1, max_steps)])
         end = rng.choice([None, rng.randint(begin + rounds, max_steps)])
-        last = end or max_steps
+        last = end or min(begin + max(rounds, math.ceil((max_steps - begin) / 4)), max_steps)
         least = rng.choice([None, rng.randint(1, max(1, min(most or max_steps, (last - begin) // rounds)))])
         pacing = Patience.plan(rounds, begin, end, max_steps, patience, max_round_steps=most, min_round_steps=least)
         values = {}
@@ -261,7 +281,7 @@ def test_the_target_is_always_reached_inside_the_budget():
 
 
 def test_steps_left_are_those_that_a_round_may_take_at_most():
-    pacing = Patience.plan(3, 0, None, 100, [5], min_round_steps=10)
+    pacing = Patience.plan(3, 0, 100, 100, [5], min_round_steps=10)
     pacing.cut_(0)
     assert pacing.steps_left(0) == 80
     assert pacing.steps_left(30) == 50
@@ -293,13 +313,13 @@ def test_rounds_with_patience_that_do_not_fit_the_run_are_an_error(rounds, begin
 
 
 def test_patience_in_a_run_of_another_length():
-    pacing = Patience.plan(3, 0, None, 100, [2], min_round_steps=10)
+    pacing = Patience.plan(3, 0, 100, 100, [2], min_round_steps=10)
     pacing.cut_(0)
     pacing.resize_(200, step=50)
     assert [pacing.why_round_ends(step) for step in (179, 180)] == [None, "reserve"]
     with pytest.raises(ValueError, match="the run has 60 steps, too few after step 50 for 2 more rounds of 10 steps"):
         pacing.resize_(60, step=50)
-    later = Patience.plan(2, 50, None, 100, [2], min_round_steps=10)
+    later = Patience.plan(2, 50, 100, 100, [2], min_round_steps=10)
     with pytest.raises(ValueError, match="the run has 60 steps, too few after step 50 for 2 more rounds of 10 steps"):
         later.resize_(60, step=10)
 
@@ -313,9 +333,7 @@ def test_an_end_stays_where_it_was_in_a_longer_run():
     assert (pacing.end, pacing.max_steps) == (40, 40)
 
 
-@pytest.mark.parametrize(
-    "pacing", [Even.plan(3, 0, None, 10), Patience.plan(3, 0, None, 10, [1, 2], max_round_steps=5)]
-)
+@pytest.mark.parametrize("pacing", [Even.plan(3, 0, None, 10), Patience.plan(3, 0, 10, 10, [1, 2], max_round_steps=5)])
 def test_a_pacing_survives_json(pacing):
     pacing.cut_(0)
     pacing.observe_(-1.0)

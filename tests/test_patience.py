@@ -13,7 +13,7 @@ from hf_prune import PruningConfig, PruningHistory, PruningTrainerCallback, spar
 from tests.tiny import build
 
 TWO_ROUNDS = PruningConfig(
-    sparsity=0.8, schedule="geometric", rounds=2, patience=2, min_round_steps=1, metric="score", begin=1
+    sparsity=0.8, schedule="geometric", rounds=2, patience=2, min_round_steps=1, metric="score", begin=1, end=20
 )
 EVERY_STEP = dict(eval_strategy="steps", eval_steps=1, max_steps=20)
 
@@ -112,7 +112,7 @@ def test_evaluations_once_an_epoch(make_trainer):
 
 
 def test_rounds_that_never_converge_end_inside_the_budget(make_trainer):
-    config = PruningConfig(sparsity=0.8, schedule="constant", rounds=4, patience=9, min_round_steps=3)
+    config = PruningConfig(sparsity=0.8, schedule="constant", rounds=4, patience=9, min_round_steps=3, end=20)
     trainer, pruning, _ = run(make_trainer, config, lambda _, step: -step)
     assert [(row.step, row.ended) for row in pruning.history] == [
         (0, "reserve"), (11, "reserve"), (14, "reserve"), (17, "max_steps")
@@ -122,7 +122,7 @@ def test_rounds_that_never_converge_end_inside_the_budget(make_trainer):
 
 
 def test_max_round_steps(make_trainer):
-    config = PruningConfig(sparsity=0.8, schedule="constant", rounds=3, patience=9, max_round_steps=4)
+    config = PruningConfig(sparsity=0.8, schedule="constant", rounds=3, patience=9, max_round_steps=4, end=20)
     trainer, pruning, _ = run(make_trainer, config, lambda _, step: -step)
     assert [(row.step, row.steps, row.ended) for row in pruning.history] == [
         (step, 4, "max_round_steps") for step in (0, 4, 8)
@@ -271,7 +271,7 @@ def test_the_learning_rate_starts_anew_at_each_cut(kind, make_trainer):
 
 
 def test_the_learning_rate_goes_on_otherwise(make_trainer):
-    config = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3)
+    config = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, end=9)
     rates = Rates()
     make_trainer(build("llama"), PruningTrainerCallback(config), rates, max_steps=9).train()
     assert rates.rates == pytest.approx(fresh_schedule("linear", 9, 0, 9))
@@ -293,7 +293,9 @@ def test_a_scheduler_of_the_users_own_is_as_it_was_afterwards(interrupted, make_
             if interrupted:
                 raise KeyboardInterrupt
 
-    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.8, schedule="geometric", rounds=2, restart_lr=True))
+    pruning = PruningTrainerCallback(
+        PruningConfig(sparsity=0.8, schedule="geometric", rounds=2, end=6, restart_lr=True)
+    )
     interrupt = Interrupt()
     trainer = make_trainer(build("llama"), pruning, interrupt)
     trainer.create_optimizer()

@@ -24,7 +24,7 @@ CONFIG = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, begin=1, en
 # Improves for a while after each cut, so that some of the best weights are of a step that is not a checkpoint's last.
 PATIENT = PruningConfig(
     sparsity=0.8, schedule="geometric", rounds=2, begin=1, patience=1, min_round_steps=2, max_round_steps=4,
-    restart_lr=True, metric="score",
+    restart_lr=True, metric="score", end=10,
 )  # fmt: skip
 STEPS = 10
 OPTIONS = dict(
@@ -200,7 +200,7 @@ RANDOM = """
             if 0 < step <= state.global_step:
                 threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    config = PruningConfig(**{**t.PATIENT.to_dict(), "rounds": 12, "patience": [6], "max_round_steps": 8})
+    config = PruningConfig(**{**t.PATIENT.to_dict(), "rounds": 12, "patience": [6], "max_round_steps": 8, "end": 120})
     trainer, pruning = t.start(trainer_factory(Path(sys.argv[1])), config, max_steps=120, save_steps=2)
     trainer.add_callback(KillSometime())
     newest = newest_complete(Path(sys.argv[1], "out"))
@@ -317,7 +317,7 @@ class Rates(TrainerCallback):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
-RESTARTING = PruningConfig(sparsity=0.8, schedule="geometric", rounds=2, restart_lr=True)  # cuts at 0 and 5
+RESTARTING = PruningConfig(sparsity=0.8, schedule="geometric", rounds=2, end=10, restart_lr=True)  # cuts at 0 and 5
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])

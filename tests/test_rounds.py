@@ -8,7 +8,7 @@ from hf_prune import MaskSet, PruningConfig, PruningHistory
 from hf_prune.reports import Round
 from hf_prune.rounds import Rounds
 
-PATIENT = PruningConfig(sparsity=0.75, schedule="constant", rounds=3, patience=2, min_round_steps=1)
+PATIENT = PruningConfig(sparsity=0.75, schedule="constant", rounds=3, patience=2, min_round_steps=1, end=100)
 
 
 def start(config: PruningConfig = PATIENT, max_steps: int = 100) -> Rounds:

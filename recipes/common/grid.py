@@ -11,7 +11,7 @@ from hf_prune import PruningConfig
 
 RATES = (0.25, 1, 2, 4)  # of the recipe's own learning rate
 # How the budget is divided among the rounds. One shot has one round, and nothing to divide.
-EQUAL: dict[str, Any] = {"rounds": 5, "end": None}
+EQUAL: dict[str, Any] = {"rounds": 5, "end": None}  # the end of the run
 SHORT: dict[str, Any] = {"rounds": 10, "end": 0.25}  # and a long recovery
 PATIENCE: dict[str, Any] = {"rounds": 5, "end": 0.25, "patience": 1}  # and the same recovery
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ class StudyArguments:
     quick: bool = field(default=False, metadata={"help": "A small grid that shows how it works, and nothing more."})
 
 
-QUICK = {"sparsities": [0.5, 0.9], "variants": ["equal"], "seeds": [0], "budget": 80, "dense_steps": 400}
+QUICK = {"sparsities": [0.5, 0.9], "variants": ["short"], "seeds": [0], "budget": 80, "dense_steps": 400}
 
 
 def grid(study: StudyArguments, rates: Sequence[float]) -> list[Cell]:
@@ -88,6 +88,8 @@ def config_of(cell: Cell) -> PruningConfig:
         raise ValueError(f"variants must be of {', '.join(VARIANTS)}; got {cell.variant!r}.")
     names = ("sparsity", "schedule", "criterion", "granularity")
     values = {name: getattr(cell, name) for name in names} | VARIANTS.get(cell.variant, {})
+    if values.get("end", 0) is None:
+        values["end"] = cell.steps
     if patience := values.pop("patience", None):
         rounds = len(PruningConfig(**values).round_sparsities)
         values["patience"] = [patience] * (rounds - 1) + [EVALUATIONS]

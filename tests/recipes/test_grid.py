@@ -11,8 +11,8 @@ from hf_prune.schedules import SCHEDULES
 def test_the_grid_has_each_combination_once_and_one_shot_has_nothing_to_divide() -> None:
     study = StudyArguments(sparsities=[0.5, 0.9], criteria=["magnitude", "random"], seeds=[7, 8], budget=40)
     cells = grid(study, [0.1, 0.2])
-    # 2 rates for dense; 2 sparsities x 2 criteria x 2 rates for one shot, and x 4 variants for three others.
-    assert len(cells) == len(set(cells)) == 2 + 8 + 3 * 8 * 4
+    # 2 rates for dense; 2 sparsities x 2 criteria x 2 rates for one shot, and x 3 variants for three others.
+    assert len(cells) == len(set(cells)) == 2 + 8 + 3 * 8 * 3
     assert {cell.variant for cell in cells if cell.schedule in ("one_shot", DENSE)} == {""}
     assert {cell.variant for cell in cells if cell.schedule == "hybrid"} == set(study.variants)
     assert {(cell.seed, cell.steps) for cell in cells} == {(7, 40)}
@@ -28,6 +28,12 @@ def test_every_variant_goes_with_every_schedule_of_several_rounds(variant: str, 
     config = config_of(dataclasses.replace(CELL, variant=variant, schedule=schedule))
     assert config.round_sparsities[-1] == 0.9
     assert config.criterion == "magnitude"
+
+
+def test_equal_rounds_go_on_to_the_end_of_the_run() -> None:
+    assert config_of(CELL).end == 40
+    assert config_of(dataclasses.replace(CELL, steps=60)).end == 60
+    assert config_of(dataclasses.replace(CELL, variant="")).end is None
 
 
 def test_with_patience_the_last_round_takes_what_is_left() -> None:

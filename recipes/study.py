@@ -153,7 +153,8 @@ def main() -> None:
 
     results = run(cells)
     chosen = choose(results, better)
-    others = [dataclasses.replace(cell, seed=seed) for cell in chosen for seed in study.seeds[1:]]
+    repeated = results if study.all_seeds else chosen
+    others = [dataclasses.replace(cell, seed=seed) for cell in repeated for seed in study.seeds[1:]]
     budgets = [
         dataclasses.replace(cell, steps=round(factor * cell.steps), seed=seed)
         for cell, seed, factor in itertools.product(chosen, study.seeds, BUDGETS)

@@ -14,11 +14,21 @@ from common.cells import DENSE, Cell, Result
 Value = Literal["validation", "test", "dense_validation", "dense_test"]
 
 
-def choose(results: Mapping[Cell, Result], greater_is_better: bool) -> list[Cell]:
-    """For each schedule, sparsity, criterion and granularity, the cell with the best validation metric."""
-    groups: dict[tuple[object, ...], list[Cell]] = {}
+def choose(results: Mapping[Cell, Result], greater_is_better: bool, *, each_variant: bool = False) -> list[Cell]:
+    """The cell with the best validation metric for each schedule, sparsity, criterion and granularity.
+
+    Args:
+        results: Cells of one seed and budget.
+        greater_is_better: Which way the metric improves.
+        each_variant: Whether one is chosen for each variant too.
+
+    Returns:
+        The cells, in the order in which the first of each kind came.
+    """
+    groups: dict[Cell, list[Cell]] = {}
     for cell in results:
-        groups.setdefault((cell.schedule, cell.sparsity, cell.criterion, cell.granularity), []).append(cell)
+        kind = dataclasses.replace(cell, learning_rate=0, variant=cell.variant if each_variant else "")
+        groups.setdefault(kind, []).append(cell)
     return [
         max(cells, key=lambda cell: _rank(results[cell]["validation"], greater_is_better)) for cells in groups.values()
     ]
@@ -80,6 +90,13 @@ class Findings:
         """Schedule and sparsity to the chosen cell."""
         return {(c.schedule, c.sparsity): c for c in self.chosen if (c.criterion, c.granularity) == kind}
 
+    def of_variants(self, kind: tuple[str, str]) -> dict[tuple[str, float], Cell]:
+        """Schedule with variant and sparsity to the cell with the learning rate that validation chose."""
+        ours = (*kind, self.budget, self.chosen[0].seed)
+        first = {c: r for c, r in self.results.items() if (c.criterion, c.granularity, c.steps, c.seed) == ours}
+        cells = choose(first, self.greater_is_better, each_variant=True)
+        return {(", ".join(filter(None, (c.schedule, c.variant))), c.sparsity): c for c in cells}
+
     def best(self, cells: Mapping[tuple[str, float], Cell], sparsity: float) -> Cell:
         """The cell with the best mean on validation."""
         at_sparsity = [cell for (_, level), cell in cells.items() if level == sparsity]
@@ -100,6 +117,8 @@ class Findings:
             lines += _markdown(cells, lambda cell: _spread(self.over_seeds(cell)))
             lines += ["", "Variant and learning rate that validation chose:", ""]
             lines += _markdown(cells, _choice)
+            lines += ["", f"Validation {self.metric} of each variant, with its best learning rate:", ""]
+            lines += _markdown(self.of_variants(kind), lambda cell: _spread(self.over_seeds(cell, "validation")))
         return "\n".join(lines)
 
     def advice(self) -> str:

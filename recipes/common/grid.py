@@ -24,6 +24,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "short+rounds=20": {**SHORT, "rounds": 20},
     "short+end=0.1": {**SHORT, "end": 0.1},
     "short+end=0.5": {**SHORT, "end": 0.5},
+    "short+initial_sparsity=0.5": {**SHORT, "initial_sparsity": 0.5},
+    "short+initial_sparsity=0.8": {**SHORT, "initial_sparsity": 0.8},
+    "short+initial_sparsity=0.85": {**SHORT, "initial_sparsity": 0.85},
     "short+restart_lr": {**SHORT, "restart_lr": True},
     "short+reset": {**SHORT, "optimizer_state": "reset"},
     "short+keep": {**SHORT, "optimizer_state": "keep"},
@@ -49,6 +52,7 @@ class StudyArguments:
         default=None, metadata={"help": f"Grid; {', '.join(map(str, RATES))} of the recipe's own if left out."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "The first one chooses."})
+    all_seeds: bool = field(default=False, metadata={"help": "Run every cell with every seed, not just the best."})
     budget: int = field(default=300, metadata={"help": "Optimizer steps of each run."})
     budget_sparsity: float = field(
         default=0.9, metadata={"help": "The sparsity at which the budget is varied, from a quarter to twice."}

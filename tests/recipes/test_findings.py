@@ -57,8 +57,17 @@ def test_validation_chooses_and_test_is_told(findings: Findings) -> None:
     }
     assert "| one_shot | 2.100 ± 0.100 | 4.000 ± 0.100 |" in findings.tables()
     assert "| geometric | short, 0.1 | short, 0.1 |" in findings.tables()
+    assert "| geometric, equal | 2.810 ± 0.010 | 3.610 ± 0.010 |" in findings.tables()
+    assert "| geometric, short | 2.310 ± 0.010 | 3.110 ± 0.010 |" in findings.tables()
     assert "Dense: 2.000 ± 0.000." in findings.tables()
     assert "Dense, trained on for 20 steps: 1.900 ± 0.000 (learning rate 0.1)." in findings.tables()
+
+
+def test_each_variant_has_its_own_learning_rate(findings: Findings) -> None:
+    cell = Cell("geometric", 0.5, "magnitude", "unstructured", "equal", 0.2, 20, 0)
+    findings.results[cell]["validation"] = 1.0
+    assert findings.of_variants(("magnitude", "unstructured"))["geometric, equal", 0.5] == cell
+    assert "| geometric, equal | 2.277 ± 1.106 | 3.610 ± 0.010 |" in findings.tables()
 
 
 def test_where_greater_is_better_the_greatest_is_chosen() -> None:

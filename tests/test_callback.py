@@ -561,6 +561,17 @@ def test_tokens_are_counted_where_trainer_counts_them(make_trainer):
     assert [row.tokens for row in pruning.history] == [None] * 2
 
 
+def test_samples_are_those_of_the_batch_size_that_fits(make_trainer):
+    class OutOfMemory(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.train_batch_size > 2:
+                raise RuntimeError("CUDA out of memory.")
+
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.8, schedule="constant", rounds=2, end=6))
+    make_trainer(build("llama"), pruning, OutOfMemory(), auto_find_batch_size=True).train()
+    assert [(row.steps, row.samples) for row in pruning.history] == [(3, 6)] * 2
+
+
 # Bad input, before training starts.
 
 

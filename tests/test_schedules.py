@@ -129,13 +129,13 @@ def test_every_schedule_shows_an_example(schedule):
 # auto
 
 
-@pytest.mark.parametrize("target", [0.0, 0.2, 0.5])
-def test_auto_takes_one_cut_up_to_a_half(target):
+@pytest.mark.parametrize("target", [0.0, 0.2, 0.5, 0.8])
+def test_auto_takes_one_cut_up_to_eight_tenths(target):
     assert auto(target) == [target]
 
 
-def test_auto_takes_the_hybrid_above_a_half():
-    target = math.nextafter(0.5, 1)
+def test_auto_takes_the_hybrid_above_eight_tenths():
+    target = math.nextafter(0.8, 1)
     assert auto(target) == hybrid(target, rounds=3)
     assert auto(0.9) == hybrid(0.9, rounds=3)
 

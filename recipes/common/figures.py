@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -31,61 +31,75 @@ def draw(findings: Findings, sparsity: float, folder: Path) -> None:
         at_sparsity = {schedule: cell for (schedule, level), cell in cells.items() if level == sparsity}
         if at_sparsity:
             _against_budget(findings, at_sparsity, sparsity).savefig(folder / f"budget-{name}.png", dpi=200)
-            history = findings.results[findings.best(cells, sparsity)]["history"]
-            PruningHistory.from_dict(history or {}).plot(folder / f"trajectory-{name}.png")
+            best = findings.results[findings.best(cells, sparsity)]
+            history = PruningHistory.from_dict(best["history"] or {})
+            history.dense = best["dense_validation"]
+            history.plot(folder / f"trajectory-{name}.png")
 
 
 def _against_sparsity(findings: Findings, cells: Mapping[tuple[str, float], Cell]) -> Figure:
-    figure, axes = _figure(findings, "sparsity")
-    if findings.trained_on is not None:
-        axes.axhline(findings.mean(findings.trained_on), color="gray", linestyle=":", label="dense, trained on")
+    figure, panels = _figure(findings, cells.values(), "sparsity")
     for marker, schedule in zip(itertools.cycle(MARKERS), dict.fromkeys(schedule for schedule, _ in cells)):
         mine = sorted((level, cell) for (other, level), cell in cells.items() if other == schedule)
-        _line(axes, findings, [1 - level for level, _ in mine], [cell for _, cell in mine], marker, schedule)
+        _line(panels, findings, [1 - level for level, _ in mine], [cell for _, cell in mine], marker, schedule)
     levels = sorted({level for _, level in cells})
-    axes.set_xscale("log")  # of the weights that are kept: equal distances are equal shares of the rest
-    axes.invert_xaxis()
-    axes.set_xticks([1 - level for level in levels], [f"{level:g}" for level in levels])
-    axes.xaxis.set_minor_locator(NullLocator())
-    figure.legend(loc="outside right upper", frameon=False)
+    for axes in panels:
+        axes.set_xscale("log")  # of the weights that are kept: equal distances are equal shares of the rest
+        axes.invert_xaxis()
+        axes.set_xticks([1 - level for level in levels], [f"{level:g}" for level in levels])
+        axes.xaxis.set_minor_locator(NullLocator())
+    _add_legend(figure, panels)
     return figure
 
 
 def _against_budget(findings: Findings, cells: Mapping[str, Cell], sparsity: float) -> Figure:
-    figure, axes = _figure(findings, f"steps, at sparsity {sparsity:g}")
-    lines = dict(cells)
-    if findings.trained_on is not None:
-        lines["dense, trained on"] = findings.trained_on
-    steps: set[int] = set()
-    for marker, (label, cell) in zip(itertools.cycle(MARKERS), lines.items()):
-        runs = findings.over_budgets(cell)
-        steps |= {run.steps for run in runs}
-        _line(axes, findings, [run.steps for run in runs], runs, marker, label)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(steps), [str(n) for n in sorted(steps)])
-    axes.xaxis.set_minor_locator(NullLocator())
-    figure.legend(loc="outside right upper", frameon=False)
+    runs = {schedule: findings.over_budgets(cell) for schedule, cell in cells.items()}
+    figure, panels = _figure(findings, itertools.chain(*runs.values()), f"steps, at sparsity {sparsity:g}")
+    for marker, (schedule, mine) in zip(itertools.cycle(MARKERS), runs.items()):
+        _line(panels, findings, [cell.steps for cell in mine], mine, marker, schedule)
+    steps = sorted({cell.steps for mine in runs.values() for cell in mine})
+    for axes in panels:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(steps, [str(n) for n in steps])
+        axes.xaxis.set_minor_locator(NullLocator())
+    _add_legend(figure, panels)
     return figure
 
 
-def _figure(findings: Findings, xlabel: str) -> tuple[Figure, Axes]:
-    """Axes with the dense model as a line."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    values = [findings.mean(cell) for cell in findings.chosen]
-    # Losses of a perplexity grow as powers; accuracies do not.
-    scale = "log" if min(values) > 0 and max(values) > 3 * min(values) else "linear"
-    axes.set(xlabel=xlabel, ylabel=f"test {findings.metric}", title=findings.task, yscale=scale)
-    axes.axhline(findings.mean(findings.chosen[0], "dense_test"), color="gray", linestyle="--", label="dense")
-    axes.grid(alpha=0.3)
-    return figure, axes
+def _figure(findings: Findings, cells: Iterable[Cell], xlabel: str) -> tuple[Figure, Sequence[Axes]]:
+    """Axes for the metric, with the dense models as lines, and axes for what each seed has lost against its own."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    metric, lost = figure.subplots(1, 2)
+    metric.set(xlabel=xlabel, ylabel=f"test {findings.metric}")
+    metric.axhline(findings.mean(findings.chosen[0], "dense_test"), color="gray", linestyle="--", label="dense")
+    if findings.trained_on is not None:
+        trained_on = findings.mean(findings.trained_on)
+        metric.axhline(trained_on, color="gray", linestyle=":", label=f"dense, {findings.budget} steps more")
+    gaps = [statistics.mean(findings.lost(cell)) for cell in cells]
+    # Losses of a perplexity span powers of ten; those of an accuracy may be none.
+    lost.set(xlabel=xlabel, ylabel=f"{findings.metric} lost against dense")
+    if min(gaps) > 0:
+        lost.set(yscale="log", ylim=(min(gaps) / 2, None))
+    for axes in (metric, lost):
+        axes.grid(alpha=0.3)
+    metric.set_title(findings.task, loc="left")
+    return figure, (metric, lost)
 
 
-def _line(axes: Axes, findings: Findings, x: Sequence[float], cells: Sequence[Cell], marker: str, label: str) -> None:
+def _line(
+    panels: Sequence[Axes], findings: Findings, x: Sequence[float], cells: Sequence[Cell], marker: str, label: str
+) -> None:
     """The mean over the seeds, and their standard deviation as a band."""
-    seeds = [findings.over_seeds(cell) for cell in cells]
-    means = [statistics.mean(values) for values in seeds]
-    spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in seeds]
-    (line,) = axes.plot(x, means, marker=marker, markersize=5, label=label)
-    low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
-    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    for axes, of_seeds in zip(panels, (findings.over_seeds, findings.lost), strict=True):
+        seeds = [of_seeds(cell) for cell in cells]
+        means = [statistics.mean(values) for values in seeds]
+        spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in seeds]
+        (line,) = axes.plot(x, means, marker=marker, markersize=5, label=label)
+        low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
+        if axes.get_yscale() == "log":
+            low = [max(value, axes.get_ylim()[0]) for value in low]
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def _add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)

@@ -76,6 +76,12 @@ class Findings:
         """The mean over the seeds."""
         return statistics.mean(self.over_seeds(cell, value))
 
+    def lost(self, cell: Cell) -> list[float]:
+        """By how much the dense model of each seed is better on test."""
+        sign = 1 if self.greater_is_better else -1
+        pairs = zip(self.over_seeds(cell, "dense_test"), self.over_seeds(cell), strict=True)
+        return [sign * (dense - value) for dense, value in pairs]
+
     def over_budgets(self, cell: Cell) -> list[Cell]:
         """The same cell for each number of steps that it was run with, fewest first."""
         alike = {dataclasses.replace(other, seed=cell.seed) for other in self.results
@@ -131,12 +137,15 @@ class Findings:
                 line = f"{', '.join(kind)} at {sparsity:g}: {best.schedule} ({_choice(best)})"
                 line += f", {_spread(self.over_seeds(best))}"
                 if one_shot is not None and one_shot != best:
-                    line += f"; one_shot {_spread(self.over_seeds(one_shot))}{self._gain(one_shot, best)}"
+                    line += f"; one_shot {_spread(self.over_seeds(one_shot))}, {self._gain(one_shot, best)}"
                 lines.append(f"{line}.")
         return "\n".join(lines)
 
     def _gain(self, one_shot: Cell, best: Cell) -> str:
-        """How much of one shot's distance to the dense models the best cell closes, where there is a distance."""
+        """How much of one shot's distance to the dense models the best cell closes, where seeds differ less."""
+        spreads = [statistics.stdev(values) for cell in (one_shot, best) if len(values := self.over_seeds(cell)) > 1]
+        if abs(self.mean(best) - self.mean(one_shot)) <= max(spreads, default=0):
+            return "no further away than one seed from another"
         references = {"dense": self.mean(one_shot, "dense_test")}
         if self.trained_on is not None:
             references["dense trained on"] = self.mean(self.trained_on)
@@ -146,7 +155,7 @@ class Findings:
             for name, value in references.items()
             if sign * (value - self.mean(one_shot)) > 0
         ]
-        return f", of which it closes {' and '.join(shares)}" if shares else ""
+        return f"of which it closes {' and '.join(shares)}" if shares else "which has lost nothing"
 
     def save(self, folder: Path) -> None:
         """Writes results.csv, one row a cell, and tables.md."""

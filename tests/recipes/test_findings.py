@@ -84,6 +84,26 @@ def test_advice_says_how_much_of_the_loss_comes_back(findings: Findings) -> None
     )
 
 
+def test_advice_does_not_make_much_of_what_another_seed_would_change(findings: Findings) -> None:
+    for cell, found in findings.results.items():
+        if cell.schedule == "one_shot" and cell.sparsity == 0.9:
+            found["test"] -= 0.95
+    assert "one_shot 3.050 ± 0.100, no further away than one seed from another." in findings.advice()
+
+
+def test_advice_where_one_shot_has_lost_nothing(findings: Findings) -> None:
+    for cell, found in findings.results.items():
+        if cell.schedule == "one_shot" and cell.sparsity == 0.9:
+            found["test"] -= 2.5
+    assert "one_shot 1.500 ± 0.100, which has lost nothing." in findings.advice()
+
+
+def test_what_is_lost_is_told_against_the_dense_model_of_the_same_seed(findings: Findings) -> None:
+    cell = next(c for c in findings.chosen if (c.schedule, c.sparsity) == ("one_shot", 0.9))
+    assert findings.lost(cell) == pytest.approx([1.9, 2.0, 2.1])
+    assert dataclasses.replace(findings, greater_is_better=True).lost(cell) == pytest.approx([-1.9, -2.0, -2.1])
+
+
 def test_all_cells_are_published(findings: Findings, tmp_path: Path) -> None:
     findings.save(tmp_path)
     with (tmp_path / "results.csv").open() as file:

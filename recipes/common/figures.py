@@ -27,10 +27,10 @@ def draw(findings: Findings, sparsity: float, folder: Path) -> None:
     for kind in findings.kinds():
         cells = findings.of_kind(kind)
         name = "-".join(kind).replace(":", "_")
-        _against_sparsity(findings, cells).savefig(folder / f"sparsity-{name}.png", dpi=200)
+        _against_sparsity(findings, cells).savefig(folder / f"sparsity-{name}.png", dpi=150)
         at_sparsity = {schedule: cell for (schedule, level), cell in cells.items() if level == sparsity}
         if at_sparsity:
-            _against_budget(findings, at_sparsity, sparsity).savefig(folder / f"budget-{name}.png", dpi=200)
+            _against_budget(findings, at_sparsity, sparsity).savefig(folder / f"budget-{name}.png", dpi=150)
             best = findings.results[findings.best(cells, sparsity)]
             history = PruningHistory.from_dict(best["history"] or {})
             history.dense = best["dense_validation"]

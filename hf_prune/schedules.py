@@ -72,7 +72,7 @@ def geometric(sparsity: float, rounds: int = 5) -> list[float]:
     return _ending_at(sparsity, [1 - (1 - sparsity) ** (i / rounds) for i in range(1, rounds + 1)])
 
 
-def hybrid(sparsity: float, rounds: int = 3, initial_sparsity: float | None = None) -> list[float]:
+def hybrid(sparsity: float, rounds: int = 5, initial_sparsity: float | None = None) -> list[float]:
     """Few-shot: a large first cut to `S`, then geometric on what remains.
 
     `s_i = 1 − (1−S) · ((1−T)/(1−S))^((i−1)/(n−1))`, so `s_1 = S` and `s_n = T`.
@@ -163,7 +163,7 @@ def auto(sparsity: float, rounds: int | None = None, initial_sparsity: float | N
         >>> auto(0.4)
         [0.4]
         >>> [round(s, 3) for s in auto(0.96)]
-        [0.8, 0.911, 0.96]
+        [0.8, 0.866, 0.911, 0.94, 0.96]
 
     Source: the guidelines of Janusz et al. 2025, arXiv 2508.13836.
     """

@@ -45,7 +45,7 @@ SMALL_MODEL = {
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 32,
 }
-PRUNING = {"sparsity": 0.9, "schedule": "geometric"}
+PRUNING = {"sparsity": 0.9}
 STUDY = {"block_size": 64, "num_stories": 10000, "max_eval_samples": 100, "dense_steps": 3000}
 
 

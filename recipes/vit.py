@@ -43,7 +43,7 @@ SMALL_MODEL = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 128,
 }
-PRUNING = {"sparsity": 0.9, "schedule": "geometric"}
+PRUNING = {"sparsity": 0.9}
 STUDY = {"dense_steps": 2000, "budget": 600}
 
 

@@ -253,7 +253,7 @@ def test_a_pattern_takes_a_schedule_or_a_list():
 
 def test_a_first_cut_on_the_way_to_a_pattern_means_the_hybrid():
     config = PruningConfig(granularity="2:8", initial_sparsity=0.25)
-    assert config.round_sparsities == [2 / 8, 5 / 8, 6 / 8]
+    assert config.round_sparsities == [2 / 8, 3 / 8, 5 / 8, 6 / 8]
 
 
 # Bad input

@@ -136,8 +136,8 @@ def test_auto_takes_one_cut_up_to_eight_tenths(target):
 
 def test_auto_takes_the_hybrid_above_eight_tenths():
     target = math.nextafter(0.8, 1)
-    assert auto(target) == hybrid(target, rounds=3)
-    assert auto(0.9) == hybrid(0.9, rounds=3)
+    assert auto(target) == hybrid(target, rounds=5)
+    assert auto(0.9) == hybrid(0.9, rounds=5)
 
 
 def test_auto_takes_one_cut_if_one_round_is_asked_for():
@@ -146,7 +146,7 @@ def test_auto_takes_one_cut_if_one_round_is_asked_for():
 
 def test_auto_takes_the_hybrid_if_rounds_or_a_first_cut_ask_for_it():
     assert auto(0.3, rounds=4) == hybrid(0.3, rounds=4)
-    assert auto(0.3, initial_sparsity=0.1) == hybrid(0.3, 3, 0.1)
+    assert auto(0.3, initial_sparsity=0.1) == hybrid(0.3, 5, 0.1)
     assert auto(0.9, rounds=6, initial_sparsity=0.0) == hybrid(0.9, 6, 0.0)
 
 

@@ -11,7 +11,7 @@ from hf_prune import PruningConfig
 
 Script = TypeVar("Script")
 
-EVALUATIONS = 20  # of a run: four in each of five rounds, however long it is
+EVALUATIONS = 20  # of a run: one in each of five rounds in its first quarter, however long it is
 EVALUATED = {
     "eval_strategy": "steps",
     "eval_steps": 1 / EVALUATIONS,

@@ -150,12 +150,10 @@ class Findings:
         if self.trained_on is not None:
             references["dense trained on"] = self.mean(self.trained_on)
         sign = 1 if self.greater_is_better else -1
-        shares = [
-            f"{(self.mean(best) - self.mean(one_shot)) / (value - self.mean(one_shot)):.0%} of the gap to {name}"
-            for name, value in references.items()
-            if sign * (value - self.mean(one_shot)) > 0
-        ]
-        return f"of which it closes {' and '.join(shares)}" if shares else "which has lost nothing"
+        gaps = {name: value - self.mean(one_shot) for name, value in references.items()}
+        shares = {name: (self.mean(best) - self.mean(one_shot)) / gap for name, gap in gaps.items() if sign * gap > 0}
+        said = [f"{'all' if share >= 1 else f'{share:.0%}'} of the gap to {name}" for name, share in shares.items()]
+        return f"of which it closes {' and '.join(said)}" if said else "which has lost nothing"
 
     def save(self, folder: Path) -> None:
         """Writes results.csv, one row a cell, and tables.md."""

@@ -12,8 +12,8 @@ from hf_prune import PruningConfig
 RATES = (0.25, 1, 2, 4)  # of the recipe's own learning rate
 # How the budget is divided among the rounds. One shot has one round, and nothing to divide.
 EQUAL: dict[str, Any] = {"rounds": 5, "end": None}  # the end of the run
-SHORT: dict[str, Any] = {"rounds": 10, "end": 0.25}  # and a long recovery
-PATIENCE: dict[str, Any] = {"rounds": 5, "end": 0.25, "patience": 1}  # and the same recovery
+SHORT: dict[str, Any] = {"rounds": 10}  # in the first quarter, as PruningConfig has it, and a long recovery
+PATIENCE: dict[str, Any] = {"rounds": 5, "patience": 1}  # as long a recovery
 VARIANTS: dict[str, dict[str, Any]] = {
     "equal": EQUAL,
     "short": SHORT,
@@ -61,7 +61,7 @@ class StudyArguments:
     quick: bool = field(default=False, metadata={"help": "A small grid that shows how it works, and nothing more."})
 
 
-QUICK = {"sparsities": [0.5, 0.9], "variants": ["short"], "seeds": [0], "budget": 80, "dense_steps": 400}
+QUICK = {"sparsities": [0.5, 0.9], "variants": ["short"], "seeds": [0], "budget": 160, "dense_steps": 400}
 
 
 def grid(study: StudyArguments, rates: Sequence[float]) -> list[Cell]:

@@ -98,6 +98,14 @@ def test_advice_where_one_shot_has_lost_nothing(findings: Findings) -> None:
     assert "one_shot 1.500 ± 0.100, which has lost nothing." in findings.advice()
 
 
+def test_advice_where_all_of_the_loss_comes_back(findings: Findings) -> None:
+    for cell, found in findings.results.items():
+        if cell.schedule == "geometric" and cell.sparsity == 0.9:
+            found["test"] -= 1.05
+    closed = "all of the gap to dense and 98% of the gap to dense trained on."
+    assert f"one_shot 4.000 ± 0.100, of which it closes {closed}" in findings.advice()
+
+
 def test_what_is_lost_is_told_against_the_dense_model_of_the_same_seed(findings: Findings) -> None:
     cell = next(c for c in findings.chosen if (c.schedule, c.sparsity) == ("one_shot", 0.9))
     assert findings.lost(cell) == pytest.approx([1.9, 2.0, 2.1])

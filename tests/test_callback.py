@@ -733,7 +733,8 @@ def test_a_checkpoint_that_was_rotated_away_is_said(make_trainer, tmp_path, capl
 def test_zeros_that_leave_a_later_cut_no_room_are_an_error_before_training(make_trainer):
     model = build("llama")
     prune(model, PruningConfig(sparsity=0.7))
-    trainer = make_trainer(model, PruningTrainerCallback(PruningConfig(sparsity=0.8, begin=3, hold_zeros=True)))
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.85, rounds=3, begin=3, hold_zeros=True))
+    trainer = make_trainer(model, pruning)
     with pytest.raises(ValueError, match=r"0\.\d+ of the targets is zero already, .* take fewer rounds"):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -24,11 +24,11 @@ def test_prints_rounds_test_and_stories(short_run: tuple[Path, str]) -> None:
     _, printed = short_run
     assert "Dense model: trained for 20 steps" in printed
     assert [(row[0], row[1], row[2]) for row in ROUND.findall(printed)] == [
-        ("1", "0", "0.3690"),
-        ("2", "4", "0.6019"),
-        ("3", "8", "0.7488"),
-        ("4", "12", "0.8415"),
-        ("5", "16", "0.9000"),
+        ("1", "0", "0.6838"),
+        ("2", "1", "0.7629"),
+        ("3", "2", "0.8222"),
+        ("4", "3", "0.8666"),
+        ("5", "4", "0.9000"),
     ]
     assert "Test perplexity: dense " in printed
     assert "pruned to sparsity 0.9000 " in printed

@@ -13,9 +13,9 @@ from tests.tiny import batch, build
 from tests.training import trainer_factory
 
 CONFIGS = {
-    "even": PruningConfig(sparsity=0.8, schedule="geometric", rounds=3),
+    "even": PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, end=6),
     "patience": PruningConfig(
-        sparsity=0.8, schedule="geometric", rounds=3, patience=1, min_round_steps=1, restart_lr=True
+        sparsity=0.8, schedule="geometric", rounds=3, patience=1, min_round_steps=1, restart_lr=True, end=0.99
     ),
 }
 OPTIONS = {

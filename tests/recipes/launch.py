@@ -32,3 +32,10 @@ def launch(recipe: str, folder: Path, *flags: str, processes: int = 1) -> str:
 def report_in(printed: str, output_dir: str) -> str:
     """The closing report of a run, without the name of its output folder."""
     return printed[printed.index("\nround  step") :].replace(output_dir, "")
+
+
+def oldest_checkpoint(output: Path) -> str:
+    """The checkpoint of a run that leaves the most to do; which one that is depends on which one was the best."""
+    oldest = min(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    assert oldest.name != "checkpoint-20", "nothing is left to do after the last step"
+    return str(oldest)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tinystories
 from hf_prune import PruningConfig, sparsity_report
-from tests.recipes.launch import ROUND, launch, report_in
+from tests.recipes.launch import ROUND, launch, oldest_checkpoint, report_in
 
 SHORT = ("--max_steps=20", "--dense_steps=20", "--num_stories=200")
 
@@ -77,7 +77,8 @@ def test_found_dense_model_gives_the_same(short_run: tuple[Path, str]) -> None:
 @pytest.mark.slow
 def test_resumes(short_run: tuple[Path, str]) -> None:
     folder, printed = short_run
-    flags = ("--output_dir=resumed", "--resume_from_checkpoint=output/tinystories/checkpoint-18")
+    checkpoint = oldest_checkpoint(folder / "output" / "tinystories")
+    flags = ("--output_dir=resumed", f"--resume_from_checkpoint={checkpoint}")
     resumed = launch("tinystories.py", folder, *SHORT, *flags)
     assert report_in(resumed, "resumed") == report_in(printed, "output/tinystories")
 

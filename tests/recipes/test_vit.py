@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 import vit
 from hf_prune import sparsity_report
-from tests.recipes.launch import ROUND, launch, report_in
+from tests.recipes.launch import ROUND, launch, oldest_checkpoint, report_in
 
 SHORT = ("--max_steps=20", "--dense_steps=40")
 
@@ -48,7 +48,8 @@ def test_the_saved_model_is_the_one_that_was_tested(short_run: tuple[Path, str])
 @pytest.mark.slow
 def test_resumes(short_run: tuple[Path, str]) -> None:
     folder, printed = short_run
-    flags = ("--output_dir=resumed", "--resume_from_checkpoint=output/vit/checkpoint-18")
+    checkpoint = oldest_checkpoint(folder / "output" / "vit")
+    flags = ("--output_dir=resumed", f"--resume_from_checkpoint={checkpoint}")
     resumed = launch("vit.py", folder, *SHORT, *flags)
     assert "Dense model: found in dense/vit-" in resumed
     assert report_in(resumed, "resumed") == report_in(printed, "output/vit")

@@ -239,7 +239,7 @@ class Patience:
         """
         first, later = step if self.round else max(step, self.begin), self.rounds - self.round
         end = max_steps if self.end == self.max_steps else min(self.end, max_steps)
-        if end - first < later * self.min_round_steps:
+        if later and end - first < later * self.min_round_steps:
             raise ValueError(
                 f"the run has {max_steps} steps, too few after step {first} for {later} more rounds of "
                 f"{self.min_round_steps} steps. Resume with the same max_steps or num_train_epochs."

@@ -333,6 +333,14 @@ def test_an_end_stays_where_it_was_in_a_longer_run():
     assert (pacing.end, pacing.max_steps) == (40, 40)
 
 
+def test_the_last_round_goes_on_after_end_in_a_run_that_is_resumed():
+    pacing = Patience.plan(2, 0, 20, 100, [2], min_round_steps=10)
+    pacing.cut_(0)
+    pacing.cut_(10)
+    pacing.resize_(100, step=60)
+    assert [pacing.why_round_ends(step) for step in (60, 100)] == [None, "max_steps"]
+
+
 @pytest.mark.parametrize("pacing", [Even.plan(3, 0, None, 10), Patience.plan(3, 0, 10, 10, [1, 2], max_round_steps=5)])
 def test_a_pacing_survives_json(pacing):
     pacing.cut_(0)

@@ -24,7 +24,7 @@ CONFIG = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, begin=1, en
 # Improves for a while after each cut, so that some of the best weights are of a step that is not a checkpoint's last.
 PATIENT = PruningConfig(
     sparsity=0.8, schedule="geometric", rounds=2, begin=1, patience=1, min_round_steps=2, max_round_steps=4,
-    restart_lr=True, metric="score", end=10,
+    restart_lr=True, metric="score", end=6,
 )  # fmt: skip
 STEPS = 10
 OPTIONS = dict(

@@ -132,8 +132,8 @@ def auto(sparsity: float, rounds: int | None = None, initial_sparsity: float | N
     """Picks a schedule from what is known.
 
     The rule: `one_shot` for a single round, and for a target of at most `AUTO_ONE_SHOT_UP_TO` when neither `rounds`
-    nor `initial_sparsity` asks for more; `hybrid` otherwise. Up to 0.8 one cut is as good as several, and nothing can
-    be set wrong; above, the few-shot hybrid is ahead. This is what the paper found, and what `recipes/study.py`
+    nor `initial_sparsity` asks for more; `hybrid` otherwise. Up to 0.8 one cut is as good as several, and simpler;
+    above, the few-shot hybrid is ahead. This is what the paper found, and what `recipes/study.py`
     measured (a small GPT-Neo on stories, magnitude, 300 steps each, test perplexity, mean and standard deviation over
     three seeds; learning rate and length of the rounds chosen on validation; dense 2.216):
 

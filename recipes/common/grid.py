@@ -18,6 +18,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "equal": EQUAL,
     "short": SHORT,
     "patience": PATIENCE,
+    "default": {},  # what `PruningConfig` does by itself
     # One thing changed, for the defaults of `PruningConfig`:
     "short+rounds=3": {**SHORT, "rounds": 3},
     "short+rounds=5": {**SHORT, "rounds": 5},

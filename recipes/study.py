@@ -7,7 +7,7 @@ python recipes/study.py tinystories --dataset path/to/texts --model_name_or_path
 Each cell (schedule x sparsity x criterion x granularity x variant x learning rate x seed) is one run, and kept when it
 is finished: the same command goes on where it was interrupted. A variant is a way to divide the budget among rounds.
 Variant and learning rate are chosen on validation with the first seed, from one grid for all schedules and for the
-dense model that is trained on; the other seeds run with what was chosen, and test is looked at with that.
+dense model that is trained on; the other seeds run with what was chosen, and test is told of that.
 """
 
 import copy
@@ -44,7 +44,7 @@ from common.task import Task
 from hf_prune import PruningTrainerCallback, sparsity_report
 
 RECIPES = {"tinystories": tinystories, "vit": vit}
-BUDGETS = (0.25, 0.5, 2)  # of the budget, for the picture of metric against budget
+BUDGET_FACTORS = (0.25, 0.5, 2)  # for the picture of metric against budget
 
 
 class Arguments(NamedTuple):
@@ -80,18 +80,15 @@ def load() -> Task:
 @functools.cache
 def dense(seed: int) -> PreTrainedModel:
     """The dense model of a seed."""
-    given, task = arguments(), load()
     set_seed(seed)
-    model = task.make_model()
-    if task.is_trained:
-        return model
-    return dense_model(model, given.script, dataclasses.replace(given.training, seed=seed), task.parts)
+    given = arguments()
+    return dense_model(load(), given.script, dataclasses.replace(given.training, seed=seed))
 
 
 def run_cell(cell: Cell) -> Result:
     """Prunes and trains a copy of the dense model, and measures it."""
     began = time.monotonic()
-    callbacks = [] if cell.schedule == DENSE else [PruningTrainerCallback(config_of(cell))]
+    pruning = None if cell.schedule == DENSE else PruningTrainerCallback(config_of(cell))
     with tempfile.TemporaryDirectory() as folder:
         training = dataclasses.replace(
             arguments().training,
@@ -107,7 +104,7 @@ def run_cell(cell: Cell) -> Result:
             disable_tqdm=True,
         )
         model = copy.deepcopy(dense(cell.seed))
-        trainer = Trainer(model, training, callbacks=list(callbacks), **load().parts)
+        trainer = Trainer(model, training, callbacks=[pruning] if pruning else [], **load().parts)
         trainer.remove_callback(PrinterCallback)
         metric = str(training.metric_for_best_model)
 
@@ -126,7 +123,7 @@ def run_cell(cell: Cell) -> Result:
         dense_test=dense_test,
         reached=sparsity_report(model).sparsity,
         seconds=time.monotonic() - began,
-        history=callbacks[0].history.to_dict() if callbacks else None,
+        history=pruning.history.to_dict() if pruning else None,
     )
 
 
@@ -157,8 +154,8 @@ def main() -> None:
     others = [dataclasses.replace(cell, seed=seed) for cell in repeated for seed in study.seeds[1:]]
     budgets = [
         dataclasses.replace(cell, steps=round(factor * cell.steps), seed=seed)
-        for cell, seed, factor in itertools.product(chosen, study.seeds, BUDGETS)
-        if cell.schedule == DENSE or cell.sparsity == study.budget_sparsity
+        for cell, seed, factor in itertools.product(chosen, study.seeds, BUDGET_FACTORS)
+        if study.budget_sparsity and (cell.schedule == DENSE or cell.sparsity == study.budget_sparsity)
     ]
     findings = Findings(name, study.budget, chosen, results | run([*others, *budgets]), better)
     findings.save(folder)

@@ -113,8 +113,8 @@ def load_task(script: ScriptArguments, training: TrainingArguments) -> Task:
         "compute_metrics": compute_metrics,
         "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
     }
-    is_trained = bool(script.model_name_or_path) and not script.train_dense
-    return Task(make_model, is_trained, parts, blocks["test"])
+    has_dense_model = bool(script.model_name_or_path) and not script.train_dense
+    return Task(make_model, has_dense_model, parts, blocks["test"])
 
 
 def main() -> None:
@@ -122,9 +122,7 @@ def main() -> None:
     script, pruning, training = parse(ScriptArguments, DEFAULTS, SMALL_MODEL, PRUNING)
     set_seed(training.seed)
     task = load_task(script, training)
-    model = task.make_model()
-    if not task.is_trained:
-        model = dense_model(model, script, training, task.parts)
+    model = dense_model(task, script, training)
 
     callback = PruningTrainerCallback(pruning)
     trainer = Trainer(model, training, callbacks=[callback], **task.parts)

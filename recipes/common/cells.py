@@ -25,8 +25,8 @@ class Cell:
         sparsity: The target, 0 for `DENSE`.
         criterion: As in `PruningConfig`.
         granularity: As in `PruningConfig`.
-        variant: A key of `VARIANTS` in `grid.py`, such as how the budget is divided among the rounds; empty where
-            there is one round, and nothing to divide.
+        variant: How the budget is divided among the rounds, a key of `VARIANTS` in `grid.py` with further settings
+            behind it; empty where there is one round, and nothing to divide.
         learning_rate: The peak of the learning-rate schedule.
         steps: The budget, in optimizer steps.
         seed: Seed of the dense model, of the order of the data, and of dropout.
@@ -133,10 +133,7 @@ def _run_and_keep(run: Callable[[Cell], Result], folder: Path, cell: Cell) -> tu
     unfinished.write_text(json.dumps({**dataclasses.asdict(cell), **result}, indent=1), encoding="utf-8")
     unfinished.replace(folder / f"{cell.name}.json")
     failed.unlink(missing_ok=True)
-    return result, (
-        f"{result['metric']} {result['validation']:.4f} on validation, {result['test']:.4f} on test, "
-        f"{result['seconds']:.0f} s"
-    )
+    return result, f"{result['metric']} {result['validation']:.4f} on validation, {result['seconds']:.0f} s"
 
 
 def _read(path: Path) -> Result | None:

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments
 
 from common.arguments import EVALUATIONS
+from common.task import Task
 
 # Arguments that decide what is shown, what is kept, and where; or, like the epochs, that the cap on steps overrules.
 IRRELEVANT = (
@@ -37,23 +38,24 @@ class DenseArguments:
     )
 
 
-def dense_model(
-    model: PreTrainedModel, script: DenseArguments, training: TrainingArguments, parts: dict[str, Any]
-) -> PreTrainedModel:
-    """Trains `model`, or loads what an earlier run made of the same weights, data and arguments.
+def dense_model(task: Task, script: DenseArguments, training: TrainingArguments) -> PreTrainedModel:
+    """The model that is to be pruned: trained here, or found where an earlier run of the same task has kept it.
 
     Args:
-        model: The model before any training here: with random weights, or pretrained.
+        task: The model before any training here, and the data.
         script: Cap, patience and cache folder.
         training: Everything else about the training, such as learning rate, batch size and seed.
-        parts: The other arguments of `Trainer`: datasets, collator, metrics, tokenizer or image processor.
 
     Returns:
-        The model with the best validation metric, read from the cache folder, which all processes must see.
+        The model with the best validation metric, read from the cache folder, which all processes must see; or the
+        task's model as it is, if that is the dense one.
 
     Raises:
         ValueError: Cap or patience is below 1.
     """
+    model = task.make_model()
+    if task.has_dense_model:
+        return model
     for name in ("dense_steps", "dense_patience"):
         if getattr(script, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(script, name)}.")
@@ -73,28 +75,31 @@ def dense_model(
         push_to_hub=False,
         report_to="none",
     )
-    folder = cache / f"{model.config.model_type}-{_digest(model, args, script.dense_patience, parts)}"
+    folder = cache / f"{model.config.model_type}-{_digest(model, args, script.dense_patience, task.parts)}"
     # One process decides for all, or those that look later would not train with those that looked before.
     folder, found, process = broadcast_object_list([folder, folder.exists(), os.getpid()])
     if found:
         PartialState().print(f"Dense model: found in {folder}")
     else:
         PartialState().print(f"Dense model: training for {args.max_steps} steps at most; kept in {folder}")
-        scratch = folder.with_name(f"{folder.name}.{process}.partial")
-        args.output_dir = str(scratch)
-        trainer = Trainer(model, args, callbacks=[EarlyStoppingCallback(script.dense_patience)], **parts)
-        try:
-            trainer.train()
-            # Renamed when whole, so that a folder of this name is never half a model. Another run may have been first.
-            if trainer.is_world_process_zero() and not folder.exists():
-                Path(str(trainer.state.best_model_checkpoint)).rename(folder)
-        finally:
-            if trainer.is_world_process_zero():
-                shutil.rmtree(scratch, ignore_errors=True)
-        best = f"{args.metric_for_best_model} {trainer.state.best_metric:.4f}"
-        PartialState().print(f"Dense model: trained for {trainer.state.global_step} steps, best {best}")
+        args.output_dir = str(folder.with_name(f"{folder.name}.{process}.partial"))
+        _train(Trainer(model, args, callbacks=[EarlyStoppingCallback(script.dense_patience)], **task.parts), folder)
     PartialState().wait_for_everyone()
     return type(model).from_pretrained(folder, dtype=model.dtype)
+
+
+def _train(trainer: Trainer, folder: Path) -> None:
+    """Trains, and puts the best checkpoint where it is kept."""
+    try:
+        trainer.train()
+        # Renamed when whole, so that a folder of this name is never half a model. Another run may have been first.
+        if trainer.is_world_process_zero() and not folder.exists():
+            Path(str(trainer.state.best_model_checkpoint)).rename(folder)
+    finally:
+        if trainer.is_world_process_zero():
+            shutil.rmtree(str(trainer.args.output_dir), ignore_errors=True)
+    best = f"{trainer.args.metric_for_best_model} {trainer.state.best_metric:.4f}"
+    PartialState().print(f"Dense model: trained for {trainer.state.global_step} steps, best {best}")
 
 
 def _digest(model: PreTrainedModel, args: TrainingArguments, patience: int, parts: dict[str, Any]) -> str:

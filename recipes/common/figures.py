@@ -4,6 +4,7 @@ import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,13 +33,16 @@ def draw(findings: Findings, sparsity: float, folder: Path) -> None:
         if at_sparsity:
             _against_budget(findings, at_sparsity, sparsity).savefig(folder / f"budget-{name}.png", dpi=150)
             best = findings.results[findings.best(cells, sparsity)]
-            history = PruningHistory.from_dict(best["history"] or {})
-            history.dense = best["dense_validation"]
+            history = PruningHistory.from_dict(cast(dict[str, object], best["history"]))
+            history.dense = best["dense_validation"]  # The callback of a cell cannot evaluate, and does not know it.
             history.plot(folder / f"trajectory-{name}.png")
 
 
 def _against_sparsity(findings: Findings, cells: Mapping[tuple[str, float], Cell]) -> Figure:
     figure, panels = _figure(findings, cells.values(), "sparsity")
+    if findings.trained_on is not None:
+        trained_on = findings.mean(findings.trained_on)
+        panels[0].axhline(trained_on, color="gray", linestyle=":", label=f"dense, {findings.budget} steps more")
     for marker, schedule in zip(itertools.cycle(MARKERS), dict.fromkeys(schedule for schedule, _ in cells)):
         mine = sorted((level, cell) for (other, level), cell in cells.items() if other == schedule)
         _line(panels, findings, [1 - level for level, _ in mine], [cell for _, cell in mine], marker, schedule)
@@ -55,6 +59,10 @@ def _against_sparsity(findings: Findings, cells: Mapping[tuple[str, float], Cell
 def _against_budget(findings: Findings, cells: Mapping[str, Cell], sparsity: float) -> Figure:
     runs = {schedule: findings.over_budgets(cell) for schedule, cell in cells.items()}
     figure, panels = _figure(findings, itertools.chain(*runs.values()), f"steps, at sparsity {sparsity:g}")
+    if findings.trained_on is not None:
+        dense = findings.over_budgets(findings.trained_on)
+        means = [findings.mean(cell) for cell in dense]
+        panels[0].plot([cell.steps for cell in dense], means, color="gray", linestyle=":", label="dense, trained on")
     for marker, (schedule, mine) in zip(itertools.cycle(MARKERS), runs.items()):
         _line(panels, findings, [cell.steps for cell in mine], mine, marker, schedule)
     steps = sorted({cell.steps for mine in runs.values() for cell in mine})
@@ -67,14 +75,11 @@ def _against_budget(findings: Findings, cells: Mapping[str, Cell], sparsity: flo
 
 
 def _figure(findings: Findings, cells: Iterable[Cell], xlabel: str) -> tuple[Figure, Sequence[Axes]]:
-    """Axes for the metric, with the dense models as lines, and axes for what each seed has lost against its own."""
+    """Axes for the metric, with the dense model as a line, and axes for what each seed has lost against its own."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     metric, lost = figure.subplots(1, 2)
     metric.set(xlabel=xlabel, ylabel=f"test {findings.metric}")
     metric.axhline(findings.mean(findings.chosen[0], "dense_test"), color="gray", linestyle="--", label="dense")
-    if findings.trained_on is not None:
-        trained_on = findings.mean(findings.trained_on)
-        metric.axhline(trained_on, color="gray", linestyle=":", label=f"dense, {findings.budget} steps more")
     gaps = [statistics.mean(findings.lost(cell)) for cell in cells]
     # Losses of a perplexity span powers of ten; those of an accuracy may be none.
     lost.set(xlabel=xlabel, ylabel=f"{findings.metric} lost against dense")

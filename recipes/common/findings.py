@@ -142,18 +142,20 @@ class Findings:
         return "\n".join(lines)
 
     def _gain(self, one_shot: Cell, best: Cell) -> str:
-        """How much of one shot's distance to the dense models the best cell closes, where seeds differ less."""
+        """How much of what one shot loses the best cell makes good, where seeds differ less."""
+        sign = 1 if self.greater_is_better else -1
+        gain = sign * (self.mean(best) - self.mean(one_shot))
         spreads = [statistics.stdev(values) for cell in (one_shot, best) if len(values := self.over_seeds(cell)) > 1]
-        if abs(self.mean(best) - self.mean(one_shot)) <= max(spreads, default=0):
+        if abs(gain) <= max(spreads, default=0):
             return "no further away than one seed from another"
+        if gain < 0:
+            return "which is ahead on test, though not on validation"
         references = {"dense": self.mean(one_shot, "dense_test")}
         if self.trained_on is not None:
             references["dense trained on"] = self.mean(self.trained_on)
-        sign = 1 if self.greater_is_better else -1
-        gaps = {name: value - self.mean(one_shot) for name, value in references.items()}
-        shares = {name: (self.mean(best) - self.mean(one_shot)) / gap for name, gap in gaps.items() if sign * gap > 0}
-        said = [f"{'all' if share >= 1 else f'{share:.0%}'} of the gap to {name}" for name, share in shares.items()]
-        return f"of which it closes {' and '.join(said)}" if said else "which has lost nothing"
+        lost = {name: sign * (value - self.mean(one_shot)) for name, value in references.items()}
+        good = [f"{min(gain / loss, 1):.0%} against {name}" for name, loss in lost.items() if loss > 0]
+        return f"whose loss it makes good by {' and '.join(good)}" if good else "which has lost nothing"
 
     def save(self, folder: Path) -> None:
         """Writes results.csv, one row a cell, and tables.md."""

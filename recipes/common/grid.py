@@ -1,6 +1,7 @@
 """The grid of a study: what is compared, as cells, and the pruning config of each cell."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,30 +11,13 @@ from common.cells import DENSE, Cell
 from hf_prune import PruningConfig
 
 RATES = (0.25, 1, 2, 4)  # of the recipe's own learning rate
-# How the budget is divided among the rounds. One shot has one round, and nothing to divide.
-EQUAL: dict[str, Any] = {"rounds": 5, "end": None}  # the end of the run
-SHORT: dict[str, Any] = {"rounds": 10}  # in the first quarter, as PruningConfig has it, and a long recovery
-PATIENCE: dict[str, Any] = {"rounds": 5, "patience": 1}  # as long a recovery
+# How the budget is divided among the rounds.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "equal": EQUAL,
-    "short": SHORT,
-    "patience": PATIENCE,
+    "": {},  # one round, and nothing to divide
     "default": {},  # what `PruningConfig` does by itself
-    # One thing changed, for the defaults of `PruningConfig`:
-    "short+rounds=3": {**SHORT, "rounds": 3},
-    "short+rounds=5": {**SHORT, "rounds": 5},
-    "short+rounds=20": {**SHORT, "rounds": 20},
-    "short+end=0.1": {**SHORT, "end": 0.1},
-    "short+end=0.5": {**SHORT, "end": 0.5},
-    "short+initial_sparsity=0.5": {**SHORT, "initial_sparsity": 0.5},
-    "short+initial_sparsity=0.8": {**SHORT, "initial_sparsity": 0.8},
-    "short+initial_sparsity=0.85": {**SHORT, "initial_sparsity": 0.85},
-    "short+restart_lr": {**SHORT, "restart_lr": True},
-    "short+reset": {**SHORT, "optimizer_state": "reset"},
-    "short+keep": {**SHORT, "optimizer_state": "keep"},
-    "patience+rounds=3": {**PATIENCE, "rounds": 3},
-    "patience+end=0.5": {**PATIENCE, "end": 0.5},
-    "patience+restart_lr": {**PATIENCE, "end": 0.5, "restart_lr": True},
+    "equal": {"rounds": 5, "end": 0.9999},  # to the end: a fraction is rounded up to a step, and 1 would be one step
+    "short": {"rounds": 10},  # in the first quarter, as is the default, and a long recovery
+    "patience": {"rounds": 5, "patience": 1},  # in the first quarter; the last round goes on to the end
 }
 
 
@@ -47,7 +31,10 @@ class StudyArguments:
     granularities: list[str] = field(default_factory=lambda: ["unstructured"])
     variants: list[str] = field(
         default_factory=lambda: ["equal", "short", "patience"],
-        metadata={"help": f"How the budget is divided among the rounds: {', '.join(VARIANTS)}."},
+        metadata={
+            "help": f"How the budget is divided among the rounds: {', '.join(filter(None, VARIANTS))}; with other "
+            "fields of PruningConfig behind them, as in short+rounds=20 or patience+end=0.5+restart_lr=true."
+        },
     )
     learning_rates: list[float] | None = field(
         default=None, metadata={"help": f"Grid; {', '.join(map(str, RATES))} of the recipe's own if left out."}
@@ -56,7 +43,8 @@ class StudyArguments:
     all_seeds: bool = field(default=False, metadata={"help": "Run every cell with every seed, not just the best."})
     budget: int = field(default=300, metadata={"help": "Optimizer steps of each run."})
     budget_sparsity: float = field(
-        default=0.9, metadata={"help": "The sparsity at which the budget is varied, from a quarter to twice."}
+        default=0.9,
+        metadata={"help": "The sparsity at which the budget is varied, from a quarter to twice; 0 for none."},
     )
     workers: int = field(default=2, metadata={"help": "Processes that run cells side by side, one thread each."})
     quick: bool = field(default=False, metadata={"help": "A small grid that shows how it works, and nothing more."})
@@ -71,6 +59,10 @@ def grid(study: StudyArguments, rates: Sequence[float]) -> list[Cell]:
     Raises:
         ValueError: One of them makes no sense.
     """
+    if study.budget_sparsity not in (0, *study.sparsities):
+        raise ValueError(
+            f"budget_sparsity must be one of the sparsities, or 0 for none; got {study.budget_sparsity:g}."
+        )
     shared = {"steps": study.budget, "seed": study.seeds[0]}
     cells = [Cell(DENSE, 0.0, "", "", "", rate, **shared) for rate in rates]
     for schedule, sparsity, criterion, granularity, variant, rate in itertools.product(
@@ -89,13 +81,22 @@ def config_of(cell: Cell) -> PruningConfig:
     Raises:
         ValueError: There is no such variant, or the config makes no sense.
     """
-    if cell.variant not in ("", *VARIANTS):
-        raise ValueError(f"variants must be of {', '.join(VARIANTS)}; got {cell.variant!r}.")
-    names = ("sparsity", "schedule", "criterion", "granularity")
-    values = {name: getattr(cell, name) for name in names} | VARIANTS.get(cell.variant, {})
-    if values.get("end", 0) is None:
-        values["end"] = cell.steps
+    variant, *changes = cell.variant.split("+")
+    if variant not in VARIANTS:
+        raise ValueError(f"variants must be of {', '.join(filter(None, VARIANTS))}; got {cell.variant!r}.")
+    values = {name: getattr(cell, name) for name in ("sparsity", "schedule", "criterion", "granularity")}
+    values |= VARIANTS[variant] | dict(map(_parse_change, changes))
     if patience := values.pop("patience", None):
-        rounds = len(PruningConfig(**values).round_sparsities)
+        # The last round goes on to the end, as that of the other variants does.
+        rounds = len(PruningConfig.from_dict(values).round_sparsities)
         values["patience"] = [patience] * (rounds - 1) + [EVALUATIONS]
-    return PruningConfig(**values)
+    return PruningConfig.from_dict(values)
+
+
+def _parse_change(text: str) -> tuple[str, object]:
+    """`name=value`, the value as JSON or a plain word."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

@@ -1,4 +1,4 @@
-"""Three splits from what a dataset has: train trains, validation steers, test is reported once."""
+"""Three splits from what a dataset has: train trains, validation steers, test decides nothing."""
 
 from dataclasses import dataclass, field
 

@@ -14,13 +14,13 @@ class Task:
 
     Attributes:
         make_model: Makes the model before any training here: with random weights, or pretrained.
-        is_trained: Whether it needs no training before it is pruned.
+        has_dense_model: Whether that is the dense model as it is.
         parts: What a `Trainer` needs besides model and arguments: datasets that train and steer, collator, metrics,
             tokenizer or image processor.
-        test: The dataset that is looked at once, at the end.
+        test: The dataset that decides nothing; what comes out is measured on it.
     """
 
     make_model: Callable[[], PreTrainedModel]
-    is_trained: bool
+    has_dense_model: bool
     parts: dict[str, Any]
     test: Dataset

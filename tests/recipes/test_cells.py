@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cells import DENSE, Cell, Result, keep_settings, run_cells
+from common.cells import DENSE, Cell, Result, _run_and_keep, keep_settings, run_cells
 
 
 def cell(seed: int = 0, schedule: str = "geometric") -> Cell:
@@ -56,9 +56,15 @@ def test_a_cell_that_fails_is_reported_and_the_rest_goes_on(
     assert "FAILED" in capsys.readouterr().out  # It is tried again.
 
 
-def test_half_a_cell_is_no_cell(tmp_path: Path) -> None:
-    run(tmp_path, cell(0))
-    assert [path.name for path in tmp_path.iterdir()] == [f"{cell(0).name}.json"]
+def test_half_a_cell_is_no_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "replace", lambda *_: 1 / 0)  # as if it were killed between writing and renaming
+    with pytest.raises(ZeroDivisionError):
+        _run_and_keep(scored, tmp_path, cell(0))
+    monkeypatch.undo()
+    (half,) = tmp_path.iterdir()
+    half.write_text(half.read_text()[:20])
+    assert list(run(tmp_path, cell(0))) == [cell(0)]
+    assert (tmp_path / f"{cell(0).name}.json").exists()
 
 
 def test_names_tell_cells_apart() -> None:

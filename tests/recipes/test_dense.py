@@ -17,6 +17,7 @@ from transformers import (
 
 from common.dense import DenseArguments, dense_model
 from common.images import ImageCollator, load_images
+from common.task import Task
 from hf_prune.metrics import accuracy_metrics
 
 
@@ -62,9 +63,8 @@ def run(tmp_path: Path) -> Callable[..., ViTForImageClassification]:
             "logging_strategy": "no",
             "dataloader_pin_memory": False,
         }
-        return dense_model(
-            model or small(), DenseArguments(**dense), TrainingArguments(**{**defaults, **options}), given or parts()
-        )
+        task = Task(lambda: model or small(), False, given or parts(), load_images("digits")["train"])
+        return dense_model(task, DenseArguments(**dense), TrainingArguments(**{**defaults, **options}))
 
     return call
 

@@ -5,6 +5,7 @@ import pytest
 
 from common.cells import DENSE, Cell
 from common.grid import VARIANTS, StudyArguments, config_of, grid
+from hf_prune.pacing import Even
 from hf_prune.schedules import SCHEDULES
 
 
@@ -22,20 +23,27 @@ CELL = Cell("geometric", 0.9, "magnitude", "unstructured", "equal", 0.1, 40, 0)
 
 
 @pytest.mark.parametrize(
-    ("variant", "schedule"), itertools.product(VARIANTS, [name for name in SCHEDULES if name != "one_shot"])
+    ("variant", "schedule"), list(itertools.product(VARIANTS, [name for name in SCHEDULES if name != "one_shot"]))
 )
 def test_every_variant_goes_with_every_schedule_of_several_rounds(variant: str, schedule: str) -> None:
-    if "initial_sparsity" in VARIANTS[variant]:
-        schedule = "hybrid"  # the only one that has a first cut of its own
     config = config_of(dataclasses.replace(CELL, variant=variant, schedule=schedule))
     assert config.round_sparsities[-1] == 0.9
     assert config.criterion == "magnitude"
 
 
-def test_equal_rounds_go_on_to_the_end_of_the_run() -> None:
-    assert config_of(CELL).end == 40
-    assert config_of(dataclasses.replace(CELL, steps=60)).end == 60
-    assert config_of(dataclasses.replace(CELL, variant="")).end is None
+def test_a_variant_may_have_other_settings_behind_it() -> None:
+    changed = "short+rounds=3+restart_lr=true+optimizer_state=reset+end=0.5"
+    config = config_of(dataclasses.replace(CELL, variant=changed))
+    assert (config.rounds, config.restart_lr, config.optimizer_state, config.end) == (3, True, "reset", 0.5)
+    longer = config_of(dataclasses.replace(CELL, variant="patience+rounds=3+patience=2"))
+    assert longer.patience == [2, 2, 20]
+
+
+@pytest.mark.parametrize("steps", [20, 75, 300, 600, 9_999])
+def test_equal_rounds_go_on_to_the_end_of_the_run(steps: int) -> None:
+    config = config_of(CELL)
+    ours = Even.plan(5, config.begin, config.end, steps)
+    assert ours == Even.plan(5, begin=0, end=steps, max_steps=steps)
 
 
 def test_with_patience_the_last_round_takes_what_is_left() -> None:
@@ -46,8 +54,13 @@ def test_with_patience_the_last_round_takes_what_is_left() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"variants": ["half"]}, r"variants must be of equal, short, .*; got 'half'\."),
-        ({"sparsities": [80.0]}, r"sparsity must be in \[0, 1\), got 80\.0\. Did you mean 0\.8\?"),
+        ({"variants": ["half"]}, r"variants must be of default, equal, short, patience; got 'half'\."),
+        ({"variants": ["short+round=3"]}, "unknown key 'round' in a pruning config"),
+        ({"budget_sparsity": 0.85}, r"budget_sparsity must be one of the sparsities, or 0 for none; got 0\.85\."),
+        (
+            {"sparsities": [80.0], "budget_sparsity": 0},
+            r"sparsity must be in \[0, 1\), got 80\.0\. Did you mean 0\.8\?",
+        ),
         ({"schedules": ["sudden"]}, "schedule must be one of auto, one_shot"),
         ({"criteria": ["beauty"]}, "criterion must be one of magnitude"),
         ({"granularities": ["2:4"]}, r"granularity '2:4' fixes sparsity at 0\.5, got 0\.7"),

@@ -1,5 +1,6 @@
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,13 +75,12 @@ def test_a_study_that_is_killed_goes_on_and_finds_the_same(tmp_path: Path) -> No
     ("flags", "message"),
     [
         ((), "usage: study.py {tinystories,vit}"),
-        (("vit", "--variants", "half"), "variants must be of equal, short, patience, .*; got 'half'"),
+        (("vit", "--variants", "half"), "variants must be of default, equal, short, patience; got 'half'"),
     ],
 )
 def test_bad_input_is_an_error_before_anything_runs(flags: tuple[str, ...], message: str, tmp_path: Path) -> None:
     process = start(tmp_path, *flags)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    with pytest.raises(AssertionError, match=message):
-        raise AssertionError(err)
+    assert re.search(message, err), err
     assert not list(tmp_path.rglob("*.json"))

@@ -20,23 +20,25 @@ from transformers.trainer_callback import ExportableState
 
 from .checkpoints import (
     BEST_NAME,
-    ELSEWHERE,
     MASKS_NAME,
     Progress,
-    find_checkpoint,
-    has_other_names_in_files,
+    checkpoint_folder,
     load_renamed_weights_,
-    newest_complete,
     progress_of,
-    recover_best,
-    recover_masks,
+    recover_,
     require_same,
 )
 from .config import PruningConfig
 from .criteria import Criterion
 from .hooks import GradientHooks
 from .masks import MaskSet
-from .monitor import as_number, improves_as_it_rises, metric_name, require_evaluations
+from .monitor import (
+    as_number,
+    improves_as_it_rises,
+    metric_name,
+    require_evaluations,
+    warn_of_few_evaluations,
+)
 from .optimizers import cut_state_, require_restartable, restart_lr_, undo_restart_lr_
 from .pacing import Even, Patience
 from .pruning import next_masks, resolve_targets
@@ -53,6 +55,7 @@ class Finished(NamedTuple):
 
     step: int
     epoch: float | None
+    tokens: int
     weights: WeightsCopy
 
 
@@ -168,7 +171,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if self.config.patience:
             require_evaluations(self.config, args, state)
         if isinstance(state.stateful_callbacks, dict) and state.global_step == 0:
-            progress_of(state.stateful_callbacks, type(self).__name__)  # One callback, not more.
+            progress_of(state.stateful_callbacks)  # Raises if there is more than one.
         self._targets = resolve_targets(model, self.config)
         self._hooks.release_(self._weights.values())  # What an interrupted run of another callback has left.
         self._tokens_seen = state.num_input_tokens_seen
@@ -183,6 +186,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 language_model=isinstance(model, PreTrainedModel) and model.can_generate(),
             )
             self._rounds = Rounds.plan(self.config, history, state.max_steps)
+            if isinstance(self._rounds.pacing, Patience):
+                warn_of_few_evaluations(self._rounds.pacing, args, state)
             if self.config.hold_zeros:
                 self._adopt(MaskSet.from_zeros(model, self._targets), None, args, state, model, optimizer)
                 self._require_room(args)
@@ -241,7 +246,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts masks, best weights, config and history into the checkpoint."""
-        folder = _checkpoint_folder(args, state)
+        folder = checkpoint_folder(args, state)
         if args.should_save and not folder.is_dir():
             logger.warning("%s is gone: was it rotated away by save_total_limit, among older ones?", folder)
         elif args.should_save:
@@ -273,7 +278,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 self.history.metric, ", ".join(sorted(self._reported)),
             )  # fmt: skip
         if args.should_save:
-            self._save_reports(_output_dir(args))
+            self._save_reports(Path(str(args.output_dir)))
 
     # Rounds.
 
@@ -380,8 +385,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     # Files.
 
     def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module, scheduler: LRScheduler) -> None:
-        name = type(self).__name__
-        progress = progress_of(state.stateful_callbacks, name)
+        progress = progress_of(state.stateful_callbacks)
         require_same(progress, self.config.to_dict(), self._criterion_name)
         self._run = progress["run"]
         pacing = (Patience if self.config.patience else Even)(**progress["pacing"])  # type: ignore[arg-type]
@@ -396,48 +400,28 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             left = max(1, past + pacing.steps_left(state.global_step))
             restart_lr_(scheduler, self._lr_start, left, state.max_steps)
         named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
-        folder = find_checkpoint([*named, _checkpoint_folder(args, state)], name, progress, state.global_step)
-        if folder is not None:
-            load_renamed_weights_(model, folder)
-        elif has_other_names_in_files(model):
-            raise ValueError(f"the weights of this {type(model).__name__} cannot be found to be resumed. {ELSEWHERE}")
-        try:
-            if progress["masks"] is not None:
-                self.masks = recover_masks(folder, progress["masks"], model, self._targets)
-                self._hooks.hold_(self._weights, self.masks)
-            if progress["best"] is not None:
-                self._rounds.best = recover_best(folder, progress["best"], model)
-        except ValueError as error:
-            newest = newest_complete(_output_dir(args), name)
-            hint = f" The newest complete checkpoint here: {newest}." if newest else ""
-            raise ValueError(f"{error}{hint}") from error
+        folders = [*named, checkpoint_folder(args, state)]
+        self.masks, self._rounds.best = recover_(
+            model, self._targets, progress, folders, state.global_step, str(args.output_dir)
+        )
+        if self.masks:
+            self._hooks.hold_(self._weights, self.masks)
         if pacing.is_run_over(state.global_step):
-            self._finished = Finished(state.global_step, state.epoch, WeightsCopy.of(model))
+            self._finished = Finished(
+                state.global_step, state.epoch, state.num_input_tokens_seen, WeightsCopy.of(model)
+            )
 
     def _stay_over(self, state: TrainerState, control: TrainerControl) -> None:
         """Trainer takes one more step when it resumes a run that was over: it is not counted, and undone later."""
         assert self._finished is not None
-        state.global_step, state.epoch, _ = self._finished  # type: ignore[assignment]  # Trainer starts it with None.
+        step, epoch, tokens, _ = self._finished
+        state.global_step, state.epoch, state.num_input_tokens_seen = step, epoch, tokens  # type: ignore[assignment]
         control.should_log = control.should_evaluate = control.should_save = False
         control.should_training_stop = True
 
     def _save_reports(self, folder: Path) -> None:
         self.config.save_pretrained(folder)
         self.history.save(folder / HISTORY_NAME)
-
-
-def _output_dir(args: TrainingArguments) -> Path:
-    assert args.output_dir is not None  # TrainingArguments fills it in.
-    return Path(args.output_dir)
-
-
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    name = f"checkpoint-{state.global_step}"
-    if state.is_hyper_param_search:
-        # Each trial saves into a folder of its own, whose name callbacks are not told.
-        trials = _output_dir(args).glob(f"*/{name}")
-        return max(trials, key=lambda folder: folder.stat().st_mtime, default=_output_dir(args) / name)
-    return _output_dir(args) / name
 
 
 def _require_supported(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from typing import TypedDict, TypeGuard, TypeVar, cast
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
@@ -78,28 +78,52 @@ def require_same(progress: Progress, config: Mapping[str, object], criterion: st
         )
 
 
-def find_checkpoint(folders: Iterable[Path], callback: str, progress: Progress, step: int) -> Path | None:
-    """Finds the checkpoint from which a trainer's state was read; Trainer does not tell callbacks its path.
+def recover_(
+    model: nn.Module,
+    names: Collection[str],
+    progress: Progress,
+    folders: Iterable[Path],
+    step: int,
+    output_dir: str | os.PathLike[str],
+) -> tuple[MaskSet, WeightsCopy | None]:
+    """Finds what an interrupted run has left in its checkpoint, and loads the weights that Trainer does not load.
 
     Args:
-        folders: Where it may be.
-        callback: The name under which the callback's state is stored.
-        progress: What that state says.
+        model: The model with what Trainer has loaded, unwrapped; changed in place.
+        names: The parameters that have masks.
+        progress: What the trainer's state says.
+        folders: Where the checkpoint may be.
         step: The trainer's step.
+        output_dir: The folder that holds the run's checkpoints, to name a better one in an error.
 
     Returns:
-        The folder, or None if it is elsewhere.
+        The masks, on the devices of their weights, none before the first cut; and the best weights of the round, or
+        None.
+
+    Raises:
+        ValueError: if masks or best weights are not there as they were recorded.
     """
-    for folder in folders:
-        found, at = _read_progress(folder, callback)
-        if found is not None and (found["run"], at) == (progress["run"], step):
-            return folder
-    return None
+    folder = _find_checkpoint(folders, progress, step)
+    if folder is not None:
+        load_renamed_weights_(model, folder)
+    elif _has_other_names_in_files(model):
+        raise ValueError(f"the weights of this {type(model).__name__} cannot be found to be resumed. {ELSEWHERE}")
+    try:
+        return _recover_masks(folder, progress["masks"], model, names), _recover_best(folder, progress["best"], model)
+    except ValueError as error:
+        newest = newest_complete(output_dir)
+        hint = f" The newest complete checkpoint here: {newest}." if newest else ""
+        raise ValueError(f"{error}{hint}") from error
 
 
-def has_other_names_in_files(model: nn.Module) -> TypeGuard[PreTrainedModel]:
-    """Whether a saved model has other names for its weights than the model in memory, as ViT and fused experts do."""
-    return isinstance(model, PreTrainedModel) and bool(get_model_conversion_mapping(model, add_legacy=False))
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder of the checkpoint that Trainer writes at its present step."""
+    output_dir, name = Path(str(args.output_dir)), f"checkpoint-{state.global_step}"
+    if state.is_hyper_param_search:
+        # Each trial saves into a folder of its own, whose name callbacks are not told.
+        trials = output_dir.glob(f"*/{name}")
+        return max(trials, key=lambda folder: folder.stat().st_mtime, default=output_dir / name)
+    return output_dir / name
 
 
 def load_renamed_weights_(model: nn.Module, folder: Path) -> None:
@@ -114,7 +138,7 @@ def load_renamed_weights_(model: nn.Module, folder: Path) -> None:
         folder: The checkpoint.
     """
     files = sorted(folder.glob("model*.safetensors"))
-    if not has_other_names_in_files(model) or not files:
+    if not _has_other_names_in_files(model) or not files:
         return
     saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
     # Loading puts new parameters into a model, and the optimizer holds the old ones: so a copy is loaded.
@@ -125,24 +149,73 @@ def load_renamed_weights_(model: nn.Module, folder: Path) -> None:
     model.load_state_dict(found, strict=False)
 
 
-def recover_masks(folder: Path | None, digest: str, model: nn.Module, names: Collection[str]) -> MaskSet:
-    """Finds the masks of a digest: in the checkpoint, else in the zeros of the model.
+def newest_complete(output_dir: str | os.PathLike[str]) -> Path | None:
+    """The newest checkpoint from which a pruning run can be resumed.
+
+    A run that is killed while it saves leaves a checkpoint that is not whole, and `resume_from_checkpoint=True` takes
+    the newest one as it is.
+
+    Args:
+        output_dir: The folder that holds the checkpoints.
+
+    Returns:
+        A checkpoint folder, or None if there is none.
+    """
+    for folder in sorted(Path(output_dir).glob("checkpoint-*"), key=_step, reverse=True):
+        progress, step = _read_progress(folder)
+        if progress is not None and _is_complete(folder, progress, step):
+            return folder
+    return None
+
+
+def progress_of(stored: object) -> Progress:
+    """Reads what a pruning run put into the trainer's state, whatever the class of its callback is called.
+
+    Args:
+        stored: `TrainerState.stateful_callbacks`.
+
+    Returns:
+        The progress.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    entries = stored.values() if isinstance(stored, Mapping) else ()
+    states = [state for entry in entries for state in (entry if isinstance(entry, list) else [entry])]
+    found = [state.get("progress") for state in states if isinstance(state, Mapping)]
+    found = [p for p in found if isinstance(p, Mapping) and p.keys() >= Progress.__annotations__.keys()]
+    if len(found) > 1:
+        raise ValueError("there is more than one PruningTrainerCallback; a run can have one.")
+    if not found:
+        raise ValueError(
+            "the checkpoint holds no state of a PruningTrainerCallback: it was not saved by a pruning run. "
+            "To prune it, load its weights as the model and train without resume_from_checkpoint."
+        )
+    return cast(Progress, found[0])
+
+
+def _find_checkpoint(folders: Iterable[Path], progress: Progress, step: int) -> Path | None:
+    """The checkpoint from which a trainer's state was read; Trainer does not tell callbacks its path."""
+    for folder in folders:
+        found, at = _read_progress(folder)
+        if found is not None and (found["run"], at) == (progress["run"], step):
+            return folder
+    return None
+
+
+def _has_other_names_in_files(model: nn.Module) -> TypeGuard[PreTrainedModel]:
+    """Whether a saved model has other names for its weights than the model in memory, as ViT and fused experts do."""
+    return isinstance(model, PreTrainedModel) and bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def _recover_masks(folder: Path | None, digest: str | None, model: nn.Module, names: Collection[str]) -> MaskSet:
+    """The masks of a digest: in the checkpoint, else in the zeros of the model.
 
     A run that is killed between the trainer's state and the masks leaves a checkpoint without the latter; unless a
     weight that is not pruned happens to be zero, they are the zeros of its weights.
-
-    Args:
-        folder: The checkpoint, None if it is unknown.
-        digest: `MaskSet.digest()` of the masks, as the checkpoint recorded it.
-        model: The model with the checkpoint's weights.
-        names: The parameters that have masks.
-
-    Returns:
-        The masks, on the devices of their weights.
-
-    Raises:
-        ValueError: if there are no such masks, or the weights that they prune are not zero.
     """
+    if digest is None:
+        return MaskSet()
     for masks in (None if folder is None else _load(MaskSet, folder / MASKS_NAME), MaskSet.from_zeros(model, names)):
         if masks is not None and masks.digest() == digest and set(masks) == set(names):
             masks = MaskSet({name: mask.to(model.get_parameter(name).device) for name, mask in masks.items()})
@@ -154,20 +227,10 @@ def recover_masks(folder: Path | None, digest: str, model: nn.Module, names: Col
     )
 
 
-def recover_best(folder: Path | None, digest: str, model: nn.Module) -> WeightsCopy:
-    """Finds the best weights of a digest: those of the checkpoint itself, else in a file of their own.
-
-    Args:
-        folder: The checkpoint, None if it is unknown.
-        digest: `WeightsCopy.digest()`, as the checkpoint recorded it.
-        model: The model with the checkpoint's weights.
-
-    Returns:
-        The weights.
-
-    Raises:
-        ValueError: if there are no such weights.
-    """
+def _recover_best(folder: Path | None, digest: str | None, model: nn.Module) -> WeightsCopy | None:
+    """The best weights of a digest: those of the checkpoint itself, else in a file of their own."""
+    if digest is None:
+        return None
     for best in (WeightsCopy.of(model), None if folder is None else _load(WeightsCopy, folder / BEST_NAME)):
         if best is not None and best.digest() == digest:
             return best
@@ -175,51 +238,6 @@ def recover_best(folder: Path | None, digest: str, model: nn.Module) -> WeightsC
         f"the best weights of the round are missing or damaged: no {BEST_NAME} fits the digest on record. "
         f"{_whereabouts(folder)}"
     )
-
-
-def newest_complete(output_dir: str | os.PathLike[str], callback: str = "PruningTrainerCallback") -> Path | None:
-    """The newest checkpoint from which a pruning run can be resumed.
-
-    A run that is killed while it saves leaves a checkpoint that is not whole, and `resume_from_checkpoint=True` takes
-    the newest one as it is.
-
-    Args:
-        output_dir: The folder that holds the checkpoints.
-        callback: The name under which the callback's state is stored.
-
-    Returns:
-        A checkpoint folder, or None if there is none.
-    """
-    for folder in sorted(Path(output_dir).glob("checkpoint-*"), key=_step, reverse=True):
-        progress, step = _read_progress(folder, callback)
-        if progress is not None and _is_complete(folder, progress, step):
-            return folder
-    return None
-
-
-def progress_of(stored: object, callback: str) -> Progress:
-    """Reads what a pruning run put into the trainer's state.
-
-    Args:
-        stored: `TrainerState.stateful_callbacks` of the checkpoint.
-        callback: The name under which the callback's state is stored.
-
-    Returns:
-        The progress.
-
-    Raises:
-        ValueError: if there is none, or more than one.
-    """
-    state = stored.get(callback) if isinstance(stored, Mapping) else None
-    if isinstance(state, list):
-        raise ValueError(f"there is more than one {callback}; a run can have one.")
-    progress = state.get("progress") if isinstance(state, Mapping) else None
-    if not (isinstance(progress, Mapping) and set(progress) >= Progress.__annotations__.keys()):
-        raise ValueError(
-            f"the checkpoint holds no state of a {callback}: it was not saved by a pruning run. "
-            "To prune it, load its weights as the model and train without resume_from_checkpoint."
-        )
-    return cast(Progress, progress)
 
 
 def _whereabouts(folder: Path | None) -> str:
@@ -232,11 +250,11 @@ def _are_zero(model: nn.Module, masks: MaskSet) -> bool:
     return not any(torch.any(model.get_parameter(name).masked_fill(mask, 0)) for name, mask in masks.items())
 
 
-def _read_progress(folder: Path, callback: str) -> tuple[Progress | None, int]:
+def _read_progress(folder: Path) -> tuple[Progress | None, int]:
     """A checkpoint's progress and step; None if it is not of a pruning run, or was being written."""
     try:
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        return progress_of(state["stateful_callbacks"], callback), state["global_step"]
+        return progress_of(state["stateful_callbacks"]), state["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None, 0
 

@@ -52,22 +52,23 @@ class PruningConfig:
         end: Where the rounds end, in the same words; if None, after a quarter of the steps that follow `begin`, or
             as many as the rounds need. What the run has left after it belongs to the last round.
         patience: A round ends when the metric has not improved for this many evaluations; a list gives one number a
-            round, and the last repeats. The steps up to `end` are then the budget that patience divides. If None,
-            rounds are spread evenly.
+            round, and the last repeats. Patience divides the steps up to `end` among the rounds; a round that ends
+            early leaves its steps to later ones. If None, rounds are spread evenly.
         min_delta: With patience, an improvement is a gain above this, in units of the metric.
         max_round_steps: With patience, the most steps that a round may take; no limit if None.
         min_round_steps: With patience, the steps that are kept for each later round, so that the last cut always
-            comes before `end`; half of an equal share if None.
+            comes before `end`; an equal share if None.
         restore: With patience, what a round hands on to the next cut, and the last one to the saved model: its "best"
             weights, of which a copy is kept in CPU memory and in checkpoints, or its "last".
         metric: The evaluation metric that patience and the history follow; `metric_for_best_model` of the training
             arguments if None, else `eval_loss`. The training arguments' `greater_is_better` says which way it
             improves if it is their metric, or they name none; otherwise its name does: losses, perplexities and
-            errors fall.
+            errors fall (see `hf_prune.monitor.FALLING`).
         restart_lr: Each cut starts the learning-rate schedule anew, with its warm-up, compressed to what the round may
             take at most. Otherwise it goes on.
         optimizer_state: What a cut does to the optimizer: "mask" zeroes what it remembers of pruned weights, "reset"
-            forgets everything, "keep" touches nothing.
+            forgets everything, "keep" touches nothing. What is not of the weights' shape, such as Adafactor's factored
+            moments, cannot be masked.
         hold_zeros: Weights that are zero at the start enter the mask first and stay zero.
 
     Raises:
@@ -116,7 +117,9 @@ class PruningConfig:
     )
     end: float | None = field(
         default=None,
-        metadata={"help": "Where the rounds end, in the same words; after a quarter of the run if left out."},
+        metadata={
+            "help": "Where the rounds end, in the same words; after a quarter of what follows begin if left out."
+        },
     )
     patience: list[int] | None = field(
         default=None,

@@ -6,16 +6,21 @@ import math
 from transformers import TrainerState, TrainingArguments
 
 from .config import PruningConfig
+from .pacing import Patience
 
-FALLING = ("loss", "perplexity", "error", "wer", "cer", "mse", "mae")
-"""A metric whose name ends so improves as it falls, unless the training arguments say otherwise."""
+FALLING = {
+    *("loss", "perplexity", "ppl", "nll", "error", "errors", "err", "eer", "wer", "cer", "ter", "mer", "fid", "brier"),
+    *("mse", "rmse", "mae", "mape", "bpb", "bpc", "bits"),
+}
+"""A metric with one of these words in its name (`eval_word_error_rate`) improves as it falls, unless the training
+arguments say otherwise."""
 
 logger = logging.getLogger(__name__)
 
 
 def metric_name(config: PruningConfig, args: TrainingArguments) -> str:
     """The metric of the config, else Trainer's `metric_for_best_model`, else the loss; with the prefix `eval_`."""
-    return "eval_" + (config.metric or args.metric_for_best_model or "loss").removeprefix("eval_")
+    return _prefixed(config.metric or args.metric_for_best_model or "loss")
 
 
 def improves_as_it_rises(metric: str, args: TrainingArguments) -> bool:
@@ -25,8 +30,8 @@ def improves_as_it_rises(metric: str, args: TrainingArguments) -> bool:
         metric: As `metric_name` gives it.
         args: The training arguments.
     """
-    falls = metric.endswith(FALLING)
-    theirs = args.metric_for_best_model in (None, metric, metric.removeprefix("eval_"))
+    falls = not FALLING.isdisjoint(metric.lower().split("_"))
+    theirs = args.metric_for_best_model is None or _prefixed(args.metric_for_best_model) == metric
     if args.greater_is_better is None or not theirs:
         return not falls
     if falls and args.greater_is_better:
@@ -52,17 +57,30 @@ def require_evaluations(config: PruningConfig, args: TrainingArguments, state: T
     often = "Set eval_strategy and eval_steps in the training arguments, and eval_dataset in the Trainer."
     if args.eval_strategy == "no":
         raise ValueError(f"patience needs evaluations, and there are none. {often}")
-    if (args.eval_strategy == "steps" and state.eval_steps >= state.max_steps) or (
-        args.eval_strategy == "epoch" and state.num_train_epochs <= 1
-    ):
+    every = _steps_between_evaluations(args, state)
+    delay = args.eval_delay * (1 if args.eval_strategy == "steps" else every)
+    if max(every, delay) >= state.max_steps:
         raise ValueError(f"patience needs several evaluations, and there is none before the run's end. {often}")
     if args.load_best_model_at_end and config.restore == "best":
-        ours, theirs = metric_name(config, args), f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+        ours, theirs = metric_name(config, args), _prefixed(str(args.metric_for_best_model))
         if ours != theirs:
             raise ValueError(
                 f"patience brings the best {ours} back, and load_best_model_at_end the best {theirs}. Take the same "
                 'metric for both, or restore="last" in the config.'
             )
+
+
+def warn_of_few_evaluations(pacing: Patience, args: TrainingArguments, state: TrainerState) -> None:
+    """Says so if no round before the last one has room for as many evaluations as its patience asks for."""
+    longest = pacing.end - pacing.begin - (pacing.rounds - 1) * pacing.min_round_steps
+    longest = min(longest, pacing.max_round_steps or longest)
+    room, needed = longest / _steps_between_evaluations(args, state), pacing.patience[0] + 1
+    if pacing.rounds > 1 and room < needed:
+        logger.warning(
+            "Patience will not end a round before the last: it takes %d evaluations, and a round of %d steps has room "
+            "for %d. Evaluate more often, or set a later end.",
+            needed, longest, room,
+        )  # fmt: skip
 
 
 def as_number(metric: str, value: object) -> float:
@@ -75,3 +93,13 @@ def as_number(metric: str, value: object) -> float:
         return math.nan if value is None else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise ValueError(f"the metric {metric!r} must be a number, got {value!r}.") from None
+
+
+def _prefixed(name: str) -> str:
+    """The name under which Trainer reports a metric."""
+    return "eval_" + name.removeprefix("eval_")
+
+
+def _steps_between_evaluations(args: TrainingArguments, state: TrainerState) -> float:
+    # Where data have no length, Trainer makes the number of epochs huge, and an epoch is as long as the data are.
+    return state.eval_steps if args.eval_strategy == "steps" else state.max_steps / state.num_train_epochs

@@ -17,16 +17,21 @@ def cut_state_(optimizer: torch.optim.Optimizer, how: str, masks: Mapping[torch.
     Args:
         optimizer: The optimizer; changed in place.
         how: "mask" zeroes what it remembers of pruned weights (momentum would push them, and averages of weights
-            would bring them back); "reset" forgets everything, as a new optimizer would; "keep" touches nothing.
+            would bring them back), and forgets what a diverged round has made of a parameter: NaN or infinity;
+            "reset" forgets everything, as a new optimizer would; "keep" touches nothing.
         masks: Parameter → mask.
     """
     if how == "reset":
         optimizer.state.clear()
     if how == "mask":
-        for parameter, mask in masks.items():
-            for value in optimizer.state.get(parameter, {}).values():
-                if torch.is_tensor(value) and value.is_floating_point() and value.shape == mask.shape:
+        for parameter, state in list(optimizer.state.items()):
+            mask = masks.get(parameter)
+            values = [v for v in state.values() if torch.is_tensor(v) and v.is_floating_point()]
+            for value in values:
+                if mask is not None and value.shape == mask.shape:
                     value.mul_(mask)
+            if not all(torch.isfinite(value).all() for value in values):
+                del optimizer.state[parameter]
 
 
 def require_restartable(scheduler: LRScheduler) -> LambdaLR:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SHARE = 0.25
+SHARE_OF_ROUNDS = 0.25
 """Of the steps after `begin`, the share that rounds take where `end` does not say it; the rest is recovery.
 
 Measured in recipes/README.md: a long recovery is worth more than long rounds.
@@ -44,8 +44,8 @@ class Even:
         Args:
             rounds: Number of rounds.
             begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of `max_steps`.
-            end: Where the rounds end, in the same words; if None, after `SHARE` of the steps that follow `begin`, or
-                as many as the rounds need.
+            end: Where the rounds end, in the same words; if None, after `SHARE_OF_ROUNDS` of the steps that follow
+                `begin`, or as many as the rounds need.
             max_steps: Number of optimizer steps of the run.
 
         Returns:
@@ -159,13 +159,13 @@ class Patience:
         Args:
             rounds: Number of rounds.
             begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of `max_steps`.
-            end: Where the rounds end, in the same words; if None, after `SHARE` of the steps that follow `begin`, or
-                as many as the rounds need.
+            end: Where the rounds end, in the same words; if None, after `SHARE_OF_ROUNDS` of the steps that follow
+                `begin`, or as many as the rounds need.
             max_steps: Number of optimizer steps of the run.
             patience: For each round, evaluations without improvement; the last repeats.
             min_delta: An improvement is a gain above this.
             max_round_steps: The most steps that a round may take; no limit if None.
-            min_round_steps: The steps to keep for each later round; half of an equal share if None.
+            min_round_steps: The steps to keep for each later round; an equal share if None.
 
         Returns:
             The pacing.
@@ -176,11 +176,11 @@ class Patience:
         Example:
             >>> pacing = Patience.plan(2, begin=0, end=0.8, max_steps=100, patience=[3])
             >>> pacing.cut_(0)
-            >>> [pacing.why_round_ends(step) for step in (59, 60)]
+            >>> [pacing.why_round_ends(step) for step in (39, 40)]
             [None, 'reserve']
         """
         first, last = _window(begin, end, max_steps, needed=rounds * (min_round_steps or 1))
-        share = (last - first) // (2 * rounds)
+        share = (last - first) // rounds
         least = min_round_steps or max(1, min(share, max_round_steps or share))
         if rounds * least > last - first:
             raise ValueError(
@@ -211,7 +211,8 @@ class Patience:
 
     def steps_left(self, step: int) -> int:
         """The most steps that the current round may still take."""
-        return min(self._latest_end, self.start + (self.max_round_steps or self._latest_end)) - step
+        longest = self._latest_end - self.start
+        return self.start + min(longest, self.max_round_steps or longest) - step
 
     @property
     def _latest_end(self) -> int:
@@ -248,10 +249,15 @@ class Patience:
 
 
 def _window(begin: float, end: float | None, max_steps: int, needed: int) -> tuple[int, int]:
-    """The steps from which and to which rounds may be; where `end` does not say it, at least `needed` apart."""
+    """The steps from which and to which rounds may be; without `end`, at least as many as `needed`, if there are."""
     first = _steps(begin, max_steps)
+    if first >= max_steps:
+        raise ValueError(
+            f"begin={begin} (step {first}) is not before the end of the run ({max_steps} steps). "
+            "Begin earlier, or train longer."
+        )
     if end is None:
-        last = min(first + max(needed, _steps(SHARE, max_steps - first)), max_steps)
+        last = min(first + max(needed, _steps(SHARE_OF_ROUNDS, max_steps - first)), max_steps)
     else:
         last = _steps(end, max_steps)
     if last > max_steps:

@@ -40,7 +40,6 @@ OPTIONAL = ("evaluate", "peft", "matplotlib", "torch_pruning", "datasets")
 NARROWING = {
     ("config", "own_sparsities"),
     ("callback", "_measure"),
-    ("callback", "_output_dir"),
     ("callback", "_stay_over"),
 }
 

@@ -6,7 +6,15 @@ import torch
 from transformers import TrainerState, TrainingArguments
 
 from hf_prune import PruningConfig
-from hf_prune.monitor import FALLING, as_number, improves_as_it_rises, metric_name, require_evaluations
+from hf_prune.monitor import (
+    FALLING,
+    as_number,
+    improves_as_it_rises,
+    metric_name,
+    require_evaluations,
+    warn_of_few_evaluations,
+)
+from hf_prune.pacing import Patience
 
 
 def arguments(**values) -> TrainingArguments:
@@ -29,13 +37,18 @@ def test_the_config_goes_before_the_training_arguments(metric, best, expected):
     assert metric_name(config, arguments(metric_for_best_model=best)) == expected
 
 
-@pytest.mark.parametrize("name", FALLING)
+@pytest.mark.parametrize("name", [*sorted(FALLING), "word_error_rate", "val_loss", "Bits_per_byte"])
 def test_some_names_fall(name):
     assert not improves_as_it_rises(f"eval_{name}", arguments())
     assert not improves_as_it_rises(f"eval_{name}", arguments(metric_for_best_model="f1", greater_is_better=True))
 
 
-def test_other_names_rise():
+@pytest.mark.parametrize("name", ["accuracy", "f1", "power", "answer", "filter_score", "bleu", "steerability"])
+def test_other_names_rise(name):
+    assert improves_as_it_rises(f"eval_{name}", arguments())
+
+
+def test_the_training_arguments_speak_of_their_own_metric():
     assert improves_as_it_rises("eval_accuracy", arguments())
     assert improves_as_it_rises("eval_accuracy", arguments(metric_for_best_model="loss", greater_is_better=False))
 
@@ -68,6 +81,8 @@ def test_evaluations_that_patience_can_live_with():
     [
         ({}, r"there are none\. Set eval_strategy"),
         ({"eval_strategy": "steps", "eval_steps": 100}, "there is none before the run's end"),
+        ({"eval_strategy": "steps", "eval_steps": 1, "eval_delay": 100}, "there is none before the run's end"),
+        ({"eval_strategy": "epoch", "eval_delay": 2}, "there is none before the run's end"),
         (
             {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True},
             'the best eval_f1 back, and load_best_model_at_end the best eval_loss.* restore="last"',
@@ -77,6 +92,33 @@ def test_evaluations_that_patience_can_live_with():
 def test_evaluations_that_patience_cannot_live_with(values, message):
     with pytest.raises(ValueError, match=message):
         check(PruningConfig(sparsity=0.5, patience=1, metric="f1"), **values)
+
+
+@pytest.mark.parametrize(
+    ("every", "end", "options", "said"),
+    [
+        (5, None, {}, "it takes 2 evaluations, and a round of 5 steps has room for 1. Evaluate more often, or"),
+        (2, None, {}, None),
+        (5, 0.5, {}, None),
+        (5, 0.5, {"max_round_steps": 9}, "a round of 9 steps has room for 1."),
+        (5, None, {"min_round_steps": 2}, None),  # the first may have 17 of the 25 steps
+        (20, 0.5, {}, "a round of 10 steps has room for 0."),
+    ],
+)
+def test_rounds_too_short_for_patience_are_told(every, end, options, said, caplog):
+    pacing = Patience.plan(5, 0, end, 100, [1], **options)
+    state = TrainerState(max_steps=100, num_train_epochs=2, eval_steps=every)
+    warn_of_few_evaluations(pacing, arguments(eval_strategy="steps", eval_steps=every), state)
+    assert caplog.text == "" if said is None else said in caplog.text
+
+
+def test_rounds_shorter_than_an_epoch_are_told_where_epochs_evaluate(caplog):
+    state = TrainerState(max_steps=100, num_train_epochs=10)
+    warn_of_few_evaluations(Patience.plan(5, 0, None, 100, [1]), arguments(eval_strategy="epoch"), state)
+    assert "a round of 5 steps has room for 0." in caplog.text
+    caplog.clear()
+    warn_of_few_evaluations(Patience.plan(1, 0, None, 100, [1]), arguments(eval_strategy="epoch"), state)
+    assert not caplog.text  # The last round goes on to the end of the run.
 
 
 @pytest.mark.parametrize("value", [2, 2.0, np.float32(2), np.float64(2), torch.tensor(2.0)])

@@ -106,11 +106,14 @@ def test_no_round_is_no_cut():
         ((1, 0.5, 0.25, 100), r"begin must be before end, got begin=0\.5 \(step 50\) and end=0\.25 \(step 25\)"),
         ((1, 0.5, 25, 100), r"begin must be before end, got begin=0\.5 \(step 50\) and end=25 \(step 25\)"),
         ((1, 50, 0.25, 100), r"begin must be before end, got begin=50 \(step 50\) and end=0\.25 \(step 25\)"),
-        ((1, 100, None, 100), r"begin must be before end, got begin=100 \(step 100\) and end=None \(step 100\)"),
-        ((1, 1000, None, 100), r"begin must be before end, got begin=1000 \(step 1000\)"),
-        ((1, 0, None, 0), r"begin must be before end, .* in a run of 0 steps"),
+        (
+            (1, 100, None, 100),
+            r"begin=100 \(step 100\) is not before the end of the run \(100 steps\)\. Begin earlier",
+        ),
+        ((1, 1000, None, 100), r"begin=1000 \(step 1000\) is not before the end of the run"),
+        ((1, 0, None, 0), r"begin=0 \(step 0\) is not before the end of the run \(0 steps\)"),
         ((1, 0, 101, 100), r"end=101 is after the end of the run\. Take an end of at most 100 steps"),
-        ((1, 200, 300, 100), r"end=300 is after the end of the run\. Take an end of at most 100 steps"),
+        ((1, 50, 300, 100), r"end=300 is after the end of the run\. Take an end of at most 100 steps"),
     ],
 )
 def test_rounds_that_do_not_fit_the_run_are_an_error(arguments, message):
@@ -231,8 +234,9 @@ def test_a_reserve_is_left_to_later_rounds():
     ]
 
 
-def test_without_being_told_the_reserve_is_half_of_an_equal_share():
-    assert Patience.plan(4, 20, 100, 100, [5]).min_round_steps == 10
+def test_without_being_told_the_reserve_is_an_equal_share():
+    assert Patience.plan(4, 20, 100, 100, [5]).min_round_steps == 20
+    assert Patience.plan(4, 20, 60, 100, [5]).min_round_steps == 10
     assert Patience.plan(4, 20, 100, 100, [5], max_round_steps=6).min_round_steps == 6
     assert Patience.plan(4, 0, 5, 5, [5]).min_round_steps == 1
 
@@ -245,7 +249,16 @@ def test_the_last_cut_comes_before_end_and_the_last_round_goes_on():
         (40, "reserve"),
         (100, "max_steps"),
     ]
-    assert Patience.plan(4, 20, 60, 100, [5]).min_round_steps == 5
+
+
+def test_a_round_that_ends_early_leaves_its_steps_to_later_ones():
+    pacing = Patience.plan(3, 0, 60, 100, [2, 50])
+    assert drive(pacing, v_shaped(4), every=2) == [
+        (0, "planned"),
+        (8, "patience"),
+        (40, "reserve"),
+        (100, "max_steps"),
+    ]
 
 
 def test_rounds_begin_at_begin():
@@ -303,7 +316,7 @@ def test_steps_left_of_the_last_round_are_those_of_the_run():
         (5, 0, None, 4, None, r"5 rounds of at least 1 steps do not fit into 4 steps \(from step 0 to 4 of 4\)"),
         (5, 60, None, 100, 9, r"5 rounds of at least 9 steps do not fit into 40 steps .* a smaller min_round_steps"),
         (5, 0, 40, 100, 9, r"5 rounds of at least 9 steps do not fit into 40 steps \(from step 0 to 40 of 100\)"),
-        (1, 100, None, 100, None, r"begin must be before end, got begin=100 \(step 100\) and end=None \(step 100\)"),
+        (1, 100, None, 100, None, r"begin=100 \(step 100\) is not before the end of the run"),
         (1, 0, 101, 100, None, r"end=101 is after the end of the run"),
     ],
 )

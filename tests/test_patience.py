@@ -1,5 +1,6 @@
 """Rounds that end on patience, with a Trainer: what ends them, what comes back, what the optimizer is left with."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hf_prune import PruningConfig, PruningHistory, PruningTrainerCallback, sparsity_report
 from tests.tiny import build
+from tests.training import Rates
 
 TWO_ROUNDS = PruningConfig(
     sparsity=0.8, schedule="geometric", rounds=2, patience=2, min_round_steps=1, metric="score", begin=1, end=20
@@ -188,7 +190,7 @@ def test_batch_statistics_come_back_too(make_trainer):
 
 
 def test_the_last_weights_on_demand(make_trainer):
-    config = PruningConfig(**{**TWO_ROUNDS.to_dict(), "restore": "last"})
+    config = dataclasses.replace(TWO_ROUNDS, restore="last")
     trainer, pruning, weights = run(make_trainer, config)
     assert equal(copied(trainer.model), weights.after_step[11])
     for name, tensor in weights.before_step[6].items():
@@ -235,16 +237,6 @@ def test_the_history_is_saved_with_all_that_patience_knows(make_trainer, tmp_pat
 # Learning rate and optimizer at a cut
 
 
-class Rates(TrainerCallback):
-    """The learning rate with which each step is taken."""
-
-    def __init__(self) -> None:
-        self.rates: list[float] = []
-
-    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
-        self.rates.append(optimizer.param_groups[0]["lr"])
-
-
 def fresh_schedule(kind: str, steps: int, warmup: int, taken: int) -> list[float]:
     """The learning rates of a new scheduler, one that Transformers makes."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
@@ -278,7 +270,7 @@ def test_the_learning_rate_goes_on_otherwise(make_trainer):
 
 
 def test_with_patience_the_schedule_has_the_steps_that_a_round_may_take_at_most(make_trainer):
-    config = PruningConfig(**{**TWO_ROUNDS.to_dict(), "restart_lr": True, "min_round_steps": 9})
+    config = dataclasses.replace(TWO_ROUNDS, restart_lr=True, min_round_steps=9)
     rates = Rates()
     run(make_trainer, config, v_shaped, rates)
     # The first round may take the steps 1 to 11, the second, begun at 6, those up to 20.
@@ -353,6 +345,28 @@ def test_what_a_cut_does_to_the_moments(how, optim, make_trainer):
         assert torch.equal(moments.after[parameter]["step"], state["step"])
 
 
+class Diverges(Trainer):
+    """Its second step leaves nothing but NaN."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.state.global_step == 1:
+            for parameter in model.parameters():
+                parameter.grad.fill_(math.nan)
+        return loss
+
+
+@pytest.mark.parametrize("how", ["mask", "reset"])
+def test_a_round_that_diverges_leaves_the_next_one_able_to_train(how, make_trainer):
+    config = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, patience=2, end=0.9, optimizer_state=how)
+    model, pruning = build("gpt2"), PruningTrainerCallback(config)
+    options = {**EVERY_STEP, "max_steps": 30, "max_grad_norm": 0.0}
+    make_trainer(model, pruning, cls=Diverges, **options).train()
+    assert [row.round for row in pruning.history] == [1, 2, 3]
+    assert pruning.history[1].best < pruning.history[0].best
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 # Bad input
 
 
@@ -379,7 +393,7 @@ def test_two_metrics_that_both_bring_their_best_back_are_an_error(make_trainer):
     message = "patience brings the best eval_score back, and load_best_model_at_end the best eval_loss"
     with pytest.raises(ValueError, match=message):
         run(make_trainer, save_steps=1, **options)
-    config = PruningConfig(**{**TWO_ROUNDS.to_dict(), "restore": "last"})
+    config = dataclasses.replace(TWO_ROUNDS, restore="last")
     trainer, _, weights = run(make_trainer, config, save_steps=1, **options)
     assert equal(copied(trainer.model), weights.after_step[trainer.state.best_global_step])
 

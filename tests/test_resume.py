@@ -1,5 +1,6 @@
 """train(2k) ≡ train(k) + resume(k), bit for bit: weights, masks, history, what is best."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import Trainer, ViTConfig, ViTForImageClassification
 
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, sparsity_report
 from hf_prune.checkpoints import load_renamed_weights_
 from tests.tiny import FAMILIES, build
-from tests.training import trainer_factory
+from tests.training import Rates, trainer_factory
 
 CONFIG = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, begin=1, end=8)
 # Improves for a while after each cut, so that some of the best weights are of a step that is not a checkpoint's last.
@@ -85,10 +86,16 @@ def checkpoints(undisturbed, tmp_path) -> Path:
     return tmp_path / "out"
 
 
+def forget_after(folder: Path, step: int) -> None:
+    """Removes the checkpoints of later steps."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(checkpoint)
+
+
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_resuming_at_every_step(step, undisturbed, checkpoints, make_trainer):
-    for later in range(step + 1, STEPS + 1):
-        shutil.rmtree(checkpoints / f"checkpoint-{later}")
+    forget_after(checkpoints, step)
     trainer, pruning = start(make_trainer)
     # The path may be told to train() alone, or stand in the arguments, or be found.
     how = {0: True, 1: str(checkpoints / f"checkpoint-{step}")}[step % 2]
@@ -99,7 +106,7 @@ def test_resuming_at_every_step(step, undisturbed, checkpoints, make_trainer):
 @pytest.fixture(scope="module", params=["best", "last"])
 def patient(request, tmp_path_factory) -> tuple[PruningConfig, Path, dict]:
     """A run whose rounds end on patience, from beginning to end."""
-    config = PruningConfig(**{**PATIENT.to_dict(), "restore": request.param})
+    config = dataclasses.replace(PATIENT, restore=request.param)
     folder = tmp_path_factory.mktemp("patient")
     trainer, pruning = start(trainer_factory(folder), config, load_best_model_at_end=False)
     trainer.train()
@@ -116,8 +123,7 @@ def test_resuming_at_every_step_of_rounds_that_end_on_patience(step, patient, tm
     """Cuts at 1 and 4; 3 and 6 are the best; at 4 and 7, patience is over and the cut, or the end, is pending."""
     config, whole, expected = patient
     shutil.copytree(whole, tmp_path / "out")
-    for later in range(step + 1, 8):
-        shutil.rmtree(tmp_path / "out" / f"checkpoint-{later}")
+    forget_after(tmp_path / "out", step)
     trainer, pruning = start(trainer_factory(tmp_path), config, load_best_model_at_end=False)
     trainer.train(resume_from_checkpoint=True)
     assert outcome(trainer, pruning) == expected
@@ -133,11 +139,21 @@ def test_resuming_every_family(family, tmp_path):
     for step in (1, 4, 9):  # before the first cut, in a round, in the last one
         folder = tmp_path / f"from-{step}"
         shutil.copytree(tmp_path / "whole" / "out", folder / "out")
-        for later in range(step + 1, STEPS + 1):
-            shutil.rmtree(folder / "out" / f"checkpoint-{later}")
+        forget_after(folder / "out", step)
         resumed, resumed_pruning = start(trainer_factory(folder), family=family)
         resumed.train(resume_from_checkpoint=True)
         assert outcome(resumed, resumed_pruning) == outcome(trainer, pruning)
+
+
+def test_the_step_that_trainer_takes_after_the_end_is_not_counted(tmp_path):
+    options = dict(include_num_input_tokens_seen="all", logging_strategy="steps", logging_steps=1)
+    whole, _ = start(trainer_factory(tmp_path), **options)
+    whole.train()
+    resumed, _ = start(trainer_factory(tmp_path), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{STEPS}"))
+    assert whole.state.num_input_tokens_seen > 0
+    for name in ("global_step", "epoch", "num_input_tokens_seen"):
+        assert getattr(resumed.state, name) == getattr(whole.state, name)
 
 
 def test_the_folder_may_be_moved(undisturbed, checkpoints, make_trainer, tmp_path):
@@ -185,7 +201,7 @@ def test_kill_9_in_mid_round(tmp_path):
 
 
 RANDOM = """
-    import json, os, signal, sys, threading
+    import dataclasses, json, os, signal, sys, threading
     from pathlib import Path
     from transformers import TrainerCallback
     import tests.test_resume as t
@@ -200,7 +216,7 @@ RANDOM = """
             if 0 < step <= state.global_step:
                 threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    config = PruningConfig(**{**t.PATIENT.to_dict(), "rounds": 12, "patience": [6], "max_round_steps": 8, "end": 120})
+    config = dataclasses.replace(t.PATIENT, rounds=12, patience=[6], max_round_steps=8, end=120)
     trainer, pruning = t.start(trainer_factory(Path(sys.argv[1])), config, max_steps=120, save_steps=2)
     trainer.add_callback(KillSometime())
     newest = newest_complete(Path(sys.argv[1], "out"))
@@ -307,16 +323,6 @@ def test_best_weights_that_cannot_be_found_are_an_error(harm, tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
-class Rates(TrainerCallback):
-    """The learning rate with which each step is taken."""
-
-    def __init__(self) -> None:
-        self.rates: list[float] = []
-
-    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
-        self.rates.append(optimizer.param_groups[0]["lr"])
-
-
 RESTARTING = PruningConfig(sparsity=0.8, schedule="geometric", rounds=2, end=10, restart_lr=True)  # cuts at 0 and 5
 
 
@@ -345,7 +351,7 @@ def test_a_restarted_learning_rate_without_the_schedulers_file(tmp_path):
 
 @pytest.mark.parametrize("step", [2, 3, 4, 5])
 def test_an_evaluation_before_a_resumed_run_begins_does_not_count(step, tmp_path):
-    config = PruningConfig(**{**PATIENT.to_dict(), "begin": 0, "restart_lr": False})
+    config = dataclasses.replace(PATIENT, begin=0, restart_lr=False)
     options = dict(eval_on_start=True, load_best_model_at_end=False)
     trainer, pruning = start(trainer_factory(tmp_path), config, **options)
     trainer.train()

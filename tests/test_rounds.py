@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -40,7 +41,7 @@ def test_the_next_sparsity_is_that_of_the_next_cut():
 
 
 def test_an_evaluation_belongs_to_where_it_was_made():
-    rounds, model = start(PruningConfig(**{**PATIENT.to_dict(), "begin": 5})), weight(1.0)
+    rounds, model = start(dataclasses.replace(PATIENT, begin=5)), weight(1.0)
     rounds.observe_(2, 9.0, model)  # before the first cut
     row = cut(rounds, 5)
     rounds.observe_(5, 8.0, model)  # right after it
@@ -67,14 +68,14 @@ def test_the_best_comes_back_when_the_round_ends():
 
 @pytest.mark.parametrize("changes", [{"restore": "last"}, {"patience": None, "min_round_steps": None}])
 def test_nothing_is_copied_where_nothing_is_to_come_back(changes):
-    rounds, model = start(PruningConfig(**{**PATIENT.to_dict(), **changes})), weight(1.0)
+    rounds, model = start(dataclasses.replace(PATIENT, **changes)), weight(1.0)
     cut(rounds, 0)
     rounds.observe_(1, 3.0, model)
     assert rounds.best is None
 
 
 def test_zeros_that_are_held_before_the_first_round_have_no_patience():
-    rounds, model = start(PruningConfig(**{**PATIENT.to_dict(), "begin": 50, "hold_zeros": True})), weight(1.0)
+    rounds, model = start(dataclasses.replace(PATIENT, begin=50, hold_zeros=True)), weight(1.0)
     rounds.begin_(0, None, MaskSet({"weight": torch.arange(4) > 0}), zeros=1, criterion="magnitude")
     for step in range(1, 10):
         rounds.observe_(step, float(step), model)

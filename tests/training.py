@@ -35,3 +35,13 @@ def trainer_factory(folder: Path) -> Callable[..., Trainer]:
         return cls(model, arguments, callbacks=list(callbacks), **trainer_options)
 
     return make
+
+
+class Rates(transformers.TrainerCallback):
+    """The learning rate with which each step is taken."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])

@@ -39,7 +39,7 @@ from common.cells import DENSE, Cell, Result, keep_settings, run_cells
 from common.dense import dense_model
 from common.figures import draw
 from common.findings import Findings, choose
-from common.grid import QUICK, RATES, StudyArguments, config_of, grid
+from common.grid import EVALUATIONS_OF_PATIENCE, QUICK, RATES, StudyArguments, config_of, grid
 from common.task import Task
 from hf_prune import PruningTrainerCallback, sparsity_report
 
@@ -97,7 +97,7 @@ def run_cell(cell: Cell) -> Result:
             learning_rate=cell.learning_rate,
             max_steps=cell.steps,
             eval_strategy="steps",
-            eval_steps=1 / EVALUATIONS,
+            eval_steps=1 / (EVALUATIONS_OF_PATIENCE if pruning and pruning.config.patience else EVALUATIONS),
             save_strategy="no",
             logging_strategy="no",
             report_to="none",

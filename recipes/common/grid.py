@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.arguments import EVALUATIONS
 from common.cells import DENSE, Cell
 from hf_prune import PruningConfig
 
@@ -17,8 +16,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},  # what `PruningConfig` does by itself
     "equal": {"rounds": 5, "end": 0.9999},  # to the end: a fraction is rounded up to a step, and 1 would be one step
     "short": {"rounds": 10},  # in the first quarter, as is the default, and a long recovery
-    "patience": {"rounds": 5, "patience": 1},  # in the first quarter; the last round goes on to the end
+    "patience": {"rounds": 5, "patience": 1, "end": 0.5},  # in the first half; the last round goes on to the end
 }
+EVALUATIONS_OF_PATIENCE = 100  # of a run: so many that rounds of a twentieth of it may end early
 
 
 @dataclass
@@ -89,7 +89,7 @@ def config_of(cell: Cell) -> PruningConfig:
     if patience := values.pop("patience", None):
         # The last round goes on to the end, as that of the other variants does.
         rounds = len(PruningConfig.from_dict(values).round_sparsities)
-        values["patience"] = [patience] * (rounds - 1) + [EVALUATIONS]
+        values["patience"] = [patience] * (rounds - 1) + [EVALUATIONS_OF_PATIENCE]
     return PruningConfig.from_dict(values)
 
 

@@ -149,6 +149,8 @@ def main() -> None:
     )
 
     results = run(cells)
+    if not results:
+        raise SystemExit(f"All cells have failed: see {folder / 'cells'}.")
     chosen = choose(results, better)
     repeated = results if study.all_seeds else chosen
     others = [dataclasses.replace(cell, seed=seed) for cell in repeated for seed in study.seeds[1:]]

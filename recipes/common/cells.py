@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -90,14 +91,24 @@ def run_cells(
     missing = [cell for cell in cells if cell not in results]
     if missing:
         print(f"{len(cells)} cells, {len(results)} of them finished before.", flush=True)
-    # Processes that begin from nothing: a fork of one that has used threads may wait for them forever.
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer) as pool:
-        running = {pool.submit(_run_and_keep, run, folder, cell): cell for cell in missing}
-        for done, future in enumerate(as_completed(running), start=1):
-            cell, (result, said) = running[future], future.result()
-            if result is not None:
-                results[cell] = result
-            print(f"[{done}/{len(missing)}] {cell.name}: {said}", flush=True)
+    todo, done = missing, 0
+    while todo:
+        ended: dict[Cell, tuple[Result | None, str]] = {}
+        # Processes that begin from nothing: a fork of one that has used threads may wait for them forever.
+        with ProcessPoolExecutor(workers, get_context("spawn"), initializer) as pool:
+            running = {pool.submit(_run_and_keep, run, folder, cell): cell for cell in todo}
+            for future in as_completed(running):
+                if isinstance(future.exception(), BrokenProcessPool):
+                    continue  # A process was killed, and took all others with it: tried again in a new pool.
+                ended[running[future]] = future.result()
+                done += 1
+                print(f"[{done}/{len(missing)}] {running[future].name}: {future.result()[1]}", flush=True)
+        if not ended:  # One of those that came first is what kills it.
+            ended = dict.fromkeys(todo[:workers], (None, "FAILED: its process was killed, or one beside it"))
+            done += len(ended)
+            print("\n".join(f"{cell.name}: {said}" for cell, (_, said) in ended.items()), flush=True)
+        results |= {cell: result for cell, (result, _) in ended.items() if result is not None}
+        todo = [cell for cell in todo if cell not in ended]
     return {cell: results[cell] for cell in cells if cell in results}
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from common.cells import Cell
-from common.findings import Findings
+from common.findings import Findings, deviation
 from hf_prune import PruningHistory
 
 MARKERS = "osD^vP*X"
@@ -98,7 +98,7 @@ def _line(
     for axes, of_seeds in zip(panels, (findings.over_seeds, findings.lost), strict=True):
         seeds = [of_seeds(cell) for cell in cells]
         means = [statistics.mean(values) for values in seeds]
-        spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in seeds]
+        spreads = [deviation(values) for values in seeds]
         (line,) = axes.plot(x, means, marker=marker, markersize=5, label=label)
         low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
         if axes.get_yscale() == "log":

@@ -67,6 +67,11 @@ class Findings:
         """The chosen cell of the dense model that was trained on; None if all of them failed."""
         return next((cell for cell in self.chosen if cell.schedule == DENSE), None)
 
+    @property
+    def seeds(self) -> int:
+        """Number of seeds with which each chosen cell was run."""
+        return len({cell.seed for cell in self.results})
+
     def over_seeds(self, cell: Cell, value: Value = "test") -> list[float]:
         """A value of a cell for each seed that it was run with and did not fail."""
         alike = [other for other in self.results if dataclasses.replace(other, seed=cell.seed) == cell]
@@ -120,7 +125,7 @@ class Findings:
         for kind in self.kinds():
             cells = self.of_kind(kind)
             lines += ["", f"### {', '.join(kind)}", ""]
-            lines += _markdown(cells, lambda cell: _spread(self.over_seeds(cell)))
+            lines += _markdown(cells, lambda cell: _spread(self.over_seeds(cell), self.seeds))
             lines += ["", "Variant and learning rate that validation chose:", ""]
             lines += _markdown(cells, _choice)
             lines += ["", f"Validation {self.metric} of each variant, with its best learning rate:", ""]
@@ -145,8 +150,9 @@ class Findings:
         """How much of what one shot loses the best cell makes good, where seeds differ less."""
         sign = 1 if self.greater_is_better else -1
         gain = sign * (self.mean(best) - self.mean(one_shot))
-        spreads = [statistics.stdev(values) for cell in (one_shot, best) if len(values := self.over_seeds(cell)) > 1]
-        if abs(gain) <= max(spreads, default=0):
+        if not math.isfinite(self.mean(one_shot)):
+            return "to be left alone"
+        if abs(gain) <= max(deviation(self.over_seeds(cell)) for cell in (one_shot, best)):
             return "no further away than one seed from another"
         if gain < 0:
             return "which is ahead on test, though not on validation"
@@ -168,10 +174,18 @@ class Findings:
         (folder / "tables.md").write_text(f"{self.tables()}\n\n{self.advice()}\n", encoding="utf-8")
 
 
-def _spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over the seeds."""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation over seeds; 0 for a single one, or where one has diverged."""
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
+
+
+def _spread(values: Sequence[float], seeds: int | None = None) -> str:
+    """Mean and standard deviation over the seeds, and how many they are if they are not all of them."""
+    if diverged := sum(not math.isfinite(value) for value in values):
+        return f"diverged with {diverged} of {len(values)} seeds"
+    spread = f" ± {deviation(values):.3f}" if len(values) > 1 else ""
+    missing = f" ({len(values)} of {seeds} seeds)" if seeds and len(values) < seeds else ""
+    return f"{statistics.mean(values):.3f}{spread}{missing}"
 
 
 def _choice(cell: Cell) -> str:

@@ -59,18 +59,31 @@ def grid(study: StudyArguments, rates: Sequence[float]) -> list[Cell]:
     Raises:
         ValueError: One of them makes no sense.
     """
-    if study.budget_sparsity not in (0, *study.sparsities):
+    for name in ("budget", "workers"):
+        if (value := getattr(study, name)) < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    levels = {granularity: _sparsities(study, granularity) for granularity in study.granularities}
+    if study.budget_sparsity not in (0, *itertools.chain(*levels.values())):
         raise ValueError(
             f"budget_sparsity must be one of the sparsities, or 0 for none; got {study.budget_sparsity:g}."
         )
     shared = {"steps": study.budget, "seed": study.seeds[0]}
     cells = [Cell(DENSE, 0.0, "", "", "", rate, **shared) for rate in rates]
     for schedule, sparsity, criterion, granularity, variant, rate in itertools.product(
-        study.schedules, study.sparsities, study.criteria, study.granularities, study.variants, rates
+        study.schedules,
+        dict.fromkeys(itertools.chain(*levels.values())),
+        study.criteria,
+        study.granularities,
+        study.variants,
+        rates,
     ):
+        if sparsity not in levels[granularity]:
+            continue
         divided = "" if schedule == "one_shot" else variant
         cell = Cell(schedule, sparsity, criterion, granularity, divided, rate, **shared)
-        config_of(cell)  # What makes no sense is an error now, and not one of each cell in an hour.
+        # What makes no sense is an error now, and not one of each cell in an hour.
+        if (rounds := len(config_of(cell).round_sparsities)) > study.budget:
+            raise ValueError(f"{rounds} rounds ({schedule}, {variant}) do not fit into a budget of {study.budget}.")
         cells.append(cell)
     return list(dict.fromkeys(cells))
 
@@ -91,6 +104,14 @@ def config_of(cell: Cell) -> PruningConfig:
         rounds = len(PruningConfig.from_dict(values).round_sparsities)
         values["patience"] = [patience] * (rounds - 1) + [EVALUATIONS_OF_PATIENCE]
     return PruningConfig.from_dict(values)
+
+
+def _sparsities(study: StudyArguments, granularity: str) -> list[float]:
+    """Those of the study, or the one that a granularity has by itself, as 2:4 has."""
+    try:
+        return PruningConfig(granularity=granularity).round_sparsities[-1:]
+    except ValueError:
+        return study.sparsities
 
 
 def _parse_change(text: str) -> tuple[str, object]:

@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ def scored(cell: Cell) -> Result:
     """Runs in another process; fails for one of the cells."""
     if cell.schedule == "cubic":
         raise RuntimeError("it does not fit")
+    if cell.schedule == "constant":
+        os.kill(os.getpid(), signal.SIGKILL)
     return {
         "metric": "loss", "validation": 1.0 + cell.seed, "test": 2.0, "dense_validation": 1.0, "dense_test": 1.0,
         "reached": 0.9, "seconds": float(os.getpid()), "history": None,
@@ -54,6 +57,21 @@ def test_a_cell_that_fails_is_reported_and_the_rest_goes_on(
     assert "it does not fit" in error.read_text()
     run(tmp_path, cell(schedule="cubic"))
     assert "FAILED" in capsys.readouterr().out  # It is tried again.
+
+
+def test_a_cell_whose_process_is_killed_is_reported_and_the_rest_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    healthy = [cell(seed) for seed in range(6)]
+    killers = [cell(0, "constant"), cell(1, "constant"), cell(2, "constant")]
+    results = run(tmp_path, *healthy[:2], killers[0], *healthy[2:4], *killers[1:], *healthy[4:])
+    said = capsys.readouterr().out
+    for killer in killers:
+        assert f"{killer.name}: FAILED: its process was killed, or one beside it" in said
+    # Of those beside them one may have been given up, and is tried again the next time.
+    assert len(run(tmp_path, *healthy)) == 6
+    assert set(results) <= set(healthy)
+    assert len(results) >= 3
 
 
 def test_half_a_cell_is_no_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

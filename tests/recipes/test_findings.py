@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,22 @@ def test_advice_says_where_test_disagrees_with_validation(findings: Findings) ->
         if cell.schedule == "geometric" and cell.sparsity == 0.9:
             found["test"] += 1.5
     assert "one_shot 4.000 ± 0.100, which is ahead on test, though not on validation." in findings.advice()
+
+
+def test_a_seed_that_diverged_is_told(findings: Findings, tmp_path: Path) -> None:
+    cell = next(c for c in findings.chosen if (c.schedule, c.sparsity) == ("one_shot", 0.9))
+    for value in (math.inf, math.nan):
+        findings.results[cell]["test"] = value
+        findings.save(tmp_path)
+        draw(findings, 0.9, tmp_path)
+        assert "| one_shot | 2.100 ± 0.100 | diverged with 1 of 3 seeds |" in findings.tables()
+        assert "one_shot diverged with 1 of 3 seeds, to be left alone." in findings.advice()
+
+
+def test_a_seed_that_failed_is_told(findings: Findings) -> None:
+    cell = next(c for c in findings.chosen if (c.schedule, c.sparsity) == ("one_shot", 0.9))
+    del findings.results[dataclasses.replace(cell, seed=2)]
+    assert "| one_shot | 2.100 ± 0.100 | 3.950 ± 0.071 (2 of 3 seeds) |" in findings.tables()
 
 
 def test_what_is_lost_is_told_against_the_dense_model_of_the_same_seed(findings: Findings) -> None:

@@ -19,6 +19,17 @@ def test_the_grid_has_each_combination_once_and_one_shot_has_nothing_to_divide()
     assert {(cell.seed, cell.steps) for cell in cells} == {(7, 40)}
 
 
+def test_a_pattern_has_its_own_sparsity() -> None:
+    study = StudyArguments(
+        sparsities=[0.7, 0.9], granularities=["unstructured", "2:4", "1:4"], schedules=["one_shot", "constant"],
+        variants=["default"], budget_sparsity=0.75,
+    )  # fmt: skip
+    cells = grid(study, [0.1])
+    kinds = {(cell.granularity, cell.sparsity) for cell in cells if cell.schedule != DENSE}
+    assert kinds == {("unstructured", 0.7), ("unstructured", 0.9), ("2:4", 0.5), ("1:4", 0.75)}
+    assert len(cells) == 1 + 2 * 4
+
+
 CELL = Cell("geometric", 0.9, "magnitude", "unstructured", "equal", 0.1, 40, 0)
 
 
@@ -56,6 +67,9 @@ def test_with_patience_the_last_round_takes_what_is_left() -> None:
     [
         ({"variants": ["half"]}, r"variants must be of default, equal, short, patience; got 'half'\."),
         ({"variants": ["short+round=3"]}, "unknown key 'round' in a pruning config"),
+        ({"budget": -1}, r"budget must be at least 1, got -1\."),
+        ({"workers": 0}, r"workers must be at least 1, got 0\."),
+        ({"budget": 9}, r"10 rounds \(constant, short\) do not fit into a budget of 9\."),
         ({"budget_sparsity": 0.85}, r"budget_sparsity must be one of the sparsities, or 0 for none; got 0\.85\."),
         (
             {"sparsities": [80.0], "budget_sparsity": 0},
@@ -63,7 +77,8 @@ def test_with_patience_the_last_round_takes_what_is_left() -> None:
         ),
         ({"schedules": ["sudden"]}, "schedule must be one of auto, one_shot"),
         ({"criteria": ["beauty"]}, "criterion must be one of magnitude"),
-        ({"granularities": ["2:4"]}, r"granularity '2:4' fixes sparsity at 0\.5, got 0\.7"),
+        ({"granularities": ["2:4"]}, r"the rounds of 2:4 go through \(M-1\):M"),
+        ({"granularities": ["4:2"]}, r"granularity N:M keeps N of every M and needs 0 < N < M, got '4:2'"),
     ],
 )
 def test_what_makes_no_sense_is_an_error_before_anything_runs(changes: dict[str, list], message: str) -> None:

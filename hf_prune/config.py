@@ -33,12 +33,12 @@ class PruningConfig:
         sparsity: Fraction of the targeted weights to remove, in `[0, 1)`. May be left out where it follows from
             something else: from an N:M granularity, from `sparsities`, or with `hold_zeros` alone, which then prunes
             nothing further.
-        schedule: How sparse after each round: "auto", "one_shot", "constant", "geometric", "hybrid" or "cubic"; see
-            `hf_prune.schedules`. For N:M, "auto" is one cut, or "constant" where `rounds` is given.
+        schedule: How sparse after each round: a key of `hf_prune.schedules.SCHEDULES`. For N:M, "auto" is one cut, or
+            "constant" where `rounds` is given.
         rounds: Number of rounds; the schedule's own default if None.
         initial_sparsity: Sparsity after the first cut of the hybrid schedule.
         sparsities: The absolute sparsity after each round, rising, instead of a schedule.
-        criterion: What a weight is worth: "magnitude" or "random"; see `hf_prune.criteria`.
+        criterion: What a weight is worth: a key of `hf_prune.criteria.CRITERIA`.
         granularity: What is removed together: "unstructured", "N:M" (N kept of every M along the input dimension,
             which fixes the sparsity at `1 − N/M`) or "block:RxC".
         scope: Which weights compete: "global" (all), "layer" (per tensor, each equally sparse) or "erk" (per tensor,
@@ -121,6 +121,7 @@ class PruningConfig:
             "help": "Where the rounds end, in the same words; after a quarter of what follows begin if left out."
         },
     )
+    # A number too: HfArgumentParser cannot read `int | list[int]`.
     patience: list[int] | None = field(
         default=None,
         metadata={"help": "Evaluations without improvement that end a round: one number, or one for each round."},
@@ -163,27 +164,12 @@ class PruningConfig:
                 raise ValueError(f"layer_sparsity must map regular expressions to sparsities, got {pattern!r}.")
             _require_fraction(f"layer_sparsity[{pattern!r}]", value)
             _require_regex("layer_sparsity", pattern)
-        for name in ("target_modules", "exclude_modules"):
-            patterns = getattr(self, name)
-            for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
-                if not isinstance(pattern, str):
-                    raise ValueError(f"{name} must hold names or regular expressions, got {pattern!r}.")
-                if isinstance(patterns, str) or is_regex(pattern):
-                    _require_regex(name, pattern)
+        self._check_patterns()
         known = {"criterion": CRITERIA, "scope": SCOPES, "optimizer_state": OPTIMIZER_STATES, "restore": RESTORE}
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
-        if not 0 <= self.begin < math.inf:
-            raise ValueError(f"begin must be 0 or more (steps, or below 1 a fraction of the run), got {self.begin}.")
-        if self.end is not None and not 0 < self.end < math.inf:
-            raise ValueError(f"end must be above 0 (steps, or below 1 a fraction of the run), got {self.end}.")
-        for name in ("begin", "end"):
-            if (value := getattr(self, name)) is not None and value >= 1 and value % 1:
-                raise ValueError(f"{name} must be a whole number of steps where it is not below 1, got {value}.")
-        # Steps and fractions compare only when the length of the run is known.
-        if self.end is not None and (self.begin >= 1) == (self.end >= 1) and self.begin >= self.end:
-            raise ValueError(f"begin must be before end, got begin={self.begin} and end={self.end}.")
+        self._check_begin_and_end()
         if self._pattern is not None:
             for name in ("scope", "layer_sparsity"):
                 if getattr(self, name) not in ("auto", None):
@@ -195,12 +181,33 @@ class PruningConfig:
         object.__setattr__(self, "_round_sparsities", self._resolve_rounds())
         self._check_patience()
 
+    def _check_patterns(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            patterns = getattr(self, name)
+            for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+                if not isinstance(pattern, str):
+                    raise ValueError(f"{name} must hold names or regular expressions, got {pattern!r}.")
+                if isinstance(patterns, str) or is_regex(pattern):
+                    _require_regex(name, pattern)
+
+    def _check_begin_and_end(self) -> None:
+        if not 0 <= self.begin < math.inf:
+            raise ValueError(f"begin must be 0 or more (steps, or below 1 a fraction of the run), got {self.begin}.")
+        if self.end is not None and not 0 < self.end < math.inf:
+            raise ValueError(f"end must be above 0 (steps, or below 1 a fraction of the run), got {self.end}.")
+        for name in ("begin", "end"):
+            if (value := getattr(self, name)) is not None and value >= 1 and value % 1:
+                raise ValueError(f"{name} must be a whole number of steps where it is not below 1, got {value}.")
+        # Steps and fractions compare only when the length of the run is known.
+        if self.end is not None and (self.begin >= 1) == (self.end >= 1) and self.begin >= self.end:
+            raise ValueError(f"begin must be before end, got begin={self.begin} and end={self.end}.")
+
     def _check_patience(self) -> None:
-        for name in ("patience", "max_round_steps", "min_round_steps"):
-            value = getattr(self, name)
-            for number in value if isinstance(value, list) else [value]:
-                if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-                    raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}.")
+        numbers = [("patience", number) for number in self.patience or []]
+        numbers += [(name, getattr(self, name)) for name in ("max_round_steps", "min_round_steps")]
+        for name, number in numbers:
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}.")
         if not 0 <= self.min_delta < math.inf:
             raise ValueError(f"min_delta must be 0 or more, in units of the metric, got {self.min_delta}.")
         if self.patience is None:

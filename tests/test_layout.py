@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,13 @@ NARROWING = {
     ("callback", "_measure"),
     ("callback", "_stay_over"),
 }
+
+TABLE = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_contributing_lists_the_files_in_this_order():
+    assert re.findall(r"^\| `(\w+)\.py`", TABLE, flags=re.MULTILINE) == ORDER
+
 
 MODULES = pytest.mark.parametrize("module", ORDER)
 

@@ -1,5 +1,6 @@
-"""README.md tells the truth: its Python runs, and its commands are those of CI."""
+"""README.md and its kin tell the truth: their Python runs, and their links lead somewhere."""
 
+import math
 import re
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from hf_prune import PruningConfig, prune, schedules
+from hf_prune.criteria import ScoreInputs
 from tests.tiny import batch, build
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +37,30 @@ def test_python_runs(block, tmp_path, capsys, monkeypatch):
         assert capsys.readouterr().out.strip()
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "recipes/README.md"])
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), anchor
+
+
+def test_the_examples_of_contributing_go_with_what_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = {"math": math, "torch": torch, "ScoreInputs": ScoreInputs, "_ending_at": schedules._ending_at}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+    values = names["square_root"](0.9)
+    assert values[-1] == 0.9
+    assert schedules.explicit(values) == values
+    config = PruningConfig(sparsity=0.5)
+    assert prune(build("gpt_neo"), config, criterion=names["distance_from_mean"]).masked == 0.5 * sum(
+        module.total for module in prune(build("gpt_neo"), config).modules
+    )

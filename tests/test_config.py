@@ -437,8 +437,8 @@ def test_a_config_that_makes_no_sense_is_an_error(values, message):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *[("target_modules", [5]), ("target_modules", [None]), ("exclude_modules", [5]), ("patience", ["3"]), ("patience", True)],
-        *[("layer_sparsity", {3: 0.5}), ("begin", 1.5), ("end", 10.5)],
+        *[("target_modules", [5]), ("target_modules", [None]), ("exclude_modules", [5]), ("patience", ["3"])],
+        *[("patience", True), ("layer_sparsity", {3: 0.5}), ("begin", 1.5), ("end", 10.5)],
     ],
     ids=str,
 )

@@ -18,7 +18,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "short": {"rounds": 10},  # in the first quarter, as is the default, and a long recovery
     "patience": {"rounds": 5, "patience": 1, "end": 0.5},  # in the first half; the last round goes on to the end
 }
-EVALUATIONS_OF_PATIENCE = 100  # of a run: so many that rounds of a twentieth of it may end early
+EVALUATIONS_OF_PATIENCE = 50  # of a run: often enough that a round of a tenth of it may end early
 
 
 @dataclass

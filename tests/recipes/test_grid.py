@@ -47,7 +47,7 @@ def test_a_variant_may_have_other_settings_behind_it() -> None:
     config = config_of(dataclasses.replace(CELL, variant=changed))
     assert (config.rounds, config.restart_lr, config.optimizer_state, config.end) == (3, True, "reset", 0.5)
     longer = config_of(dataclasses.replace(CELL, variant="patience+rounds=3+patience=2"))
-    assert longer.patience == [2, 2, 100]
+    assert longer.patience == [2, 2, 50]
 
 
 @pytest.mark.parametrize("steps", [20, 75, 300, 600, 9_999])
@@ -59,7 +59,7 @@ def test_equal_rounds_go_on_to_the_end_of_the_run(steps: int) -> None:
 
 def test_with_patience_the_last_round_takes_what_is_left() -> None:
     config = config_of(dataclasses.replace(CELL, variant="patience"))
-    assert config.patience == [1, 1, 1, 1, 100]  # No run has more evaluations than that.
+    assert config.patience == [1, 1, 1, 1, 50]  # No run has more evaluations than that.
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,9 @@ class PruningConfig:
         target_modules: Modules to prune instead of the default ones; see `hf_prune.targets.find_targets`.
         exclude_modules: Modules to leave out.
         begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of the run.
-        end: Where the rounds end, in the same words; if None, after a quarter of the steps that follow `begin`, or
-            as many as the rounds need. What the run has left after it belongs to the last round.
+        end: Where the rounds end, in the same words; if None, after a quarter of the steps that follow `begin`, with
+            patience after half of them, or as many as the rounds need. What the run has left after it belongs to the
+            last round.
         patience: A round ends when the metric has not improved for this many evaluations; a list gives one number a
             round, and the last repeats. Patience divides the steps up to `end` among the rounds; a round that ends
             early leaves its steps to later ones. If None, rounds are spread evenly.
@@ -118,7 +119,8 @@ class PruningConfig:
     end: float | None = field(
         default=None,
         metadata={
-            "help": "Where the rounds end, in the same words; after a quarter of what follows begin if left out."
+            "help": "Where the rounds end, in the same words; after a quarter of what follows begin if left out, with "
+            "patience after half of it."
         },
     )
     # A number too: HfArgumentParser cannot read `int | list[int]`.

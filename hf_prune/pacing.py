@@ -16,10 +16,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SHARE_OF_ROUNDS = 0.25
+EVEN_SHARE = 0.25
+PATIENCE_SHARE = 0.5
 """Of the steps after `begin`, the share that rounds take where `end` does not say it; the rest is recovery.
 
-Measured in recipes/README.md: a long recovery is worth more than long rounds.
+Measured in recipes/README.md: a long recovery is worth more than long rounds, but patience needs room to decide.
 """
 
 
@@ -44,8 +45,8 @@ class Even:
         Args:
             rounds: Number of rounds.
             begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of `max_steps`.
-            end: Where the rounds end, in the same words; if None, after `SHARE_OF_ROUNDS` of the steps that follow
-                `begin`, or as many as the rounds need.
+            end: Where the rounds end, in the same words; if None, after `EVEN_SHARE` of the steps that follow `begin`,
+                or as many as the rounds need.
             max_steps: Number of optimizer steps of the run.
 
         Returns:
@@ -62,7 +63,7 @@ class Even:
         """
         if rounds == 0:
             return cls([], max_steps)
-        first, last = _window(begin, end, max_steps, needed=rounds)
+        first, last = _window(begin, end, max_steps, EVEN_SHARE, needed=rounds)
         if rounds > last - first:
             raise ValueError(
                 f"{rounds} rounds do not fit into {last - first} steps (from step {first} to {last} of {max_steps}). "
@@ -159,7 +160,7 @@ class Patience:
         Args:
             rounds: Number of rounds.
             begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of `max_steps`.
-            end: Where the rounds end, in the same words; if None, after `SHARE_OF_ROUNDS` of the steps that follow
+            end: Where the rounds end, in the same words; if None, after `PATIENCE_SHARE` of the steps that follow
                 `begin`, or as many as the rounds need.
             max_steps: Number of optimizer steps of the run.
             patience: For each round, evaluations without improvement; the last repeats.
@@ -179,7 +180,7 @@ class Patience:
             >>> [pacing.why_round_ends(step) for step in (39, 40)]
             [None, 'reserve']
         """
-        first, last = _window(begin, end, max_steps, needed=rounds * (min_round_steps or 1))
+        first, last = _window(begin, end, max_steps, PATIENCE_SHARE, needed=rounds * (min_round_steps or 1))
         share = (last - first) // rounds
         least = min_round_steps or max(1, min(share, max_round_steps or share))
         if rounds * least > last - first:
@@ -248,7 +249,7 @@ class Patience:
         self.end, self.max_steps = end, max_steps
 
 
-def _window(begin: float, end: float | None, max_steps: int, needed: int) -> tuple[int, int]:
+def _window(begin: float, end: float | None, max_steps: int, share: float, needed: int) -> tuple[int, int]:
     """The steps from which and to which rounds may be; without `end`, at least as many as `needed`, if there are."""
     first = _steps(begin, max_steps)
     if first >= max_steps:
@@ -257,7 +258,7 @@ def _window(begin: float, end: float | None, max_steps: int, needed: int) -> tup
             "Begin earlier, or train longer."
         )
     if end is None:
-        last = min(first + max(needed, _steps(SHARE_OF_ROUNDS, max_steps - first)), max_steps)
+        last = min(first + max(needed, _steps(share, max_steps - first)), max_steps)
     else:
         last = _steps(end, max_steps)
     if last > max_steps:

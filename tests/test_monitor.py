@@ -97,11 +97,11 @@ def test_evaluations_that_patience_cannot_live_with(values, message):
 @pytest.mark.parametrize(
     ("every", "end", "options", "said"),
     [
-        (5, None, {}, "it takes 2 evaluations, and a round of 5 steps has room for 1. Evaluate more often, or"),
-        (2, None, {}, None),
-        (5, 0.5, {}, None),
+        (6, None, {}, "it takes 2 evaluations, and a round of 10 steps has room for 1. Evaluate more often, or"),
+        (5, None, {}, None),
+        (5, 0.25, {}, "a round of 5 steps has room for 1."),
         (5, 0.5, {"max_round_steps": 9}, "a round of 9 steps has room for 1."),
-        (5, None, {"min_round_steps": 2}, None),  # the first may have 17 of the 25 steps
+        (5, 0.25, {"min_round_steps": 2}, None),  # the first may have 17 of the 25 steps
         (20, 0.5, {}, "a round of 10 steps has room for 0."),
     ],
 )
@@ -113,9 +113,9 @@ def test_rounds_too_short_for_patience_are_told(every, end, options, said, caplo
 
 
 def test_rounds_shorter_than_an_epoch_are_told_where_epochs_evaluate(caplog):
-    state = TrainerState(max_steps=100, num_train_epochs=10)
+    state = TrainerState(max_steps=100, num_train_epochs=5)
     warn_of_few_evaluations(Patience.plan(5, 0, None, 100, [1]), arguments(eval_strategy="epoch"), state)
-    assert "a round of 5 steps has room for 0." in caplog.text
+    assert "a round of 10 steps has room for 0." in caplog.text
     caplog.clear()
     warn_of_few_evaluations(Patience.plan(1, 0, None, 100, [1]), arguments(eval_strategy="epoch"), state)
     assert not caplog.text  # The last round goes on to the end of the run.

@@ -9,14 +9,14 @@ from typing import Any
 from common.cells import DENSE, Cell
 from hf_prune import PruningConfig
 
-RATES = (0.25, 1, 2, 4)  # of the recipe's own learning rate
+RATES = (0.25, 1, 2, 4, 8)  # of the recipe's own learning rate
 # How the budget is divided among the rounds.
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},  # one round, and nothing to divide
     "default": {},  # what `PruningConfig` does by itself
     "equal": {"rounds": 5, "end": 0.9999},  # to the end: a fraction is rounded up to a step, and 1 would be one step
     "short": {"rounds": 10},  # in the first quarter, as is the default, and a long recovery
-    "patience": {"rounds": 5, "patience": 1, "end": 0.5},  # in the first half; the last round goes on to the end
+    "patience": {"rounds": 5, "patience": 1},  # in the first half; the last round goes on to the end
 }
 EVALUATIONS_OF_PATIENCE = 50  # of a run: often enough that a round of a tenth of it may end early
 
@@ -33,7 +33,7 @@ class StudyArguments:
         default_factory=lambda: ["equal", "short", "patience"],
         metadata={
             "help": f"How the budget is divided among the rounds: {', '.join(filter(None, VARIANTS))}; with other "
-            "fields of PruningConfig behind them, as in short+rounds=20 or patience+end=0.5+restart_lr=true."
+            "fields of PruningConfig behind them, as in short+rounds=20 or patience+end=0.75+restart_lr=true."
         },
     )
     learning_rates: list[float] | None = field(

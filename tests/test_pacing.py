@@ -16,19 +16,18 @@ def test_rounds_are_spread_evenly():
 
 
 @pytest.mark.parametrize(
-    ("rounds", "begin", "max_steps", "cuts"),
+    ("rounds", "begin", "max_steps", "cuts", "end"),
     [
-        (5, 0, 100, [0, 5, 10, 15, 20]),
-        (2, 20, 100, [20, 30]),
-        (2, 0.2, 100, [20, 30]),
-        (5, 0, 10, [0, 1, 2, 3, 4]),  # A quarter of the run would be too short.
-        (5, 5, 10, [5, 6, 7, 8, 9]),
+        (5, 0, 100, [0, 5, 10, 15, 20], 50),
+        (2, 20, 100, [20, 30], 60),
+        (2, 0.2, 100, [20, 30], 60),
+        (5, 0, 8, [0, 1, 2, 3, 4], 5),  # A quarter of the run would be too short, and so would half.
+        (5, 5, 10, [5, 6, 7, 8, 9], 10),
     ],
 )
-def test_where_end_does_not_say_it_rounds_take_a_quarter_or_what_they_need(rounds, begin, max_steps, cuts):
+def test_where_end_does_not_say_it_rounds_take_a_share_or_what_they_need(rounds, begin, max_steps, cuts, end):
     assert Even.plan(rounds, begin, None, max_steps).cuts == cuts
-    patient = Patience.plan(rounds, begin, None, max_steps, [9], min_round_steps=1)
-    assert patient.end == cuts[-1] + (cuts[-1] - cuts[-2])
+    assert Patience.plan(rounds, begin, None, max_steps, [9], min_round_steps=1).end == end
 
 
 def test_where_end_does_not_say_it_patience_keeps_its_reserve():
@@ -274,7 +273,7 @@ def test_the_target_is_always_reached_inside_the_budget():
         patience = [rng.randint(1, 9) for _ in range(rng.randint(1, rounds))]
         most = rng.choice([None, rng.randint(1, max_steps)])
         end = rng.choice([None, rng.randint(begin + rounds, max_steps)])
-        last = end or min(begin + max(rounds, math.ceil((max_steps - begin) / 4)), max_steps)
+        last = end or min(begin + max(rounds, math.ceil((max_steps - begin) / 2)), max_steps)
         least = rng.choice([None, rng.randint(1, max(1, min(most or max_steps, (last - begin) // rounds)))])
         pacing = Patience.plan(rounds, begin, end, max_steps, patience, max_round_steps=most, min_round_steps=least)
         values = {}

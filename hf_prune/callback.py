@@ -1,10 +1,11 @@
 """PruningTrainerCallback: tells the rounds when, between the events of a `transformers.Trainer`."""
 
 import dataclasses
+import functools
 import logging
 import random
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,11 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .calibration import Batch, batches_of
 from .checkpoints import (
     BEST_NAME,
     MASKS_NAME,
@@ -29,7 +32,7 @@ from .checkpoints import (
     require_same,
 )
 from .config import PruningConfig
-from .criteria import Criterion
+from .criteria import Criterion, magnitude
 from .hooks import GradientHooks
 from .masks import MaskSet
 from .monitor import (
@@ -41,7 +44,7 @@ from .monitor import (
 )
 from .optimizers import cut_state_, require_restartable, restart_lr_, undo_restart_lr_
 from .pacing import Even, Patience
-from .pruning import next_masks, resolve_targets
+from .pruning import cut, next_masks, resolve_targets
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
 from .rounds import Rounds
 from .targets import Target
@@ -191,7 +194,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             if self.config.hold_zeros:
                 self._adopt(MaskSet.from_zeros(model, self._targets), None, args, state, model, optimizer)
                 self._require_room(args)
-            self._cut_if_due(args, state, model, optimizer, scheduler)
+            self._cut_if_due(args, state, model, optimizer, scheduler, kwargs["train_dataloader"])
         self._training = True
 
     def on_step_begin(
@@ -201,7 +204,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._require_metric()
         if not self._hooks.are_on(self._weights, self.masks):
             self._hooks.hold_(self._weights, self.masks)
-        self._cut_if_due(args, state, kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"])
+        self._cut_if_due(
+            args, state, kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"], kwargs["train_dataloader"]
+        )
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -289,6 +294,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler,
+        dataloader: DataLoader[Any],
     ) -> None:
         step, pacing = state.global_step, self._rounds.pacing
         if not pacing.is_due(step):
@@ -298,11 +304,24 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             self._require_metric()
         self._say(self._rounds.end_(pacing.why_round_ends(step), model), state)
         asked = self._rounds.next_sparsity
-        masks = next_masks(self._targets, self.masks, asked, self.config, criterion=self.criterion, seed=args.seed)
+        masks = cut(
+            model,
+            self._targets,
+            self.masks,
+            asked,
+            self.config,
+            batches=functools.partial(self._calibration_batches, args, dataloader),
+            criterion=self.criterion,
+            seed=args.seed,
+            show_progress=state.is_world_process_zero and not args.disable_tqdm,
+        )
         self._adopt(masks, asked, args, state, model, optimizer)
         if self.config.restart_lr:
             self._lr_start = scheduler.last_epoch
             restart_lr_(scheduler, self._lr_start, pacing.steps_left(step), state.max_steps)
+
+    def _calibration_batches(self, args: TrainingArguments, dataloader: DataLoader[Any]) -> Iterator[Batch]:
+        return batches_of(dataloader, self.config.calibration_samples, args.train_batch_size, args.seed)
 
     def _stop_if_over(self, state: TrainerState, control: TrainerControl) -> None:
         if self._rounds.pacing.is_run_over(state.global_step):
@@ -327,7 +346,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             logger.warning("hold_zeros found no zeros to hold.")
         if self.config.round_sparsities:
             first = self.config.round_sparsities[0]
-            next_masks(self._targets, self.masks, first, self.config, criterion=self.criterion, seed=args.seed)
+            next_masks(self._targets, self.masks, first, self.config, criterion=magnitude)  # Any one will do.
 
     def _adopt(
         self,

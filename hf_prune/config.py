@@ -39,10 +39,15 @@ class PruningConfig:
         initial_sparsity: Sparsity after the first cut of the hybrid schedule.
         sparsities: The absolute sparsity after each round, rising, instead of a schedule.
         criterion: What a weight is worth: a key of `hf_prune.criteria.CRITERIA`.
+        calibration_samples: Number of training samples that a criterion looks at in each cut, if it looks at data; of
+            all processes together.
+        score_steps: Number of steps in which a cut reaches its sparsity, each leaving the same share of what the one
+            before has left, with new scores for each. Helps criteria that look at data.
         granularity: What is removed together: "unstructured", "N:M" (N kept of every M along the input dimension,
             which fixes the sparsity at `1 − N/M`) or "block:RxC".
-        scope: Which weights compete: "global" (all), "layer" (per tensor, each equally sparse) or "erk" (per tensor,
-            by the Erdős–Rényi kernel rule); "auto" is global. N:M competes within its groups and takes "auto" only.
+        scope: Which weights compete: "global" (all), "layer" (per tensor, each equally sparse), "row" (per output,
+            each equally sparse) or "erk" (per tensor, by the Erdős–Rényi kernel rule); "auto" is row for wanda and
+            global for all others. N:M competes within its groups and takes "auto" only.
         layer_sparsity: Regular expression of module names → their own final sparsity, also as JSON text. The first
             that matches the whole name counts. These modules leave the competition, and `sparsity` holds for the
             rest. At earlier rounds they are as far on their way as the rest.
@@ -98,6 +103,12 @@ class PruningConfig:
         default=None, metadata={"help": "Absolute sparsity after each round, instead of a schedule."}
     )
     criterion: str = field(default="magnitude", metadata={"help": f"What a weight is worth: {', '.join(CRITERIA)}."})
+    calibration_samples: int = field(
+        default=128, metadata={"help": "Training samples that a criterion looks at in each cut."}
+    )
+    score_steps: int = field(
+        default=1, metadata={"help": "Steps in which a cut reaches its sparsity, each with new scores."}
+    )
     granularity: str = field(
         default="unstructured", metadata={"help": "What is removed together: unstructured, N:M or block:RxC."}
     )
@@ -167,6 +178,9 @@ class PruningConfig:
             _require_fraction(f"layer_sparsity[{pattern!r}]", value)
             _require_regex("layer_sparsity", pattern)
         self._check_patterns()
+        for name in ("calibration_samples", "score_steps"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         known = {"criterion": CRITERIA, "scope": SCOPES, "optimizer_state": OPTIMIZER_STATES, "restore": RESTORE}
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:

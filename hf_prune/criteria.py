@@ -1,12 +1,13 @@
 """Criteria: what a weight is worth. A criterion maps `ScoreInputs` to scores; higher = keep.
 
 One more criterion is one more function here and one more line in `CRITERIA`; a user's own is any callable, handed to
-`PruningTrainerCallback(config, criterion=…)` or `prune(…, criterion=…)`.
+`PruningTrainerCallback(config, criterion=…)` or `prune(…, criterion=…)`. What it needs beyond the weight, it declares
+with `needs`.
 """
 
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,16 +20,67 @@ class ScoreInputs:
         name: The parameter's name in the model.
         weight: The parameter's values, of the parameter's own shape; not to be changed.
         seed: The run's seed, for criteria that draw random numbers.
+        statistics: What the criterion has declared to need, by the names of `hf_prune.calibration.STATISTICS`:
+            float32, of a shape that broadcasts with the weight's.
     """
 
     name: str
     weight: torch.Tensor
     seed: int = 0
+    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, statistic: str) -> torch.Tensor:
+        """A statistic of the weight.
+
+        Raises:
+            ValueError: if it was not gathered.
+        """
+        if statistic not in self.statistics:
+            raise ValueError(
+                f"the criterion reads the {statistic!r} of {self.name!r}, which nobody has gathered. "
+                f"Declare it: put @needs({statistic!r}) of hf_prune.criteria above the function."
+            )
+        return self.statistics[statistic]
 
 
 Criterion = Callable[[ScoreInputs], torch.Tensor]
 """`ScoreInputs` → scores of the weight's shape in float16, bfloat16, float32 or float64. It is called several times a
 cut with the same inputs and must give the same scores."""
+
+
+def needs(*statistics: str, scope: str = "global") -> Callable[[Criterion], Criterion]:
+    """Declares which statistics a criterion reads.
+
+    Args:
+        statistics: Keys of `hf_prune.calibration.STATISTICS`.
+        scope: What `scope="auto"` means for it.
+
+    Returns:
+        A decorator that notes them at the function.
+
+    Example:
+        >>> @needs("gradient")
+        ... def sensitivity(inputs):
+        ...     return inputs["gradient"].abs()
+        >>> needs_of(sensitivity)
+        ('gradient',)
+    """
+
+    def declare(criterion: Criterion) -> Criterion:
+        criterion.needs, criterion.scope = statistics, scope  # type: ignore[attr-defined]
+        return criterion
+
+    return declare
+
+
+def needs_of(criterion: Criterion) -> tuple[str, ...]:
+    """The statistics that a criterion has declared to read."""
+    return getattr(criterion, "needs", ())
+
+
+def scope_of(criterion: Criterion) -> str:
+    """What `scope="auto"` means for a criterion."""
+    return getattr(criterion, "scope", "global")
 
 
 def magnitude(inputs: ScoreInputs) -> torch.Tensor:
@@ -72,4 +124,117 @@ def random(inputs: ScoreInputs) -> torch.Tensor:
     return torch.rand(inputs.weight.shape, generator=generator).to(inputs.weight.device)
 
 
-CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "random": random}
+@needs("gradient")
+def taylor(inputs: ScoreInputs) -> torch.Tensor:
+    """What the loss changes by, to first order, when the weight is zeroed: `|w · ∂L/∂w|`.
+
+    Args:
+        inputs: `weight` and `gradient` are used.
+
+    Returns:
+        Scores of the weight's shape, float32, `≥ 0`.
+
+    Example:
+        >>> gradient = torch.tensor([0.1, -2.0])
+        >>> taylor(ScoreInputs("a", torch.tensor([-2.0, 0.5]), statistics={"gradient": gradient}))
+        tensor([0.2000, 1.0000])
+
+    Source: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", arXiv 1906.10771, eq. 8.
+    """
+    return (inputs.weight * inputs["gradient"]).abs()
+
+
+@needs("squared_gradient")
+def fisher(inputs: ScoreInputs) -> torch.Tensor:
+    """What the loss changes by, to second order, by the diagonal empirical Fisher information: `w² · E[g²] / 2`.
+
+    `g` is the gradient of a single sample's loss, and the expectation goes over samples: the square of a batch's mean
+    gradient is another number, and smaller.
+
+    Args:
+        inputs: `weight` and `squared_gradient` are used.
+
+    Returns:
+        Scores of the weight's shape, float32, `≥ 0`.
+
+    Example:
+        >>> squares = torch.tensor([0.5, 4.0])
+        >>> fisher(ScoreInputs("a", torch.tensor([-2.0, 0.5]), statistics={"squared_gradient": squares}))
+        tensor([1.0000, 0.5000])
+
+    Source: LeCun et al. 1989, "Optimal Brain Damage", with the Fisher information for the Hessian as in Theis et al.
+    2018, "Faster gaze prediction with dense networks and Fisher pruning", arXiv 1801.05787.
+    """
+    return inputs.weight.float().square() * inputs["squared_gradient"] / 2
+
+
+@needs("input_norm", scope="row")
+def wanda(inputs: ScoreInputs) -> torch.Tensor:
+    """A weight matters as much as what it is multiplied with: `|w_ij| · ‖x_j‖₂`, compared within a row.
+
+    Args:
+        inputs: `weight` and `input_norm` are used.
+
+    Returns:
+        Scores of the weight's shape, float32, `≥ 0`.
+
+    Example:
+        >>> norm = torch.tensor([[1.0, 10.0]])
+        >>> wanda(ScoreInputs("a", torch.tensor([[-2.0, 0.5]]), statistics={"input_norm": norm}))
+        tensor([[2., 5.]])
+
+    Source: Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models", arXiv 2306.11695.
+    """
+    return inputs.weight.abs() * inputs["input_norm"]
+
+
+@needs("gradient")
+def snip(inputs: ScoreInputs) -> torch.Tensor:
+    """Connection sensitivity: `|∂L/∂c|` of a gate `c = 1` on each weight, which is `|w · ∂L/∂w|`.
+
+    The paper divides by the sum over all weights, which changes no order. It ranks as `taylor` does; the idea was to
+    prune once, before any training.
+
+    Args:
+        inputs: `weight` and `gradient` are used.
+
+    Returns:
+        Scores of the weight's shape, float32, `≥ 0`.
+
+    Source: Lee et al. 2018, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", arXiv 1810.02340.
+    """
+    return taylor(inputs)
+
+
+def lamp(inputs: ScoreInputs) -> torch.Tensor:
+    """Magnitude that layers can be compared by: `w² / Σ w'²` over the weights `w'` of the layer that are as large.
+
+    The largest weight of each layer has the score 1, so that no layer is emptied.
+
+    Args:
+        inputs: `weight` is used.
+
+    Returns:
+        Scores of the weight's shape, float64, in `[0, 1]`.
+
+    Example:
+        >>> lamp(ScoreInputs("a", torch.tensor([1.0, -2.0, 0.0])))
+        tensor([0.2000, 1.0000, 0.0000], dtype=torch.float64)
+
+    Source: Lee et al. 2020, "Layer-adaptive sparsity for the Magnitude-based Pruning", arXiv 2010.07611.
+    """
+    squares, order = inputs.weight.double().square().flatten().sort(stable=True)
+    rest = squares.flip(0).cumsum(0).flip(0)
+    scores = torch.zeros_like(squares).scatter_(0, order, squares / rest.clamp_min(torch.finfo(rest.dtype).tiny))
+    return scores.view(inputs.weight.shape)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": magnitude,
+    "random": random,
+    "taylor": taylor,
+    "fisher": fisher,
+    "wanda": wanda,
+    "snip": snip,
+    "lamp": lamp,
+}

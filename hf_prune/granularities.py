@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .selection import check_scores
+from .selection import drop_lowest_of_each
 from .targets import Target
 
 
@@ -34,6 +34,14 @@ class Unstructured:
     def spread(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
         """Mask of the groups → mask of the weights: the same."""
         return mask
+
+    def to_rows(self, values: torch.Tensor, target: Target) -> torch.Tensor:
+        """Values of the groups → `[rows, groups of a row]`: a row is an output, and all that it is computed from."""
+        return target.to_rows(values).flatten(0, 1)
+
+    def from_rows(self, rows: torch.Tensor, target: Target) -> torch.Tensor:
+        """The inverse of `to_rows`."""
+        return target.from_rows(rows).contiguous()
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,14 @@ class Block:
         matrix = mask.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
         return target.from_matrix(matrix).contiguous()
 
+    def to_rows(self, values: torch.Tensor, target: Target) -> torch.Tensor:
+        """Values of the blocks → the same: a row of blocks holds `R` outputs (at one position of a kernel)."""
+        return values
+
+    def from_rows(self, rows: torch.Tensor, target: Target) -> torch.Tensor:
+        """The inverse of `to_rows`."""
+        return rows
+
     def _blocks(self, values: torch.Tensor, target: Target) -> torch.Tensor:
         matrix = target.to_matrix(values)
         return matrix.reshape(len(matrix) // self.rows, self.rows, -1, self.columns)
@@ -128,18 +144,14 @@ class Pattern:
         Raises:
             ValueError: if a score is NaN, or `kept` holds more than `m − n` zeros of a group already.
         """
-        check_scores(target.name, scores)
-        order = target.to_matrix(scores).reshape(-1, self.m).argsort(stable=True, dim=1)
-        if kept is not None:
-            alive = target.to_matrix(kept).reshape(-1, self.m)
-            if (alive.sum(1) < self.n).any():
-                raise ValueError(
-                    f"{target.module!r} has groups of {self.m} with more than {self.m - self.n} zeros already; "
-                    f"they cannot become {self.n}:{self.m}. Start without hold_zeros."
-                )
-            # A rank below that of every score, −inf included, for what is pruned already.
-            order = order.gather(1, alive.gather(1, order).byte().argsort(stable=True, dim=1))
-        mask = torch.ones_like(order, dtype=torch.bool).scatter_(1, order[:, : self.m - self.n], False)
+        alive = None if kept is None else target.to_matrix(kept).reshape(-1, self.m)
+        if alive is not None and (alive.sum(1) < self.n).any():
+            raise ValueError(
+                f"{target.module!r} has groups of {self.m} with more than {self.m - self.n} zeros already; "
+                f"they cannot become {self.n}:{self.m}. Start without hold_zeros."
+            )
+        groups = target.to_matrix(scores).reshape(-1, self.m)
+        mask = drop_lowest_of_each(target.name, groups, self.m - self.n, alive)
         return target.from_matrix(mask).contiguous()
 
 

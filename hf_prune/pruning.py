@@ -3,19 +3,20 @@
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
 
 from . import granularities
+from .calibration import Batch, Statistics, calibrate
 from .config import PruningConfig
-from .criteria import CRITERIA, Criterion, ScoreInputs
+from .criteria import CRITERIA, Criterion, ScoreInputs, needs_of, scope_of
 from .granularities import Pattern
 from .masks import MaskSet, masked_in
 from .reports import SparsityReport, sparsity_report
 from .scopes import pools
-from .selection import drop_lowest
+from .selection import drop_lowest, drop_lowest_of_each
 from .targets import Target, find_targets
 
 
@@ -53,8 +54,9 @@ def next_masks(
     *,
     criterion: Criterion | None = None,
     seed: int = 0,
+    statistics: Statistics | None = None,
 ) -> MaskSet:
-    """Scores, selects and masks for one round; the model is not touched.
+    """Scores, selects and masks once; the model is not touched.
 
     Args:
         targets: What `resolve_targets` found.
@@ -64,6 +66,7 @@ def next_masks(
         config: Its criterion, granularity, scope and `layer_sparsity` count.
         criterion: A criterion in place of the config's.
         seed: For criteria that draw random numbers.
+        statistics: What the criterion has declared to need.
 
     Returns:
         A mask for each target.
@@ -79,7 +82,8 @@ def next_masks(
 
     def weight_scores(target: Target) -> torch.Tensor:
         version = target.weight._version
-        scores = score(ScoreInputs(target.name, target.weight.detach(), seed))
+        gathered = {name: values[target.name] for name, values in (statistics or {}).items()}
+        scores = score(ScoreInputs(target.name, target.weight.detach(), seed, gathered))
         if target.weight._version != version:
             raise ValueError(f"the criterion changed {target.name!r} in place. It has to leave the weight as it is.")
         if not torch.is_tensor(scores):
@@ -100,25 +104,94 @@ def next_masks(
     def group_scores(target: Target) -> torch.Tensor:
         return granularity.pool(weight_scores(target), target)
 
+    own, scope = _layer_sparsity(targets, sparsity, config), config.scope
+    scope = scope_of(score) if scope == "auto" else scope
     kept = {name: granularity.pool_mask(mask, targets[name]) for name, mask in masks.items()}
     group_masks: dict[str, torch.Tensor] = {}
-    for pool in pools(
-        {name: target.weight.numel() // granularity.group_size for name, target in targets.items()},
-        sparsity,
-        config.scope,
-        shapes={name: target.layer_shape for name, target in targets.items()},
-        dropped={name: masked_in(kept[name]) if name in kept else 0 for name in targets},
-        layer_sparsity=_layer_sparsity(targets, sparsity, config),
-    ):
-        scores = {name: functools.partial(group_scores, targets[name]) for name in pool.names}
-        group_masks |= drop_lowest(scores, pool.drop, kept)
+    if scope == "row":
+        for name, target in targets.items():
+            rows = granularity.to_rows(group_scores(target), target)
+            before = granularity.to_rows(kept[name], target) if name in kept else None
+            drop = round(own.get(name, sparsity) * rows.shape[1])
+            group_masks[name] = granularity.from_rows(drop_lowest_of_each(name, rows, drop, before), target)
+    else:
+        for pool in pools(
+            {name: target.weight.numel() // granularity.group_size for name, target in targets.items()},
+            sparsity,
+            scope,
+            shapes={name: target.layer_shape for name, target in targets.items()},
+            dropped={name: masked_in(kept[name]) if name in kept else 0 for name in targets},
+            layer_sparsity=own,
+        ):
+            scores = {name: functools.partial(group_scores, targets[name]) for name in pool.names}
+            group_masks |= drop_lowest(scores, pool.drop, kept)
     return MaskSet({name: granularity.spread(group_masks[name], target) for name, target in targets.items()})
+
+
+def cut(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    masks: MaskSet,
+    sparsity: float,
+    config: PruningConfig,
+    *,
+    batches: Callable[[], Iterable[Batch]] | None = None,
+    criterion: Criterion | None = None,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> MaskSet:
+    """One round's cut: masks that reach a sparsity, in `config.score_steps` steps.
+
+    Args:
+        model: The model, unwrapped. Its targets may be zeroed by the masks of all steps but the last.
+        targets: What `resolve_targets` found.
+        masks: The masks so far.
+        sparsity: Absolute sparsity to reach, in `[0, 1)`.
+        config: The pruning config.
+        batches: Gives calibration batches of this process, anew at each call; None if there are none.
+        criterion: A criterion in place of the config's.
+        seed: For criteria that draw random numbers.
+        show_progress: Whether a long calibration shows how far it is.
+
+    Returns:
+        A mask for each target.
+
+    Raises:
+        ValueError: as `next_masks` and `calibrate` do, or if the criterion looks at data and there are none. The
+            weights are then as they were.
+    """
+    needs = needs_of(criterion or CRITERIA[config.criterion])
+    if needs and batches is None:
+        raise ValueError(
+            f"the criterion {config.criterion if criterion is None else criterion!r} looks at data "
+            f"({', '.join(needs)}). Give a dataloader of calibration samples."
+        )
+    before = {}
+    if config.score_steps > 1:
+        before = {name: target.weight.detach().clone() for name, target in targets.items()}
+    done = False
+    try:
+        for level in _score_levels(masks.sparsity if masks else 0.0, sparsity, config):
+            statistics = None
+            if needs and batches is not None:
+                samples = config.calibration_samples
+                statistics = calibrate(model, targets, batches(), needs, samples, show_progress=show_progress)
+            masks = next_masks(targets, masks, level, config, criterion=criterion, seed=seed, statistics=statistics)
+            if level != sparsity:
+                masks.apply_(model)
+        done = True
+    finally:
+        if not done:
+            with torch.no_grad():
+                for name, weight in before.items():
+                    targets[name].weight.copy_(weight)
+    return masks
 
 
 def prune(
     model: nn.Module,
     config: PruningConfig,
-    dataloader: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    dataloader: Iterable[Batch] | None = None,
     *,
     criterion: Criterion | None = None,
     seed: int = 0,
@@ -131,7 +204,8 @@ def prune(
     Args:
         model: The model, unwrapped.
         config: The pruning config; of its rounds only the last counts.
-        dataloader: Batches for criteria that look at data. Not read yet: none of the criteria does.
+        dataloader: Batches with the samples along the first dimension of their tensors, for criteria that look at
+            data; of these the first `config.calibration_samples` samples are read.
         criterion: A criterion in place of the config's.
         seed: For criteria that draw random numbers.
 
@@ -149,9 +223,28 @@ def prune(
     targets = resolve_targets(model, config)
     masks = MaskSet.from_zeros(model, targets) if config.hold_zeros else MaskSet()
     if config.round_sparsities:
-        masks = next_masks(targets, masks, config.round_sparsities[-1], config, criterion=criterion, seed=seed)
+        masks = cut(
+            model,
+            targets,
+            masks,
+            config.round_sparsities[-1],
+            config,
+            batches=None if dataloader is None else lambda: dataloader,
+            criterion=criterion,
+            seed=seed,
+            show_progress=True,
+        )
     masks.apply_(model)
     return sparsity_report(model, masks=masks)
+
+
+def _score_levels(before: float, sparsity: float, config: PruningConfig) -> list[float]:
+    """The sparsities on a cut's way, each leaving the same share of what the one before has left."""
+    share, steps = (1 - sparsity) / (1 - before), config.score_steps
+    levels = [1 - (1 - before) * share ** (step / steps) for step in range(1, steps)]
+    if isinstance(pattern := granularities.parse(config.granularity), Pattern):
+        levels = sorted({round(level * pattern.m) / pattern.m for level in levels} - {before, sparsity})
+    return [*(level for level in levels if before < level < sparsity), sparsity]
 
 
 def _require_finite(target: Target) -> None:

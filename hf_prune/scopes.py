@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-SCOPES = ("auto", "global", "layer", "erk")
+SCOPES = ("auto", "global", "layer", "row", "erk")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def pools(
     Args:
         sizes: Name → number of groups (of weights, where the granularity is unstructured).
         sparsity: Fraction of the groups to drop, in `[0, 1)`.
-        scope: "global" or "auto" (one pool), "layer" (a pool for each tensor, all with the same sparsity) or "erk" (a
+        scope: "global" (one pool), "layer" (a pool for each tensor, all with the same sparsity) or "erk" (a
             pool for each tensor, the sparsity by the Erdős–Rényi kernel rule, exact in total).
         shapes: Name → dimensions of one layer's weight, for "erk".
         dropped: Name → number of groups dropped before; a pool never drops fewer.

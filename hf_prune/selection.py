@@ -71,6 +71,39 @@ def drop_lowest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None 
     return masks
 
 
+def drop_lowest_of_each(name: str, scores: torch.Tensor, k: int, kept: torch.Tensor | None = None) -> torch.Tensor:
+    """Drops the `k` lowest scores of each row; of ties the first by position.
+
+    Args:
+        name: The tensor's name, for messages.
+        scores: `[rows, columns]`, floating-point.
+        k: How many to drop of each row, those that `kept` has dropped already included.
+        kept: Bool tensor of the same shape; what is False there goes first. None if nothing is dropped yet.
+
+    Returns:
+        Bool tensor of the scores' shape, True = kept, with exactly `k` False in each row.
+
+    Raises:
+        ValueError: if a score is NaN, or `kept` has dropped more than `k` of a row.
+
+    Example:
+        >>> drop_lowest_of_each("a", torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), 1)
+        tensor([[ True, False,  True],
+                [False,  True,  True]])
+    """
+    check_scores(name, scores)
+    order = scores.argsort(stable=True, dim=1)
+    if kept is not None:
+        if (kept.shape[1] - kept.sum(1) > k).any():
+            raise ValueError(
+                f"{name!r} has rows in which more than {k} of {kept.shape[1]} are zero already, and what is pruned "
+                "stays pruned. Start without hold_zeros, or take another scope."
+            )
+        # A rank below that of every score, −inf included, for what is dropped already.
+        order = order.gather(1, kept.gather(1, order).byte().argsort(stable=True, dim=1))
+    return torch.ones_like(order, dtype=torch.bool).scatter_(1, order[:, :k], False)
+
+
 def check_scores(name: str, values: torch.Tensor) -> None:
     """Requires scores that can be ranked.
 

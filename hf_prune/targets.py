@@ -31,11 +31,14 @@ class Target:
         name: The parameter's name in the model.
         weight: The parameter itself.
         axes: The permutation of its axes under which it reads `[…, out, in]`.
+        parts: The number of equal parts of its rows that have inputs of their own: fused experts, or the groups of a
+            convolution.
     """
 
     name: str
     weight: nn.Parameter
     axes: tuple[int, ...]
+    parts: int = 1
 
     @property
     def module(self) -> str:
@@ -63,8 +66,32 @@ class Target:
 
     def from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
         """The inverse of `to_matrix`."""
-        inverse = sorted(range(len(self.axes)), key=self.axes.__getitem__)
-        return matrix.reshape([self.weight.shape[axis] for axis in self.axes]).permute(inverse)
+        return matrix.reshape([self.weight.shape[axis] for axis in self.axes]).permute(self._inverse)
+
+    def to_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` of the weight's shape → `[parts, rows of a part, fan_in]`: each row is one dot product."""
+        rows = values.flatten(1) if values.ndim == 4 else self.to_matrix(values)
+        return rows.reshape(self.parts, -1, rows.shape[-1])
+
+    def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The inverse of `to_rows`."""
+        return rows.reshape(self.weight.shape) if self.weight.ndim == 4 else self.from_matrix(rows)
+
+    def per_input(self, values: torch.Tensor) -> torch.Tensor:
+        """`values [parts, fan_in]` → the same for each row, of a shape that broadcasts with the weight."""
+        if self.weight.ndim == 4:
+            rows = len(self.weight) // self.parts if self.parts > 1 else 1
+            return values.repeat_interleave(rows, 0).reshape(-1, *self.weight.shape[1:])
+        return values.unsqueeze(1).reshape([*values.shape[: self.weight.ndim - 2], 1, -1]).permute(self._inverse)
+
+    @property
+    def fan_in(self) -> int:
+        """Number of inputs of a row, positions of a kernel included."""
+        return self.weight[0].numel() if self.weight.ndim == 4 else self.in_features
+
+    @property
+    def _inverse(self) -> list[int]:
+        return sorted(range(len(self.axes)), key=self.axes.__getitem__)
 
 
 def find_targets(
@@ -138,13 +165,14 @@ def _candidates(model: nn.Module) -> Iterator[Target]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         axes = next((axes for kind, axes in _AXES.items() if isinstance(module, kind)), None)
         if axes is not None:
-            yield Target(f"{prefix}.weight" if prefix else "weight", module.weight, axes)
+            parts = getattr(module, "groups", 1)
+            yield Target(f"{prefix}.weight" if prefix else "weight", module.weight, axes, parts)
         elif type(module).__name__.endswith("Experts"):
             # Llama 4 stores its experts as [expert, in, out] without the attribute that says so.
             transposed = getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
             for name, parameter in module.named_parameters(prefix, recurse=False):
                 if parameter.ndim == 3:
-                    yield Target(name, parameter, (0, 2, 1) if transposed else (0, 1, 2))
+                    yield Target(name, parameter, (0, 2, 1) if transposed else (0, 1, 2), len(parameter))
 
 
 def is_regex(entry: str) -> bool:

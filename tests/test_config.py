@@ -25,6 +25,10 @@ COMMANDS = [
     ("--sparsities 0.5 0.75 0.875", {"sparsities": [0.5, 0.75, 0.875]}),
     ("--sparsities 0.5", {"sparsities": [0.5]}),
     ("--sparsity 0.5 --criterion random", {"sparsity": 0.5, "criterion": "random"}),
+    (
+        "--sparsity 0.5 --criterion taylor --calibration_samples 64 --score_steps 4",
+        {"sparsity": 0.5, "criterion": "taylor", "calibration_samples": 64, "score_steps": 4},
+    ),
     ("--granularity 2:4", {"granularity": "2:4"}),
     (
         "--sparsity 0.5 --granularity block:4x4 --scope erk",
@@ -288,7 +292,7 @@ def test_a_sparsity_has_to_be_a_fraction(value, message):
 UNKNOWN = {
     "schedule": f"schedule must be one of {', '.join(SCHEDULES)}; got ",
     "criterion": f"criterion must be one of {', '.join(CRITERIA)}; got ",
-    "scope": r"scope must be one of auto, global, layer, erk; got ",
+    "scope": f"scope must be one of {', '.join(SCOPES)}; got ",
     "optimizer_state": r"optimizer_state must be one of mask, reset, keep; got ",
     "restore": r"restore must be one of best, last; got ",
     "granularity": r"granularity must be unstructured, N:M \(such as 2:4\) or block:RxC \(such as block:4x4\); got ",
@@ -423,6 +427,8 @@ def test_an_unknown_name_is_an_error_that_lists_the_known(name, value):
         ({"sparsity": 0.8, "layer_sparsity": {"(": 0.5}}, r"layer_sparsity: '\(' is not a regular expression \("),
         ({"sparsity": 0.8, "layer_sparsity": "{"}, r"layer_sparsity is not JSON \(.*\), got '\{'\."),
         ({"sparsity": 0.8, "layer_sparsity": ""}, r"layer_sparsity is not JSON \(.*\), got ''\."),
+        ({"sparsity": 0.8, "score_steps": 0}, r"score_steps must be at least 1, got 0\."),
+        ({"sparsity": 0.8, "calibration_samples": -1}, r"calibration_samples must be at least 1, got -1\."),
         ({"sparsity": 0.8, "layer_sparsity": "[1]"}, r"layer_sparsity must be an object such as .*, got '\[1\]'\."),
         ({"sparsity": 0.8, "layer_sparsity": "0.5"}, r"layer_sparsity must be an object such as .*, got '0\.5'\."),
         ({"sparsity": 0.8, "layer_sparsity": '{"a": "b"}'}, r"layer_sparsity\['a'\] must be a number .*, got 'b'\."),

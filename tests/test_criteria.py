@@ -4,7 +4,21 @@ import itertools
 import pytest
 import torch
 
-from hf_prune.criteria import CRITERIA, ScoreInputs, magnitude, random
+from hf_prune.calibration import STATISTICS
+from hf_prune.criteria import (
+    CRITERIA,
+    ScoreInputs,
+    fisher,
+    lamp,
+    magnitude,
+    needs_of,
+    random,
+    scope_of,
+    snip,
+    taylor,
+    wanda,
+)
+from hf_prune.scopes import SCOPES
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -94,3 +108,67 @@ def test_score_inputs_cannot_be_changed():
     assert inputs.seed == 0
     with pytest.raises(dataclasses.FrozenInstanceError):
         inputs.weight = torch.ones(2)
+
+
+# Against formulas
+
+
+def inputs(shape=(4, 5), **statistics) -> ScoreInputs:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return ScoreInputs("layer.weight", weight, statistics=statistics)
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+def test_first_and_second_order():
+    gradient, squares = drawn(4, 5), drawn(4, 5).square()
+    for i, j in itertools.product(range(4), range(5)):
+        w = inputs().weight[i, j]
+        expected = abs(float(w) * float(gradient[i, j]))
+        assert taylor(inputs(gradient=gradient))[i, j] == pytest.approx(expected)
+        assert snip(inputs(gradient=gradient))[i, j] == pytest.approx(expected)
+        expected = float(w) ** 2 * float(squares[i, j]) / 2
+        assert fisher(inputs(squared_gradient=squares))[i, j] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (4, 1), (4, 5)])
+def test_wanda_is_the_product_of_weight_and_input_norm(shape):
+    norm = drawn(*shape).abs()
+    scores = wanda(inputs(input_norm=norm))
+    for i, j in itertools.product(range(4), range(5)):
+        factor = float(norm[min(i, shape[0] - 1), min(j, shape[1] - 1)])
+        assert scores[i, j] == pytest.approx(abs(float(inputs().weight[i, j])) * factor)
+
+
+@pytest.mark.parametrize("shape", [(7,), (4, 5), (2, 3, 4)])
+def test_lamp_is_what_its_definition_says(shape):
+    """Score(u) = w[u]² / Σ_{v ≥ u} w[v]², for weights in ascending order of magnitude."""
+    given = inputs(shape)
+    weights = given.weight.flatten().double().tolist()
+    for weight, score in zip(weights, lamp(given).flatten().tolist(), strict=True):
+        rest = sum(other**2 for other in weights if abs(other) >= abs(weight))
+        assert score == pytest.approx(weight**2 / rest)
+    assert lamp(given).max() == 1
+
+
+def test_lamp_of_zeros_is_zero():
+    assert not lamp(ScoreInputs("a", torch.zeros(5))).any()
+    assert lamp(ScoreInputs("a", torch.tensor([0.0, 3.0, 0.0]))).tolist() == [0.0, 1.0, 0.0]
+
+
+def test_within_a_layer_lamp_ranks_as_magnitude_does():
+    given = inputs((30, 40))
+    assert torch.equal(lamp(given).flatten().argsort(), given.weight.abs().flatten().argsort())
+
+
+def test_what_was_not_declared_is_an_error_that_says_how():
+    with pytest.raises(ValueError, match=r"reads the 'gradient' of 'layer\.weight', .* put @needs\('gradient'\)"):
+        taylor(inputs())
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_every_need_is_a_statistic_and_every_scope_is_known(name):
+    assert set(needs_of(CRITERIA[name])) <= set(STATISTICS)
+    assert scope_of(CRITERIA[name]) in SCOPES

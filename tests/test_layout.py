@@ -19,6 +19,8 @@ ORDER = [
     "criteria",
     "selection",
     "targets",
+    "products",
+    "calibration",
     "granularities",
     "files",
     "masks",

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
 
 from hf_prune import MaskSet, PruningConfig, ScoreInputs, prune, sparsity_report
-from hf_prune.criteria import CRITERIA
-from hf_prune.pruning import next_masks, resolve_targets
+from hf_prune.criteria import CRITERIA, scope_of
+from hf_prune.pruning import cut, next_masks, resolve_targets
 from hf_prune.schedules import SCHEDULES
 from hf_prune.scopes import SCOPES
 from hf_prune.targets import Target, find_targets
-from tests.tiny import FAMILIES, build, twin
+from tests.tiny import FAMILIES, batch, build, twin
 
 GRANULARITIES = ["unstructured", "1:4", "2:4", "block:2x4"]
 
@@ -24,6 +26,16 @@ IMPOSSIBLE = {
     ("convnext", "2:4"): "2:4 needs in_features divisible by 4; '.*dwconv' has 1",
     ("convnext", "block:2x4"): "block:2x4 needs .*dwconv' is 8 x 1",
 }
+
+
+def data(model: nn.Module) -> DataLoader:
+    return DataLoader(batch(model, 4), batch_size=2, collate_fn=default_data_collator)
+
+
+def of_rows(target: Target, sparsity: float, group: int) -> int:
+    """Weights that go if each row of weights, or of 2x4 blocks, is equally sparse."""
+    groups = target.in_features // 4 if group == 8 else target.fan_in
+    return target.weight.numel() // groups * round(sparsity * groups)
 
 
 def zeros(model: nn.Module, targets: dict[str, Target]) -> int:
@@ -48,15 +60,18 @@ def test_every_cell_is_exact(family, criterion, granularity, scope):
         config = PruningConfig(sparsity=0.7, granularity=granularity, criterion=criterion, scope=scope)
     if (family, granularity) in IMPOSSIBLE:
         with pytest.raises(ValueError, match=IMPOSSIBLE[family, granularity]):
-            prune(model, config)
+            prune(model, config, data(model))
         assert zeros(model, find_targets(model)) == 0
         return
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    report = prune(model, config)
+    report = prune(model, config, data(model))
 
     sparsity = config.round_sparsities[-1]
     group = 8 if granularity.startswith("block") else 1
-    if scope == "layer":
+    rows = scope == "row" or (scope == "auto" and scope_of(CRITERIA[criterion]) == "row")
+    if rows and ":" not in granularity.removeprefix("block:"):
+        expected = sum(of_rows(target, sparsity, group) for target in find_targets(model).values())
+    elif scope == "layer":
         expected = sum(group * round(sparsity * module.total / group) for module in report.modules)
     else:
         expected = group * round(sparsity * total / group)
@@ -93,14 +108,14 @@ def test_rounds_are_monotone_and_exact(criterion, scope, granularity):
     )
     targets, masks = resolve_targets(model, config), MaskSet()
     for sparsity in config.round_sparsities:
-        previous, masks = masks, next_masks(targets, masks, sparsity, config)
+        previous, masks = masks, cut(model, targets, masks, sparsity, config, batches=lambda: data(model))
         masks.apply_(model)
         with torch.no_grad():  # Whatever fine-tuning does to the kept weights, what is pruned stays pruned.
             for name, mask in masks.items():
                 model.get_parameter(name).add_(torch.randn_like(mask, dtype=torch.float32) * mask)
         for name, mask in previous.items():
             assert not (masks[name] & ~mask).any()
-        if scope != "layer":
+        if scope in ("global", "erk") or (scope == "auto" and scope_of(CRITERIA[criterion]) != "row"):
             size = 8 if granularity.startswith("block") else 1
             assert masks.masked == size * round(sparsity * masks.total / size)
 

@@ -1,0 +1,362 @@
+"""Calibration: what criteria need to know beyond the weights, gathered from ordinary passes over a few samples."""
+
+import collections
+import contextlib
+import itertools
+import logging
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from accelerate import PartialState
+from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from .products import Product, ProductWatch
+from .targets import Target
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, Any]
+Statistics = Mapping[str, Mapping[str, torch.Tensor]]
+"""Name of a statistic → parameter → its values, in float32, of a shape that broadcasts with the weight's."""
+
+
+def calibrate(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    batches: Iterable[Batch],
+    needs: Collection[str],
+    samples: int,
+    *,
+    show_progress: bool = False,
+) -> Statistics:
+    """Gathers statistics over calibration samples.
+
+    The model is in evaluation mode meanwhile. Its gradients and buffers, and the random states of Python, NumPy and
+    torch, are afterwards as they were. Where there are several processes, each passes batches of its own, and all of
+    them get the statistics of all samples.
+
+    Args:
+        model: The model, unwrapped; called as `model(**batch)`.
+        targets: The weights that are to be scored.
+        batches: What the model is called with: tensors with the samples along their first dimension.
+        needs: Keys of `STATISTICS`.
+        samples: Number of samples to read, of all processes together. If there are fewer, that is said.
+        show_progress: Whether a bar shows how far it is, if it takes more than a few seconds.
+
+    Returns:
+        What is needed, for each target.
+
+    Raises:
+        ValueError: if there are no samples, if batches have no labels where a loss is needed, or if what was gathered
+            is not finite (the message names the module).
+    """
+    gatherers = {name: STATISTICS[name](model, targets) for name in needs}
+    state, device, seen = PartialState(), next(model.parameters()).device, 0
+    mine = len(range(state.process_index, samples, state.num_processes))
+    with _undisturbed(model, targets), tqdm(total=mine, delay=5, disable=not show_progress) as bar:
+        bar.set_description("Calibrating")
+        for batch in batches:
+            part = _rows_of(_on(batch, device), slice(0, mine - seen))
+            for gatherer in gatherers.values():
+                gatherer.see(part)
+            seen += size_of(part)
+            bar.update(size_of(part))
+            if seen >= mine:
+                break
+    seen = int(_over_processes(torch.tensor(seen, device=device)))
+    if seen == 0:
+        raise ValueError("there are no calibration samples: the dataloader gave no batch.")
+    if seen < samples:
+        logger.warning("Calibration has %d samples, fewer than the %d asked for.", seen, samples)
+    statistics = {name: gatherer.statistic() for name, gatherer in gatherers.items()}
+    for name, values in statistics.items():
+        for parameter, value in values.items():
+            if not value.isfinite().all():
+                raise ValueError(
+                    f"the {name.replace('_', ' ')} of {targets[parameter].module!r} is NaN or infinite over the "
+                    "calibration samples. Has training diverged, or does the model overflow in its dtype?"
+                )
+    return statistics
+
+
+def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Calibration batches of this process from the data that a dataloader reads, which itself is left alone.
+
+    Samples of a dataset of known length are drawn with the seed, each once and on one process; a stream is read from
+    its beginning.
+
+    Args:
+        dataloader: Its dataset and its collator are used.
+        samples: Number of samples, of all processes together.
+        batch_size: Number of samples in a batch.
+        seed: Seed of the draw.
+
+    Yields:
+        Batches as the collator makes them.
+    """
+    dataset, state = dataloader.dataset, PartialState()
+    if isinstance(dataset, IterableDataset):
+        drawn: Iterator[Any] = itertools.islice(iter(dataset), state.process_index, samples, state.num_processes)
+    else:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+        drawn = (dataset[int(i)] for i in order[:samples][state.process_index :: state.num_processes])
+    while rows := list(itertools.islice(drawn, batch_size)):
+        yield dataloader.collate_fn(rows)
+
+
+def size_of(batch: Batch) -> int:
+    """Number of samples in a batch."""
+    return next(len(value) for value in batch.values() if torch.is_tensor(value) and value.ndim)
+
+
+class Gatherer:
+    """Gathers one statistic, batch by batch.
+
+    Args:
+        model: The model, as `calibrate` leaves it to its passes.
+        targets: The weights that are to be scored.
+    """
+
+    def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
+        self.model, self.targets = model, targets
+        self.count = torch.zeros((), device=next(model.parameters()).device)
+        self.sums = {
+            name: torch.zeros(self.shape_of(target), device=target.weight.device) for name, target in targets.items()
+        }
+
+    def shape_of(self, target: Target) -> torch.Size:
+        """The shape of what is summed up for a target."""
+        return target.weight.shape
+
+    def see(self, batch: Batch) -> None:
+        """Adds a batch."""
+        raise NotImplementedError
+
+    def statistic(self) -> Mapping[str, torch.Tensor]:
+        """The mean over the samples of all processes."""
+        count = _over_processes(self.count).item()
+        return {name: _over_processes(total) / max(count, 1) for name, total in self.sums.items()}
+
+
+class InputNorm(Gatherer):
+    """`‖x_j‖₂` of each input `j` of a weight, over all positions of all samples."""
+
+    def shape_of(self, target: Target) -> torch.Size:
+        """One number for each input of each part."""
+        return torch.Size([target.parts, target.fan_in])
+
+    def see(self, batch: Batch) -> None:
+        """Adds a batch."""
+        with torch.no_grad(), _eager_experts(self.model), ProductWatch(self.targets, self._add):
+            self.model(**batch)
+
+    def _add(self, product: Product) -> None:
+        squares = product.inputs(1).float().square().sum((1, 2))
+        self.sums[product.target.name][slice(None) if product.part is None else [product.part]] += squares
+
+    def statistic(self) -> Mapping[str, torch.Tensor]:
+        """The norms over the samples of all processes."""
+        return {n: self.targets[n].per_input(_over_processes(total).sqrt()) for n, total in self.sums.items()}
+
+
+class Gradient(Gatherer):
+    """`∂L/∂w` of the mean loss `L`: over labels where samples have several, else over samples."""
+
+    def see(self, batch: Batch) -> None:
+        """Adds a batch."""
+        weight = labels_of(self.model, batch).sum()
+        self.count += weight
+        for name, gradient in _gradients(self.model, self.targets, batch).items():
+            self.sums[name] += weight * gradient
+
+
+class SquaredGradient(Gatherer):
+    """`E[(∂L_s/∂w)²]` over samples `s`, with the mean loss `L_s` of each by itself.
+
+    The gradients of single samples come out of one backward pass of a batch where that can be: from the inputs and
+    the gradient of the output of each product. Whether it can (samples that lie along the first dimension everywhere,
+    a loss that is a mean over labels) is tried on two samples; if not, each sample has a pass of its own.
+    """
+
+    def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
+        super().__init__(model, targets)
+        self._in_batches: bool | None = None
+
+    def see(self, batch: Batch) -> None:
+        """Adds a batch."""
+        if self._in_batches is None and size_of(batch) > 1:
+            self._in_batches = self._can_batch(batch)
+            if not self._in_batches:
+                logger.info("Gradients of single samples are computed in passes of their own.")
+        self.count += size_of(batch)
+        squares = self._of_batch(batch) if self._in_batches else None
+        for name, values in (squares or self._one_by_one(batch)).items():
+            self.sums[name] += values
+
+    def _can_batch(self, batch: Batch) -> bool:
+        """Whether two samples, those with the fewest and the most labels, have the same squares together as alone."""
+        order = labels_of(self.model, batch).argsort(stable=True)
+        pair = _rows_of(batch, order[[0, -1]])
+        together, alone = self._of_batch(pair), self._one_by_one(pair)
+        rounding = max(torch.finfo(target.weight.dtype).eps for target in self.targets.values())
+        tolerance = max(1e-3, 25 * rounding)
+        return together is not None and all(
+            (together[name] - values).norm() <= tolerance * values.norm() for name, values in alone.items()
+        )
+
+    def _one_by_one(self, batch: Batch) -> dict[str, torch.Tensor]:
+        totals = {name: torch.zeros_like(total) for name, total in self.sums.items()}
+        labels = labels_of(self.model, batch)
+        for sample in range(size_of(batch)):
+            if labels[sample] > 0:  # Without a label there is no loss: a mean over nothing is NaN.
+                alone = _rows_of(batch, slice(sample, sample + 1))
+                for name, gradient in _gradients(self.model, self.targets, alone).items():
+                    totals[name] += gradient.square()
+        return totals
+
+    def _of_batch(self, batch: Batch) -> dict[str, torch.Tensor] | None:
+        """The sum of the squares; None if samples cannot be told apart."""
+        samples, labels = size_of(batch), labels_of(self.model, batch)
+        uses: list[tuple[Product, GradientEdge]] = []
+
+        def tell(product: Product) -> None:
+            uses.append((product, get_gradient_edge(product.output)))  # An edge: the output may be changed in place.
+
+        with torch.enable_grad(), ProductWatch(self.targets, tell):
+            loss = loss_of(self.model, batch)
+        if any(product.part is not None for product, _ in uses):
+            return None  # Experts see positions of several samples, without a word of which.
+        gradients = torch.autograd.grad(loss, [edge for _, edge in uses], allow_unused=True)
+        # The loss is the mean over the labels of the batch, and that of a sample the mean over its own.
+        scale = (labels.sum() / labels).nan_to_num(posinf=0).reshape(1, -1, 1, 1)
+        per_sample: dict[str, torch.Tensor] = {}
+        left = collections.Counter(product.target.name for product, _ in uses)
+        totals: dict[str, torch.Tensor] = {}
+        for (product, _), gradient in zip(uses, gradients, strict=True):
+            name = product.target.name
+            left[name] -= 1
+            if gradient is not None:
+                try:
+                    x, g = product.inputs(samples).float(), product.rows(gradient, samples).float() * scale
+                except RuntimeError:
+                    return None  # The samples do not divide the positions.
+                if len(x) != product.target.parts:
+                    return None
+                if name not in per_sample and not left[name] and x.shape[2] == 1:
+                    totals[name] = torch.einsum("psti,pstj->pij", g.square(), x.square())
+                    continue
+                per_sample[name] = per_sample.get(name, 0) + torch.einsum("psti,pstj->psij", g, x)
+            if not left[name] and name in per_sample:
+                totals[name] = per_sample.pop(name).square().sum(1)
+        return {
+            name: self.targets[name].from_rows(totals[name]) if name in totals else torch.zeros_like(total)
+            for name, total in self.sums.items()
+        }
+
+
+STATISTICS: dict[str, Callable[[nn.Module, Mapping[str, Target]], Gatherer]] = {
+    "input_norm": InputNorm,
+    "gradient": Gradient,
+    "squared_gradient": SquaredGradient,
+}
+
+
+def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The loss of a batch.
+
+    Raises:
+        ValueError: if the model gives none.
+    """
+    output = model(**batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError(
+            f"{type(model).__name__} gives no loss for calibration batches with {', '.join(batch)}. "
+            "They need 'labels'."
+        )
+    return loss
+
+
+def labels_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The number of labels of each sample, 1 where a sample has a single one."""
+    labels = batch.get("labels")
+    if not torch.is_tensor(labels) or labels.ndim < 2 or labels.is_floating_point():
+        return torch.ones(size_of(batch), device=next(model.parameters()).device)
+    if isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder:
+        labels = labels[:, 1:]  # Each position predicts the next one; nothing predicts the first.
+    return (labels != _IGNORED).flatten(1).sum(1).float()
+
+
+_IGNORED = -100  # The label of a position that has none, everywhere in Transformers.
+
+
+def _gradients(model: nn.Module, targets: Mapping[str, Target], batch: Batch) -> dict[str, torch.Tensor]:
+    """The gradients of a batch's loss, in float32; `.grad` stays as it is."""
+    with torch.enable_grad():
+        loss = loss_of(model, batch)
+    gradients = torch.autograd.grad(loss, [target.weight for target in targets.values()], allow_unused=True)
+    return {n: g.float() for n, g in zip(targets, gradients, strict=True) if g is not None}
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[None]:
+    """Evaluation mode and gradients for all targets; afterwards everything is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    wants = {target.weight: target.weight.requires_grad for target in targets.values()}
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [next(model.parameters()).device]
+    model.eval()
+    for weight in wants:
+        weight.requires_grad_(True)
+    try:
+        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for module, mode in modes.items():
+            module.training = mode
+        for weight, wanted in wants.items():
+            weight.requires_grad_(wanted)
+
+
+@contextlib.contextmanager
+def _eager_experts(model: nn.Module) -> Iterator[None]:
+    """Experts that multiply slice by slice, as in the model's own code: what fused kernels do cannot be watched."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    before = [config._experts_implementation_internal for config in configs]
+    for config in configs:
+        config._experts_implementation_internal = "eager"
+    try:
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._experts_implementation_internal = implementation
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def _rows_of(batch: Batch, rows: slice | torch.Tensor) -> Batch:
+    """Some of the samples of a batch."""
+    size = size_of(batch)
+    return {
+        name: value[rows] if torch.is_tensor(value) and value.ndim and len(value) == size else value
+        for name, value in batch.items()
+    }
+
+
+def _over_processes(total: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, the same on each."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return total

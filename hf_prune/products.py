@@ -1,0 +1,130 @@
+"""Products: what each targeted weight is multiplied with in an ordinary forward pass, whichever module does it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class Product:
+    """One use of a targeted weight, or of one expert of it. Each row of the weight is a dot product with its inputs.
+
+    Attributes:
+        target: The target.
+        part: Which of the parts is used; None if all of them are.
+        inputs: Number of samples → `[parts, samples, positions, fan_in]`, what the rows of each part are multiplied
+            with.
+        output: What the operation gave.
+        rows: Values of the output's shape and number of samples → `[parts, samples, positions, rows of a part]`.
+    """
+
+    target: Target
+    part: int | None
+    inputs: Callable[[int], torch.Tensor]
+    output: torch.Tensor
+    rows: Callable[[torch.Tensor, int], torch.Tensor]
+
+
+class ProductWatch(TorchFunctionMode):
+    """A context in which every product of a targeted weight is told.
+
+    Weights are known by their storage. So it does not matter which module multiplies them, and fused experts, which
+    multiply slices of one tensor without a module of their own, are seen as well.
+
+    Args:
+        targets: The targets.
+        tell: Called with each product, after it was computed, without gradients.
+    """
+
+    def __init__(self, targets: Mapping[str, Target], tell: Callable[[Product], None]) -> None:
+        super().__init__()
+        self._targets = {target.weight.untyped_storage().data_ptr(): target for target in targets.values()}
+        self._tell = tell
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the function, and tells of it if it multiplies a target."""
+        output = func(*args, **(kwargs or {}))
+        if (read := _READERS.get(func)) is not None:
+            x, weight, shape = read(*args, **(kwargs or {}))
+            target = self._targets.get(weight.untyped_storage().data_ptr())
+            if target is not None:
+                with torch.no_grad():
+                    self._tell(shape(target, x.detach(), weight, output))
+        return output
+
+
+def _linear(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> Product:
+    """`x [..., in] · weight [out, in]ᵀ`, of a matrix or of one expert."""
+    part = weight.storage_offset() // weight.numel() if target.weight.ndim == 3 else None
+
+    def by_samples(values: torch.Tensor, samples: int) -> torch.Tensor:
+        return values.reshape(1, samples, -1, values.shape[-1])
+
+    return Product(target, part, lambda samples: by_samples(x, samples), output, by_samples)
+
+
+def _all_experts(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> Product:
+    """`x [experts, positions, in] · weight [experts, in, out]`: whose positions these are is not known."""
+    return Product(target, None, lambda samples: x.unsqueeze(1), output, lambda values, samples: values.unsqueeze(1))
+
+
+def _convolution(
+    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Callable[[Target, torch.Tensor, torch.Tensor, torch.Tensor], Product]:
+    """`x [samples, channels, height, width]`, of which each row of the weight sees one patch a position."""
+
+    def shape(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> Product:
+        kernel, steps = weight.shape[2:], (dilation, dilation) if isinstance(dilation, int) else dilation
+        pads = (padding, padding) if isinstance(padding, int) else padding
+        if padding == "valid":
+            pads = (0, 0)
+
+        def inputs(samples: int) -> torch.Tensor:
+            padded, pad = x, pads
+            if padding == "same":
+                extra = [step * (size - 1) for size, step in zip(kernel, steps, strict=True)]
+                sides = [side for n in reversed(extra) for side in (n // 2, n - n // 2)]
+                padded, pad = F.pad(x, sides), (0, 0)
+            patches = F.unfold(padded, kernel, steps, pad, stride)  # [samples, channels · kernel, positions]
+            return (
+                patches.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).reshape(groups, samples, -1, weight[0].numel())
+            )
+
+        def rows(values: torch.Tensor, samples: int) -> torch.Tensor:
+            values = values.flatten(2).unflatten(1, (groups, -1)).permute(1, 0, 3, 2)
+            return values.reshape(groups, samples, -1, len(weight) // groups)
+
+        return Product(target, None, inputs, output, rows)
+
+    return shape
+
+
+def _read_linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    return input, weight, _linear
+
+
+def _read_addmm(input: Any, mat1: Any, mat2: Any, **_: Any) -> Any:
+    return mat1, mat2, _linear
+
+
+def _read_matmul(input: Any, mat2: Any, **_: Any) -> Any:
+    return input, mat2, _all_experts if mat2.ndim == 3 else _linear
+
+
+def _read_conv2d(input: Any, weight: Any, bias: Any = None, *where: Any, **options: Any) -> Any:
+    return input, weight, _convolution(*where, **options)
+
+
+_READERS: dict[Any, Callable[..., Any]] = {
+    F.linear: _read_linear,
+    F.conv2d: _read_conv2d,
+    **dict.fromkeys([torch.addmm, torch.Tensor.addmm], _read_addmm),
+    **dict.fromkeys([torch.mm, torch.bmm, torch.matmul], _read_matmul),
+    **dict.fromkeys([torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__], _read_matmul),
+}

@@ -1,0 +1,187 @@
+"""Criteria that look at data, in `prune` and in the callback: what they change, and what they must not."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
+from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, ScoreInputs, prune
+from hf_prune.criteria import CRITERIA, needs, needs_of, scope_of
+from hf_prune.pruning import cut, resolve_targets
+from tests.test_resume import STEPS, forget_after, outcome, start
+from tests.tiny import batch, build
+from tests.training import trainer_factory
+
+DATA = [name for name, criterion in CRITERIA.items() if needs_of(criterion)]
+
+
+def data(model: nn.Module) -> DataLoader:
+    return DataLoader(batch(model, 8), batch_size=4, collate_fn=default_data_collator)
+
+
+# One cut
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_without_data_is_an_error(name):
+    model = build("llama")
+    with pytest.raises(
+        ValueError, match=rf"the criterion '{name}' looks at data \(.*\)\. Give a dataloader of calibration"
+    ):
+        prune(model, PruningConfig(sparsity=0.5, criterion=name))
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_the_data_decide(name):
+    config = PruningConfig(sparsity=0.5, criterion=name)
+    masks = []
+    for seed in (0, 0, 1):
+        model = build("llama")
+        samples = DataLoader(batch(model, 8, seed), batch_size=4, collate_fn=default_data_collator)
+        prune(model, config, samples)
+        masks.append(MaskSet.from_zeros(model, resolve_targets(model, config)).digest())
+    assert masks[0] == masks[1] != masks[2]
+
+
+def test_a_criterion_of_ones_own_declares_what_it_needs():
+    @needs("gradient", "input_norm")
+    def mine(inputs: ScoreInputs) -> torch.Tensor:
+        return inputs["gradient"].abs() * inputs["input_norm"]
+
+    model = build("llama")
+    assert prune(model, PruningConfig(sparsity=0.5), data(model), criterion=mine).sparsity == 0.5
+
+
+class Levels:
+    """A criterion that notes how sparse the model is whenever it is asked about a certain weight."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.seen = model, []
+
+    def __call__(self, inputs: ScoreInputs) -> torch.Tensor:
+        zeros = sum(int((p == 0).sum()) for p in self.model.parameters())
+        self.seen += [zeros] if zeros not in self.seen else []
+        return inputs.weight.abs()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_each_score_step_leaves_the_same_share(steps):
+    model = build("llama")
+    levels, config = Levels(model), PruningConfig(sparsity=0.9, score_steps=steps)
+    report = prune(model, config, criterion=levels)
+    assert report.zeros == round(0.9 * report.total)
+    assert levels.seen == [round((1 - 0.1 ** (k / steps)) * report.total) for k in range(steps)]
+
+
+def test_score_steps_go_on_from_what_is_pruned():
+    model = build("llama")
+    config = PruningConfig(sparsity=0.9, score_steps=2)
+    targets = resolve_targets(model, config)
+    half = cut(model, targets, MaskSet(), 0.5, config)
+    half.apply_(model)
+    levels = Levels(model)
+    masks = cut(model, targets, half, 0.9, config, criterion=levels)
+    total = masks.total
+    assert levels.seen[-1] == round((1 - math.sqrt(0.5 * 0.1)) * total)
+    assert masks.masked == round(0.9 * total)
+    assert all(not (masks[name] & ~mask).any() for name, mask in half.items())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 9])
+def test_score_steps_of_a_pattern_go_through_the_patterns_on_the_way(steps):
+    model = build("llama")
+    levels, config = Levels(model), PruningConfig(granularity="1:4", score_steps=steps)
+    report = prune(model, config, criterion=levels)
+    assert report.sparsity == 0.75
+    quarter = report.total // 4
+    assert levels.seen == {1: [0], 2: [0, 2 * quarter]}.get(steps, [0, quarter, 2 * quarter])
+
+
+def test_scoring_anew_changes_what_the_data_say():
+    digests = set()
+    for steps in (1, 4):
+        model, config = build("llama"), PruningConfig(sparsity=0.8, criterion="fisher", score_steps=steps)
+        prune(model, config, data(model))
+        digests.add(MaskSet.from_zeros(model, resolve_targets(model, config)).digest())
+    assert len(digests) == 2
+
+
+def test_an_error_in_a_later_score_step_leaves_the_weights_as_they_were():
+    model = build("llama")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    def fails(inputs: ScoreInputs) -> torch.Tensor:
+        if (inputs.weight == 0).any():
+            raise RuntimeError("no more")
+        return inputs.weight.abs()
+
+    with pytest.raises(RuntimeError, match="no more"):
+        prune(model, PruningConfig(sparsity=0.9, score_steps=3), criterion=fails)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+# While training
+
+
+@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("family", ["gpt2", "resnet"])
+def test_a_cut_that_prunes_nothing_changes_nothing(family, name, tmp_path):
+    """With dropout and shuffled data: the random numbers of the run are those of the run without."""
+    weights = []
+    for callbacks in ([], [PruningTrainerCallback(PruningConfig(sparsity=0.0, criterion=name, begin=2))]):
+        torch.manual_seed(0)
+        model = build(family)
+        make = trainer_factory(tmp_path)
+        make(model, *callbacks, gradient_accumulation_steps=2, per_device_train_batch_size=2).train()
+        weights.append(model.state_dict())
+    assert len(weights[0]) == len(weights[1])
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_rounds_are_exact_and_resumed_to_the_last_bit(name, tmp_path):
+    config = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, end=9, criterion=name, calibration_samples=10)
+    trainer, pruning = start(trainer_factory(tmp_path), config)
+    trainer.train()
+    for row in pruning.history:
+        # In rows each is rounded: those of GPT-2 here have 16 inputs.
+        assert abs(row.masked - row.asked * row.total) <= (
+            row.total / 32 if scope_of(CRITERIA[name]) == "row" else 0.5
+        )
+    expected = outcome(trainer, pruning)
+    for step in (STEPS - 2, 2):
+        forget_after(tmp_path / "out", step)
+        resumed, resumed_pruning = start(trainer_factory(tmp_path), config)
+        resumed.train(resume_from_checkpoint=True)
+        assert outcome(resumed, resumed_pruning) == expected
+
+
+def test_calibration_samples_count(tmp_path):
+    digests = set()
+    for samples in (2, 12):
+        config = PruningConfig(sparsity=0.8, criterion="taylor", schedule="one_shot", calibration_samples=samples)
+        _, pruning = run = start(trainer_factory(tmp_path), config, max_steps=1, load_best_model_at_end=False)
+        run[0].train()
+        digests.add(pruning.masks.digest())
+    assert len(digests) == 2
+
+
+def test_held_zeros_need_no_calibration_before_the_first_cut(tmp_path):
+    model = build("llama")
+    prune(model, PruningConfig(sparsity=0.3))
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.6, criterion="fisher", hold_zeros=True, begin=2))
+    trainer_factory(tmp_path)(model, pruning).train()
+    assert pruning.masks.sparsity == pytest.approx(0.6, abs=1e-4)
+    assert [row.round for row in pruning.history] == [0, 1]
+
+
+def test_data_without_labels_are_an_error_in_training(tmp_path):
+    config = PruningConfig(sparsity=0.5, criterion="taylor")
+    model = build("llama")
+    samples = [{"input_ids": sample["input_ids"]} for sample in batch(model, 8)]
+    trainer = trainer_factory(tmp_path)(model, PruningTrainerCallback(config), train_dataset=samples)
+    with pytest.raises(ValueError, match="They need 'labels'"):
+        trainer.train()

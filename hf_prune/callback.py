@@ -5,7 +5,7 @@ import functools
 import logging
 import random
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .calibration import Batch, batches_of
+from .calibration import batches_of
 from .checkpoints import (
     BEST_NAME,
     MASKS_NAME,
@@ -194,7 +194,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             if self.config.hold_zeros:
                 self._adopt(MaskSet.from_zeros(model, self._targets), None, args, state, model, optimizer)
                 self._require_room(args)
-            self._cut_if_due(args, state, model, optimizer, scheduler, kwargs["train_dataloader"])
+            self._cut_if_due(args, state, model, optimizer, scheduler, kwargs.get("train_dataloader"))
         self._training = True
 
     def on_step_begin(
@@ -205,7 +205,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if not self._hooks.are_on(self._weights, self.masks):
             self._hooks.hold_(self._weights, self.masks)
         self._cut_if_due(
-            args, state, kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"], kwargs["train_dataloader"]
+            args, state, kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"], kwargs.get("train_dataloader")
         )
 
     def on_optimizer_step(
@@ -294,7 +294,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler,
-        dataloader: DataLoader[Any],
+        dataloader: DataLoader[Any] | None,
     ) -> None:
         step, pacing = state.global_step, self._rounds.pacing
         if not pacing.is_due(step):
@@ -310,7 +310,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             self.masks,
             asked,
             self.config,
-            batches=functools.partial(self._calibration_batches, args, dataloader),
+            batches=None
+            if dataloader is None
+            else functools.partial(
+                batches_of, dataloader, self.config.calibration_samples, args.train_batch_size, args.seed
+            ),
             criterion=self.criterion,
             seed=args.seed,
             show_progress=state.is_world_process_zero and not args.disable_tqdm,
@@ -319,9 +323,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if self.config.restart_lr:
             self._lr_start = scheduler.last_epoch
             restart_lr_(scheduler, self._lr_start, pacing.steps_left(step), state.max_steps)
-
-    def _calibration_batches(self, args: TrainingArguments, dataloader: DataLoader[Any]) -> Iterator[Batch]:
-        return batches_of(dataloader, self.config.calibration_samples, args.train_batch_size, args.seed)
 
     def _stop_if_over(self, state: TrainerState, control: TrainerControl) -> None:
         if self._rounds.pacing.is_run_over(state.global_step):

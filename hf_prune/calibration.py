@@ -23,6 +23,9 @@ from .targets import Target
 
 logger = logging.getLogger(__name__)
 
+DELAY = 5
+"""Seconds after which a calibration shows how far it is."""
+
 Batch = Mapping[str, Any]
 Statistics = Mapping[str, Mapping[str, torch.Tensor]]
 """Name of a statistic → parameter → its values, in float32, of a shape that broadcasts with the weight's."""
@@ -61,8 +64,8 @@ def calibrate(
     gatherers = {name: STATISTICS[name](model, targets) for name in needs}
     state, device, seen = PartialState(), next(model.parameters()).device, 0
     mine = len(range(state.process_index, samples, state.num_processes))
-    with _undisturbed(model, targets), tqdm(total=mine, delay=5, disable=not show_progress) as bar:
-        bar.set_description("Calibrating")
+    bar = tqdm(total=mine, desc="Calibrating", unit="sample", delay=DELAY, disable=not show_progress)
+    with _undisturbed(model, targets), bar:
         for batch in batches:
             part = _rows_of(_on(batch, device), slice(0, mine - seen))
             for gatherer in gatherers.values():

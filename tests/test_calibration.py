@@ -293,6 +293,18 @@ def test_fewer_samples_than_asked_for_are_told(caplog):
     assert caplog.text.count("Calibration has 7 samples, fewer than the 100 asked for.") == 1
 
 
+def test_progress_is_shown_where_it_takes_long(capsys, monkeypatch):
+    model = build("llama")
+    arguments = model, find_targets(model), loader(samples_of(model), 1), ["gradient"], SAMPLES
+    calibrate(*arguments, show_progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("hf_prune.calibration.DELAY", 0)
+    calibrate(*arguments, show_progress=True)
+    assert "Calibrating: 100%" in capsys.readouterr().err
+    calibrate(*arguments)
+    assert capsys.readouterr().err == ""
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         yield from range(10)

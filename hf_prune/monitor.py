@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 
 from transformers import TrainerState, TrainingArguments
 
@@ -13,7 +14,7 @@ FALLING = {
     *("mse", "rmse", "mae", "mape", "bpb", "bpc", "bits"),
 }
 """A metric with one of these words in its name (`eval_word_error_rate`) improves as it falls, unless the training
-arguments say otherwise."""
+arguments say otherwise; and so does one whose name ends in "loss", as Trainer has it."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def improves_as_it_rises(metric: str, args: TrainingArguments) -> bool:
         metric: As `metric_name` gives it.
         args: The training arguments.
     """
-    falls = not FALLING.isdisjoint(metric.lower().split("_"))
+    falls = metric.endswith("loss") or not FALLING.isdisjoint(re.split(r"[^a-z0-9]+", metric.lower()))
     theirs = args.metric_for_best_model is None or _prefixed(args.metric_for_best_model) == metric
     if args.greater_is_better is None or not theirs:
         return not falls

@@ -37,7 +37,9 @@ def test_the_config_goes_before_the_training_arguments(metric, best, expected):
     assert metric_name(config, arguments(metric_for_best_model=best)) == expected
 
 
-@pytest.mark.parametrize("name", [*sorted(FALLING), "word_error_rate", "val_loss", "Bits_per_byte"])
+@pytest.mark.parametrize(
+    "name", [*sorted(FALLING), "word_error_rate", "val_loss", "Bits_per_byte", "mlmloss", "val/error"]
+)
 def test_some_names_fall(name):
     assert not improves_as_it_rises(f"eval_{name}", arguments())
     assert not improves_as_it_rises(f"eval_{name}", arguments(metric_for_best_model="f1", greater_is_better=True))

@@ -16,6 +16,7 @@ from .files import save_tensors
 from .targets import find_targets
 
 _FORMAT = "hf_prune.masks"
+_PIECE = 2**18  # weights that are multiplied at once
 
 
 class MaskSet(Mapping[str, torch.Tensor]):
@@ -93,7 +94,7 @@ class MaskSet(Mapping[str, torch.Tensor]):
                 )
             parameters.append(parameter)
         for parameter, mask in zip(parameters, self.values(), strict=True):
-            parameter.mul_(as_factor(mask.to(parameter.device)))
+            mask_(parameter, mask.to(parameter.device))
 
     @classmethod
     @torch.no_grad()
@@ -149,9 +150,14 @@ class MaskSet(Mapping[str, torch.Tensor]):
             raise ValueError(f"{path} is truncated or not a file of masks ({error}).") from error
 
 
-def as_factor(mask: torch.Tensor) -> torch.Tensor:
-    """The mask as zeros and ones, without a copy; torch multiplies floats by bytes faster than by bools."""
-    return mask.view(torch.uint8)
+def mask_(tensor: torch.Tensor, mask: torch.Tensor) -> None:
+    """Multiplies a tensor with a mask of its shape and device, in place."""
+    # On a CPU torch first makes a copy of the mask in the tensor's dtype: in pieces, so that it stays in the cache.
+    pieces = max(1, math.ceil(tensor.numel() / _PIECE)) if tensor.is_cpu else 1
+    factor = mask.view(torch.uint8)  # floats are multiplied by bytes faster than by bools
+    tensor, factor = torch.atleast_1d(tensor, factor)
+    for part, kept in zip(tensor.chunk(pieces), factor.chunk(pieces), strict=True):
+        part.mul_(kept)
 
 
 def masked_in(mask: torch.Tensor) -> int:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
-from hf_prune.masks import MaskSet, masked_in
+from hf_prune.masks import MaskSet, mask_, masked_in
 from hf_prune.targets import find_targets
 
 
@@ -133,6 +133,20 @@ def test_apply_zeroes_the_masked_weights_and_nothing_else():
         assert torch.equal(parameter, torch.where(mask, before[name], 0.0))
     assert {name: id(parameter) for name, parameter in net.named_parameters()} == identities
     assert list(net.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "transposed"),
+    [((), False), ((0, 3), False), ((2**18 + 1,), False), ((3, 2**18 - 1), False), ((1001, 789), True)],
+)
+def test_a_tensor_of_any_size_and_layout_is_multiplied(shape, transposed):
+    tensor, mask = torch.randn(shape), bits(*shape)
+    if transposed:
+        tensor = tensor.t()
+        mask = mask.t().contiguous()
+    expected = tensor.masked_fill(~mask, 0)
+    mask_(tensor, mask)
+    assert torch.equal(tensor, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

@@ -4,11 +4,9 @@ import collections
 import contextlib
 import itertools
 import logging
-import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
 from accelerate import PartialState
@@ -19,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from .products import Product, ProductWatch
+from .random_state import keep_random_state
 from .targets import Target
 
 logger = logging.getLogger(__name__)
@@ -314,17 +313,13 @@ def _undisturbed(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[No
     """Evaluation mode and gradients for all targets; afterwards everything is as it was."""
     modes = {module: module.training for module in model.modules()}
     wants = {target.weight: target.weight.requires_grad for target in targets.values()}
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [next(model.parameters()).device]
     model.eval()
     for weight in wants:
         weight.requires_grad_(True)
     try:
-        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+        with keep_random_state(next(model.parameters()).device):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
         for module, mode in modes.items():
             module.training = mode
         for weight, wanted in wants.items():

@@ -3,13 +3,11 @@
 import dataclasses
 import functools
 import logging
-import random
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -45,6 +43,7 @@ from .monitor import (
 from .optimizers import cut_state_, require_restartable, restart_lr_, undo_restart_lr_
 from .pacing import Even, Patience
 from .pruning import cut, next_masks, resolve_targets
+from .random_state import keep_random_state
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
 from .rounds import Rounds
 from .targets import Target
@@ -60,6 +59,23 @@ class Finished(NamedTuple):
     epoch: float | None
     tokens: int
     weights: WeightsCopy
+
+
+class Moment(NamedTuple):
+    """What Trainer hands to an event that may lead to a cut."""
+
+    args: TrainingArguments
+    state: TrainerState
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    dataloader: DataLoader[Any] | None
+
+    @classmethod
+    def of(cls, args: TrainingArguments, state: TrainerState, given: Mapping[str, Any]) -> "Moment":
+        """From the arguments of an event."""
+        names = ("model", "optimizer", "lr_scheduler", "train_dataloader")
+        return cls(args, state, *map(given.get, names))  # type: ignore[arg-type]
 
 
 class PruningTrainerCallback(TrainerCallback, ExportableState):
@@ -164,37 +180,37 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Checks that the config fits the model and the run; starts, or goes on where a checkpoint was."""
-        model, optimizer, scheduler = kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"]
+        now = Moment.of(args, state, kwargs)
         self._hooks.release_(self._weights.values())
-        undo_restart_lr_(scheduler)
+        undo_restart_lr_(now.scheduler)
         self._start_clean()
-        _require_supported(model)
+        _require_supported(now.model)
         if self.config.restart_lr:
-            require_restartable(scheduler)
+            require_restartable(now.scheduler)
         if self.config.patience:
             require_evaluations(self.config, args, state)
         if isinstance(state.stateful_callbacks, dict) and state.global_step == 0:
             progress_of(state.stateful_callbacks)  # Raises if there is more than one.
-        self._targets = resolve_targets(model, self.config)
+        self._targets = resolve_targets(now.model, self.config)
         self._hooks.release_(self._weights.values())  # What an interrupted run of another callback has left.
         self._tokens_seen = state.num_input_tokens_seen
         if state.global_step > 0:
-            self._resume(args, state, model, scheduler)
+            self._resume(now)
         else:
             metric = metric_name(self.config, args)
             history = PruningHistory(
                 metric,
                 greater_is_better=improves_as_it_rises(metric, args),
                 asked=self.config.round_sparsities,
-                language_model=isinstance(model, PreTrainedModel) and model.can_generate(),
+                language_model=isinstance(now.model, PreTrainedModel) and now.model.can_generate(),
             )
             self._rounds = Rounds.plan(self.config, history, state.max_steps)
             if isinstance(self._rounds.pacing, Patience):
                 warn_of_few_evaluations(self._rounds.pacing, args, state)
             if self.config.hold_zeros:
-                self._adopt(MaskSet.from_zeros(model, self._targets), None, args, state, model, optimizer)
-                self._require_room(args)
-            self._cut_if_due(args, state, model, optimizer, scheduler, kwargs.get("train_dataloader"))
+                self._adopt(MaskSet.from_zeros(now.model, self._targets), None, now)
+                self._require_room()
+            self._cut_if_due(now)
         self._training = True
 
     def on_step_begin(
@@ -204,9 +220,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._require_metric()
         if not self._hooks.are_on(self._weights, self.masks):
             self._hooks.hold_(self._weights, self.masks)
-        self._cut_if_due(
-            args, state, kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"], kwargs.get("train_dataloader")
-        )
+        self._cut_if_due(Moment.of(args, state, kwargs))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -287,42 +301,32 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 
     # Rounds.
 
-    def _cut_if_due(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: LRScheduler,
-        dataloader: DataLoader[Any] | None,
-    ) -> None:
-        step, pacing = state.global_step, self._rounds.pacing
-        if not pacing.is_due(step):
+    def _cut_if_due(self, now: Moment) -> None:
+        args, state, pacing = now.args, now.state, self._rounds.pacing
+        if not pacing.is_due(state.global_step):
             return
         if not self.history and self.evaluate is not None:
             self.history.dense = self._measure("dense", args)
             self._require_metric()
-        self._say(self._rounds.end_(pacing.why_round_ends(step), model), state)
-        asked = self._rounds.next_sparsity
+        self._say(self._rounds.end_(pacing.why_round_ends(state.global_step), now.model), state)
+        asked, samples, batches = self._rounds.next_sparsity, self.config.calibration_samples, None
+        if now.dataloader is not None:
+            batches = functools.partial(batches_of, now.dataloader, samples, args.train_batch_size, args.seed)
         masks = cut(
-            model,
+            now.model,
             self._targets,
             self.masks,
             asked,
             self.config,
-            batches=None
-            if dataloader is None
-            else functools.partial(
-                batches_of, dataloader, self.config.calibration_samples, args.train_batch_size, args.seed
-            ),
+            batches=batches,
             criterion=self.criterion,
             seed=args.seed,
             show_progress=state.is_world_process_zero and not args.disable_tqdm,
         )
-        self._adopt(masks, asked, args, state, model, optimizer)
+        self._adopt(masks, asked, now)
         if self.config.restart_lr:
-            self._lr_start = scheduler.last_epoch
-            restart_lr_(scheduler, self._lr_start, pacing.steps_left(step), state.max_steps)
+            self._lr_start = now.scheduler.last_epoch
+            restart_lr_(now.scheduler, self._lr_start, pacing.steps_left(state.global_step), state.max_steps)
 
     def _stop_if_over(self, state: TrainerState, control: TrainerControl) -> None:
         if self._rounds.pacing.is_run_over(state.global_step):
@@ -341,7 +345,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 f"{', '.join(sorted(self._reported))}. Set metric in the config to one of them."
             )
 
-    def _require_room(self, args: TrainingArguments) -> None:
+    def _require_room(self) -> None:
         """Tries the first cut on the zeros that are held: if they leave it no room, now is the time to say so."""
         if not self.masks.masked:
             logger.warning("hold_zeros found no zeros to hold.")
@@ -349,19 +353,12 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             first = self.config.round_sparsities[0]
             next_masks(self._targets, self.masks, first, self.config, criterion=magnitude)  # Any one will do.
 
-    def _adopt(
-        self,
-        masks: MaskSet,
-        asked: float | None,
-        args: TrainingArguments,
-        state: TrainerState,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
+    def _adopt(self, masks: MaskSet, asked: float | None, now: Moment) -> None:
         """Applies masks, holds them from here on, writes the round down and measures it."""
+        model, state = now.model, now.state
         self.masks = masks
         masks.apply_(model)
-        cut_state_(optimizer, self.config.optimizer_state, {self._weights[n]: m for n, m in masks.items()})
+        cut_state_(now.optimizer, self.config.optimizer_state, {self._weights[n]: m for n, m in masks.items()})
         self._hooks.hold_(self._weights, masks)
         # Metrics of a less sparse model must not keep a sparser one from becoming the best.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
@@ -379,7 +376,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         else:
             state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
         if self.evaluate is not None:
-            row.after_cut = self._measure("after_cut", args)
+            row.after_cut = self._measure("after_cut", now.args)
 
     @property
     def _weights(self) -> dict[str, nn.Parameter]:
@@ -394,17 +391,15 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def _measure(self, prefix: str, args: TrainingArguments) -> float | None:
         """The metric now, under a prefix of its own: nobody takes it for an evaluation of the run."""
         assert self.evaluate is not None
-        python, numpy = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
+        with keep_random_state(args.device):
             metrics = self.evaluate(metric_key_prefix=prefix)
-        random.setstate(python)
-        np.random.set_state(numpy)
         self._reported |= {key.replace(prefix, "eval", 1) for key in metrics if key.startswith(prefix)}
         return metrics.get(self.history.metric.replace("eval", prefix, 1))
 
     # Files.
 
-    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module, scheduler: LRScheduler) -> None:
+    def _resume(self, now: Moment) -> None:
+        args, state, model, scheduler = now.args, now.state, now.model, now.scheduler
         progress = progress_of(state.stateful_callbacks)
         require_same(progress, self.config.to_dict(), self._criterion_name)
         self._run = progress["run"]

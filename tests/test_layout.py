@@ -20,6 +20,7 @@ ORDER = [
     "selection",
     "targets",
     "products",
+    "random_state",
     "calibration",
     "granularities",
     "files",

@@ -30,6 +30,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def trainer_of(
     return trainer
 
 
-def take_turns(samples: int, tokens: int, steps: int, turns: int, observers: dict[str, TrainerCallback]) -> None:
+def take_turns(samples: int, tokens: int, steps: int, turns: int, observers: Mapping[str, TrainerCallback]) -> None:
     """Lets each contender take one turn to warm up, and then as many as are asked for; its observer sees all."""
     torch.manual_seed(0)
     dense = gpt_neo()

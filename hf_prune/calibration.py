@@ -61,23 +61,10 @@ def calibrate(
             is not finite (the message names the module).
     """
     gatherers = {name: STATISTICS[name](model, targets) for name in needs}
-    state, device, seen = PartialState(), next(model.parameters()).device, 0
-    mine = len(range(state.process_index, samples, state.num_processes))
-    bar = tqdm(total=mine, desc="Calibrating", unit="sample", delay=DELAY, disable=not show_progress)
-    with _undisturbed(model, targets), bar:
-        for batch in batches:
-            part = _rows_of(_on(batch, device), slice(0, mine - seen))
+    with undisturbed(model, targets):
+        for batch in read_samples(model, batches, samples, show_progress=show_progress):
             for gatherer in gatherers.values():
-                gatherer.see(part)
-            seen += size_of(part)
-            bar.update(size_of(part))
-            if seen >= mine:
-                break
-    seen = int(_over_processes(torch.tensor(seen, device=device)))
-    if seen == 0:
-        raise ValueError("there are no calibration samples: the dataloader gave no batch.")
-    if seen < samples:
-        logger.warning("Calibration has %d samples, fewer than the %d asked for.", seen, samples)
+                gatherer.see(batch)
     statistics = {name: gatherer.statistic() for name, gatherer in gatherers.items()}
     for name, values in statistics.items():
         for parameter, value in values.items():
@@ -87,6 +74,40 @@ def calibrate(
                     "calibration samples. Has training diverged, or does the model overflow in its dtype?"
                 )
     return statistics
+
+
+def read_samples(
+    model: nn.Module, batches: Iterable[Batch], samples: int, *, show_progress: bool = False
+) -> Iterator[Batch]:
+    """The first samples of batches, on the device of a model.
+
+    Args:
+        model: The model.
+        batches: Batches of this process.
+        samples: Number of samples to read, of all processes together. If there are fewer, that is said at the end.
+        show_progress: Whether a bar shows how far the reader is, if it takes more than a few seconds.
+
+    Yields:
+        Batches, the last one cut short where it has too many samples.
+
+    Raises:
+        ValueError: at the end, if there were no samples on any process.
+    """
+    state, device, seen = PartialState(), next(model.parameters()).device, 0
+    mine = len(range(state.process_index, samples, state.num_processes))
+    with tqdm(total=mine, desc="Calibrating", unit="sample", delay=DELAY, disable=not show_progress) as bar:
+        for batch in batches:
+            part = _rows_of(_on(batch, device), slice(0, mine - seen))
+            yield part
+            seen += size_of(part)
+            bar.update(size_of(part))
+            if seen >= mine:
+                break
+    seen = int(over_processes(torch.tensor(seen, device=device)))
+    if seen == 0:
+        raise ValueError("there are no calibration samples: the dataloader gave no batch.")
+    if seen < samples:
+        logger.warning("Calibration has %d samples, fewer than the %d asked for.", seen, samples)
 
 
 def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed: int) -> Iterator[Batch]:
@@ -144,8 +165,8 @@ class Gatherer:
 
     def statistic(self) -> Mapping[str, torch.Tensor]:
         """The mean over the samples of all processes."""
-        count = _over_processes(self.count).item()
-        return {name: _over_processes(total) / max(count, 1) for name, total in self.sums.items()}
+        count = over_processes(self.count).item()
+        return {name: over_processes(total) / max(count, 1) for name, total in self.sums.items()}
 
 
 class InputNorm(Gatherer):
@@ -157,7 +178,7 @@ class InputNorm(Gatherer):
 
     def see(self, batch: Batch) -> None:
         """Adds a batch."""
-        with torch.no_grad(), _eager_experts(self.model), ProductWatch(self.targets, self._add):
+        with torch.no_grad(), eager_experts(self.model), ProductWatch(self.targets, self._add):
             self.model(**batch)
 
     def _add(self, product: Product) -> None:
@@ -166,7 +187,7 @@ class InputNorm(Gatherer):
 
     def statistic(self) -> Mapping[str, torch.Tensor]:
         """The norms over the samples of all processes."""
-        return {n: self.targets[n].per_input(_over_processes(total).sqrt()) for n, total in self.sums.items()}
+        return {n: self.targets[n].per_input(over_processes(total).sqrt()) for n, total in self.sums.items()}
 
 
 class Gradient(Gatherer):
@@ -309,7 +330,7 @@ def _gradients(model: nn.Module, targets: Mapping[str, Target], batch: Batch) ->
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[None]:
+def undisturbed(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[None]:
     """Evaluation mode and gradients for all targets; afterwards everything is as it was."""
     modes = {module: module.training for module in model.modules()}
     wants = {target.weight: target.weight.requires_grad for target in targets.values()}
@@ -327,7 +348,7 @@ def _undisturbed(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _eager_experts(model: nn.Module) -> Iterator[None]:
+def eager_experts(model: nn.Module) -> Iterator[None]:
     """Experts that multiply slice by slice, as in the model's own code: what fused kernels do cannot be watched."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
     before = [config._experts_implementation_internal for config in configs]
@@ -353,7 +374,7 @@ def _rows_of(batch: Batch, rows: slice | torch.Tensor) -> Batch:
     }
 
 
-def _over_processes(total: torch.Tensor) -> torch.Tensor:
+def over_processes(total: torch.Tensor) -> torch.Tensor:
     """The sum over all processes, the same on each."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)

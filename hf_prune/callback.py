@@ -30,7 +30,7 @@ from .checkpoints import (
     require_same,
 )
 from .config import PruningConfig
-from .criteria import Criterion, magnitude
+from .criteria import Criterion, needs
 from .hooks import GradientHooks
 from .masks import MaskSet
 from .monitor import (
@@ -42,7 +42,7 @@ from .monitor import (
 )
 from .optimizers import cut_state_, require_restartable, restart_lr_, undo_restart_lr_
 from .pacing import Even, Patience
-from .pruning import cut, next_masks, resolve_targets
+from .pruning import cut, effective_scope, next_masks, resolve_targets
 from .random_state import keep_random_state
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
 from .rounds import Rounds
@@ -350,8 +350,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if not self.masks.masked:
             logger.warning("hold_zeros found no zeros to hold.")
         if self.config.round_sparsities:
-            first = self.config.round_sparsities[0]
-            next_masks(self._targets, self.masks, first, self.config, criterion=magnitude)  # Any one will do.
+            # Any scores will do, compared as those to come will be.
+            scores = needs(scope=effective_scope(self.config, self.criterion))(lambda inputs: inputs.weight.abs())
+            next_masks(self._targets, self.masks, self.config.round_sparsities[0], self.config, criterion=scores)
 
     def _adopt(self, masks: MaskSet, asked: float | None, now: Moment) -> None:
         """Applies masks, holds them from here on, writes the round down and measures it."""

@@ -16,11 +16,13 @@ from typing import get_args, get_origin, get_type_hints
 from . import granularities, schedules
 from .criteria import CRITERIA
 from .optimizers import OPTIMIZER_STATES
+from .reconstruction import RECONSTRUCTIONS
 from .scopes import SCOPES
 from .targets import is_regex
 
 CONFIG_NAME = "pruning_config.json"
 RESTORE = ("best", "last")
+CRITERION_NAMES = (*CRITERIA, *RECONSTRUCTIONS)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class PruningConfig:
         rounds: Number of rounds; the schedule's own default if None.
         initial_sparsity: Sparsity after the first cut of the hybrid schedule.
         sparsities: The absolute sparsity after each round, rising, instead of a schedule.
-        criterion: What a weight is worth: a key of `hf_prune.criteria.CRITERIA`.
+        criterion: What a weight is worth: a key of `hf_prune.criteria.CRITERIA`, or a method of
+            `hf_prune.reconstruction.RECONSTRUCTIONS` ("sparsegpt"), which also changes the weights that it keeps so
+            that each layer's outputs stay what they were.
         calibration_samples: Number of training samples that a criterion looks at in each cut, if it looks at data; of
             all processes together.
         score_steps: Number of steps in which a cut reaches its sparsity, each leaving the same share of what the one
@@ -46,8 +50,9 @@ class PruningConfig:
         granularity: What is removed together: "unstructured", "N:M" (N kept of every M along the input dimension,
             which fixes the sparsity at `1 − N/M`) or "block:RxC".
         scope: Which weights compete: "global" (all), "layer" (per tensor, each equally sparse), "row" (per output,
-            each equally sparse) or "erk" (per tensor, by the Erdős–Rényi kernel rule); "auto" is row for wanda and
-            global for all others. N:M competes within its groups and takes "auto" only.
+            each equally sparse) or "erk" (per tensor, by the Erdős–Rényi kernel rule); "auto" is row for wanda, blocks
+            of columns in equally sparse layers for sparsegpt, global for all others. N:M competes within its groups
+            and takes "auto" only.
         layer_sparsity: Regular expression of module names → their own final sparsity, also as JSON text. The first
             that matches the whole name counts. These modules leave the competition, and `sparsity` holds for the
             rest. At earlier rounds they are as far on their way as the rest.
@@ -102,7 +107,9 @@ class PruningConfig:
     sparsities: list[float] | None = field(
         default=None, metadata={"help": "Absolute sparsity after each round, instead of a schedule."}
     )
-    criterion: str = field(default="magnitude", metadata={"help": f"What a weight is worth: {', '.join(CRITERIA)}."})
+    criterion: str = field(
+        default="magnitude", metadata={"help": f"What a weight is worth: {', '.join(CRITERION_NAMES)}."}
+    )
     calibration_samples: int = field(
         default=128, metadata={"help": "Training samples that a criterion looks at in each cut."}
     )
@@ -181,7 +188,12 @@ class PruningConfig:
         for name in ("calibration_samples", "score_steps"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        known = {"criterion": CRITERIA, "scope": SCOPES, "optimizer_state": OPTIMIZER_STATES, "restore": RESTORE}
+        known = {
+            "criterion": CRITERION_NAMES,
+            "scope": SCOPES,
+            "optimizer_state": OPTIMIZER_STATES,
+            "restore": RESTORE,
+        }
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
@@ -193,9 +205,25 @@ class PruningConfig:
                         f"{name} does not apply to granularity {self.granularity!r}: weights compete within their "
                         f"groups, and each layer has the same sparsity. Leave {name} out."
                     )
+        if self.criterion in RECONSTRUCTIONS:
+            self._check_reconstruction()
         # Computed once here so that a schedule that cannot be is an error at once.
         object.__setattr__(self, "_round_sparsities", self._resolve_rounds())
         self._check_patience()
+
+    def _check_reconstruction(self) -> None:
+        if isinstance(granularities.parse(self.granularity), granularities.Block):
+            raise ValueError(
+                f"{self.criterion} chooses weights one by one or N of every M; granularity {self.granularity!r} does "
+                "not go with it."
+            )
+        if self.scope not in (allowed := ("auto", "erk")):
+            raise ValueError(
+                f"{self.criterion} compares weights within blocks of columns, where they have the same inputs; scope "
+                f"must be one of {', '.join(allowed)}, which say how sparse each layer is; got {self.scope!r}."
+            )
+        if self.score_steps != 1:
+            raise ValueError(f"{self.criterion} scores anew at each column; leave score_steps out.")
 
     def _check_patterns(self) -> None:
         for name in ("target_modules", "exclude_modules"):

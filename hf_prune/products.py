@@ -18,6 +18,7 @@ class Product:
     Attributes:
         target: The target.
         part: Which of the parts is used; None if all of them are.
+        source: The tensor that the weight is multiplied with, as the operation got it.
         inputs: Number of samples → `[parts, samples, positions, fan_in]`, what the rows of each part are multiplied
             with.
         output: What the operation gave.
@@ -26,6 +27,7 @@ class Product:
 
     target: Target
     part: int | None
+    source: torch.Tensor
     inputs: Callable[[int], torch.Tensor]
     output: torch.Tensor
     rows: Callable[[torch.Tensor, int], torch.Tensor]
@@ -66,12 +68,16 @@ def _linear(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch
     def by_samples(values: torch.Tensor, samples: int) -> torch.Tensor:
         return values.reshape(1, samples, -1, values.shape[-1])
 
-    return Product(target, part, lambda samples: by_samples(x, samples), output, by_samples)
+    return Product(target, part, x, lambda samples: by_samples(x, samples), output, by_samples)
 
 
 def _all_experts(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> Product:
     """`x [experts, positions, in] · weight [experts, in, out]`: whose positions these are is not known."""
-    return Product(target, None, lambda samples: x.unsqueeze(1), output, lambda values, samples: values.unsqueeze(1))
+
+    def of_experts(values: torch.Tensor, samples: int) -> torch.Tensor:
+        return values.unsqueeze(1)
+
+    return Product(target, None, x, lambda samples: of_experts(x, samples), output, of_experts)
 
 
 def _convolution(
@@ -100,7 +106,7 @@ def _convolution(
             values = values.flatten(2).unflatten(1, (groups, -1)).permute(1, 0, 3, 2)
             return values.reshape(groups, samples, -1, len(weight) // groups)
 
-        return Product(target, None, inputs, output, rows)
+        return Product(target, None, x, inputs, output, rows)
 
     return shape
 

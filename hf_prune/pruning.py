@@ -1,9 +1,10 @@
 """Pruning: one round's cut, from scores to masks, and `prune` for a cut without a Trainer."""
 
+import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from .config import PruningConfig
 from .criteria import CRITERIA, Criterion, ScoreInputs, needs_of, scope_of
 from .granularities import Pattern
 from .masks import MaskSet, masked_in
+from .reconstruction import RECONSTRUCTIONS, reconstruct_
 from .reports import SparsityReport, sparsity_report
 from .scopes import pools
 from .selection import drop_lowest, drop_lowest_of_each
@@ -43,6 +45,15 @@ def resolve_targets(model: nn.Module, config: PruningConfig) -> dict[str, Target
                 f"{next(iter(targets.values())).module!r}. It has to match the whole name of the module."
             )
     return targets
+
+
+def effective_scope(config: PruningConfig, criterion: Criterion | None = None) -> str:
+    """The scope of a config, or what "auto" means for its criterion, or for another one in place of it."""
+    if config.scope != "auto":
+        return config.scope
+    if criterion is None and config.criterion in RECONSTRUCTIONS:
+        return "layer"
+    return scope_of(criterion or CRITERIA[config.criterion])
 
 
 @torch.no_grad()
@@ -104,8 +115,7 @@ def next_masks(
     def group_scores(target: Target) -> torch.Tensor:
         return granularity.pool(weight_scores(target), target)
 
-    own, scope = _layer_sparsity(targets, sparsity, config), config.scope
-    scope = scope_of(score) if scope == "auto" else scope
+    own, scope = _layer_sparsity(targets, sparsity, config), effective_scope(config, criterion)
     kept = {name: granularity.pool_mask(mask, targets[name]) for name, mask in masks.items()}
     group_masks: dict[str, torch.Tensor] = {}
     if scope == "row":
@@ -142,6 +152,8 @@ def cut(
 ) -> MaskSet:
     """One round's cut: masks that reach a sparsity, in `config.score_steps` steps.
 
+    A method that reconstructs also changes the weights that the masks keep, and zeroes the others.
+
     Args:
         model: The model, unwrapped. Its targets may be zeroed by the masks of all steps but the last.
         targets: What `resolve_targets` found.
@@ -160,17 +172,16 @@ def cut(
         ValueError: as `next_masks` and `calibrate` do, or if the criterion looks at data and there are none. The
             weights are then as they were.
     """
-    needs = needs_of(criterion or CRITERIA[config.criterion])
+    reconstructs = criterion is None and config.criterion in RECONSTRUCTIONS
+    needs = ("inputs",) if reconstructs else needs_of(criterion or CRITERIA[config.criterion])
     if needs and batches is None:
         raise ValueError(
             f"the criterion {config.criterion if criterion is None else criterion!r} looks at data "
             f"({', '.join(needs)}). Give a dataloader of calibration samples."
         )
-    before = {}
-    if config.score_steps > 1:
-        before = {name: target.weight.detach().clone() for name, target in targets.items()}
-    done = False
-    try:
+    with _put_back_on_error(targets) if reconstructs or config.score_steps > 1 else contextlib.nullcontext():
+        if reconstructs and batches is not None:
+            return _reconstruct_(model, targets, masks, sparsity, config, batches(), show_progress)
         for level in _score_levels(masks.sparsity if masks else 0.0, sparsity, config):
             statistics = None
             if needs and batches is not None:
@@ -179,13 +190,53 @@ def cut(
             masks = next_masks(targets, masks, level, config, criterion=criterion, seed=seed, statistics=statistics)
             if level != sparsity:
                 masks.apply_(model)
+    return masks
+
+
+@contextlib.contextmanager
+def _put_back_on_error(targets: Mapping[str, Target]) -> Iterator[None]:
+    """If what is done in it fails, the weights are as they were."""
+    before = {name: target.weight.detach().clone() for name, target in targets.items()}
+    done = False
+    try:
+        yield
         done = True
     finally:
         if not done:
             with torch.no_grad():
                 for name, weight in before.items():
                     targets[name].weight.copy_(weight)
-    return masks
+
+
+def _reconstruct_(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    masks: MaskSet,
+    sparsity: float,
+    config: PruningConfig,
+    batches: Iterable[Batch],
+    show_progress: bool,
+) -> MaskSet:
+    granularity = granularities.parse(config.granularity)
+    assert not isinstance(granularity, granularities.Block)  # The config has seen to it.
+    if isinstance(granularity, Pattern):
+        granularity = Pattern(granularity.m - round(sparsity * granularity.m), granularity.m)
+    for target in targets.values():
+        _require_finite(target)
+    drops = {
+        name: pool.drop
+        for pool in pools(
+            {name: target.weight.numel() for name, target in targets.items()},
+            sparsity,
+            effective_scope(config),
+            shapes={name: target.layer_shape for name, target in targets.items()},
+            dropped={name: masked_in(masks[name]) if name in masks else 0 for name in targets},
+            layer_sparsity=_layer_sparsity(targets, sparsity, config),
+        )
+        for name in pool.names
+    }
+    samples = config.calibration_samples
+    return reconstruct_(model, targets, masks, drops, granularity, batches, samples, show_progress=show_progress)
 
 
 def prune(
@@ -247,6 +298,7 @@ def _score_levels(before: float, sparsity: float, config: PruningConfig) -> list
     return [*(level for level in levels if before < level < sparsity), sparsity]
 
 
+@torch.no_grad()
 def _require_finite(target: Target) -> None:
     # One pass that makes no temporary: a NaN is both extremes, an infinity one of them.
     low, high = target.weight.aminmax() if target.weight.numel() else (0.0, 0.0)

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_prune.config import CONFIG_NAME, RESTORE, PruningConfig
-from hf_prune.criteria import CRITERIA
+from hf_prune.config import CONFIG_NAME, CRITERION_NAMES, RESTORE, PruningConfig
 from hf_prune.optimizers import OPTIMIZER_STATES
 from hf_prune.schedules import SCHEDULES, resolve
 from hf_prune.scopes import SCOPES
@@ -177,7 +176,7 @@ def test_every_field_is_a_flag_with_help_and_is_described(field):
     ("name", "known"),
     [
         ("schedule", SCHEDULES),
-        ("criterion", CRITERIA),
+        ("criterion", CRITERION_NAMES),
         ("scope", SCOPES),
         ("restore", RESTORE),
         ("optimizer_state", OPTIMIZER_STATES),
@@ -291,7 +290,7 @@ def test_a_sparsity_has_to_be_a_fraction(value, message):
 
 UNKNOWN = {
     "schedule": f"schedule must be one of {', '.join(SCHEDULES)}; got ",
-    "criterion": f"criterion must be one of {', '.join(CRITERIA)}; got ",
+    "criterion": f"criterion must be one of {', '.join(CRITERION_NAMES)}; got ",
     "scope": f"scope must be one of {', '.join(SCOPES)}; got ",
     "optimizer_state": r"optimizer_state must be one of mask, reset, keep; got ",
     "restore": r"restore must be one of best, last; got ",

@@ -29,6 +29,8 @@ ORDER = [
     "scopes",
     "pacing",
     "optimizers",
+    "stages",
+    "reconstruction",
     "config",
     "reports",
     "metrics",
@@ -43,6 +45,7 @@ OPTIONAL = ("evaluate", "peft", "matplotlib", "torch_pruning", "datasets")
 # Where an `assert` tells the type checker what the code above it has made sure of. None may guard what a user gives.
 NARROWING = {
     ("config", "own_sparsities"),
+    ("pruning", "_reconstruct_"),
     ("callback", "_measure"),
     ("callback", "_stay_over"),
 }

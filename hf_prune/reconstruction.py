@@ -1,0 +1,270 @@
+"""Reconstruction: pruning that also changes the weights that it keeps, so that a layer's outputs stay what they were.
+
+What a method of this kind minimizes for each row `w` of a weight is the squared error of its outputs on calibration
+samples, `‖(w − ŵ) X‖²`, which depends on the inputs `X` through their Hessian `H = X Xᵀ` alone.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from .calibration import DELAY, Batch, eager_experts, over_processes, read_samples, undisturbed
+from .granularities import Pattern, Unstructured
+from .masks import MaskSet, masked_in
+from .products import Product
+from .selection import drop_lowest, drop_lowest_of_each
+from .stages import Stages
+from .targets import Target
+
+logger = logging.getLogger(__name__)
+
+RECONSTRUCTIONS = ("sparsegpt",)
+DAMPING = (0.01, 0.1, 1.0)  # What is added to the diagonal, in units of its mean: more where less will not do.
+BLOCK = 128  # Columns that are chosen from, and changed, at a time.
+
+
+def reconstruct_(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    masks: MaskSet,
+    drops: Mapping[str, int],
+    granularity: Unstructured | Pattern,
+    batches: Iterable[Batch],
+    samples: int,
+    *,
+    show_progress: bool = False,
+) -> MaskSet:
+    """Prunes a model with SparseGPT, layer by layer in the order of its forward pass.
+
+    A layer sees the inputs that the pruned layers before it give. One Hessian is in memory at a time (fused experts
+    have one each), and what the samples are at the layer that is under way.
+
+    Args:
+        model: The model, unwrapped; called as `model(**batch)`. Changed in place.
+        targets: The weights.
+        masks: The masks so far; what they prune stays pruned.
+        drops: Number of weights to prune of each target, those pruned before included. Ignored for a `Pattern`.
+        granularity: What is removed together.
+        batches: What the model is called with: tensors with the samples along their first dimension.
+        samples: Number of samples to read, of all processes together.
+        show_progress: Whether a bar shows how far it is, if it takes more than a few seconds.
+
+    Returns:
+        A mask for each target. The weights that it prunes are zero.
+
+    Raises:
+        ValueError: if there are no samples, or activations are not finite (the message names the module).
+
+    Source: Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv
+    2301.00774.
+    """
+    new: dict[str, torch.Tensor] = {}
+
+    def solve_(name: str, factors: Sequence[torch.Tensor | None]) -> None:
+        new[name] = _solve_(targets[name], factors, masks.get(name), drops[name], granularity)
+
+    with undisturbed(model, targets), eager_experts(model), _without_cache(model):
+        data = list(read_samples(model, batches, samples))
+        _require_samples_everywhere(data, model)
+        with Stages(model, targets, data) as stages:
+            for name in stages.unused:
+                logger.warning("%r takes no part in the forward pass; it is pruned by magnitude.", name)
+                solve_(name, [None] * targets[name].parts)
+            for stage in tqdm(stages.order, desc="Pruning", unit="layer", delay=DELAY, disable=not show_progress):
+                hessian = _Hessian(targets[stage.names[0]])
+                stages.show(stage, hessian.add_)
+                factors = hessian.factors()
+                for name in stage.names:
+                    solve_(name, factors)
+                stages.finish(stage)
+    return MaskSet({name: new[name] for name in targets})
+
+
+class _Hessian:
+    """`X Xᵀ` of a target's inputs, for each of its parts: `[parts, fan_in, fan_in]`, in float32 or better."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        size = torch.Size([target.parts, target.fan_in, target.fan_in])
+        self._sum = torch.zeros(size, device=target.weight.device, dtype=_exact(target))
+
+    def add_(self, product: Product) -> None:
+        x = product.inputs(1).flatten(1, 2).to(self._sum.dtype)
+        part = slice(None) if product.part is None else slice(product.part, product.part + 1)
+        self._sum[part].baddbmm_(x.mT, x)
+
+    def factors(self) -> list[torch.Tensor | None]:
+        """For each part the upper Cholesky factor of its inverse; None where it cannot be had.
+
+        Raises:
+            ValueError: if an activation was NaN or infinite.
+        """
+        total, name = over_processes(self._sum), self._target.module
+        if not total.isfinite().all():
+            raise ValueError(
+                f"what {name!r} is multiplied with is NaN or infinite over the calibration samples. Has training "
+                "diverged, or does the model overflow in its dtype?"
+            )
+        reached = total.diagonal(dim1=1, dim2=2).any(1)
+        if not reached.all():
+            unreached, parts = len(reached) - int(reached.sum()), len(reached)
+            logger.warning(
+                "No calibration sample reaches %d of the %d parts of %r; they are pruned by magnitude.",
+                unreached, parts, name,
+            )  # fmt: skip
+        order = _column_order(self._target)
+        return [
+            _factor(part[order][:, order], name) if used else None for part, used in zip(total, reached, strict=True)
+        ]
+
+
+def _factor(hessian: torch.Tensor, name: str) -> torch.Tensor | None:
+    diagonal = hessian.diagonal()
+    mean = diagonal[diagonal > 0].mean()
+    diagonal[diagonal == 0] = mean  # An input that is always zero has no part in any output.
+    before = 0.0
+    for damping in DAMPING:
+        diagonal += (damping - before) * mean
+        before = damping
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and upper.isfinite().all():
+                return upper
+    logger.warning(
+        "The Hessian of %r cannot be factorized, even with %g of its mean added to its diagonal; it is pruned by "
+        "magnitude, and the weights that it keeps stay as they are.", name, DAMPING[-1]
+    )  # fmt: skip
+    return None
+
+
+@torch.no_grad()
+def _solve_(
+    target: Target,
+    factors: Sequence[torch.Tensor | None],
+    kept: torch.Tensor | None,
+    drop: int,
+    granularity: Unstructured | Pattern,
+) -> torch.Tensor:
+    """Prunes a target in place; returns its mask."""
+    order = _column_order(target)
+    rows = target.to_rows(target.weight.detach())[..., order].to(_exact(target))
+    masks = torch.ones_like(rows, dtype=torch.bool) if kept is None else target.to_rows(kept)[..., order].clone()
+    for part, factor, mask, share in zip(rows, factors, masks, _shares(drop, masks), strict=True):
+        choice = _Choice(target.name, mask, share, granularity)
+        if factor is None:
+            for i in range(len(choice.shares)):
+                choice.make_(i, part[:, choice.columns(i)].abs())
+            part *= mask
+        else:
+            _sparsegpt_(part, factor, choice)
+    back = order.argsort()
+    target.weight.copy_(target.from_rows(rows[..., back]))
+    return target.from_rows(masks[..., back]).contiguous()
+
+
+def _sparsegpt_(rows: torch.Tensor, upper: torch.Tensor, choice: "_Choice") -> None:
+    """Prunes columns from left to right, and moves the error of each onto those that come after it.
+
+    Args:
+        rows: `[rows, columns]`, in float32 or better; changed in place.
+        upper: Upper Cholesky factor of the inverse Hessian, `[columns, columns]`: its row `i` is the first one of the
+            inverse of the Hessian of the columns from `i` on, divided by the root of that row's first element.
+        choice: Chooses the weights that go.
+    """
+    width = max(BLOCK // choice.width, 1) * choice.width
+    for start in range(0, rows.shape[1], width):
+        here, behind = slice(start, start + width), slice(start + width, None)
+        block, factor = rows[:, here], upper[here, here]
+        pivots, errors = factor.diagonal(), torch.empty_like(block)
+        for i in range(block.shape[1]):
+            if i % choice.width == 0:
+                group = slice(i, i + choice.width)
+                choice.make_((start + i) // choice.width, (block[:, group] / pivots[group]).square())
+            pruned = block[:, i] * choice.mask[:, start + i]
+            errors[:, i] = (block[:, i] - pruned) / pivots[i]
+            block[:, i:].addr_(errors[:, i], factor[i, i:], alpha=-1)
+            block[:, i] = pruned
+        rows[:, behind].addmm_(errors, upper[here, behind], alpha=-1)
+
+
+class _Choice:
+    """The choice of the weights of a matrix that go, some columns at a time.
+
+    Args:
+        name: The parameter's name, for messages.
+        mask: What is kept so far, `[rows, columns]`; changed in place.
+        drop: Number of weights to prune in all; a pattern says that itself.
+        granularity: What is removed together.
+
+    Attributes:
+        mask: As given.
+        width: Number of columns that a choice is among.
+        shares: Number of weights to prune in each choice.
+    """
+
+    def __init__(self, name: str, mask: torch.Tensor, drop: int, granularity: Unstructured | Pattern) -> None:
+        self.mask, self._name, self._granularity = mask, name, granularity
+        self.width = granularity.m if isinstance(granularity, Pattern) else BLOCK
+        self.shares = _shares(drop, mask.split(self.width, 1))
+
+    def columns(self, i: int) -> slice:
+        """The columns of choice `i`."""
+        return slice(i * self.width, (i + 1) * self.width)
+
+    def make_(self, i: int, scores: torch.Tensor) -> None:
+        """Makes choice `i` by the scores of its columns, `[rows, width]`; higher = keep."""
+        kept = self.mask[:, self.columns(i)]
+        if isinstance(self._granularity, Pattern):
+            chosen = drop_lowest_of_each(self._name, scores, self._granularity.m - self._granularity.n, kept)
+        else:
+            chosen = drop_lowest({self._name: lambda: scores}, self.shares[i], {self._name: kept})[self._name]
+        self.mask[:, self.columns(i)] = chosen
+
+
+def _shares(drop: int, masks: Iterable[torch.Tensor]) -> list[int]:
+    """Divides a number of weights to prune among masks by their sizes, none with fewer than it prunes already."""
+    masks = list(masks)
+    sizes, least = [mask.numel() for mask in masks], [masked_in(mask) for mask in masks]
+    shares = []
+    for i, size in enumerate(sizes):
+        room, needed = sum(sizes[i + 1 :]), sum(least[i + 1 :])
+        share = round(drop * size / (size + room)) if size else 0
+        shares.append(min(max(share, least[i], drop - room), size, max(drop - needed, least[i])))
+        drop -= shares[-1]
+    return shares
+
+
+def _exact(target: Target) -> torch.dtype:
+    """The dtype in which a target's weights are computed: float32 or better."""
+    return torch.promote_types(target.weight.dtype, torch.float32)
+
+
+def _column_order(target: Target) -> torch.Tensor:
+    """The order of a row's inputs in which the channels at one position of a kernel are side by side."""
+    return torch.arange(target.fan_in, device=target.weight.device).view(target.in_features, -1).t().flatten()
+
+
+def _require_samples_everywhere(data: Sequence[Batch], model: nn.Module) -> None:
+    lacking = torch.tensor(0 if data else 1, device=next(model.parameters()).device)
+    if over_processes(lacking).item():
+        raise ValueError("some processes have no calibration samples: ask for at least one for each process.")
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Passes that keep no keys and values: those of blocks that are not computed again would be missing."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    before = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
+    for config, _ in before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value

@@ -1,0 +1,291 @@
+"""SparseGPT against optimal brain surgeon by brute force, least squares, and the errors of other criteria."""
+
+import logging
+import re
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
+from hf_prune import PruningConfig, prune
+from hf_prune.calibration import calibrate
+from hf_prune.criteria import CRITERIA
+from hf_prune.granularities import Pattern, Unstructured
+from hf_prune.masks import MaskSet, masked_in
+from hf_prune.reconstruction import BLOCK, DAMPING, reconstruct_
+from hf_prune.targets import find_targets
+from tests.tiny import TEXT, batch, build
+
+
+class Layer(nn.Module):
+    """One layer, on inputs that go together."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def linear(inputs: int = 12, outputs: int = 7, dtype: torch.dtype = torch.float64) -> Layer:
+    torch.manual_seed(0)
+    return Layer(nn.Linear(inputs, outputs)).to(dtype)
+
+
+def correlated(samples: int, inputs: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    torch.manual_seed(1)
+    mix = torch.randn(inputs, inputs, dtype=dtype) + 2 * torch.rand(inputs, 1, dtype=dtype)
+    return torch.randn(samples, inputs, dtype=dtype) @ mix
+
+
+def sparsegpt(model: nn.Module, x: torch.Tensor, drop: int, granularity=None, masks: MaskSet | None = None) -> MaskSet:
+    targets = find_targets(model)
+    data = [{"x": part} for part in x.split(5)]
+    return reconstruct_(
+        model, targets, masks or MaskSet(), dict.fromkeys(targets, drop), granularity or Unstructured(), data, len(x)
+    )
+
+
+def brute_force(weight, x, drop, m=None, n=None, damping=DAMPING[0], kept=None):
+    """Column by column, with the inverse of the Hessian of the columns that are left computed anew each time."""
+    weight, columns = weight.clone(), weight.shape[1]
+    hessian = x.T @ x
+    hessian += damping * hessian.diagonal().mean() * torch.eye(columns, dtype=x.dtype)
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    for i in range(columns):
+        inverse = torch.linalg.inv(hessian[i:, i:])
+        if (m is None and i == 0) or (m is not None and i % m == 0):
+            group = range(i, columns if m is None else i + m)
+            scores = torch.stack([weight[:, j] ** 2 / torch.linalg.inv(hessian[j:, j:])[0, 0] for j in group], 1)
+            if kept is not None:
+                scores = scores.where(kept[:, group], -1.0)
+            if m is None:
+                lowest = scores.flatten().argsort(stable=True)[:drop]
+                mask.view(-1)[lowest] = False
+            else:
+                mask[:, group] = torch.ones_like(scores, dtype=torch.bool).scatter(
+                    1, scores.argsort(dim=1, stable=True)[:, : m - n], False
+                )
+        error = weight[:, i] * ~mask[:, i] / inverse[0, 0]
+        weight[:, i:] -= error[:, None] * inverse[0]
+    return weight * mask, mask
+
+
+@pytest.mark.parametrize("drop", [0, 1, 30, 42, 84])
+def test_it_is_optimal_brain_surgeon_column_by_column(drop):
+    model, x = linear(), correlated(40, 12)
+    expected, mask = brute_force(model.layer.weight.detach(), x, drop)
+    masks = sparsegpt(model, x, drop)
+    assert torch.equal(masks["layer.weight"], mask)
+    torch.testing.assert_close(model.layer.weight.detach(), expected, rtol=1e-8, atol=1e-10)
+    assert int((model.layer.weight == 0).sum()) == drop
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2), (3, 6)])
+def test_patterns_are_chosen_by_the_weights_as_they_have_become(n, m):
+    model, x = linear(), correlated(40, 12)
+    expected, mask = brute_force(model.layer.weight.detach(), x, 0, m, n)
+    masks = sparsegpt(model, x, 0, Pattern(n, m))
+    assert torch.equal(masks["layer.weight"], mask)
+    torch.testing.assert_close(model.layer.weight.detach(), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_what_is_pruned_stays_pruned_and_counts():
+    model, x = linear(), correlated(40, 12)
+    first = sparsegpt(model, x, 30)
+    before = model.layer.weight.detach().clone()
+    expected, mask = brute_force(before, x, 50, kept=first["layer.weight"])
+    second = sparsegpt(model, x, 50, masks=first)
+    assert not (second["layer.weight"] & ~first["layer.weight"]).any()
+    assert torch.equal(second["layer.weight"], mask)
+    torch.testing.assert_close(model.layer.weight.detach(), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("inputs", [BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 40])
+@pytest.mark.parametrize("drop", [0.1, 0.5, 0.9])
+def test_blocks_of_columns_are_exact_together_and_better_than_other_criteria(inputs, drop):
+    """On the inputs of the layer; and not better than least squares, which nothing can be."""
+    x = correlated(3 * inputs, inputs)
+    model = linear(inputs)
+    dense, k = model.layer.weight.detach().clone(), round(drop * 7 * inputs)
+    mask = sparsegpt(model, x, k)["layer.weight"]
+    assert masked_in(mask) == k
+    pruned = model.layer.weight.detach()
+    assert torch.equal(pruned == 0, ~mask)
+
+    def error(weight):
+        return float(((weight - dense) @ x.T).square().sum())
+
+    best = torch.zeros_like(dense)
+    for row in range(len(dense)):
+        kept = mask[row]
+        best[row, kept] = torch.linalg.lstsq(x[:, kept], x @ dense[row, :, None]).solution[:, 0]
+    assert error(best) <= error(pruned) < error(dense * mask)
+    others = []
+    for name in ("magnitude", "wanda"):
+        other = linear(inputs)
+        prune(other, PruningConfig(sparsity=drop, criterion=name, calibration_samples=len(x)), [{"x": x}])
+        others.append(error(other.layer.weight.detach()))
+    assert error(pruned) < min(others)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("granularity", [Unstructured(), Pattern(2, 4)])
+def test_a_convolution_is_a_linear_layer_on_patches(groups, granularity):
+    torch.manual_seed(0)
+    options = {"padding": 1, "stride": 2, "groups": groups}
+    model = Layer(nn.Conv2d(8, 6, (3, 2), **options)).double()
+    x = torch.randn(10, 8, 5, 6).double()
+    weight, drop = model.layer.weight.detach().clone(), 40
+    masks = sparsegpt(model, x, drop, granularity)
+    if isinstance(granularity, Pattern):
+        assert (masks["layer.weight"].unflatten(1, (-1, 4)).sum(2) == 2).all()
+    else:
+        assert masks["layer.weight"].numel() - masks["layer.weight"].sum() == drop
+    patches = torch.nn.functional.unfold(x, (3, 2), padding=1, stride=2)  # [samples, channels · kernel, positions]
+    patches = patches.unflatten(1, (groups, -1))
+    for group in range(groups):
+        rows = slice(group * 6 // groups, (group + 1) * 6 // groups)
+        inputs = patches[:, group].transpose(1, 2).flatten(0, 1)
+        # Channels of one position of the kernel side by side, as in a pattern.
+        order = torch.arange(inputs.shape[1]).view(-1, 6).t().flatten()
+        matrix = weight[rows].flatten(1)[:, order]
+        pattern = (4, 2) if isinstance(granularity, Pattern) else ()
+        expected, _ = brute_force(matrix, inputs[:, order], drop // groups, *pattern)
+        found = model.layer.weight.detach()[rows].flatten(1)[:, order]
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_an_input_that_is_always_zero_is_pruned_first_and_spoils_nothing():
+    model, x = linear(), correlated(40, 12)
+    x[:, 3] = 0
+    mask = sparsegpt(model, x, 20)["layer.weight"]
+    assert model.layer.weight.isfinite().all()
+    assert masked_in(mask) == 20
+    others = [i for i in range(12) if i != 3]
+    reduced = linear().layer.weight.detach()
+    # Without the input: the damping has the same mean, and of the 20 zeros 7 are in its column.
+    assert not mask[:, 3].any() or masked_in(mask[:, [3]]) < 7
+    expected, _ = brute_force(reduced[:, others], x[:, others], masked_in(mask[:, others]))
+    torch.testing.assert_close(model.layer.weight.detach()[:, others], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_damping_rises_until_the_hessian_can_be_factorized(caplog):
+    """Inputs that differ by many orders of magnitude cannot be told from singular ones in float32."""
+    model, x = linear(dtype=torch.float32), correlated(40, 12, torch.float32)
+    x[:, 0] *= 1e12
+    with caplog.at_level(logging.WARNING):
+        sparsegpt(model, x, 42)
+    assert model.layer.weight.isfinite().all()
+    assert int((model.layer.weight == 0).sum()) == 42
+
+
+def test_a_layer_that_cannot_be_solved_is_pruned_by_magnitude_and_that_is_said(monkeypatch, caplog):
+    attempts = []
+
+    def fails(hessian, **options):
+        attempts.append(float(hessian.diagonal().sum()))
+        return hessian, torch.tensor(1)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fails)
+    model, x = linear(), correlated(40, 12)
+    expected = linear()
+    prune(expected, PruningConfig(sparsity=0.5))
+    sparsegpt(model, x, 42)
+    assert torch.equal(model.layer.weight, expected.layer.weight)
+    assert "The Hessian of 'layer' cannot be factorized, even with 1 of its mean" in caplog.text
+    total = float(x.square().sum())
+    assert attempts == pytest.approx([total * (1 + damping) for damping in DAMPING])
+
+
+def test_experts_that_no_sample_reaches_are_pruned_by_magnitude_and_that_is_said(caplog):
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=16, num_experts_per_tok=2)
+    model = transformers.MixtralForCausalLM(config)
+    experts = model.model.layers[0].mlp.experts.down_proj
+    before = experts.detach().clone()
+    data = [{"input_ids": torch.tensor([[3, 4, 5]])}]
+    prune(model, PruningConfig(sparsity=0.5, criterion="sparsegpt", calibration_samples=1), data)
+    found = re.search(r"reaches (\d+) of the 16 parts of 'model\.layers\.0\.mlp\.experts\.down_proj'", caplog.text)
+    by_magnitude = 0
+    for expert, dense in zip(experts.detach(), before, strict=True):
+        lowest = dense.abs().flatten().argsort(stable=True)[: dense.numel() // 2]
+        by_magnitude += torch.equal(expert.flatten(), dense.flatten().scatter(0, lowest, 0.0))
+    assert by_magnitude == int(found[1]) >= 10  # Three tokens go to six experts at most.
+
+
+def test_weights_that_take_no_part_are_pruned_by_magnitude_and_that_is_said(caplog):
+    class Idle(Layer):
+        def __init__(self):
+            super().__init__(nn.Linear(12, 7))
+            self.idle = nn.Linear(12, 7)
+
+    torch.manual_seed(0)
+    model = Idle().double()
+    before = model.idle.weight.detach().clone()
+    sparsegpt(model, correlated(40, 12), 42)
+    assert "'idle.weight' takes no part in the forward pass; it is pruned by magnitude" in caplog.text
+    kept = before.abs() > before.abs().flatten().sort().values[41]
+    assert torch.equal(model.idle.weight.detach(), before * kept)
+
+
+def test_activations_that_are_not_finite_name_the_module_and_change_nothing():
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.b(self.a(x) / 0)
+
+    model = Chain()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"what 'b' is multiplied with is NaN or infinite over the calibration"):
+        prune(
+            model,
+            PruningConfig(sparsity=0.5, criterion="sparsegpt", calibration_samples=8),
+            [{"x": torch.randn(8, 4)}],
+        )
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_no_sample_is_an_error():
+    with pytest.raises(ValueError, match="there are no calibration samples"):
+        reconstruct_(linear(), find_targets(linear()), MaskSet(), {"layer.weight": 3}, Unstructured(), [], 8)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "vit", "mixtral", "resnet"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_loses_less_than_by_magnitude(family, dtype):
+    """Of its outputs on the calibration samples, layers one after the other."""
+    losses = {}
+    for name in ("magnitude", "sparsegpt"):
+        model = build(family, dtype).eval()
+        data = DataLoader(batch(model, 64), batch_size=16, collate_fn=default_data_collator)
+        values = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in each.items()} for each in data]
+        with torch.no_grad():
+            dense = [model(**each).logits.float() for each in values]
+            scope = "layer" if name == "magnitude" else "auto"  # Layers are equally sparse in both.
+            prune(model, PruningConfig(sparsity=0.6, criterion=name, scope=scope, calibration_samples=64), values)
+            losses[name] = sum(
+                float((model(**each).logits.float() - y).square().sum()) for each, y in zip(values, dense, strict=True)
+            )
+        assert all(parameter.dtype == dtype for parameter in model.parameters())
+    assert losses["sparsegpt"] < losses["magnitude"]
+
+
+def test_the_hessian_of_wanda_is_its_diagonal():
+    """Where inputs do not go together, what is chosen is what Wanda would choose among all weights of a layer."""
+    model = linear()
+    x = torch.cat([torch.diag(torch.rand(12).double() + 0.5)] * 3)
+    norms = calibrate(model, find_targets(model), [{"x": x}], ["input_norm"], len(x))["input_norm"]["layer.weight"]
+    wanda = (model.layer.weight.detach().abs() * norms).flatten()
+    assert CRITERIA["wanda"] is not None
+    before = model.layer.weight.detach().clone()
+    mask = sparsegpt(model, x, 30)["layer.weight"].flatten()
+    assert wanda[~mask].max() < wanda[mask].min() * 1.05  # Damping adds the same to all inputs.
+    torch.testing.assert_close(model.layer.weight.detach().flatten()[mask], before.flatten()[mask])

@@ -30,7 +30,7 @@ from .checkpoints import (
     require_same,
 )
 from .config import PruningConfig
-from .criteria import Criterion, needs
+from .criteria import Criterion
 from .hooks import GradientHooks
 from .masks import MaskSet
 from .monitor import (
@@ -42,7 +42,7 @@ from .monitor import (
 )
 from .optimizers import cut_state_, require_restartable, restart_lr_, undo_restart_lr_
 from .pacing import Even, Patience
-from .pruning import cut, effective_scope, next_masks, resolve_targets
+from .pruning import cut, require_room, resolve_targets
 from .random_state import keep_random_state
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
 from .rounds import Rounds
@@ -209,7 +209,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 warn_of_few_evaluations(self._rounds.pacing, args, state)
             if self.config.hold_zeros:
                 self._adopt(MaskSet.from_zeros(now.model, self._targets), None, now)
-                self._require_room()
+                if not self.masks.masked:
+                    logger.warning("hold_zeros found no zeros to hold.")
+                require_room(self._targets, self.masks, self.config, self.criterion)
             self._cut_if_due(now)
         self._training = True
 
@@ -344,15 +346,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 f"patience follows {self.history.metric!r}, but the evaluation gives "
                 f"{', '.join(sorted(self._reported))}. Set metric in the config to one of them."
             )
-
-    def _require_room(self) -> None:
-        """Tries the first cut on the zeros that are held: if they leave it no room, now is the time to say so."""
-        if not self.masks.masked:
-            logger.warning("hold_zeros found no zeros to hold.")
-        if self.config.round_sparsities:
-            # Any scores will do, compared as those to come will be.
-            scores = needs(scope=effective_scope(self.config, self.criterion))(lambda inputs: inputs.weight.abs())
-            next_masks(self._targets, self.masks, self.config.round_sparsities[0], self.config, criterion=scores)
 
     def _adopt(self, masks: MaskSet, asked: float | None, now: Moment) -> None:
         """Applies masks, holds them from here on, writes the round down and measures it."""

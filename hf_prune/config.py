@@ -50,9 +50,11 @@ class PruningConfig:
         granularity: What is removed together: "unstructured", "N:M" (N kept of every M along the input dimension,
             which fixes the sparsity at `1 − N/M`) or "block:RxC".
         scope: Which weights compete: "global" (all), "layer" (per tensor, each equally sparse), "row" (per output,
-            each equally sparse) or "erk" (per tensor, by the Erdős–Rényi kernel rule); "auto" is row for wanda, blocks
-            of columns in equally sparse layers for sparsegpt, global for all others. N:M competes within its groups
-            and takes "auto" only.
+            each equally sparse), "erk" (per tensor, by the Erdős–Rényi kernel rule) or "owl" (per tensor, by the
+            outliers of its inputs and weights); "auto" is row for wanda, layer for sparsegpt, and global for all
+            others. N:M competes within its groups and takes "auto" only. With sparsegpt the scope says how sparse each
+            layer is ("global": as by the criterion fisher, which needs labels), and weights compete within blocks of
+            its columns.
         layer_sparsity: Regular expression of module names → their own final sparsity, also as JSON text. The first
             that matches the whole name counts. These modules leave the competition, and `sparsity` holds for the
             rest. At earlier rounds they are as far on their way as the rest.
@@ -217,10 +219,10 @@ class PruningConfig:
                 f"{self.criterion} chooses weights one by one or N of every M; granularity {self.granularity!r} does "
                 "not go with it."
             )
-        if self.scope not in (allowed := ("auto", "erk")):
+        if self.scope == "row":
             raise ValueError(
-                f"{self.criterion} compares weights within blocks of columns, where they have the same inputs; scope "
-                f"must be one of {', '.join(allowed)}, which say how sparse each layer is; got {self.scope!r}."
+                f"{self.criterion} compares weights within blocks of columns; scope says how sparse each layer is "
+                f"and must be one of {', '.join(scope for scope in SCOPES if scope != 'row')}; got 'row'."
             )
         if self.score_steps != 1:
             raise ValueError(f"{self.criterion} scores anew at each column; leave score_steps out.")

@@ -1,6 +1,7 @@
 """Pruning: one round's cut, from scores to masks, and `prune` for a cut without a Trainer."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import re
@@ -12,12 +13,12 @@ from torch import nn
 from . import granularities
 from .calibration import Batch, Statistics, calibrate
 from .config import PruningConfig
-from .criteria import CRITERIA, Criterion, ScoreInputs, needs_of, scope_of
+from .criteria import CRITERIA, Criterion, ScoreInputs, fisher, needs, needs_of, scope_of, wanda
 from .granularities import Pattern
 from .masks import MaskSet, masked_in
 from .reconstruction import RECONSTRUCTIONS, reconstruct_
 from .reports import SparsityReport, sparsity_report
-from .scopes import pools
+from .scopes import OWL_FACTOR, Pool, pools
 from .selection import drop_lowest, drop_lowest_of_each
 from .targets import Target, find_targets
 
@@ -54,6 +55,28 @@ def effective_scope(config: PruningConfig, criterion: Criterion | None = None) -
     if criterion is None and config.criterion in RECONSTRUCTIONS:
         return "layer"
     return scope_of(criterion or CRITERIA[config.criterion])
+
+
+def require_room(
+    targets: Mapping[str, Target], masks: MaskSet, config: PruningConfig, criterion: Criterion | None = None
+) -> None:
+    """Tries the first cut of a config on masks that are there: if they leave it no room, now is the time to say so.
+
+    Args:
+        targets: What `resolve_targets` found.
+        masks: The masks so far.
+        config: The pruning config.
+        criterion: A criterion in place of the config's.
+
+    Raises:
+        ValueError: if the masks prune more than the first round asks for.
+    """
+    if not config.round_sparsities:
+        return
+    scope = effective_scope(config, criterion)
+    # Any scores will do, compared as those to come will be. The shares of owl bend to what is pruned already.
+    scores = needs(scope="global" if scope == "owl" else scope)(lambda inputs: inputs.weight.abs())
+    next_masks(targets, masks, config.round_sparsities[0], dataclasses.replace(config, scope="auto"), criterion=scores)
 
 
 @torch.no_grad()
@@ -115,24 +138,19 @@ def next_masks(
     def group_scores(target: Target) -> torch.Tensor:
         return granularity.pool(weight_scores(target), target)
 
-    own, scope = _layer_sparsity(targets, sparsity, config), effective_scope(config, criterion)
+    scope = effective_scope(config, criterion)
     kept = {name: granularity.pool_mask(mask, targets[name]) for name, mask in masks.items()}
     group_masks: dict[str, torch.Tensor] = {}
     if scope == "row":
+        own = _layer_sparsity(targets, sparsity, config)
         for name, target in targets.items():
             rows = granularity.to_rows(group_scores(target), target)
             before = granularity.to_rows(kept[name], target) if name in kept else None
             drop = round(own.get(name, sparsity) * rows.shape[1])
             group_masks[name] = granularity.from_rows(drop_lowest_of_each(name, rows, drop, before), target)
     else:
-        for pool in pools(
-            {name: target.weight.numel() // granularity.group_size for name, target in targets.items()},
-            sparsity,
-            scope,
-            shapes={name: target.layer_shape for name, target in targets.items()},
-            dropped={name: masked_in(kept[name]) if name in kept else 0 for name in targets},
-            layer_sparsity=own,
-        ):
+        sizes = {name: target.weight.numel() // granularity.group_size for name, target in targets.items()}
+        for pool in _pools(targets, kept, sizes, sparsity, scope, config, statistics):
             scores = {name: functools.partial(group_scores, targets[name]) for name in pool.names}
             group_masks |= drop_lowest(scores, pool.drop, kept)
     return MaskSet({name: granularity.spread(group_masks[name], target) for name, target in targets.items()})
@@ -173,20 +191,22 @@ def cut(
             weights are then as they were.
     """
     reconstructs = criterion is None and config.criterion in RECONSTRUCTIONS
-    needs = ("inputs",) if reconstructs else needs_of(criterion or CRITERIA[config.criterion])
-    if needs and batches is None:
+    required = ("inputs",) if reconstructs else needs_of(criterion or CRITERIA[config.criterion])
+    if effective_scope(config, criterion) == "owl":
+        required = tuple(dict.fromkeys([*required, *needs_of(wanda)]))
+    if required and batches is None:
         raise ValueError(
-            f"the criterion {config.criterion if criterion is None else criterion!r} looks at data "
-            f"({', '.join(needs)}). Give a dataloader of calibration samples."
+            f"the criterion {config.criterion if criterion is None else criterion!r} with scope {config.scope!r} "
+            f"looks at data ({', '.join(required)}). Give a dataloader of calibration samples."
         )
     with _put_back_on_error(targets) if reconstructs or config.score_steps > 1 else contextlib.nullcontext():
         if reconstructs and batches is not None:
-            return _reconstruct_(model, targets, masks, sparsity, config, batches(), show_progress)
+            return _reconstruct_(model, targets, masks, sparsity, config, batches, show_progress)
         for level in _score_levels(masks.sparsity if masks else 0.0, sparsity, config):
             statistics = None
-            if needs and batches is not None:
+            if required and batches is not None:
                 samples = config.calibration_samples
-                statistics = calibrate(model, targets, batches(), needs, samples, show_progress=show_progress)
+                statistics = calibrate(model, targets, batches(), required, samples, show_progress=show_progress)
             masks = next_masks(targets, masks, level, config, criterion=criterion, seed=seed, statistics=statistics)
             if level != sparsity:
                 masks.apply_(model)
@@ -214,29 +234,26 @@ def _reconstruct_(
     masks: MaskSet,
     sparsity: float,
     config: PruningConfig,
-    batches: Iterable[Batch],
+    batches: Callable[[], Iterable[Batch]],
     show_progress: bool,
 ) -> MaskSet:
-    granularity = granularities.parse(config.granularity)
+    granularity, samples = granularities.parse(config.granularity), config.calibration_samples
     assert not isinstance(granularity, granularities.Block)  # The config has seen to it.
     if isinstance(granularity, Pattern):
         granularity = Pattern(granularity.m - round(sparsity * granularity.m), granularity.m)
     for target in targets.values():
         _require_finite(target)
-    drops = {
-        name: pool.drop
-        for pool in pools(
-            {name: target.weight.numel() for name, target in targets.items()},
-            sparsity,
-            effective_scope(config),
-            shapes={name: target.layer_shape for name, target in targets.items()},
-            dropped={name: masked_in(masks[name]) if name in masks else 0 for name in targets},
-            layer_sparsity=_layer_sparsity(targets, sparsity, config),
-        )
-        for name in pool.names
-    }
-    samples = config.calibration_samples
-    return reconstruct_(model, targets, masks, drops, granularity, batches, samples, show_progress=show_progress)
+    scope, statistics = effective_scope(config), None
+    if needs := {"global": needs_of(fisher), "owl": needs_of(wanda)}.get(scope):
+        statistics = calibrate(model, targets, batches(), needs, samples, show_progress=show_progress)
+    if scope == "global":
+        likewise = next_masks(targets, masks, sparsity, config, criterion=fisher, statistics=statistics)
+        drops = {name: masked_in(mask) for name, mask in likewise.items()}
+    else:
+        sizes = {name: target.weight.numel() for name, target in targets.items()}
+        divided = _pools(targets, masks, sizes, sparsity, scope, config, statistics)
+        drops = {pool.names[0]: pool.drop for pool in divided}
+    return reconstruct_(model, targets, masks, drops, granularity, batches(), samples, show_progress=show_progress)
 
 
 def prune(
@@ -308,6 +325,37 @@ def _require_finite(target: Target) -> None:
             f"{count} of the {target.weight.numel()} weights of {target.name!r} are NaN or infinite. "
             "Has training diverged?"
         )
+
+
+def _pools(
+    targets: Mapping[str, Target],
+    kept: Mapping[str, torch.Tensor],
+    sizes: Mapping[str, int],
+    sparsity: float,
+    scope: str,
+    config: PruningConfig,
+    statistics: Statistics | None,
+) -> list[Pool]:
+    outliers = None
+    if scope == "owl":
+        norms = (statistics or {}).get("input_norm", {})
+        outliers = {name: _outliers(target, norms[name]) for name, target in targets.items()}
+    return pools(
+        sizes,
+        sparsity,
+        scope,
+        shapes={name: target.layer_shape for name, target in targets.items()},
+        dropped={name: masked_in(kept[name]) if name in kept else 0 for name in targets},
+        layer_sparsity=_layer_sparsity(targets, sparsity, config),
+        outliers=outliers,
+    )
+
+
+def _outliers(target: Target, input_norm: torch.Tensor) -> float:
+    """The fraction of a target's weights that are outliers by Wanda's score, of those that are not pruned yet."""
+    scores = wanda(ScoreInputs(target.name, target.weight.detach(), statistics={"input_norm": input_norm}))
+    scores = scores[scores != 0]
+    return float((scores > OWL_FACTOR * scores.mean()).float().mean()) if len(scores) else 0.0
 
 
 def _layer_sparsity(targets: Mapping[str, Target], sparsity: float, config: PruningConfig) -> dict[str, float]:

@@ -4,10 +4,16 @@ A scope turns one sparsity into pools: names whose groups are ranked together, a
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-SCOPES = ("auto", "global", "layer", "row", "erk")
+SCOPES = ("auto", "global", "layer", "row", "erk", "owl")
+OWL_FACTOR = 5.0  # What is this many times the layer's mean is an outlier: `M` in the paper, which takes 5 or 7.
+OWL_SPREAD = 0.08  # How far a layer's sparsity may be from the mean of all: `λ` in the paper.
+
+Wanted = Callable[[float], Mapping[str, float]]
+"""A share in `[0, 1]` → the sparsity of each tensor, which rises with it from 0 or less to 1 or more."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +37,19 @@ def pools(
     shapes: Mapping[str, tuple[int, ...]],
     dropped: Mapping[str, int],
     layer_sparsity: Mapping[str, float],
+    outliers: Mapping[str, float] | None = None,
 ) -> list[Pool]:
     """Divides the tensors into pools.
 
     Args:
         sizes: Name → number of groups (of weights, where the granularity is unstructured).
         sparsity: Fraction of the groups to drop, in `[0, 1)`.
-        scope: "global" (one pool), "layer" (a pool for each tensor, all with the same sparsity) or "erk" (a
-            pool for each tensor, the sparsity by the Erdős–Rényi kernel rule, exact in total).
+        scope: "global" (one pool), "layer" (a pool for each tensor, all with the same sparsity), or "erk" and "owl" (a
+            pool for each tensor, the sparsity by the Erdős–Rényi kernel rule or by outliers, exact in total).
         shapes: Name → dimensions of one layer's weight, for "erk".
         dropped: Name → number of groups dropped before; a pool never drops fewer.
         layer_sparsity: Name → its own sparsity. These tensors leave the competition; `sparsity` holds for the rest.
+        outliers: Name → fraction of its weights that are outliers, for "owl".
 
     Returns:
         Pools that cover all names once.
@@ -65,28 +73,55 @@ def pools(
                 "start without hold_zeros."
             )
     if scope == "erk" and rest:
-        result[-1:] = _erk(rest, result[-1].drop, shapes, dropped)
+        result[-1:] = _shares(_erk(rest, shapes), rest, result[-1].drop, dropped)
+    if scope == "owl" and rest:
+        result[-1:] = _shares(_owl(rest, outliers or {}), rest, result[-1].drop, dropped)
     return result
 
 
-def _erk(
-    sizes: Mapping[str, int], drop: int, shapes: Mapping[str, tuple[int, ...]], dropped: Mapping[str, int]
-) -> list[Pool]:
+def _erk(sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> Wanted:
     """The Erdős–Rényi kernel rule: a layer's density goes with the sum of its dimensions over their product.
 
     Source: Evci et al. 2020, "Rigging the Lottery", arXiv 1911.11134.
     """
     weight = {name: sum(shapes[name]) / max(math.prod(shapes[name]), 1) for name in sizes}
+    top = max((1 / value for value in weight.values() if value), default=0.0)
+    return lambda share: {name: 1 - (1 - share) * top * weight[name] for name in sizes}
 
-    def wanted(epsilon: float) -> dict[str, float]:
-        # Layers that the rule would give more than all of their weights stay dense, and what is dropped stays so.
-        return {n: min(max(size * (1 - epsilon * weight[n]), dropped[n]), size) for n, size in sizes.items()}
 
-    low, high = 0.0, max((1 / value for value in weight.values() if value), default=0.0)
+def _owl(sizes: Mapping[str, int], outliers: Mapping[str, float]) -> Wanted:
+    """Outlier weighed layer-wise sparsity: the more outliers a layer has, the denser it stays.
+
+    The tensors of a block, an element of a module list, are one layer, as in the paper: they are equally sparse, and
+    their sparsity is at most `OWL_SPREAD` from the mean.
+
+    Source: Yin et al. 2023, "Outlier Weighed Layerwise Sparsity (OWL)", arXiv 2310.05175.
+    """
+    layer_of = {name: re.match(r"(.*\.\d+\.|)", name)[0] or name for name in sizes}  # type: ignore[index]
+    counts: dict[str, float] = dict.fromkeys(layer_of.values(), 0.0)
+    totals = dict(counts)
+    for name, layer in layer_of.items():
+        counts[layer] += outliers[name] * sizes[name]
+        totals[layer] += sizes[name]
+    share_of = {layer: counts[layer] / totals[layer] for layer in totals}
+    low, high = min(share_of.values()), max(share_of.values())
+    lean = {n: 2 * OWL_SPREAD * (share_of[layer_of[n]] - low) / (high - low or 1) for n in sizes}
+    # From all dense to all pruned, at some share in between with the mean that is asked for.
+    return lambda share: {n: (1 + 2 * OWL_SPREAD) * share - lean[n] for n in sizes}
+
+
+def _shares(wanted: Wanted, sizes: Mapping[str, int], drop: int, dropped: Mapping[str, int]) -> list[Pool]:
+    """A pool for each tensor, with exactly `drop` in all, at the share for which that is what is wanted."""
+
+    def counts_at(share: float) -> dict[str, float]:
+        # No layer loses more than all of its weights, and what is dropped stays so.
+        return {n: min(max(sizes[n] * sparsity, dropped[n]), sizes[n]) for n, sparsity in wanted(share).items()}
+
+    low, high = 0.0, 1.0
     for _ in range(100):  # Until the interval is a single number.
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(wanted(middle).values()) > drop else (low, middle)
-    shares = wanted(high)
+        low, high = (low, middle) if sum(counts_at(middle).values()) > drop else (middle, high)
+    shares = counts_at(low)
     counts = {name: int(share) for name, share in shares.items()}
     # What rounding down has left goes to the largest remainders.
     for name in sorted(counts, key=lambda name: counts[name] - shares[name])[: drop - sum(counts.values())]:

@@ -29,10 +29,15 @@ def data(model: nn.Module) -> DataLoader:
 @pytest.mark.parametrize("name", DATA)
 def test_without_data_is_an_error(name):
     model = build("llama")
-    with pytest.raises(
-        ValueError, match=rf"the criterion '{name}' looks at data \(.*\)\. Give a dataloader of calibration"
-    ):
+    message = rf"the criterion '{name}' with scope 'auto' looks at data \(.*\)\. Give a dataloader of calibration"
+    with pytest.raises(ValueError, match=message):
         prune(model, PruningConfig(sparsity=0.5, criterion=name))
+
+
+def test_owl_without_data_is_an_error_whatever_the_criterion():
+    message = r"the criterion 'magnitude' with scope 'owl' looks at data \(input_norm\)\. Give a dataloader"
+    with pytest.raises(ValueError, match=message):
+        prune(build("llama"), PruningConfig(sparsity=0.5, scope="owl"))
 
 
 @pytest.mark.parametrize("name", DATA)

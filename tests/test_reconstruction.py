@@ -289,3 +289,14 @@ def test_the_hessian_of_wanda_is_its_diagonal():
     mask = sparsegpt(model, x, 30)["layer.weight"].flatten()
     assert wanda[~mask].max() < wanda[mask].min() * 1.05  # Damping adds the same to all inputs.
     torch.testing.assert_close(model.layer.weight.detach().flatten()[mask], before.flatten()[mask])
+
+
+def test_with_global_scope_layers_are_as_sparse_as_by_fisher():
+    counts = []
+    for name in ("fisher", "sparsegpt"):
+        model = build("llama")
+        data = DataLoader(batch(model, 8), batch_size=4, collate_fn=default_data_collator)
+        config = PruningConfig(sparsity=0.7, criterion=name, scope="global", calibration_samples=8)
+        counts.append([module.zeros for module in prune(model, config, data).modules])
+    assert counts[0] == counts[1]
+    assert len(set(counts[0])) > 2

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from hf_prune.scopes import SCOPES, Pool, pools
+from hf_prune.scopes import OWL_SPREAD, SCOPES, Pool, pools
 
 # As in a small GPT-2: attention and feed-forward of several widths, a convolution, experts of three times their shape.
 SHAPES = {
@@ -23,7 +23,7 @@ SIZES = {name: math.prod(shape) * (3 if name == "experts" else 1) for name, shap
 SPARSITIES = [0.0, 0.1, 1 / 3, 0.5, 0.75, 0.9, 0.99, 0.9999]
 
 
-def divide(sizes, sparsity, scope, *, shapes=None, dropped=None, layer_sparsity=None):
+def divide(sizes, sparsity, scope, *, shapes=None, dropped=None, layer_sparsity=None, outliers=None):
     return pools(
         sizes,
         sparsity,
@@ -31,6 +31,7 @@ def divide(sizes, sparsity, scope, *, shapes=None, dropped=None, layer_sparsity=
         shapes=shapes or {name: (size, 1) for name, size in sizes.items()},
         dropped=dropped or dict.fromkeys(sizes, 0),
         layer_sparsity=layer_sparsity or {},
+        outliers=outliers or {name: len(name) / 100 for name in sizes},
     )
 
 
@@ -165,10 +166,32 @@ def test_erk_takes_a_weight_without_elements():
     assert result == {"a": 0, "b": 50}
 
 
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.7, 0.9])
+def test_owl_is_the_rule_of_its_paper(sparsity):
+    """Blocks of one size, as in a language model: the published code gives each the density below."""
+    rng = random.Random(0)
+    sizes = {f"h.{block}.{name}": size for block in range(6) for name, size in (("attn.q", 4000), ("mlp", 16000))}
+    outliers = {name: rng.random() / 10 for name in sizes}
+    ratios = [(outliers[f"h.{i}.attn.q"] * 4000 + outliers[f"h.{i}.mlp"] * 16000) / 20000 for i in range(6)]
+    low, high = min(ratios), max(ratios)
+    lean = [(ratio - low) / (high - low) * OWL_SPREAD * 2 for ratio in ratios]
+    density = [value - sum(lean) / 6 + (1 - sparsity) for value in lean]
+    assert 0 < min(density) < max(density) < 1
+    result = drops(divide(sizes, sparsity, "owl", outliers=outliers))
+    assert sum(result.values()) == round(sparsity * sum(sizes.values()))
+    for name, drop in result.items():
+        assert drop / sizes[name] == pytest.approx(1 - density[int(name.split(".")[1])], abs=1e-3)
+
+
+def test_layers_without_outliers_are_equally_sparse_under_owl():
+    sizes = {"h.0.a": 1000, "h.1.a": 1000}
+    assert drops(divide(sizes, 0.7, "owl", outliers=dict.fromkeys(sizes, 0.0))) == {"h.0.a": 700, "h.1.a": 700}
+
+
 # Round after round
 
 
-@pytest.mark.parametrize("scope", ["layer", "erk"])
+@pytest.mark.parametrize("scope", ["layer", "erk", "owl"])
 def test_a_tensor_never_drops_fewer_than_before(scope):
     rng = random.Random(2)
     for _ in range(200):
@@ -177,7 +200,7 @@ def test_a_tensor_never_drops_fewer_than_before(scope):
         for sparsity in sorted(rng.random() for _ in range(6)):
             result = drops(divide(sizes, sparsity, scope, shapes=shapes, dropped=dropped))
             assert all(dropped[name] <= result[name] <= sizes[name] for name in sizes)
-            if scope == "erk":
+            if scope != "layer":
                 assert sum(result.values()) == round(sparsity * sum(sizes.values()))
             dropped = result
 
@@ -207,7 +230,7 @@ def test_erk_is_quick_also_where_a_large_layer_was_sparser_before():
     assert result == {"a": size, "b": size // 4}
 
 
-@pytest.mark.parametrize("scope", ["global", "auto", "erk"])
+@pytest.mark.parametrize("scope", ["global", "auto", "erk", "owl"])
 def test_more_dropped_than_the_sparsity_is_an_error(scope):
     sizes, shapes = {"a": 100, "b": 100}, dict.fromkeys("ab", (10, 10))
     message = (

@@ -81,9 +81,9 @@ def _figure(findings: Findings, cells: Iterable[Cell], xlabel: str) -> tuple[Fig
     metric.set(xlabel=xlabel, ylabel=f"test {findings.metric}")
     metric.axhline(findings.mean(findings.chosen[0], "dense_test"), color="gray", linestyle="--", label="dense")
     gaps = [statistics.mean(findings.lost(cell)) for cell in cells]
-    # Losses of a perplexity span powers of ten; those of an accuracy may be none.
     lost.set(xlabel=xlabel, ylabel=f"{findings.metric} lost against dense")
-    if min(gaps) > 0:
+    # Losses of a perplexity span powers of ten; those of an accuracy may be none, but for rounding.
+    if min(gaps) > max(gaps) / 10_000:
         lost.set(yscale="log", ylim=(min(gaps) / 2, None))
     for axes in (metric, lost):
         axes.grid(alpha=0.3)

@@ -22,6 +22,7 @@ from .calibration import batches_of
 from .checkpoints import (
     BEST_NAME,
     MASKS_NAME,
+    MOVEMENT_NAME,
     Progress,
     checkpoint_folder,
     load_renamed_weights_,
@@ -30,7 +31,7 @@ from .checkpoints import (
     require_same,
 )
 from .config import PruningConfig
-from .criteria import Criterion
+from .criteria import CRITERIA, Criterion, magnitude, needs_of
 from .hooks import GradientHooks
 from .masks import MaskSet
 from .monitor import (
@@ -40,6 +41,7 @@ from .monitor import (
     require_evaluations,
     warn_of_few_evaluations,
 )
+from .movement import NEED, Movement
 from .optimizers import cut_state_, require_restartable, restart_lr_, undo_restart_lr_
 from .pacing import Even, Patience
 from .pruning import cut, require_room, resolve_targets
@@ -145,6 +147,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._resumed_at: int | None = None
         self._reported: set[str] = set()
         self._tokens_seen = 0
+        self._movement: Movement | None = None
 
     @property
     def history(self) -> PruningHistory:
@@ -164,6 +167,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             "lr_start": self._lr_start,
             "masks": self.masks.digest() if self.masks else None,
             "best": rounds.best.digest() if rounds.best else None,
+            "movement": self._movement.copy().digest() if self._movement else None,
             "history": rounds.history.to_dict(),
         }
         return {"args": {"config": self.config.to_dict()}, "attributes": {}, "progress": progress}
@@ -205,6 +209,13 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 language_model=isinstance(now.model, PreTrainedModel) and now.model.can_generate(),
             )
             self._rounds = Rounds.plan(self.config, history, state.max_steps)
+            if NEED in needs_of(self.criterion or CRITERIA.get(self.config.criterion, magnitude)):
+                self._movement = Movement.none_yet(self._targets.values())
+                if self._rounds.pacing.is_due(0):
+                    raise ValueError(
+                        "movement is gathered while training, and the first cut comes before the first step. Set "
+                        "begin to a number of steps, or to a fraction of the run."
+                    )
             if isinstance(self._rounds.pacing, Patience):
                 warn_of_few_evaluations(self._rounds.pacing, args, state)
             if self.config.hold_zeros:
@@ -223,6 +234,13 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if not self._hooks.are_on(self._weights, self.masks):
             self._hooks.hold_(self._weights, self.masks)
         self._cut_if_due(Moment.of(args, state, kwargs))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Counts what the step is to do, for a criterion that asks for it."""
+        if self._movement is not None and self._finished is None:
+            self._movement.count_step_(self._targets.values())
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -275,6 +293,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 self.masks.save(folder / MASKS_NAME)
             if self._rounds.best is not None and self.history[-1].best_step != state.global_step:
                 self._rounds.best.save(folder / BEST_NAME)
+            if self._movement is not None:
+                self._movement.copy().save(folder / MOVEMENT_NAME)
             self._save_reports(folder)
 
     def on_train_end(
@@ -321,6 +341,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             asked,
             self.config,
             batches=batches,
+            gathered=None if self._movement is None else {NEED: self._movement.totals},
             criterion=self.criterion,
             seed=args.seed,
             show_progress=state.is_world_process_zero and not args.disable_tqdm,
@@ -410,9 +431,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             restart_lr_(scheduler, self._lr_start, left, state.max_steps)
         named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
         folders = [*named, checkpoint_folder(args, state)]
-        self.masks, self._rounds.best = recover_(
+        self.masks, self._rounds.best, movement = recover_(
             model, self._targets, progress, folders, state.global_step, str(args.output_dir)
         )
+        if movement is not None:
+            self._movement = Movement.from_copy(movement, self._targets)
         if self.masks:
             self._hooks.hold_(self._weights, self.masks)
         if pacing.is_run_over(state.global_step):

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TypedDict, TypeGuard, TypeVar, cast
+from typing import NamedTuple, TypedDict, TypeGuard, TypeVar, cast
 
 import torch
 from safetensors.torch import load_file
@@ -23,6 +23,7 @@ from .weights import WeightsCopy
 TRAINER_STATE_NAME = "trainer_state.json"  # As in `transformers.trainer`, which imports datasets.
 MASKS_NAME = "pruning_masks.safetensors"
 BEST_NAME = "pruning_best.safetensors"
+MOVEMENT_NAME = "pruning_movement.safetensors"
 ELSEWHERE = (
     "If the checkpoint is not in output_dir, name it in TrainingArguments(resume_from_checkpoint=...) too: "
     "callbacks are not told the path that is given to train()."
@@ -44,6 +45,7 @@ class Progress(TypedDict):
         lr_start: `start` of `restart_lr_` at the last cut, None if the learning rate goes on.
         masks: `MaskSet.digest()`, None before the first cut.
         best: `WeightsCopy.digest()` of the best weights of the current round, None without such weights.
+        movement: `WeightsCopy.digest()` of the movement so far, None if no criterion asks for it.
         history: `PruningHistory.to_dict()`.
     """
 
@@ -54,7 +56,16 @@ class Progress(TypedDict):
     lr_start: int | None
     masks: str | None
     best: str | None
+    movement: str | None
     history: dict[str, object]
+
+
+class Recovered(NamedTuple):
+    """What an interrupted run has left, beside what Trainer loads."""
+
+    masks: MaskSet
+    best: WeightsCopy | None
+    movement: WeightsCopy | None
 
 
 def require_same(progress: Progress, config: Mapping[str, object], criterion: str) -> None:
@@ -85,7 +96,7 @@ def recover_(
     folders: Iterable[Path],
     step: int,
     output_dir: str | os.PathLike[str],
-) -> tuple[MaskSet, WeightsCopy | None]:
+) -> Recovered:
     """Finds what an interrupted run has left in its checkpoint, and loads the weights that Trainer does not load.
 
     Args:
@@ -97,11 +108,11 @@ def recover_(
         output_dir: The folder that holds the run's checkpoints, to name a better one in an error.
 
     Returns:
-        The masks, on the devices of their weights, none before the first cut; and the best weights of the round, or
-        None.
+        The masks, on the devices of their weights, none before the first cut; the best weights of the round, or None;
+        and the movement, or None.
 
     Raises:
-        ValueError: if masks or best weights are not there as they were recorded.
+        ValueError: if one of them is not there as it was recorded.
     """
     folder = _find_checkpoint(folders, progress, step)
     if folder is not None:
@@ -109,7 +120,11 @@ def recover_(
     elif _has_other_names_in_files(model):
         raise ValueError(f"the weights of this {type(model).__name__} cannot be found to be resumed. {ELSEWHERE}")
     try:
-        return _recover_masks(folder, progress["masks"], model, names), _recover_best(folder, progress["best"], model)
+        return Recovered(
+            _recover_masks(folder, progress["masks"], model, names),
+            _recover_best(folder, progress["best"], model),
+            _recover_movement(folder, progress["movement"]),
+        )
     except ValueError as error:
         newest = newest_complete(output_dir)
         hint = f" The newest complete checkpoint here: {newest}." if newest else ""
@@ -240,6 +255,18 @@ def _recover_best(folder: Path | None, digest: str | None, model: nn.Module) -> 
     )
 
 
+def _recover_movement(folder: Path | None, digest: str | None) -> WeightsCopy | None:
+    if digest is None:
+        return None
+    movement = None if folder is None else _load(WeightsCopy, folder / MOVEMENT_NAME)
+    if movement is None or movement.digest() != digest:
+        raise ValueError(
+            f"the movement of the weights is missing or damaged: no {MOVEMENT_NAME} fits the digest on record. "
+            f"{_whereabouts(folder)}"
+        )
+    return movement
+
+
 def _whereabouts(folder: Path | None) -> str:
     return ELSEWHERE if folder is None else f"The checkpoint is {folder}."
 
@@ -260,11 +287,13 @@ def _read_progress(folder: Path) -> tuple[Progress | None, int]:
 
 
 def _is_complete(folder: Path, progress: Progress, step: int) -> bool:
-    """Whether masks and best weights are in a checkpoint as it recorded them."""
+    """Whether masks, best weights and movement are in a checkpoint as it recorded them."""
     rounds = PruningHistory.from_dict(progress["history"])[-1:]
     own = bool(rounds) and rounds[0].best_step == step  # Then the checkpoint's own weights are the best.
-    return _is_as_recorded(MaskSet, folder / MASKS_NAME, progress["masks"]) and _is_as_recorded(
-        WeightsCopy, folder / BEST_NAME, None if own else progress["best"]
+    return (
+        _is_as_recorded(MaskSet, folder / MASKS_NAME, progress["masks"])
+        and _is_as_recorded(WeightsCopy, folder / BEST_NAME, None if own else progress["best"])
+        and _is_as_recorded(WeightsCopy, folder / MOVEMENT_NAME, progress["movement"])
     )
 
 

@@ -20,8 +20,8 @@ class ScoreInputs:
         name: The parameter's name in the model.
         weight: The parameter's values, of the parameter's own shape; not to be changed.
         seed: The run's seed, for criteria that draw random numbers.
-        statistics: What the criterion has declared to need, by the names of `hf_prune.calibration.STATISTICS`:
-            float32, of a shape that broadcasts with the weight's.
+        statistics: What the criterion has declared to need, by the names of `hf_prune.calibration.STATISTICS`, and
+            "movement": float32, of a shape that broadcasts with the weight's.
     """
 
     name: str
@@ -52,7 +52,7 @@ def needs(*statistics: str, scope: str = "global") -> Callable[[Criterion], Crit
     """Declares which statistics a criterion reads.
 
     Args:
-        statistics: Keys of `hf_prune.calibration.STATISTICS`.
+        statistics: Keys of `hf_prune.calibration.STATISTICS`; or "movement", which only training gathers.
         scope: What `scope="auto"` means for it.
 
     Returns:
@@ -168,6 +168,24 @@ def fisher(inputs: ScoreInputs) -> torch.Tensor:
     return inputs.weight.float().square() * inputs["squared_gradient"] / 2
 
 
+@needs("movement")
+def movement(inputs: ScoreInputs) -> torch.Tensor:
+    """Weights that training moves away from zero matter, however small they are: `−Σ w · ∂L/∂w` over its steps.
+
+    Only `PruningTrainerCallback` gathers it, over all optimizer steps of the run up to the cut, with gradients as they
+    are after clipping; so `begin` has to leave some steps before the first cut.
+
+    Args:
+        inputs: `movement` is used.
+
+    Returns:
+        Scores of the weight's shape, float32, of any sign.
+
+    Source: Sanh et al. 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", arXiv 2005.07683.
+    """
+    return inputs["movement"]
+
+
 @needs("input_norm", scope="row")
 def wanda(inputs: ScoreInputs) -> torch.Tensor:
     """A weight matters as much as what it is multiplied with: `|w_ij| · ‖x_j‖₂`, compared within a row.
@@ -234,6 +252,7 @@ CRITERIA: dict[str, Criterion] = {
     "random": random,
     "taylor": taylor,
     "fisher": fisher,
+    "movement": movement,
     "wanda": wanda,
     "snip": snip,
     "lamp": lamp,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import granularities
-from .calibration import Batch, Statistics, calibrate
+from .calibration import STATISTICS, Batch, Statistics, calibrate
 from .config import PruningConfig
 from .criteria import CRITERIA, Criterion, ScoreInputs, fisher, needs, needs_of, scope_of, wanda
 from .granularities import Pattern
@@ -164,6 +164,7 @@ def cut(
     config: PruningConfig,
     *,
     batches: Callable[[], Iterable[Batch]] | None = None,
+    gathered: Statistics | None = None,
     criterion: Criterion | None = None,
     seed: int = 0,
     show_progress: bool = False,
@@ -179,6 +180,7 @@ def cut(
         sparsity: Absolute sparsity to reach, in `[0, 1)`.
         config: The pruning config.
         batches: Gives calibration batches of this process, anew at each call; None if there are none.
+        gathered: Statistics that are there already.
         criterion: A criterion in place of the config's.
         seed: For criteria that draw random numbers.
         show_progress: Whether a long calibration shows how far it is.
@@ -194,19 +196,28 @@ def cut(
     required = ("inputs",) if reconstructs else needs_of(criterion or CRITERIA[config.criterion])
     if effective_scope(config, criterion) == "owl":
         required = tuple(dict.fromkeys([*required, *needs_of(wanda)]))
+    gathered = gathered or {}
+    required = tuple(name for name in required if name not in gathered)
+    who = f"the criterion {config.criterion if criterion is None else criterion!r}"
+    if unknown := [name for name in required if name not in (*STATISTICS, "inputs")]:
+        raise ValueError(
+            f"{who} needs {', '.join(unknown)}, which nobody gathers here. A calibration gathers "
+            f"{', '.join(STATISTICS)}; PruningTrainerCallback also movement."
+        )
     if required and batches is None:
         raise ValueError(
-            f"the criterion {config.criterion if criterion is None else criterion!r} with scope {config.scope!r} "
-            f"looks at data ({', '.join(required)}). Give a dataloader of calibration samples."
+            f"{who} with scope {config.scope!r} looks at data ({', '.join(required)}). Give a dataloader of "
+            "calibration samples."
         )
     with _put_back_on_error(targets) if reconstructs or config.score_steps > 1 else contextlib.nullcontext():
         if reconstructs and batches is not None:
             return _reconstruct_(model, targets, masks, sparsity, config, batches, show_progress)
         for level in _score_levels(masks.sparsity if masks else 0.0, sparsity, config):
-            statistics = None
+            statistics = gathered
             if required and batches is not None:
                 samples = config.calibration_samples
-                statistics = calibrate(model, targets, batches(), required, samples, show_progress=show_progress)
+                found = calibrate(model, targets, batches(), required, samples, show_progress=show_progress)
+                statistics = {**gathered, **found}
             masks = next_masks(targets, masks, level, config, criterion=criterion, seed=seed, statistics=statistics)
             if level != sparsity:
                 masks.apply_(model)

@@ -36,6 +36,7 @@ ORDER = [
     "metrics",
     "pruning",
     "weights",
+    "movement",
     "rounds",
     "checkpoints",
     "monitor",

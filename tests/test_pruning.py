@@ -64,6 +64,10 @@ def test_every_cell_is_exact(family, criterion, granularity, scope):
         return
     else:
         config = PruningConfig(sparsity=0.7, granularity=granularity, criterion=criterion, scope=scope)
+    if criterion == "movement":
+        with pytest.raises(ValueError, match="'movement' needs movement, which nobody gathers here"):
+            prune(model, config, data(model))
+        return
     if (family, granularity) in IMPOSSIBLE:
         with pytest.raises(ValueError, match=IMPOSSIBLE[family, granularity]):
             prune(model, config, data(model))
@@ -115,8 +119,12 @@ def test_rounds_are_monotone_and_exact(criterion, scope, granularity):
         sparsity=0.9, schedule="geometric", rounds=6, scope=scope, criterion=criterion, granularity=granularity
     )
     targets, masks = resolve_targets(model, config), MaskSet()
+    gathered = {"movement": {name: torch.randn_like(target.weight) for name, target in targets.items()}}
     for sparsity in config.round_sparsities:
-        previous, masks = masks, cut(model, targets, masks, sparsity, config, batches=lambda: data(model))
+        previous, masks = (
+            masks,
+            cut(model, targets, masks, sparsity, config, batches=lambda: data(model), gathered=gathered),
+        )
         masks.apply_(model)
         with torch.no_grad():  # Whatever fine-tuning does to the kept weights, what is pruned stays pruned.
             for name, mask in masks.items():

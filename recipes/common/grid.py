@@ -94,11 +94,11 @@ def config_of(cell: Cell) -> PruningConfig:
     Raises:
         ValueError: There is no such variant, or the config makes no sense.
     """
-    variant, *changes = cell.variant.split("+")
+    variant, changes = with_settings(cell.variant)
     if variant not in VARIANTS:
         raise ValueError(f"variants must be of {', '.join(filter(None, VARIANTS))}; got {cell.variant!r}.")
     values = {name: getattr(cell, name) for name in ("sparsity", "schedule", "criterion", "granularity")}
-    values |= VARIANTS[variant] | dict(map(_parse_change, changes))
+    values |= VARIANTS[variant] | changes
     if patience := values.pop("patience", None):
         # The last round goes on to the end, as that of the other variants does.
         rounds = len(PruningConfig.from_dict(values).round_sparsities)
@@ -114,10 +114,14 @@ def _sparsities(study: StudyArguments, granularity: str) -> list[float]:
         return study.sparsities
 
 
-def _parse_change(text: str) -> tuple[str, object]:
-    """`name=value`, the value as JSON or a plain word."""
-    name, _, value = text.partition("=")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+def with_settings(text: str) -> tuple[str, dict[str, Any]]:
+    """Reads a word with settings behind it, `word+name=value+…`; a value is JSON or a plain word."""
+    word, *settings = text.split("+")
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return word, values

@@ -1,0 +1,130 @@
+"""Prunes in one cut and trains no further: what is left of a model by one criterion, and by another?
+
+python recipes/criteria.py tinystories
+python recipes/criteria.py vit --criteria wanda sparsegpt sparsegpt+scope=owl --levels 0.5 2:4
+
+The model is the dense one of a recipe, the metric that of validation. Criteria that look at data are given several
+draws of calibration samples; all criteria the same ones.
+"""
+
+import copy
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
+
+import tinystories
+import vit
+from common.arguments import set_defaults
+from common.dense import dense_model
+from common.grid import with_settings
+from hf_prune import PruningConfig, prune
+
+RECIPES = {"tinystories": tinystories, "vit": vit}
+
+
+@dataclass
+class CriteriaArguments:
+    """What is compared."""
+
+    criteria: list[str] = field(
+        default_factory=lambda: [
+            *("magnitude", "lamp", "wanda", "taylor", "fisher", "fisher+score_steps=8"),
+            *("sparsegpt", "sparsegpt+scope=owl", "sparsegpt+scope=global"),
+        ],
+        metadata={"help": "With other fields of PruningConfig behind them, as in fisher+score_steps=8."},
+    )
+    levels: list[str] = field(
+        default_factory=lambda: ["0.5", "0.6", "0.7", "0.8", "2:4"],
+        metadata={"help": "Sparsities, and granularities that say it themselves."},
+    )
+    draws: int = field(default=3, metadata={"help": "Draws of calibration samples."})
+
+
+def config_of(criterion: str, level: str) -> PruningConfig | None:
+    """The config of a cell of the table; None if the level leaves no choice of the criterion's settings."""
+    name, settings = with_settings(criterion)
+    if ":" not in level:
+        return PruningConfig(criterion=name, sparsity=float(level), **settings)
+    if "scope" in settings:
+        return None  # A pattern says how sparse each layer is.
+    return PruningConfig(criterion=name, granularity=level, **settings)
+
+
+def table(results: Mapping[tuple[str, str], Sequence[float]], criteria: Sequence[str], levels: Sequence[str]) -> str:
+    """Mean and standard deviation over the draws, as Markdown."""
+
+    def entry(values: Sequence[float]) -> str:
+        if not values:
+            return ""
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.3f}{spread}"
+
+    lines = [f"| criterion | {' | '.join(levels)} |", "|---" * (1 + len(levels)) + "|"]
+    for criterion in criteria:
+        lines.append(f"| {criterion} | {' | '.join(entry(results.get((criterion, n), [])) for n in levels)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Prunes a copy of the dense model for each criterion, level and draw, and measures it."""
+    name, *flags = sys.argv[1:] or [""]
+    if name not in RECIPES:
+        raise SystemExit(f"usage: criteria.py {{{','.join(RECIPES)}}} [flags]; --help after a task lists them")
+    recipe = RECIPES[name]
+    parser = HfArgumentParser((CriteriaArguments, recipe.ScriptArguments, TrainingArguments))  # type: ignore[arg-type]
+    study = {name: value for name, value in recipe.STUDY.items() if name != "budget"}
+    defaults = {**recipe.DEFAULTS, "output_dir": f"output/criteria/{name}"}
+    set_defaults(parser, defaults, {**recipe.SMALL_MODEL, **study}, flags)
+    wanted, script, training = parser.parse_args_into_dataclasses(flags)
+    configs = {(c, level): config_of(c, level) for c in wanted.criteria for level in wanted.levels}  # or an error now
+
+    set_seed(training.seed)
+    task = recipe.load_task(script, training)
+    dense = dense_model(task, script, training)
+    metric = f"eval_{training.metric_for_best_model}"
+
+    def measure(model: torch.nn.Module) -> float:
+        trainer = Trainer(model, training, **task.parts)
+        trainer.remove_callback(PrinterCallback)
+        return trainer.evaluate()[metric]
+
+    rows: list[list[object]] = [["dense", "", "", of_dense := measure(copy.deepcopy(dense)), ""]]
+    results: dict[tuple[str, str], list[float]] = {}
+    for (criterion, level), config in configs.items():
+        if config is None:
+            continue
+        for draw in range(wanted.draws):
+            samples = DataLoader(
+                task.parts["train_dataset"],
+                batch_size=training.per_device_train_batch_size,
+                shuffle=True,
+                generator=torch.Generator().manual_seed(draw),
+                collate_fn=task.parts.get("data_collator", default_data_collator),
+            )
+            model, began = copy.deepcopy(dense), time.monotonic()
+            prune(model, config, samples, seed=draw)
+            seconds = time.monotonic() - began
+            results.setdefault((criterion, level), []).append(measure(model))
+            rows.append([criterion, level, draw, results[criterion, level][-1], round(seconds, 2)])
+        print(f"{criterion} at {level}: {metric} {statistics.mean(results[criterion, level]):.4f}", flush=True)
+
+    folder = Path(str(training.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f"Validation {metric.removeprefix('eval_')}; dense: {of_dense:.3f}.\n\n"
+    text += table(results, wanted.criteria, wanted.levels) + "\n"
+    (folder / "tables.md").write_text(text, encoding="utf-8")
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["criterion", "level", "draw", metric, "seconds"], *rows])
+    print(f"\n{text}\nBoth tables are in {folder}.")
+
+
+if __name__ == "__main__":
+    main()

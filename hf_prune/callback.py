@@ -457,6 +457,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 
 
 def _require_supported(model: nn.Module) -> None:
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"this {type(model).__name__} carries adapters: its checkpoints hold no base weights, and merging would "
+            "fill their zeros. Merge the adapters first (merge_and_unload), or prune before adding them."
+        )
     kind = PartialState().distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM) or any(
         isinstance(parameter, DTensor) for parameter in model.parameters()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +22,8 @@ from .reports import SparsityReport, sparsity_report
 from .scopes import OWL_FACTOR, Pool, pools
 from .selection import drop_lowest, drop_lowest_of_each
 from .targets import Target, find_targets
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_targets(model: nn.Module, config: PruningConfig) -> dict[str, Target]:
@@ -300,6 +303,8 @@ def prune(
         0.75
     """
     targets = resolve_targets(model, config)
+    if hasattr(model, "peft_config"):
+        logger.warning("The base weights are pruned. Merging trained adapters into them fills the zeros again.")
     masks = MaskSet.from_zeros(model, targets) if config.hold_zeros else MaskSet()
     if config.round_sparsities:
         masks = cut(

@@ -20,6 +20,7 @@ _AXES: dict[type[nn.Module], tuple[int, ...]] = {
 }
 _TYPES = "the weights of Linear, Conv1D, Conv2d and fused (3-D) experts"
 _HEADS = {"classifier", "score", "qa_outputs", "pooler", "head", "class_predictor"}  # And whatever ends in _head.
+_WRAPPED = "base_layer"  # Where peft's layers keep the one that they have replaced.
 _NOT_A_NAME = re.compile(r"[*+?|()\[\]{}^$\\]")
 
 
@@ -42,8 +43,11 @@ class Target:
 
     @property
     def module(self) -> str:
-        """The name of the module that holds the parameter, or of the parameter where a module holds several."""
-        return self.name.removesuffix(".weight")
+        """The name of the module that holds the parameter, or of the parameter where a module holds several.
+
+        A layer that peft has wrapped goes by its own name, without the `base_layer` behind it.
+        """
+        return self.name.removesuffix(".weight").removesuffix(f".{_WRAPPED}")
 
     @property
     def out_features(self) -> int:
@@ -104,7 +108,7 @@ def find_targets(
     By default these are the weights of Linear, Conv1D and Conv2d in the body of the model and the 3-D weights of
     fused experts. Not among them: embeddings (the convolutions that embed patches or pixels included), heads
     (whatever lies outside the base model, and classifier, `lm_head`, pooler by name), expert routers, norms, biases,
-    and any weight that is tied to one that is left out.
+    and any weight that is tied to one that is left out; nor adapters of peft, whose base layers are.
 
     The words are PEFT's: a string is a regular expression that has to match the whole module name; a list holds
     exact names or their last components. An entry of a list that cannot be a name, because it holds one of
@@ -127,11 +131,6 @@ def find_targets(
         raise ValueError(
             f"the weights of this {type(model).__name__} are quantized; pruning needs floating-point weights. "
             "Load the model without quantization_config, prune it, and quantize the result."
-        )
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            f"this {type(model).__name__} carries adapters, and merging them would fill the zeros. "
-            "Merge them first (merge_and_unload), or prune before adding them."
         )
     candidates = list(_candidates(model))
     included, excluded = _expressions(target_modules), _expressions(exclude_modules)
@@ -161,8 +160,16 @@ def find_targets(
 
 
 def _candidates(model: nn.Module) -> Iterator[Target]:
-    """Every weight of a prunable kind, once for each of its names, in the model's order."""
+    """Every weight of a prunable kind, once for each of its names, in the model's order.
+
+    Of a layer with adapters only the layer: what peft puts beside it stays as it is.
+    """
+    beside: tuple[str, ...] = ()
     for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(getattr(module, _WRAPPED, None), nn.Module):
+            beside += tuple(f"{prefix}.{name}." for name, _ in module.named_children() if name != _WRAPPED)
+        if f"{prefix}.".startswith(beside):
+            continue
         axes = next((axes for kind, axes in _AXES.items() if isinstance(module, kind)), None)
         if axes is not None:
             parts = getattr(module, "groups", 1)

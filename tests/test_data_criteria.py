@@ -131,6 +131,27 @@ def test_an_error_in_a_later_score_step_leaves_the_weights_as_they_were():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("name", DATA)
+def test_under_peft_the_data_say_the_same_of_the_base_weights(name, caplog):
+    """Adapters as they begin add nothing; then what is left of the base model is what is left without them."""
+    peft = pytest.importorskip("peft")
+    plain, base = build("llama"), build("llama")
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "down_proj"], lora_dropout=0.5))
+    config = PruningConfig(sparsity=0.5, criterion=name, calibration_samples=8)
+    expected, report = prune(plain, config, data(plain)), prune(model, config, data(base))
+    assert report.zeros == expected.zeros
+    for (_, left), (_, right) in zip(
+        sorted(resolve_targets(plain, config).items()),
+        sorted((n.removeprefix("base_model.model."), t) for n, t in resolve_targets(model, config).items()),
+        strict=True,
+    ):
+        torch.testing.assert_close(right.weight, left.weight, rtol=1e-4, atol=1e-5)
+    assert [p.requires_grad for n, p in model.named_parameters()] == [
+        "lora_" in n for n, _ in model.named_parameters()
+    ]
+    assert "Merging trained adapters into them fills the zeros again" in caplog.text
+
+
 # While training
 
 

@@ -177,11 +177,22 @@ def test_weights_that_are_computed_are_refused():
         find_targets(model)
 
 
-def test_adapters_are_refused():
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_under_peft_the_targets_are_those_of_the_base_model(family):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="carries adapters"):
-        find_targets(model)
+    plain = find_targets(build(family))
+    base = build(family)
+    last = {target.module.rpartition(".")[2] for target in plain.values()}
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=sorted(last - {"dense"})[:2], lora_dropout=0.1))
+    targets = find_targets(model)
+    assert [target.module.removeprefix("base_model.model.") for target in targets.values()] == [
+        target.module for target in plain.values()
+    ]
+    assert any("base_layer" in name for name in targets)
+    assert not any("lora" in name for name in targets)
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(targets.values(), plain.values(), strict=True))
+    chosen = sorted(last - {"dense"})[0]
+    assert find_targets(model, [chosen]).keys() == {n for n, t in targets.items() if t.module.endswith(f".{chosen}")}
 
 
 def test_experts_with_a_child_that_is_called_expert_are_targets():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.data import DataLoader, IterableDataset
@@ -96,8 +97,8 @@ def read_samples(
     state, device, seen = PartialState(), next(model.parameters()).device, 0
     mine = len(range(state.process_index, samples, state.num_processes))
     with tqdm(total=mine, desc="Calibrating", unit="sample", delay=DELAY, disable=not show_progress) as bar:
-        for batch in batches:
-            part = _rows_of(_on(batch, device), slice(0, mine - seen))
+        for batch in batches if mine else ():
+            part = _rows_of(send_to_device(batch, device), slice(0, mine - seen))
             yield part
             seen += size_of(part)
             bar.update(size_of(part))
@@ -178,16 +179,27 @@ class InputNorm(Gatherer):
 
     def see(self, batch: Batch) -> None:
         """Adds a batch."""
-        with torch.no_grad(), eager_experts(self.model), ProductWatch(self.targets, self._add):
+
+        def add(product: Product) -> None:
+            squares = inputs_of(product, batch, self.model).float().square().sum(1)
+            self.sums[product.target.name][slice(None) if product.part is None else [product.part]] += squares
+
+        with torch.no_grad(), eager_experts(self.model), ProductWatch(self.targets, add):
             self.model(**batch)
 
-    def _add(self, product: Product) -> None:
-        squares = product.inputs(1).float().square().sum((1, 2))
-        self.sums[product.target.name][slice(None) if product.part is None else [product.part]] += squares
-
     def statistic(self) -> Mapping[str, torch.Tensor]:
-        """The norms over the samples of all processes."""
-        return {n: self.targets[n].per_input(over_processes(total).sqrt()) for n, total in self.sums.items()}
+        """The norms over the samples of all processes; ones for a part of which no product was seen."""
+        norms = {}
+        for name, total in self.sums.items():
+            norm = over_processes(total).sqrt()
+            if not (seen := norm.any(1)).all():
+                logger.warning(
+                    "No calibration sample reaches %d of the %d parts of %r; nothing is known of their inputs.",
+                    len(seen) - int(seen.sum()), len(seen), self.targets[name].module,
+                )  # fmt: skip
+                norm[~seen] = 1
+            norms[name] = self.targets[name].per_input(norm)
+        return norms
 
 
 class Gradient(Gatherer):
@@ -285,6 +297,22 @@ class SquaredGradient(Gatherer):
         }
 
 
+def inputs_of(product: Product, batch: Batch, model: nn.Module) -> torch.Tensor:
+    """What a weight was multiplied with, `[parts, positions, fan_in]`, without padding where that can be told.
+
+    Args:
+        product: A product of a pass.
+        batch: The batch of the pass.
+        model: The model. Positions are those of the batch's `attention_mask` if there are as many, and no decoder
+            whose positions may be others.
+    """
+    inputs, mask = product.inputs(1).flatten(1, 2), batch.get("attention_mask")
+    has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if has_decoder or not isinstance(mask, torch.Tensor) or mask.ndim != 2 or inputs.shape[1] != mask.numel():
+        return inputs
+    return inputs[:, mask.flatten().bool()]
+
+
 STATISTICS: dict[str, Callable[[nn.Module, Mapping[str, Target]], Gatherer]] = {
     "input_norm": InputNorm,
     "gradient": Gradient,
@@ -310,6 +338,8 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def labels_of(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The number of labels of each sample, 1 where a sample has a single one."""
+    if hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel):
+        model = model.get_submodule("base_model.model")
     labels = batch.get("labels")
     if not torch.is_tensor(labels) or labels.ndim < 2 or labels.is_floating_point():
         return torch.ones(size_of(batch), device=next(model.parameters()).device)
@@ -337,8 +367,9 @@ def undisturbed(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[Non
     model.eval()
     for weight in wants:
         weight.requires_grad_(True)
+    torch.clear_autocast_cache()  # It may hold weights as they were before they were changed.
     try:
-        with keep_random_state(next(model.parameters()).device):
+        with torch.inference_mode(False), keep_random_state(next(model.parameters()).device):
             yield
     finally:
         for module, mode in modes.items():
@@ -348,30 +379,36 @@ def undisturbed(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def eager_experts(model: nn.Module) -> Iterator[None]:
-    """Experts that multiply slice by slice, as in the model's own code: what fused kernels do cannot be watched."""
+def configured(model: nn.Module, name: str, value: object) -> Iterator[None]:
+    """Another value for an entry of all configs of a model that have it; afterwards everything is as it was."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
-    before = [config._experts_implementation_internal for config in configs]
-    for config in configs:
-        config._experts_implementation_internal = "eager"
+    before = [(config, getattr(config, name)) for config in configs if hasattr(config, name)]
+    for config, _ in before:
+        setattr(config, name, value)
     try:
         yield
     finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._experts_implementation_internal = implementation
+        for config, was in before:
+            setattr(config, name, was)
 
 
-def _on(batch: Batch, device: torch.device) -> Batch:
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+def eager_experts(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Experts that multiply slice by slice, as in the model's own code: what fused kernels do cannot be watched."""
+    return configured(model, "_experts_implementation_internal", "eager")
 
 
 def _rows_of(batch: Batch, rows: slice | torch.Tensor) -> Batch:
     """Some of the samples of a batch."""
     size = size_of(batch)
-    return {
-        name: value[rows] if torch.is_tensor(value) and value.ndim and len(value) == size else value
-        for name, value in batch.items()
-    }
+
+    def select(value: Any) -> Any:
+        if torch.is_tensor(value) and value.ndim and len(value) == size:
+            return value[rows]
+        if isinstance(value, list) and len(value) == size:  # as the labels of detection are
+            return value[rows] if isinstance(rows, slice) else [value[int(i)] for i in rows]
+        return value
+
+    return {name: select(value) for name, value in batch.items()}
 
 
 def over_processes(total: torch.Tensor) -> torch.Tensor:

@@ -347,6 +347,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             show_progress=state.is_world_process_zero and not args.disable_tqdm,
         )
         self._adopt(masks, asked, now)
+        if pacing.round == len(self.config.round_sparsities):
+            self._movement = None  # Nobody will ask for it again.
         if self.config.restart_lr:
             self._lr_start = now.scheduler.last_epoch
             restart_lr_(now.scheduler, self._lr_start, pacing.steps_left(state.global_step), state.max_steps)

@@ -242,7 +242,8 @@ def lamp(inputs: ScoreInputs) -> torch.Tensor:
     Source: Lee et al. 2020, "Layer-adaptive sparsity for the Magnitude-based Pruning", arXiv 2010.07611.
     """
     squares, order = inputs.weight.double().square().flatten().sort(stable=True)
-    rest = squares.flip(0).cumsum(0).flip(0)
+    # On the CPU: CUDA adds up in an order that changes from call to call.
+    rest = squares.flip(0).cpu().cumsum(0).flip(0).to(squares.device)
     scores = torch.zeros_like(squares).scatter_(0, order, squares / rest.clamp_min(torch.finfo(rest.dtype).tiny))
     return scores.view(inputs.weight.shape)
 

@@ -144,15 +144,24 @@ class Pattern:
         Raises:
             ValueError: if a score is NaN, or `kept` holds more than `m − n` zeros of a group already.
         """
+        if kept is not None:
+            self.require_room(kept, target)
         alive = None if kept is None else target.to_matrix(kept).reshape(-1, self.m)
-        if alive is not None and (alive.sum(1) < self.n).any():
+        groups = target.to_matrix(scores).reshape(-1, self.m)
+        mask = drop_lowest_of_each(target.name, groups, self.m - self.n, alive)
+        return target.from_matrix(mask).contiguous()
+
+    def require_room(self, kept: torch.Tensor, target: Target) -> None:
+        """Requires that each group of a mask keeps at least `n`.
+
+        Raises:
+            ValueError: if one does not.
+        """
+        if (target.to_matrix(kept).reshape(-1, self.m).sum(1) < self.n).any():
             raise ValueError(
                 f"{target.module!r} has groups of {self.m} with more than {self.m - self.n} zeros already; "
                 f"they cannot become {self.n}:{self.m}. Start without hold_zeros."
             )
-        groups = target.to_matrix(scores).reshape(-1, self.m)
-        mask = drop_lowest_of_each(target.name, groups, self.m - self.n, alive)
-        return target.from_matrix(mask).contiguous()
 
 
 Granularity = Unstructured | Block | Pattern

@@ -30,9 +30,15 @@ class Movement:
 
     @torch.no_grad()
     def count_step_(self, targets: Iterable[Target]) -> None:
-        """Adds what the step does that is about to be taken; a weight without a gradient does not move."""
-        for target in targets:
-            weight, gradient, total = target.weight, target.weight.grad, self.totals[target.name]
+        """Adds what the step does that is about to be taken; a weight without a gradient does not move.
+
+        A step whose gradients are not finite is not counted: in float16 the optimizer will skip it.
+        """
+        moving = [(target.weight, target.weight.grad, self.totals[target.name]) for target in targets]
+        sums = [gradient.sum(dtype=torch.float32) for _, gradient, _ in moving if gradient is not None]
+        if not all(bool(total.isfinite()) for total in sums):
+            return
+        for weight, gradient, total in moving:
             if gradient is not None:
                 total.addcmul_(weight.to(total.dtype), gradient.to(total.dtype), value=-1)
 

@@ -53,11 +53,11 @@ class ProductWatch(TorchFunctionMode):
         """Calls the function, and tells of it if it multiplies a target."""
         output = func(*args, **(kwargs or {}))
         if (read := _READERS.get(func)) is not None:
-            x, weight, shape = read(*args, **(kwargs or {}))
-            target = self._targets.get(weight.untyped_storage().data_ptr())
-            if target is not None:
-                with torch.no_grad():
-                    self._tell(shape(target, x.detach(), weight, output))
+            for x, weight, shape in read(*args, **(kwargs or {})):
+                target = self._targets.get(weight.untyped_storage().data_ptr())
+                if target is not None:
+                    with torch.no_grad():
+                        self._tell(shape(target, x.detach(), weight, output))
         return output
 
 
@@ -69,6 +69,15 @@ def _linear(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch
         return values.reshape(1, samples, -1, values.shape[-1])
 
     return Product(target, part, x, lambda samples: by_samples(x, samples), output, by_samples)
+
+
+def _linear_from_left(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> Product:
+    """`weight [out, in] · x [..., in, positions]`."""
+
+    def by_samples(values: torch.Tensor, samples: int) -> torch.Tensor:
+        return values.mT.reshape(1, samples, -1, values.shape[-2])
+
+    return Product(target, None, x, lambda samples: by_samples(x, samples), output, by_samples)
 
 
 def _all_experts(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> Product:
@@ -112,19 +121,21 @@ def _convolution(
 
 
 def _read_linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    return input, weight, _linear
+    yield input, weight, _linear
 
 
 def _read_addmm(input: Any, mat1: Any, mat2: Any, **_: Any) -> Any:
-    return mat1, mat2, _linear
+    yield mat1, mat2, _linear
 
 
 def _read_matmul(input: Any, mat2: Any, **_: Any) -> Any:
-    return input, mat2, _all_experts if mat2.ndim == 3 else _linear
+    yield input, mat2, _all_experts if mat2.ndim == 3 else _linear
+    if input.ndim == 2:
+        yield mat2, input, _linear_from_left
 
 
 def _read_conv2d(input: Any, weight: Any, bias: Any = None, *where: Any, **options: Any) -> Any:
-    return input, weight, _convolution(*where, **options)
+    yield input, weight, _convolution(*where, **options)
 
 
 _READERS: dict[Any, Callable[..., Any]] = {

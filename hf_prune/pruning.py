@@ -215,7 +215,7 @@ def cut(
     with _put_back_on_error(targets) if reconstructs or config.score_steps > 1 else contextlib.nullcontext():
         if reconstructs and batches is not None:
             return _reconstruct_(model, targets, masks, sparsity, config, batches, show_progress)
-        for level in _score_levels(masks.sparsity if masks else 0.0, sparsity, config):
+        for level in _score_levels(_reached(targets, masks, config, criterion), sparsity, config):
             statistics = gathered
             if required and batches is not None:
                 samples = config.calibration_samples
@@ -230,7 +230,7 @@ def cut(
 @contextlib.contextmanager
 def _put_back_on_error(targets: Mapping[str, Target]) -> Iterator[None]:
     """If what is done in it fails, the weights are as they were."""
-    before = {name: target.weight.detach().clone() for name, target in targets.items()}
+    before = {name: target.weight.detach().to("cpu", copy=True) for name, target in targets.items()}
     done = False
     try:
         yield
@@ -255,6 +255,8 @@ def _reconstruct_(
     assert not isinstance(granularity, granularities.Block)  # The config has seen to it.
     if isinstance(granularity, Pattern):
         granularity = Pattern(granularity.m - round(sparsity * granularity.m), granularity.m)
+        for name, mask in masks.items():
+            granularity.require_room(mask, targets[name])
     for target in targets.values():
         _require_finite(target)
     scope, statistics = effective_scope(config), None
@@ -305,6 +307,11 @@ def prune(
     targets = resolve_targets(model, config)
     if hasattr(model, "peft_config"):
         logger.warning("The base weights are pruned. Merging trained adapters into them fills the zeros again.")
+    if isinstance(dataloader, Iterator):
+        raise ValueError(
+            f"dataloader is a {type(dataloader).__name__}, which can be read once, and a cut may read the samples "
+            "several times. Give a DataLoader or a list of batches."
+        )
     masks = MaskSet.from_zeros(model, targets) if config.hold_zeros else MaskSet()
     if config.round_sparsities:
         masks = cut(
@@ -320,6 +327,24 @@ def prune(
         )
     masks.apply_(model)
     return sparsity_report(model, masks=masks)
+
+
+def _reached(
+    targets: Mapping[str, Target], masks: MaskSet, config: PruningConfig, criterion: Criterion | None
+) -> float:
+    """The lowest sparsity that a cut can ask for: whatever competes by itself may have lost more than the rest."""
+    scope, final, shares = effective_scope(config, criterion), config.round_sparsities[-1], [0.0]
+    own = _layer_sparsity(targets, final, config)
+    rest = [name for name in masks if name not in own]
+    shares += [masked_in(masks[name]) / masks[name].numel() * final / own[name] for name in own if masks and own[name]]
+    if scope == "row":
+        rows = [targets[name].to_rows(masks[name]).flatten(0, 1) for name in rest]
+        shares += [float(1 - each.float().mean(1).min()) for each in rows]
+    elif scope == "layer":
+        shares += [masked_in(masks[name]) / masks[name].numel() for name in rest]
+    elif rest:
+        shares.append(sum(masked_in(masks[name]) for name in rest) / sum(masks[name].numel() for name in rest))
+    return min(max(shares), final)
 
 
 def _score_levels(before: float, sparsity: float, config: PruningConfig) -> list[float]:

@@ -7,13 +7,22 @@ samples, `‖(w − ŵ) X‖²`, which depends on the inputs `X` through their H
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from .calibration import DELAY, Batch, eager_experts, over_processes, read_samples, undisturbed
+from .calibration import (
+    DELAY,
+    Batch,
+    configured,
+    eager_experts,
+    inputs_of,
+    over_processes,
+    read_samples,
+    undisturbed,
+)
 from .granularities import Pattern, Unstructured
 from .masks import MaskSet, masked_in
 from .products import Product
@@ -26,6 +35,19 @@ logger = logging.getLogger(__name__)
 RECONSTRUCTIONS = ("sparsegpt",)
 DAMPING = (0.01, 0.1, 1.0)  # What is added to the diagonal, in units of its mean: more where less will not do.
 BLOCK = 128  # Columns that are chosen from, and changed, at a time.
+
+
+class _Factor(NamedTuple):
+    """What is needed of a Hessian.
+
+    Attributes:
+        upper: Upper Cholesky factor of its inverse, `[columns, columns]`: row `i` is the first one of the inverse of
+            the Hessian of the columns from `i` on, divided by the root of that row's first element.
+        alive: Which inputs are not zero in all samples.
+    """
+
+    upper: torch.Tensor
+    alive: torch.Tensor
 
 
 def reconstruct_(
@@ -65,18 +87,20 @@ def reconstruct_(
     """
     new: dict[str, torch.Tensor] = {}
 
-    def solve_(name: str, factors: Sequence[torch.Tensor | None]) -> None:
+    def solve_(name: str, factors: Sequence[_Factor | None]) -> None:
         new[name] = _solve_(targets[name], factors, masks.get(name), drops[name], granularity)
 
-    with undisturbed(model, targets), eager_experts(model), _without_cache(model):
+    # Keys and values of blocks that are not computed again would be missing in a cache.
+    without_cache = configured(model, "use_cache", False)
+    with undisturbed(model, targets), eager_experts(model), without_cache, _in_full_precision():
         data = list(read_samples(model, batches, samples))
         _require_samples_everywhere(data, model)
         with Stages(model, targets, data) as stages:
             for name in stages.unused:
-                logger.warning("%r takes no part in the forward pass; it is pruned by magnitude.", name)
+                logger.warning("No product of %r was seen in the forward passes; it is pruned by magnitude.", name)
                 solve_(name, [None] * targets[name].parts)
             for stage in tqdm(stages.order, desc="Pruning", unit="layer", delay=DELAY, disable=not show_progress):
-                hessian = _Hessian(targets[stage.names[0]])
+                hessian = _Hessian(model, targets[stage.names[0]])
                 stages.show(stage, hessian.add_)
                 factors = hessian.factors()
                 for name in stage.names:
@@ -88,18 +112,18 @@ def reconstruct_(
 class _Hessian:
     """`X Xᵀ` of a target's inputs, for each of its parts: `[parts, fan_in, fan_in]`, in float32 or better."""
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
+    def __init__(self, model: nn.Module, target: Target) -> None:
+        self._model, self._target = model, target
         size = torch.Size([target.parts, target.fan_in, target.fan_in])
         self._sum = torch.zeros(size, device=target.weight.device, dtype=_exact(target))
 
-    def add_(self, product: Product) -> None:
-        x = product.inputs(1).flatten(1, 2).to(self._sum.dtype)
+    def add_(self, product: Product, batch: Batch) -> None:
+        x = inputs_of(product, batch, self._model).to(self._sum.dtype)
         part = slice(None) if product.part is None else slice(product.part, product.part + 1)
         self._sum[part].baddbmm_(x.mT, x)
 
-    def factors(self) -> list[torch.Tensor | None]:
-        """For each part the upper Cholesky factor of its inverse; None where it cannot be had.
+    def factors(self) -> list[_Factor | None]:
+        """For each part what SparseGPT needs of it; None where it cannot be had.
 
         Raises:
             ValueError: if an activation was NaN or infinite.
@@ -123,10 +147,10 @@ class _Hessian:
         ]
 
 
-def _factor(hessian: torch.Tensor, name: str) -> torch.Tensor | None:
+def _factor(hessian: torch.Tensor, name: str) -> _Factor | None:
     diagonal = hessian.diagonal()
-    mean = diagonal[diagonal > 0].mean()
-    diagonal[diagonal == 0] = mean  # An input that is always zero has no part in any output.
+    alive = diagonal > 0
+    mean = diagonal[alive].mean()
     before = 0.0
     for damping in DAMPING:
         diagonal += (damping - before) * mean
@@ -135,7 +159,7 @@ def _factor(hessian: torch.Tensor, name: str) -> torch.Tensor | None:
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and upper.isfinite().all():
-                return upper
+                return _Factor(upper, alive)
     logger.warning(
         "The Hessian of %r cannot be factorized, even with %g of its mean added to its diagonal; it is pruned by "
         "magnitude, and the weights that it keeps stay as they are.", name, DAMPING[-1]
@@ -146,7 +170,7 @@ def _factor(hessian: torch.Tensor, name: str) -> torch.Tensor | None:
 @torch.no_grad()
 def _solve_(
     target: Target,
-    factors: Sequence[torch.Tensor | None],
+    factors: Sequence[_Factor | None],
     kept: torch.Tensor | None,
     drop: int,
     granularity: Unstructured | Pattern,
@@ -156,41 +180,40 @@ def _solve_(
     rows = target.to_rows(target.weight.detach())[..., order].to(_exact(target))
     masks = torch.ones_like(rows, dtype=torch.bool) if kept is None else target.to_rows(kept)[..., order].clone()
     for part, factor, mask, share in zip(rows, factors, masks, _shares(drop, masks), strict=True):
-        choice = _Choice(target.name, mask, share, granularity)
         if factor is None:
+            choice = _Choice(target.name, mask, share, granularity, part.shape[1])
             for i in range(len(choice.shares)):
                 choice.make_(i, part[:, choice.columns(i)].abs())
             part *= mask
         else:
-            _sparsegpt_(part, factor, choice)
+            _sparsegpt_(part, factor, _Choice(target.name, mask, share, granularity))
     back = order.argsort()
     target.weight.copy_(target.from_rows(rows[..., back]))
     return target.from_rows(masks[..., back]).contiguous()
 
 
-def _sparsegpt_(rows: torch.Tensor, upper: torch.Tensor, choice: "_Choice") -> None:
+def _sparsegpt_(rows: torch.Tensor, factor: _Factor, choice: "_Choice") -> None:
     """Prunes columns from left to right, and moves the error of each onto those that come after it.
 
     Args:
         rows: `[rows, columns]`, in float32 or better; changed in place.
-        upper: Upper Cholesky factor of the inverse Hessian, `[columns, columns]`: its row `i` is the first one of the
-            inverse of the Hessian of the columns from `i` on, divided by the root of that row's first element.
+        factor: What is needed of the Hessian of its inputs.
         choice: Chooses the weights that go.
     """
     width = max(BLOCK // choice.width, 1) * choice.width
     for start in range(0, rows.shape[1], width):
         here, behind = slice(start, start + width), slice(start + width, None)
-        block, factor = rows[:, here], upper[here, here]
-        pivots, errors = factor.diagonal(), torch.empty_like(block)
+        block, upper = rows[:, here], factor.upper[here, here]
+        pivots, alive, errors = upper.diagonal(), factor.alive[here], torch.empty_like(block)
         for i in range(block.shape[1]):
             if i % choice.width == 0:
                 group = slice(i, i + choice.width)
-                choice.make_((start + i) // choice.width, (block[:, group] / pivots[group]).square())
+                choice.make_((start + i) // choice.width, (block[:, group] / pivots[group]).square() * alive[group])
             pruned = block[:, i] * choice.mask[:, start + i]
             errors[:, i] = (block[:, i] - pruned) / pivots[i]
-            block[:, i:].addr_(errors[:, i], factor[i, i:], alpha=-1)
+            block[:, i:].addr_(errors[:, i], upper[i, i:], alpha=-1)
             block[:, i] = pruned
-        rows[:, behind].addmm_(errors, upper[here, behind], alpha=-1)
+        rows[:, behind].addmm_(errors, factor.upper[here, behind], alpha=-1)
 
 
 class _Choice:
@@ -201,6 +224,7 @@ class _Choice:
         mask: What is kept so far, `[rows, columns]`; changed in place.
         drop: Number of weights to prune in all; a pattern says that itself.
         granularity: What is removed together.
+        width: Number of columns that a choice is among; a pattern says that itself too.
 
     Attributes:
         mask: As given.
@@ -208,9 +232,11 @@ class _Choice:
         shares: Number of weights to prune in each choice.
     """
 
-    def __init__(self, name: str, mask: torch.Tensor, drop: int, granularity: Unstructured | Pattern) -> None:
+    def __init__(
+        self, name: str, mask: torch.Tensor, drop: int, granularity: Unstructured | Pattern, width: int = BLOCK
+    ) -> None:
         self.mask, self._name, self._granularity = mask, name, granularity
-        self.width = granularity.m if isinstance(granularity, Pattern) else BLOCK
+        self.width = granularity.m if isinstance(granularity, Pattern) else width
         self.shares = _shares(drop, mask.split(self.width, 1))
 
     def columns(self, i: int) -> slice:
@@ -257,14 +283,11 @@ def _require_samples_everywhere(data: Sequence[Batch], model: nn.Module) -> None
 
 
 @contextlib.contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Passes that keep no keys and values: those of blocks that are not computed again would be missing."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
-    before = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
-    for config, _ in before:
-        config.use_cache = False
+def _in_full_precision() -> Iterator[None]:
+    """Matrix products of float32 in float32, whatever is set for the training."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        for config, value in before:
-            config.use_cache = value
+        torch.set_float32_matmul_precision(before)

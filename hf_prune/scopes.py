@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 SCOPES = ("auto", "global", "layer", "row", "erk", "owl")
 OWL_FACTOR = 5.0  # What is this many times the layer's mean is an outlier: `M` in the paper, which takes 5 or 7.
-OWL_SPREAD = 0.08  # How far a layer's sparsity may be from the mean of all: `λ` in the paper.
+OWL_SPREAD = 0.08  # Half of how far apart the sparsities of two layers may be: `λ` in the paper.
 
 Wanted = Callable[[float], Mapping[str, float]]
 """A share in `[0, 1]` → the sparsity of each tensor, which rises with it from 0 or less to 1 or more."""
@@ -92,8 +92,8 @@ def _erk(sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> Wan
 def _owl(sizes: Mapping[str, int], outliers: Mapping[str, float]) -> Wanted:
     """Outlier weighed layer-wise sparsity: the more outliers a layer has, the denser it stays.
 
-    The tensors of a block, an element of a module list, are one layer, as in the paper: they are equally sparse, and
-    their sparsity is at most `OWL_SPREAD` from the mean.
+    The tensors of a block are one layer, as in the paper, and equally sparse: those whose names are alike up to the
+    last number in them. The sparsities of two layers are at most `2 · OWL_SPREAD` apart.
 
     Source: Yin et al. 2023, "Outlier Weighed Layerwise Sparsity (OWL)", arXiv 2310.05175.
     """

@@ -1,26 +1,34 @@
-"""Stages: a model's targets in the order in which a forward pass uses them, and passes that go no further than one.
+"""Stages: a model's targets in the order in which forward passes use them, and passes that go no further than one.
 
 What changes the weights of one layer by the inputs that it gets has to see the inputs that the changed layers before
 it give. So every layer needs passes of its own. They are ordinary calls of the model that are left as soon as they
-have shown what they were begun for; and blocks (the elements of a `ModuleList`) in which nothing changes any more are
-not computed again, but give what they gave.
+have shown what they were begun for; and blocks (the innermost elements of a `ModuleList`) in which nothing changes any
+more are computed once again, and from then on give what they gave.
 """
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.distributed
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import Cache
 
 from .calibration import Batch
 from .products import Product, ProductWatch
+from .random_state import keep_random_state
 from .targets import Target
+
+_Uses = list[tuple[str, int]]
+"""The targets in the order in which a pass used them, each with a number that it shares with the use before if both
+had the same input."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Stage:
     Attributes:
         names: Their parameters. Several only if each is used once in a pass.
         uses: How often the first of them is used in a pass; None if that depends on the data, as it does for experts.
-        later: The targets whose first use comes after the last one of these.
+        later: Targets that passes use after they have used these for the last time, and never before.
     """
 
     names: tuple[str, ...]
@@ -44,31 +52,27 @@ class Stages:
     Args:
         model: The model, unwrapped, in evaluation mode; called as `model(**batch)` without gradients.
         targets: The weights.
-        batches: What it is called with, on its device. The first one shows the order.
+        batches: What it is called with, on its device, on this process.
 
     Attributes:
-        order: The stages, in the order of their first use.
-        unused: Targets that the first batch did not use.
+        order: The stages, in the order of their first use, the same on all processes.
+        unused: Targets of which no process has seen a product.
     """
 
     def __init__(self, model: nn.Module, targets: Mapping[str, Target], batches: Sequence[Batch]) -> None:
         self._model, self._targets, self._batches = model, targets, batches
         self._batch = 0  # the one under way
         self._undo = contextlib.ExitStack()
-        uses: list[_Use] = []
-
-        def note(product: Product) -> None:
-            x = product.source
-            uses.append(_Use(product.target, x, (x.data_ptr(), x.shape, x.stride(), x._version)))
-
         reads = _Reads(_blocks_of(model, targets))
-        with torch.no_grad(), reads, ProductWatch(targets, note):
-            model(**batches[0])
-        self._blocks = {block: names for block, names in reads.blocks.items() if reads.calls[block] == 1}
+        passes: list[_Uses] = []
+        with reads:
+            for self._batch in range(len(batches)):
+                passes.append(self._note(reads))
+        self._blocks = {block: names for block, names in reads.blocks.items() if reads.can_be_kept(block)}
         self._readers = reads.readers
         self._given: dict[nn.Module, dict[int, Any]] = {}  # What finished blocks gave, by batch.
         self._unread: set[nn.Module] = set()  # Finished blocks whose output only finished ones read.
-        self.order = _order_of(uses)
+        self.order = _order_of(_of_all_processes(passes), targets)
         self._open = {name for stage in self.order for name in stage.names}
         self.unused = [name for name in targets if name not in self._open]
 
@@ -78,107 +82,138 @@ class Stages:
     def __exit__(self, *error: object) -> None:
         self._undo.close()
 
-    def show(self, stage: Stage, tell: Callable[[Product], None]) -> None:
+    def show(self, stage: Stage, tell: Callable[[Product, Batch], None]) -> None:
         """Tells every product of a stage over all batches, with the weights as they are now.
 
         Args:
             stage: One of `order`.
-            tell: Called with each product of the first target of the stage; the others have the same inputs.
+            tell: Called with each product of the first target of the stage, and its batch; the others have the same
+                inputs.
         """
-        seen = 0
+        for index, batch in enumerate(self._batches):
+            self._batch, seen = index, 0
 
-        def see(product: Product) -> None:
-            nonlocal seen
-            if product.target.name == stage.names[0]:
-                tell(product)
-                seen += 1
-                if stage.uses is not None and seen % stage.uses == 0:
+            def see(product: Product, batch: Batch = batch) -> None:
+                nonlocal seen
+                if product.target.name == stage.names[0]:
+                    tell(product, batch)
+                    seen += 1
+                    if seen == stage.uses:
+                        raise _Enough
+                elif product.target.name in stage.later:
                     raise _Enough
-            elif product.target.name in stage.later:
-                raise _Enough
 
-        self._pass_all(ProductWatch(self._targets, see))
+            self._pass(ProductWatch(self._targets, see))
 
     def finish(self, stage: Stage) -> None:
         """Says that the weights of a stage change no more."""
         self._open -= set(stage.names)
-        if not self._open:
-            return
         for block, names in self._blocks.items():
             if block not in self._given and not names & self._open:
-                self._give(block)
+                self._keep(block)
+        complete = {block for block, given in self._given.items() if len(given) == len(self._batches)}
+        for block in complete - self._unread:
+            if self._readers[block] <= complete:
+                self._unread.add(block)
+                self._given[block] = pytree.tree_map_only(torch.Tensor, _stand_in, self._given[block])
 
-    def _give(self, block: nn.Module) -> None:
-        """Has a block give what it gives now, from here on without computing it."""
-        given: dict[int, Any] = {}
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            given[self._batch] = output
-            raise _Enough
-
-        hook = block.register_forward_hook(keep)
-        self._pass_all(contextlib.nullcontext())
-        hook.remove()
-        self._given[block] = given
-        for other in self._given:
-            if other not in self._unread and self._readers[other] <= set(self._given):
-                self._unread.add(other)
-                self._given[other] = pytree.tree_map_only(torch.Tensor, _stand_in, self._given[other])
+    def _keep(self, block: nn.Module) -> None:
+        """Has a block give what it gives now, computed once for each batch."""
+        self._given[block] = {}
         compute, replaced = block.forward, block.__dict__.get("forward")
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._batch not in self._given[block]:
-                return compute(*args, **kwargs)  # An expert that the first batch used, and this one does not.
-            output = self._given[block][self._batch]
+            given = self._given[block]
+            if self._batch not in given:
+                given[self._batch] = compute(*args, **kwargs)
+            output = given[self._batch]
             # A copy: what reads it may change it in place.
             return output if block in self._unread else pytree.tree_map_only(torch.Tensor, torch.clone, output)
 
         block.forward = forward
         self._undo.callback(_put_back, block, replaced)
 
-    def _pass_all(self, watch: contextlib.AbstractContextManager[Any]) -> None:
-        for index, batch in enumerate(self._batches):
-            self._batch = index
-            with contextlib.suppress(_Enough), torch.no_grad(), watch:
-                self._model(**batch)
+    def _note(self, reads: "_Reads") -> _Uses:
+        uses: _Uses = []
+        last: tuple[Any, ...] = ()
+
+        def note(product: Product) -> None:
+            nonlocal last
+            x = product.source
+            identity = (x.data_ptr(), x.shape, x.stride(), x._version)
+            number = uses[-1][1] if uses else 0
+            uses.append((product.target.name, number if identity == last[1:] else number + 1))
+            last = (x, *identity)  # With the tensor, so that nothing else gets its memory.
+
+        reads.begin_pass()
+        self._pass(ProductWatch(self._targets, note))
+        return uses
+
+    def _pass(self, watch: ProductWatch) -> None:
+        # In what autocast remembers, weights would stay as they were; and passes of a batch are to be alike.
+        torch.clear_autocast_cache()
+        device = next(self._model.parameters()).device
+        with keep_random_state(device), torch.no_grad(), contextlib.suppress(_Enough), watch:
+            self._model(**self._batches[self._batch])
 
 
 class _Enough(Exception):
     """Leaves a pass that has shown what it was begun for."""
 
 
-class _Use(NamedTuple):
-    target: Target
-    source: torch.Tensor  # Kept, so that nothing else gets its memory.
-    identity: tuple[Any, ...]
+def _of_all_processes(passes: list[_Uses]) -> list[_Uses]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return passes
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, passes)
+    return [uses for each in gathered for uses in each]
 
 
-def _order_of(uses: Sequence[_Use]) -> list[Stage]:
-    """The stages, from the products of a pass."""
-    count = Counter(use.target.name for use in uses)
-    groups: list[list[_Use]] = []
-    for use in uses:
-        if any(use.target.name == other.target.name for group in groups for other in group):
-            continue
-        last = groups[-1][-1] if groups else None
-        alike = last is not None and use.identity == last.identity
-        if alike and all(_is_matrix(u.target) and count[u.target.name] == 1 for u in (use, *groups[-1])):
-            groups[-1].append(use)
+def _order_of(passes: Sequence[_Uses], targets: Mapping[str, Target]) -> list[Stage]:
+    """The stages, from what all passes have used."""
+    order: list[str] = []
+    known: set[str] = set()
+    for uses in passes:
+        before = -1
+        for name, _ in uses:
+            if name not in known:  # What only some passes use comes after what they have used before it.
+                order.insert(before + 1, name)
+                known.add(name)
+                before += 1
+            else:
+                before = order.index(name)
+    counts = [Counter(name for name, _ in uses) for uses in passes]
+    inputs = [dict(uses) for uses in passes]  # of the last use, which is the only one where it matters
+
+    def are_alike(name: str, other: str) -> bool:
+        return targets[name].weight.ndim == targets[other].weight.ndim == 2 and all(
+            count[name] == count[other] and count[name] <= 1 and number.get(name) == number.get(other)
+            for count, number in zip(counts, inputs, strict=True)
+        )
+
+    groups: list[list[str]] = []
+    for name in order:
+        if groups and are_alike(groups[-1][-1], name):
+            groups[-1].append(name)
         else:
-            groups.append([use])
-    places = {name: [i for i, use in enumerate(uses) if use.target.name == name] for name in count}
+            groups.append([name])
+    earlier: dict[str, set[str]] = {name: set() for name in order}
+    later: dict[str, set[str]] = {name: set() for name in order}
+    for uses in passes:
+        names, begun = [name for name, _ in uses], set()
+        last = {name: i for i, name in enumerate(names)}
+        for i, name in enumerate(names):
+            begun.add(name)
+            if last[name] == i:
+                earlier[name] |= begun
+                later[name] |= last.keys() - begun
     stages = []
     for group in groups:
-        names = tuple(use.target.name for use in group)
-        end = max(places[name][-1] for name in names)
-        known = group[0].target.weight.ndim != 3
-        later = frozenset(name for name, (first, *_) in places.items() if first > end)
-        stages.append(Stage(names, count[names[0]] if known else None, later))
+        often = {count[group[0]] for count in counts}
+        known_uses = often.pop() if len(often) == 1 and targets[group[0]].weight.ndim != 3 else None
+        behind = set.intersection(*(later[name] - earlier[name] for name in group))
+        stages.append(Stage(tuple(group), known_uses, frozenset(behind)))
     return stages
-
-
-def _is_matrix(target: Target) -> bool:
-    return target.weight.ndim == 2
 
 
 def _blocks_of(model: nn.Module, targets: Mapping[str, Target]) -> dict[nn.Module, frozenset[str]]:
@@ -195,6 +230,12 @@ def _blocks_of(model: nn.Module, targets: Mapping[str, Target]) -> dict[nn.Modul
     return blocks
 
 
+# What these say of a tensor they say of its stand-in.
+_METADATA = {
+    getattr(torch.Tensor, name).__get__ for name in ("dtype", "shape", "device", "ndim", "requires_grad", "layout")
+} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.is_floating_point}
+
+
 class _Reads(TorchFunctionMode):
     """A context that notes how often each block is called, and where its output is read.
 
@@ -203,23 +244,32 @@ class _Reads(TorchFunctionMode):
 
     Attributes:
         blocks: As given.
-        calls: Block → number of calls.
         readers: Block → the blocks that read what it gave; None among them is anything outside of blocks.
     """
 
     def __init__(self, blocks: Mapping[nn.Module, frozenset[str]]) -> None:
         super().__init__()
         self.blocks = blocks
-        self.calls: Counter[nn.Module] = Counter()
         self.readers: dict[nn.Module, set[nn.Module | None]] = {block: set() for block in blocks}
-        self._makers: dict[int, set[nn.Module]] = {}  # Several where one hands on what another gave.
-        self._alive: list[Any] = []  # So that no other tensor gets the same id.
+        self._calls: list[Counter[nn.Module]] = []  # of each pass
+        self._talking: set[nn.Module] = set()
+        self._makers: MutableMapping[torch.Tensor, set[nn.Module]] = WeakTensorKeyDictionary()
         self._within: nn.Module | None = None
         self._hooks: list[RemovableHandle] = []
 
+    def begin_pass(self) -> None:
+        """Says that what follows belongs to another pass."""
+        self._calls.append(Counter())
+        self._within = None
+
+    def can_be_kept(self, block: nn.Module) -> bool:
+        """Whether a block does nothing but give an output, once a pass."""
+        return block not in self._talking and all(calls[block] == 1 for calls in self._calls)
+
     def __enter__(self) -> "_Reads":
         for block in self.blocks:
-            self._hooks += [block.register_forward_pre_hook(self._begin), block.register_forward_hook(self._end)]
+            begin = block.register_forward_pre_hook(self._begin, with_kwargs=True)
+            self._hooks += [begin, block.register_forward_hook(self._end)]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -227,22 +277,25 @@ class _Reads(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
 
-    def _begin(self, block: nn.Module, args: Any) -> None:
+    def _begin(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self._within = block
+        # Into these it may write what other blocks read.
+        if any(isinstance(value, (MutableMapping, Cache)) for value in (*args, *kwargs.values())):
+            self._talking.add(block)
 
     def _end(self, block: nn.Module, args: Any, output: Any) -> None:
         self._within = None
-        self.calls[block] += 1
-        self._alive.append(output)
+        self._calls[-1][block] += 1
         for value in pytree.tree_leaves(output):
-            if torch.is_tensor(value):
-                self._makers.setdefault(id(value), set()).add(block)
+            if torch.is_tensor(value):  # It may be what another block gave, and this one hands on.
+                self._makers[value] = self._makers.get(value, set()) | {block}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Notes what is read, and calls the function."""
-        for value in pytree.tree_leaves((args, kwargs)):
-            for maker in self._makers.get(id(value), ()):
-                self.readers[maker].add(self._within)
+        if func not in _METADATA:
+            for value in pytree.tree_leaves((args, kwargs)):
+                for maker in self._makers.get(value, ()) if torch.is_tensor(value) else ():
+                    self.readers[maker].add(self._within)
         return func(*args, **(kwargs or {}))
 
 

@@ -349,3 +349,92 @@ def test_what_is_not_finite_is_an_error_that_names_a_module(name, value):
     message = rf"the {name.replace('_', ' ')} of 'model\.layers\..*' is NaN or infinite over the calibration samples"
     with pytest.raises(ValueError, match=message):
         calibrate(model, find_targets(model), loader(samples_of(model)), [name], 4)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+def test_padding_is_no_input(family):
+    """Alone, a sample needs none; beside a longer one it does."""
+    model = build(family)
+    short, long = (torch.arange(1, n + 1) for n in (3, 12))
+    labels = torch.tensor(0) if family == "bert" else torch.full((12,), -100)
+
+    def sample(ids: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
+        padded = torch.cat([ids, ids.new_zeros(size - len(ids))])
+        mask = (torch.arange(size) < len(ids)).long()
+        return {"input_ids": padded, "attention_mask": mask, "labels": labels if family == "bert" else labels[:size]}
+
+    alone = [default_data_collator([sample(ids, len(ids))]) for ids in (short, long)]
+    together = [default_data_collator([sample(short, 12), sample(long, 12)])]
+    targets = find_targets(model)
+    one, other = (calibrate(model, targets, b, ["input_norm"], 2)["input_norm"] for b in (alone, together))
+    for name, norm in one.items():
+        torch.testing.assert_close(other[name], norm, rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_that_no_sample_reaches_has_norms_of_one_and_that_is_said(caplog):
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=16, num_experts_per_tok=2)
+    model = transformers.MixtralForCausalLM(config)
+    data = [{"input_ids": torch.tensor([[3, 4, 5]])}]
+    norms = calibrate(model, find_targets(model), data, ["input_norm"], 1)["input_norm"]
+    norm = norms["model.layers.0.mlp.experts.down_proj"]
+    unreached = int((norm == 1).all(dim=-1).sum())
+    assert 10 <= unreached < 16  # Three tokens go to six experts at most.
+    message = f"reaches {unreached} of the 16 parts of 'model.layers.0.mlp.experts.down_proj'; nothing is known"
+    assert message in caplog.text
+
+
+def test_a_weight_may_stand_on_the_left():
+    """As in Mamba, which multiplies a layer's weight by hand."""
+
+    class Left(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3, bias=False)
+
+        def forward(self, x, labels=None):
+            out = (self.layer.weight @ x.transpose(1, 2)).transpose(1, 2)
+            return {"loss": (out - 1).square().flatten(1).mean(1).mean(), "out": out}
+
+    torch.manual_seed(0)
+    left = Left().double()
+    right = nn.Linear(5, 3, bias=False).double()
+    right.weight = left.layer.weight
+    x = torch.randn(6, 4, 5).double()
+    data = [{"x": x[:4]}, {"x": x[4:]}]
+    found = calibrate(left, find_targets(left), data, ["input_norm", "squared_gradient"], 6)
+    name = "layer.weight"
+    torch.testing.assert_close(found["input_norm"][name], x.flatten(0, 1).norm(dim=0)[None].float())
+    squares = torch.zeros(3, 5)
+    for sample in x:
+        (gradient,) = torch.autograd.grad((right(sample) - 1).square().mean(), right.weight)
+        squares += gradient.square().float() / 6
+    torch.testing.assert_close(found["squared_gradient"][name], squares)
+
+
+def test_the_labels_of_a_model_under_peft_are_shifted_too():
+    peft = pytest.importorskip("peft")
+    plain = build("llama")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    sample = default_data_collator(samples_of(plain))
+    assert torch.equal(labels_of(model, sample), labels_of(plain, sample))
+
+
+def test_labels_in_lists_are_cut_with_their_samples():
+    """As those of detection."""
+
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x, labels):
+            assert len(labels) == len(x)
+            seen.append(len(x))
+            return {"loss": (self.layer(x) - torch.stack([label["box"] for label in labels])).square().sum()}
+
+    seen: list[int] = []
+    model = Detector()
+    data = [{"x": torch.randn(4, 4), "labels": [{"box": torch.randn(4)} for _ in range(4)]}]
+    calibrate(model, find_targets(model), data, ["gradient"], 3)
+    assert seen == [3]

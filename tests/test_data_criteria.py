@@ -108,6 +108,30 @@ def test_score_steps_of_a_pattern_go_through_the_patterns_on_the_way(steps):
     assert levels.seen == {1: [0], 2: [0, 2 * quarter]}.get(steps, [0, quarter, 2 * quarter])
 
 
+def test_score_steps_go_on_where_layers_are_as_sparse_as_they_want():
+    """The average of all weights says nothing of where those are that compete by themselves."""
+    model = build("llama")
+    own = {".*mlp.*": 0.1}
+    config = PruningConfig(sparsities=[0.5, 0.8], layer_sparsity=own, score_steps=4)
+    targets, masks = resolve_targets(model, config), MaskSet()
+    for sparsity in config.round_sparsities:
+        masks = cut(model, targets, masks, sparsity, config)
+    rest = [mask for name, mask in masks.items() if "mlp" not in name]
+    assert sum(int((~mask).sum()) for mask in rest) == round(0.8 * sum(mask.numel() for mask in rest))
+
+    model = build("llama")
+    prune(model, PruningConfig(sparsity=0.5))
+    config = PruningConfig(sparsity=0.95, hold_zeros=True, criterion="wanda", score_steps=4, calibration_samples=8)
+    report = prune(model, config, data(model))
+    assert report.sparsity == pytest.approx(0.95, abs=0.02)
+
+
+def test_samples_that_can_be_read_once_are_an_error():
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"dataloader is a generator, which can be read once"):
+        prune(model, PruningConfig(sparsity=0.5, criterion="wanda"), (values for values in data(model)))
+
+
 def test_scoring_anew_changes_what_the_data_say():
     digests = set()
     for steps in (1, 4):

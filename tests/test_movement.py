@@ -105,3 +105,22 @@ def test_a_weight_without_a_gradient_does_not_move():
     assert not any(total.any() for name, total in movement.totals.items() if name != first.name)
     back = Movement.from_copy(movement.copy(), targets)
     assert all(torch.equal(back.totals[name], total) for name, total in movement.totals.items())
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_step_that_float16_skips_is_not_counted(bad):
+    targets = find_targets(build("llama"))
+    movement = Movement.none_yet(targets.values())
+    for target in targets.values():
+        target.weight.grad = torch.ones_like(target.weight)
+    next(iter(targets.values())).weight.grad[0, 0] = bad
+    movement.count_step_(targets.values())
+    assert not any(total.any() for total in movement.totals.values())
+
+
+def test_after_the_last_cut_nothing_is_counted_or_kept(tmp_path):
+    trainer, pruning = start(trainer_factory(tmp_path), ROUNDS)
+    trainer.train()
+    last = pruning.history[-1].step
+    found = {int(path.parent.name.rpartition("-")[2]) for path in (tmp_path / "out").rglob("pruning_movement*")}
+    assert found == set(range(1, last + 1))

@@ -131,7 +131,7 @@ def test_rounds_are_monotone_and_exact(criterion, scope, granularity):
                 model.get_parameter(name).add_(torch.randn_like(mask, dtype=torch.float32) * mask)
         for name, mask in previous.items():
             assert not (masks[name] & ~mask).any()
-        if effective_scope(config) in ("global", "erk"):
+        if effective_scope(config) in ("global", "erk", "owl"):
             size = 8 if granularity.startswith("block") else 1
             assert masks.masked == size * round(sparsity * masks.total / size)
         if effective_scope(config) == "layer":

@@ -1,32 +1,22 @@
 """Calibration: what criteria need to know beyond the weights, gathered from ordinary passes over a few samples."""
 
 import collections
-import contextlib
-import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
-import torch.distributed
-from accelerate import PartialState
-from accelerate.utils import send_to_device
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
+from .contexts import eager_experts, undisturbed
+from .processes import sum_over_processes
 from .products import Product, ProductWatch
-from .random_state import keep_random_state
+from .samples import Batch, read_samples, rows_of, size_of
 from .targets import Target
 
 logger = logging.getLogger(__name__)
 
-DELAY = 5
-"""Seconds after which a calibration shows how far it is."""
-
-Batch = Mapping[str, Any]
 Statistics = Mapping[str, Mapping[str, torch.Tensor]]
 """Name of a statistic → parameter → its values, in float32, of a shape that broadcasts with the weight's."""
 
@@ -77,70 +67,6 @@ def calibrate(
     return statistics
 
 
-def read_samples(
-    model: nn.Module, batches: Iterable[Batch], samples: int, *, show_progress: bool = False
-) -> Iterator[Batch]:
-    """The first samples of batches, on the device of a model.
-
-    Args:
-        model: The model.
-        batches: Batches of this process.
-        samples: Number of samples to read, of all processes together. If there are fewer, that is said at the end.
-        show_progress: Whether a bar shows how far the reader is, if it takes more than a few seconds.
-
-    Yields:
-        Batches, the last one cut short where it has too many samples.
-
-    Raises:
-        ValueError: at the end, if there were no samples on any process.
-    """
-    state, device, seen = PartialState(), next(model.parameters()).device, 0
-    mine = len(range(state.process_index, samples, state.num_processes))
-    with tqdm(total=mine, desc="Calibrating", unit="sample", delay=DELAY, disable=not show_progress) as bar:
-        for batch in batches if mine else ():
-            part = _rows_of(send_to_device(batch, device), slice(0, mine - seen))
-            yield part
-            seen += size_of(part)
-            bar.update(size_of(part))
-            if seen >= mine:
-                break
-    seen = int(over_processes(torch.tensor(seen, device=device)))
-    if seen == 0:
-        raise ValueError("there are no calibration samples: the dataloader gave no batch.")
-    if seen < samples:
-        logger.warning("Calibration has %d samples, fewer than the %d asked for.", seen, samples)
-
-
-def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Calibration batches of this process from the data that a dataloader reads, which itself is left alone.
-
-    Samples of a dataset of known length are drawn with the seed, each once and on one process; a stream is read from
-    its beginning.
-
-    Args:
-        dataloader: Its dataset and its collator are used.
-        samples: Number of samples, of all processes together.
-        batch_size: Number of samples in a batch.
-        seed: Seed of the draw.
-
-    Yields:
-        Batches as the collator makes them.
-    """
-    dataset, state = dataloader.dataset, PartialState()
-    if isinstance(dataset, IterableDataset):
-        drawn: Iterator[Any] = itertools.islice(iter(dataset), state.process_index, samples, state.num_processes)
-    else:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
-        drawn = (dataset[int(i)] for i in order[:samples][state.process_index :: state.num_processes])
-    while rows := list(itertools.islice(drawn, batch_size)):
-        yield dataloader.collate_fn(rows)
-
-
-def size_of(batch: Batch) -> int:
-    """Number of samples in a batch."""
-    return next(len(value) for value in batch.values() if torch.is_tensor(value) and value.ndim)
-
-
 class Gatherer:
     """Gathers one statistic, batch by batch.
 
@@ -166,8 +92,8 @@ class Gatherer:
 
     def statistic(self) -> Mapping[str, torch.Tensor]:
         """The mean over the samples of all processes."""
-        count = over_processes(self.count).item()
-        return {name: over_processes(total) / max(count, 1) for name, total in self.sums.items()}
+        count = sum_over_processes(self.count).item()
+        return {name: sum_over_processes(total) / max(count, 1) for name, total in self.sums.items()}
 
 
 class InputNorm(Gatherer):
@@ -191,7 +117,7 @@ class InputNorm(Gatherer):
         """The norms over the samples of all processes; ones for a part of which no product was seen."""
         norms = {}
         for name, total in self.sums.items():
-            norm = over_processes(total).sqrt()
+            norm = sum_over_processes(total).sqrt()
             if not (seen := norm.any(1)).all():
                 logger.warning(
                     "No calibration sample reaches %d of the %d parts of %r; nothing is known of their inputs.",
@@ -239,7 +165,7 @@ class SquaredGradient(Gatherer):
     def _can_batch(self, batch: Batch) -> bool:
         """Whether two samples, those with the fewest and the most labels, have the same squares together as alone."""
         order = labels_of(self.model, batch).argsort(stable=True)
-        pair = _rows_of(batch, order[[0, -1]])
+        pair = rows_of(batch, order[[0, -1]])
         together, alone = self._of_batch(pair), self._one_by_one(pair)
         rounding = max(torch.finfo(target.weight.dtype).eps for target in self.targets.values())
         tolerance = max(1e-3, 25 * rounding)
@@ -252,7 +178,7 @@ class SquaredGradient(Gatherer):
         labels = labels_of(self.model, batch)
         for sample in range(size_of(batch)):
             if labels[sample] > 0:  # Without a label there is no loss: a mean over nothing is NaN.
-                alone = _rows_of(batch, slice(sample, sample + 1))
+                alone = rows_of(batch, slice(sample, sample + 1))
                 for name, gradient in _gradients(self.model, self.targets, alone).items():
                     totals[name] += gradient.square()
         return totals
@@ -357,62 +283,3 @@ def _gradients(model: nn.Module, targets: Mapping[str, Target], batch: Batch) ->
         loss = loss_of(model, batch)
     gradients = torch.autograd.grad(loss, [target.weight for target in targets.values()], allow_unused=True)
     return {n: g.float() for n, g in zip(targets, gradients, strict=True) if g is not None}
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[None]:
-    """Evaluation mode and gradients for all targets; afterwards everything is as it was."""
-    modes = {module: module.training for module in model.modules()}
-    wants = {target.weight: target.weight.requires_grad for target in targets.values()}
-    model.eval()
-    for weight in wants:
-        weight.requires_grad_(True)
-    torch.clear_autocast_cache()  # It may hold weights as they were before they were changed.
-    try:
-        with torch.inference_mode(False), keep_random_state(next(model.parameters()).device):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for weight, wanted in wants.items():
-            weight.requires_grad_(wanted)
-
-
-@contextlib.contextmanager
-def configured(model: nn.Module, name: str, value: object) -> Iterator[None]:
-    """Another value for an entry of all configs of a model that have it; afterwards everything is as it was."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
-    before = [(config, getattr(config, name)) for config in configs if hasattr(config, name)]
-    for config, _ in before:
-        setattr(config, name, value)
-    try:
-        yield
-    finally:
-        for config, was in before:
-            setattr(config, name, was)
-
-
-def eager_experts(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Experts that multiply slice by slice, as in the model's own code: what fused kernels do cannot be watched."""
-    return configured(model, "_experts_implementation_internal", "eager")
-
-
-def _rows_of(batch: Batch, rows: slice | torch.Tensor) -> Batch:
-    """Some of the samples of a batch."""
-    size = size_of(batch)
-
-    def select(value: Any) -> Any:
-        if torch.is_tensor(value) and value.ndim and len(value) == size:
-            return value[rows]
-        if isinstance(value, list) and len(value) == size:  # as the labels of detection are
-            return value[rows] if isinstance(rows, slice) else [value[int(i)] for i in rows]
-        return value
-
-    return {name: select(value) for name, value in batch.items()}
-
-
-def over_processes(total: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes, the same on each."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-    return total

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .calibration import batches_of
 from .checkpoints import (
     BEST_NAME,
     MASKS_NAME,
@@ -31,6 +30,7 @@ from .checkpoints import (
     require_same,
 )
 from .config import PruningConfig
+from .contexts import keep_random_state
 from .criteria import CRITERIA, Criterion, magnitude, needs_of
 from .hooks import GradientHooks
 from .masks import MaskSet
@@ -41,13 +41,13 @@ from .monitor import (
     require_evaluations,
     warn_of_few_evaluations,
 )
-from .movement import NEED, Movement
+from .movement import Movement
 from .optimizers import cut_state_, require_restartable, restart_lr_, undo_restart_lr_
 from .pacing import Even, Patience
 from .pruning import cut, require_room, resolve_targets
-from .random_state import keep_random_state
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
 from .rounds import Rounds
+from .samples import batches_of
 from .targets import Target
 from .weights import WeightsCopy
 
@@ -154,7 +154,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         """The rounds so far."""
         return self._rounds.history
 
-    # What is resumed from: JSON in the trainer's state, the masks in a file of their own.
+    # What is resumed from: JSON in the trainer's state, tensors in files of their own.
 
     def state(self) -> dict[str, object]:
         """What Trainer stores in a checkpoint's `trainer_state.json`."""
@@ -167,7 +167,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             "lr_start": self._lr_start,
             "masks": self.masks.digest() if self.masks else None,
             "best": rounds.best.digest() if rounds.best else None,
-            "movement": self._movement.copy().digest() if self._movement else None,
+            "movement": self._movement.digest() if self._movement is not None else None,
             "history": rounds.history.to_dict(),
         }
         return {"args": {"config": self.config.to_dict()}, "attributes": {}, "progress": progress}
@@ -209,8 +209,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 language_model=isinstance(now.model, PreTrainedModel) and now.model.can_generate(),
             )
             self._rounds = Rounds.plan(self.config, history, state.max_steps)
-            if NEED in needs_of(self.criterion or CRITERIA.get(self.config.criterion, magnitude)):
-                self._movement = Movement.none_yet(self._targets.values())
+            if "movement" in needs_of(self.criterion or CRITERIA.get(self.config.criterion, magnitude)):
+                self._movement = Movement.zeros(self._targets.values())
                 if self._rounds.pacing.is_due(0):
                     raise ValueError(
                         "movement is gathered while training, and the first cut comes before the first step. Set "
@@ -238,9 +238,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Counts what the step is to do, for a criterion that asks for it."""
+        """Adds the step to the movement, if the criterion reads it."""
         if self._movement is not None and self._finished is None:
-            self._movement.count_step_(self._targets.values())
+            self._movement.add_step_(self._targets.values())
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -284,7 +284,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             self._stop_if_over(state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Puts masks, best weights, config and history into the checkpoint."""
+        """Puts masks, best weights, movement, config and history into the checkpoint."""
         folder = checkpoint_folder(args, state)
         if args.should_save and not folder.is_dir():
             logger.warning("%s is gone: was it rotated away by save_total_limit, among older ones?", folder)
@@ -294,7 +294,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             if self._rounds.best is not None and self.history[-1].best_step != state.global_step:
                 self._rounds.best.save(folder / BEST_NAME)
             if self._movement is not None:
-                self._movement.copy().save(folder / MOVEMENT_NAME)
+                self._movement.save(folder / MOVEMENT_NAME)
             self._save_reports(folder)
 
     def on_train_end(
@@ -341,7 +341,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             asked,
             self.config,
             batches=batches,
-            gathered=None if self._movement is None else {NEED: self._movement.totals},
+            gathered=None if self._movement is None else {"movement": self._movement.tensors},
             criterion=self.criterion,
             seed=args.seed,
             show_progress=state.is_world_process_zero and not args.disable_tqdm,
@@ -437,7 +437,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             model, self._targets, progress, folders, state.global_step, str(args.output_dir)
         )
         if movement is not None:
-            self._movement = Movement.from_copy(movement, self._targets)
+            self._movement = movement.to_devices_of(self._targets)
         if self.masks:
             self._hooks.hold_(self._weights, self.masks)
         if pacing.is_run_over(state.global_step):

@@ -17,6 +17,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from .masks import MaskSet
+from .movement import Movement
 from .reports import PruningHistory
 from .weights import WeightsCopy
 
@@ -31,7 +32,7 @@ ELSEWHERE = (
 
 logger = logging.getLogger(__name__)
 
-Loaded = TypeVar("Loaded", MaskSet, WeightsCopy)
+Loaded = TypeVar("Loaded", MaskSet, WeightsCopy, Movement)
 
 
 class Progress(TypedDict):
@@ -45,7 +46,7 @@ class Progress(TypedDict):
         lr_start: `start` of `restart_lr_` at the last cut, None if the learning rate goes on.
         masks: `MaskSet.digest()`, None before the first cut.
         best: `WeightsCopy.digest()` of the best weights of the current round, None without such weights.
-        movement: `WeightsCopy.digest()` of the movement so far, None if no criterion asks for it.
+        movement: `Movement.digest()` of the movement so far, None if no criterion asks for it.
         history: `PruningHistory.to_dict()`.
     """
 
@@ -65,7 +66,7 @@ class Recovered(NamedTuple):
 
     masks: MaskSet
     best: WeightsCopy | None
-    movement: WeightsCopy | None
+    movement: Movement | None
 
 
 def require_same(progress: Progress, config: Mapping[str, object], criterion: str) -> None:
@@ -255,10 +256,10 @@ def _recover_best(folder: Path | None, digest: str | None, model: nn.Module) -> 
     )
 
 
-def _recover_movement(folder: Path | None, digest: str | None) -> WeightsCopy | None:
+def _recover_movement(folder: Path | None, digest: str | None) -> Movement | None:
     if digest is None:
         return None
-    movement = None if folder is None else _load(WeightsCopy, folder / MOVEMENT_NAME)
+    movement = None if folder is None else _load(Movement, folder / MOVEMENT_NAME)
     if movement is None or movement.digest() != digest:
         raise ValueError(
             f"the movement of the weights is missing or damaged: no {MOVEMENT_NAME} fits the digest on record. "
@@ -293,7 +294,7 @@ def _is_complete(folder: Path, progress: Progress, step: int) -> bool:
     return (
         _is_as_recorded(MaskSet, folder / MASKS_NAME, progress["masks"])
         and _is_as_recorded(WeightsCopy, folder / BEST_NAME, None if own else progress["best"])
-        and _is_as_recorded(WeightsCopy, folder / MOVEMENT_NAME, progress["movement"])
+        and _is_as_recorded(Movement, folder / MOVEMENT_NAME, progress["movement"])
     )
 
 

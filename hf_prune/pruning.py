@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from . import granularities
-from .calibration import STATISTICS, Batch, Statistics, calibrate
+from .calibration import STATISTICS, Statistics, calibrate
 from .config import PruningConfig
 from .criteria import CRITERIA, Criterion, ScoreInputs, fisher, needs, needs_of, scope_of, wanda
 from .granularities import Pattern
 from .masks import MaskSet, masked_in
 from .reconstruction import RECONSTRUCTIONS, reconstruct_
 from .reports import SparsityReport, sparsity_report
+from .samples import Batch
 from .scopes import OWL_FACTOR, Pool, pools
 from .selection import drop_lowest, drop_lowest_of_each
 from .targets import Target, find_targets

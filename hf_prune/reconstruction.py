@@ -13,19 +13,13 @@ import torch
 from torch import nn
 from transformers.utils.logging import tqdm
 
-from .calibration import (
-    DELAY,
-    Batch,
-    configured,
-    eager_experts,
-    inputs_of,
-    over_processes,
-    read_samples,
-    undisturbed,
-)
+from .calibration import inputs_of
+from .contexts import configured, eager_experts, undisturbed
 from .granularities import Pattern, Unstructured
 from .masks import MaskSet, masked_in
+from .processes import sum_over_processes
 from .products import Product
+from .samples import DELAY, Batch, read_samples
 from .selection import drop_lowest, drop_lowest_of_each
 from .stages import Stages
 from .targets import Target
@@ -128,7 +122,7 @@ class _Hessian:
         Raises:
             ValueError: if an activation was NaN or infinite.
         """
-        total, name = over_processes(self._sum), self._target.module
+        total, name = sum_over_processes(self._sum), self._target.module
         if not total.isfinite().all():
             raise ValueError(
                 f"what {name!r} is multiplied with is NaN or infinite over the calibration samples. Has training "
@@ -278,7 +272,7 @@ def _column_order(target: Target) -> torch.Tensor:
 
 def _require_samples_everywhere(data: Sequence[Batch], model: nn.Module) -> None:
     lacking = torch.tensor(0 if data else 1, device=next(model.parameters()).device)
-    if over_processes(lacking).item():
+    if sum_over_processes(lacking).item():
         raise ValueError("some processes have no calibration samples: ask for at least one for each process.")
 
 

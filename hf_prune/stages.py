@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -21,9 +20,10 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache
 
-from .calibration import Batch
+from .contexts import keep_random_state
+from .processes import gather_from_processes
 from .products import Product, ProductWatch
-from .random_state import keep_random_state
+from .samples import Batch
 from .targets import Target
 
 _Uses = list[tuple[str, int]]
@@ -72,7 +72,7 @@ class Stages:
         self._readers = reads.readers
         self._given: dict[nn.Module, dict[int, Any]] = {}  # What finished blocks gave, by batch.
         self._unread: set[nn.Module] = set()  # Finished blocks whose output only finished ones read.
-        self.order = _order_of(_of_all_processes(passes), targets)
+        self.order = _order_of([uses for each in gather_from_processes(passes) for uses in each], targets)
         self._open = {name for stage in self.order for name in stage.names}
         self.unused = [name for name in targets if name not in self._open]
 
@@ -159,14 +159,6 @@ class Stages:
 
 class _Enough(Exception):
     """Leaves a pass that has shown what it was begun for."""
-
-
-def _of_all_processes(passes: list[_Uses]) -> list[_Uses]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return passes
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, passes)
-    return [uses for each in gathered for uses in each]
 
 
 def _order_of(passes: Sequence[_Uses], targets: Mapping[str, Target]) -> list[Stage]:

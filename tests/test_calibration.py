@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import default_data_collator
 
-from hf_prune.calibration import STATISTICS, batches_of, calibrate, labels_of
+from hf_prune.calibration import STATISTICS, calibrate, labels_of
+from hf_prune.samples import batches_of
 from hf_prune.targets import find_targets
 from tests.tiny import FAMILIES, TEXT, batch, build
 
@@ -298,7 +299,7 @@ def test_progress_is_shown_where_it_takes_long(capsys, monkeypatch):
     arguments = model, find_targets(model), loader(samples_of(model), 1), ["gradient"], SAMPLES
     calibrate(*arguments, show_progress=True)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("hf_prune.calibration.DELAY", 0)
+    monkeypatch.setattr("hf_prune.samples.DELAY", 0)
     calibrate(*arguments, show_progress=True)
     assert "Calibrating: 100%" in capsys.readouterr().err
     calibrate(*arguments)

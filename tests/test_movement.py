@@ -96,26 +96,25 @@ def test_runs_that_need_none_keep_none(tmp_path):
 
 def test_a_weight_without_a_gradient_does_not_move():
     targets = find_targets(build("llama"))
-    movement = Movement.none_yet(targets.values())
+    movement = Movement.zeros(targets.values())
     first = next(iter(targets.values()))
     first.weight.grad = torch.full_like(first.weight, 2.0)
-    movement.count_step_(targets.values())
-    movement.count_step_(targets.values())
-    torch.testing.assert_close(movement.totals[first.name], -4 * first.weight.detach())
-    assert not any(total.any() for name, total in movement.totals.items() if name != first.name)
-    back = Movement.from_copy(movement.copy(), targets)
-    assert all(torch.equal(back.totals[name], total) for name, total in movement.totals.items())
+    movement.add_step_(targets.values())
+    movement.add_step_(targets.values())
+    torch.testing.assert_close(movement.tensors[first.name], -4 * first.weight.detach())
+    assert not any(total.any() for name, total in movement.tensors.items() if name != first.name)
+    assert movement.to_devices_of(targets).digest() == movement.digest()
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_step_that_float16_skips_is_not_counted(bad):
     targets = find_targets(build("llama"))
-    movement = Movement.none_yet(targets.values())
+    movement = Movement.zeros(targets.values())
     for target in targets.values():
         target.weight.grad = torch.ones_like(target.weight)
     next(iter(targets.values())).weight.grad[0, 0] = bad
-    movement.count_step_(targets.values())
-    assert not any(total.any() for total in movement.totals.values())
+    movement.add_step_(targets.values())
+    assert not any(total.any() for total in movement.tensors.values())
 
 
 def test_after_the_last_cut_nothing_is_counted_or_kept(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from hf_prune.calibration import eager_experts
+from hf_prune.contexts import eager_experts
 from hf_prune.products import ProductWatch
 from hf_prune.stages import Stages
 from hf_prune.targets import find_targets

@@ -68,9 +68,9 @@ def test_digests_tell_names_shapes_and_dtypes_apart():
 
 
 def test_files_that_are_missing_or_damaged_are_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no weights at .*missing"):
+    with pytest.raises(FileNotFoundError, match=r"no tensors at .*missing"):
         WeightsCopy.load(tmp_path / "missing")
     WeightsCopy.of(build("llama")).save(tmp_path / "best")
     (tmp_path / "best").write_bytes((tmp_path / "best").read_bytes()[:-1])
-    with pytest.raises(ValueError, match="best is truncated or not a file of weights"):
+    with pytest.raises(ValueError, match="best is truncated or not a file of tensors"):
         WeightsCopy.load(tmp_path / "best")

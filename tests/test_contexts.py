@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_prune.random_state import keep_random_state
+from hf_prune.contexts import keep_random_state
 
 
 def draw():

@@ -1,0 +1,66 @@
+"""Contexts after which a model, its configs and the random states are as they were."""
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .targets import Target
+
+
+@contextlib.contextmanager
+def keep_random_state(device: torch.device) -> Iterator[None]:
+    """Gives back every random state as it was.
+
+    Args:
+        device: Where the model is, if not on the CPU, whose state is kept too.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[None]:
+    """Evaluation mode and gradients for all targets; afterwards everything is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    wants = {target.weight: target.weight.requires_grad for target in targets.values()}
+    model.eval()
+    for weight in wants:
+        weight.requires_grad_(True)
+    torch.clear_autocast_cache()  # It may hold weights as they were before they were changed.
+    try:
+        with torch.inference_mode(False), keep_random_state(next(model.parameters()).device):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for weight, wanted in wants.items():
+            weight.requires_grad_(wanted)
+
+
+@contextlib.contextmanager
+def configured(model: nn.Module, name: str, value: object) -> Iterator[None]:
+    """Another value for an entry of all configs of a model that have it; afterwards everything is as it was."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    before = [(config, getattr(config, name)) for config in configs if hasattr(config, name)]
+    for config, _ in before:
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for config, was in before:
+            setattr(config, name, was)
+
+
+def eager_experts(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Experts that multiply slice by slice, as in the model's own code: what fused kernels do cannot be watched."""
+    return configured(model, "_experts_implementation_internal", "eager")

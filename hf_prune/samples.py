@@ -1,0 +1,100 @@
+"""Samples: batches for a calibration, drawn, read and cut."""
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers.utils.logging import tqdm
+
+from .processes import sum_over_processes
+
+logger = logging.getLogger(__name__)
+
+DELAY = 5
+"""Seconds after which a calibration shows how far it is."""
+
+Batch = Mapping[str, Any]
+
+
+def read_samples(
+    model: nn.Module, batches: Iterable[Batch], samples: int, *, show_progress: bool = False
+) -> Iterator[Batch]:
+    """The first samples of batches, on the device of a model.
+
+    Args:
+        model: The model.
+        batches: Batches of this process.
+        samples: Number of samples to read, of all processes together. If there are fewer, that is said at the end.
+        show_progress: Whether a bar shows how far the reader is, if it takes more than a few seconds.
+
+    Yields:
+        Batches, the last one cut short where it has too many samples.
+
+    Raises:
+        ValueError: at the end, if there were no samples on any process.
+    """
+    state, device, seen = PartialState(), next(model.parameters()).device, 0
+    mine = len(range(state.process_index, samples, state.num_processes))
+    with tqdm(total=mine, desc="Calibrating", unit="sample", delay=DELAY, disable=not show_progress) as bar:
+        for batch in batches if mine else ():
+            part = rows_of(send_to_device(batch, device), slice(0, mine - seen))
+            yield part
+            seen += size_of(part)
+            bar.update(size_of(part))
+            if seen >= mine:
+                break
+    seen = int(sum_over_processes(torch.tensor(seen, device=device)))
+    if seen == 0:
+        raise ValueError("there are no calibration samples: the dataloader gave no batch.")
+    if seen < samples:
+        logger.warning("Calibration has %d samples, fewer than the %d asked for.", seen, samples)
+
+
+def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Calibration batches of this process from the data that a dataloader reads, which itself is left alone.
+
+    Samples of a dataset of known length are drawn with the seed, each once and on one process; a stream is read from
+    its beginning.
+
+    Args:
+        dataloader: Its dataset and its collator are used.
+        samples: Number of samples, of all processes together.
+        batch_size: Number of samples in a batch.
+        seed: Seed of the draw.
+
+    Yields:
+        Batches as the collator makes them.
+    """
+    dataset, state = dataloader.dataset, PartialState()
+    if isinstance(dataset, IterableDataset):
+        drawn: Iterator[Any] = itertools.islice(iter(dataset), state.process_index, samples, state.num_processes)
+    else:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+        drawn = (dataset[int(i)] for i in order[:samples][state.process_index :: state.num_processes])
+    while rows := list(itertools.islice(drawn, batch_size)):
+        yield dataloader.collate_fn(rows)
+
+
+def size_of(batch: Batch) -> int:
+    """Number of samples in a batch."""
+    return next(len(value) for value in batch.values() if torch.is_tensor(value) and value.ndim)
+
+
+def rows_of(batch: Batch, rows: slice | torch.Tensor) -> Batch:
+    """Some of the samples of a batch."""
+    size = size_of(batch)
+
+    def select(value: Any) -> Any:
+        if torch.is_tensor(value) and value.ndim and len(value) == size:
+            return value[rows]
+        if isinstance(value, list) and len(value) == size:  # as the labels of detection are
+            return value[rows] if isinstance(rows, slice) else [value[int(i)] for i in rows]
+        return value
+
+    return {name: select(value) for name, value in batch.items()}

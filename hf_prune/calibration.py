@@ -264,8 +264,8 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def labels_of(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The number of labels of each sample, 1 where a sample has a single one."""
-    if hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel):
-        model = model.get_submodule("base_model.model")
+    if callable(base_model := getattr(model, "get_base_model", None)):  # of peft
+        model = base_model()
     labels = batch.get("labels")
     if not torch.is_tensor(labels) or labels.ndim < 2 or labels.is_floating_point():
         return torch.ones(size_of(batch), device=next(model.parameters()).device)

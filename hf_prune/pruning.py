@@ -20,7 +20,7 @@ from .masks import MaskSet, masked_in
 from .reconstruction import RECONSTRUCTIONS, reconstruct_
 from .reports import SparsityReport, sparsity_report
 from .samples import Batch
-from .scopes import OWL_FACTOR, Pool, pools
+from .scopes import Pool, outlier_ratio, pools
 from .selection import drop_lowest, drop_lowest_of_each
 from .targets import Target, find_targets
 
@@ -378,10 +378,11 @@ def _pools(
     config: PruningConfig,
     statistics: Statistics | None,
 ) -> list[Pool]:
-    outliers = None
+    ratios = None
     if scope == "owl":
-        norms = (statistics or {}).get("input_norm", {})
-        outliers = {name: _outliers(target, norms[name]) for name, target in targets.items()}
+        norms = {} if statistics is None else statistics["input_norm"]
+        inputs = [ScoreInputs(n, t.weight.detach(), statistics={"input_norm": norms[n]}) for n, t in targets.items()]
+        ratios = {each.name: outlier_ratio(wanda(each)) for each in inputs}
     return pools(
         sizes,
         sparsity,
@@ -389,15 +390,8 @@ def _pools(
         shapes={name: target.layer_shape for name, target in targets.items()},
         dropped={name: masked_in(kept[name]) if name in kept else 0 for name in targets},
         layer_sparsity=_layer_sparsity(targets, sparsity, config),
-        outliers=outliers,
+        outlier_ratios=ratios,
     )
-
-
-def _outliers(target: Target, input_norm: torch.Tensor) -> float:
-    """The fraction of a target's weights that are outliers by Wanda's score, of those that are not pruned yet."""
-    scores = wanda(ScoreInputs(target.name, target.weight.detach(), statistics={"input_norm": input_norm}))
-    scores = scores[scores != 0]
-    return float((scores > OWL_FACTOR * scores.mean()).float().mean()) if len(scores) else 0.0
 
 
 def _layer_sparsity(targets: Mapping[str, Target], sparsity: float, config: PruningConfig) -> dict[str, float]:

@@ -20,6 +20,7 @@ from .masks import MaskSet, masked_in
 from .processes import sum_over_processes
 from .products import Product
 from .samples import DELAY, Batch, read_samples
+from .scopes import divide
 from .selection import drop_lowest, drop_lowest_of_each
 from .stages import Stages
 from .targets import Target
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 RECONSTRUCTIONS = ("sparsegpt",)
 DAMPING = (0.01, 0.1, 1.0)  # What is added to the diagonal, in units of its mean: more where less will not do.
-BLOCK = 128  # Columns that are chosen from, and changed, at a time.
+BLOCKSIZE = 128  # Columns that are chosen from, and changed, at a time.
 
 
 class _Factor(NamedTuple):
@@ -57,8 +58,8 @@ def reconstruct_(
 ) -> MaskSet:
     """Prunes a model with SparseGPT, layer by layer in the order of its forward pass.
 
-    A layer sees the inputs that the pruned layers before it give. One Hessian is in memory at a time (fused experts
-    have one each), and what the samples are at the layer that is under way.
+    A layer sees the inputs that the pruned layers before it give. In memory are one Hessian (fused experts have one
+    each), and the outputs of blocks that later ones still read.
 
     Args:
         model: The model, unwrapped; called as `model(**batch)`. Changed in place.
@@ -81,8 +82,8 @@ def reconstruct_(
     """
     new: dict[str, torch.Tensor] = {}
 
-    def solve_(name: str, factors: Sequence[_Factor | None]) -> None:
-        new[name] = _solve_(targets[name], factors, masks.get(name), drops[name], granularity)
+    def prune_(name: str, factors: Sequence[_Factor | None]) -> None:
+        new[name] = _prune_target_(targets[name], factors, masks.get(name), drops[name], granularity)
 
     # Keys and values of blocks that are not computed again would be missing in a cache.
     without_cache = configured(model, "use_cache", False)
@@ -92,13 +93,13 @@ def reconstruct_(
         with Stages(model, targets, data) as stages:
             for name in stages.unused:
                 logger.warning("No product of %r was seen in the forward passes; it is pruned by magnitude.", name)
-                solve_(name, [None] * targets[name].parts)
+                prune_(name, [None] * targets[name].parts)
             for stage in tqdm(stages.order, desc="Pruning", unit="layer", delay=DELAY, disable=not show_progress):
                 hessian = _Hessian(model, targets[stage.names[0]])
                 stages.show(stage, hessian.add_)
                 factors = hessian.factors()
                 for name in stage.names:
-                    solve_(name, factors)
+                    prune_(name, factors)
                 stages.finish(stage)
     return MaskSet({name: new[name] for name in targets})
 
@@ -109,7 +110,7 @@ class _Hessian:
     def __init__(self, model: nn.Module, target: Target) -> None:
         self._model, self._target = model, target
         size = torch.Size([target.parts, target.fan_in, target.fan_in])
-        self._sum = torch.zeros(size, device=target.weight.device, dtype=_exact(target))
+        self._sum = torch.zeros(size, device=target.weight.device, dtype=_compute_dtype(target))
 
     def add_(self, product: Product, batch: Batch) -> None:
         x = inputs_of(product, batch, self._model).to(self._sum.dtype)
@@ -155,14 +156,14 @@ def _factor(hessian: torch.Tensor, name: str) -> _Factor | None:
             if not failed and upper.isfinite().all():
                 return _Factor(upper, alive)
     logger.warning(
-        "The Hessian of %r cannot be factorized, even with %g of its mean added to its diagonal; it is pruned by "
+        "The Hessian of %r cannot be factorized, even with %g times its mean diagonal added; it is pruned by "
         "magnitude, and the weights that it keeps stay as they are.", name, DAMPING[-1]
     )  # fmt: skip
     return None
 
 
 @torch.no_grad()
-def _solve_(
+def _prune_target_(
     target: Target,
     factors: Sequence[_Factor | None],
     kept: torch.Tensor | None,
@@ -171,97 +172,80 @@ def _solve_(
 ) -> torch.Tensor:
     """Prunes a target in place; returns its mask."""
     order = _column_order(target)
-    rows = target.to_rows(target.weight.detach())[..., order].to(_exact(target))
+    rows = target.to_rows(target.weight.detach())[..., order].to(_compute_dtype(target))
     masks = torch.ones_like(rows, dtype=torch.bool) if kept is None else target.to_rows(kept)[..., order].clone()
     for part, factor, mask, share in zip(rows, factors, masks, _shares(drop, masks), strict=True):
         if factor is None:
-            choice = _Choice(target.name, mask, share, granularity, part.shape[1])
-            for i in range(len(choice.shares)):
-                choice.make_(i, part[:, choice.columns(i)].abs())
+            mask.copy_(_select(target.name, part.abs(), share, mask, granularity))
             part *= mask
         else:
-            _sparsegpt_(part, factor, _Choice(target.name, mask, share, granularity))
+            _sparsegpt_(target.name, part, factor, mask, share, granularity)
     back = order.argsort()
     target.weight.copy_(target.from_rows(rows[..., back]))
     return target.from_rows(masks[..., back]).contiguous()
 
 
-def _sparsegpt_(rows: torch.Tensor, factor: _Factor, choice: "_Choice") -> None:
+def _sparsegpt_(
+    name: str,
+    rows: torch.Tensor,
+    factor: _Factor,
+    mask: torch.Tensor,
+    drop: int,
+    granularity: Unstructured | Pattern,
+) -> None:
     """Prunes columns from left to right, and moves the error of each onto those that come after it.
 
     Args:
+        name: The parameter's name, for messages.
         rows: `[rows, columns]`, in float32 or better; changed in place.
         factor: What is needed of the Hessian of its inputs.
-        choice: Chooses the weights that go.
+        mask: What is kept so far; changed in place.
+        drop: Number of weights to prune in all; a pattern says that itself.
+        granularity: What is removed together.
     """
-    width = max(BLOCK // choice.width, 1) * choice.width
+    # The columns that a choice is among. Several patterns lie in a block, of which each is chosen when it is reached.
+    if isinstance(granularity, Pattern):
+        group, drops = granularity.m, [0] * (rows.shape[1] // granularity.m)
+    else:
+        group, drops = BLOCKSIZE, _shares(drop, mask.split(BLOCKSIZE, 1))
+    width = max(BLOCKSIZE // group, 1) * group
     for start in range(0, rows.shape[1], width):
         here, behind = slice(start, start + width), slice(start + width, None)
-        block, upper = rows[:, here], factor.upper[here, here]
+        block, kept, upper = rows[:, here], mask[:, here], factor.upper[here, here]
         pivots, alive, errors = upper.diagonal(), factor.alive[here], torch.empty_like(block)
         for i in range(block.shape[1]):
-            if i % choice.width == 0:
-                group = slice(i, i + choice.width)
-                choice.make_((start + i) // choice.width, (block[:, group] / pivots[group]).square() * alive[group])
-            pruned = block[:, i] * choice.mask[:, start + i]
+            if i % group == 0:
+                columns = slice(i, i + group)
+                scores = (block[:, columns] / pivots[columns]).square() * alive[columns]
+                drop = drops[(start + i) // group]
+                kept[:, columns] = _select(name, scores, drop, kept[:, columns], granularity)
+            pruned = block[:, i] * kept[:, i]
             errors[:, i] = (block[:, i] - pruned) / pivots[i]
             block[:, i:].addr_(errors[:, i], upper[i, i:], alpha=-1)
             block[:, i] = pruned
         rows[:, behind].addmm_(errors, factor.upper[here, behind], alpha=-1)
 
 
-class _Choice:
-    """The choice of the weights of a matrix that go, some columns at a time.
-
-    Args:
-        name: The parameter's name, for messages.
-        mask: What is kept so far, `[rows, columns]`; changed in place.
-        drop: Number of weights to prune in all; a pattern says that itself.
-        granularity: What is removed together.
-        width: Number of columns that a choice is among; a pattern says that itself too.
-
-    Attributes:
-        mask: As given.
-        width: Number of columns that a choice is among.
-        shares: Number of weights to prune in each choice.
-    """
-
-    def __init__(
-        self, name: str, mask: torch.Tensor, drop: int, granularity: Unstructured | Pattern, width: int = BLOCK
-    ) -> None:
-        self.mask, self._name, self._granularity = mask, name, granularity
-        self.width = granularity.m if isinstance(granularity, Pattern) else width
-        self.shares = _shares(drop, mask.split(self.width, 1))
-
-    def columns(self, i: int) -> slice:
-        """The columns of choice `i`."""
-        return slice(i * self.width, (i + 1) * self.width)
-
-    def make_(self, i: int, scores: torch.Tensor) -> None:
-        """Makes choice `i` by the scores of its columns, `[rows, width]`; higher = keep."""
-        kept = self.mask[:, self.columns(i)]
-        if isinstance(self._granularity, Pattern):
-            chosen = drop_lowest_of_each(self._name, scores, self._granularity.m - self._granularity.n, kept)
-        else:
-            chosen = drop_lowest({self._name: lambda: scores}, self.shares[i], {self._name: kept})[self._name]
-        self.mask[:, self.columns(i)] = chosen
+def _select(
+    name: str, scores: torch.Tensor, drop: int, kept: torch.Tensor, granularity: Unstructured | Pattern
+) -> torch.Tensor:
+    """The mask of a matrix of scores: `drop` of all of them go, or of each group what a pattern says."""
+    if isinstance(granularity, Pattern):
+        m, groups = granularity.m, kept.reshape(-1, granularity.m)
+        return drop_lowest_of_each(name, scores.reshape(-1, m), m - granularity.n, groups).view(kept.shape)
+    return drop_lowest({name: lambda: scores}, drop, {name: kept})[name]
 
 
 def _shares(drop: int, masks: Iterable[torch.Tensor]) -> list[int]:
     """Divides a number of weights to prune among masks by their sizes, none with fewer than it prunes already."""
-    masks = list(masks)
-    sizes, least = [mask.numel() for mask in masks], [masked_in(mask) for mask in masks]
-    shares = []
-    for i, size in enumerate(sizes):
-        room, needed = sum(sizes[i + 1 :]), sum(least[i + 1 :])
-        share = round(drop * size / (size + room)) if size else 0
-        shares.append(min(max(share, least[i], drop - room), size, max(drop - needed, least[i])))
-        drop -= shares[-1]
-    return shares
+    named = {str(i): mask for i, mask in enumerate(masks)}
+    sizes = {name: mask.numel() for name, mask in named.items()}
+    dropped = {name: masked_in(mask) for name, mask in named.items()}
+    return list(divide(drop, lambda level: dict.fromkeys(sizes, level), sizes, dropped).values())
 
 
-def _exact(target: Target) -> torch.dtype:
-    """The dtype in which a target's weights are computed: float32 or better."""
+def _compute_dtype(target: Target) -> torch.dtype:
+    """The dtype in which a target is pruned: float32 or better."""
     return torch.promote_types(target.weight.dtype, torch.float32)
 
 

@@ -8,12 +8,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 SCOPES = ("auto", "global", "layer", "row", "erk", "owl")
-OWL_FACTOR = 5.0  # What is this many times the layer's mean is an outlier: `M` in the paper, which takes 5 or 7.
+_OUTLIER = 5.0  # What is this many times the layer's mean is an outlier: `M` in the paper, which takes 5 or 7.
 OWL_SPREAD = 0.08  # Half of how far apart the sparsities of two layers may be: `λ` in the paper.
 
-Wanted = Callable[[float], Mapping[str, float]]
-"""A share in `[0, 1]` → the sparsity of each tensor, which rises with it from 0 or less to 1 or more."""
+SparsityRule = Callable[[float], Mapping[str, float]]
+"""A level in `[0, 1]` → the sparsity of each tensor, which rises with it from 0 or less to 1 or more."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def pools(
     shapes: Mapping[str, tuple[int, ...]],
     dropped: Mapping[str, int],
     layer_sparsity: Mapping[str, float],
-    outliers: Mapping[str, float] | None = None,
+    outlier_ratios: Mapping[str, float] | None = None,
 ) -> list[Pool]:
     """Divides the tensors into pools.
 
@@ -49,7 +51,7 @@ def pools(
         shapes: Name → dimensions of one layer's weight, for "erk".
         dropped: Name → number of groups dropped before; a pool never drops fewer.
         layer_sparsity: Name → its own sparsity. These tensors leave the competition; `sparsity` holds for the rest.
-        outliers: Name → fraction of its weights that are outliers, for "owl".
+        outlier_ratios: Name → `outlier_ratio` of its weights, for "owl".
 
     Returns:
         Pools that cover all names once.
@@ -72,24 +74,62 @@ def pools(
                 "for in this round. What is pruned stays pruned: take fewer rounds or a higher initial_sparsity, or "
                 "start without hold_zeros."
             )
-    if scope == "erk" and rest:
-        result[-1:] = _shares(_erk(rest, shapes), rest, result[-1].drop, dropped)
-    if scope == "owl" and rest:
-        result[-1:] = _shares(_owl(rest, outliers or {}), rest, result[-1].drop, dropped)
+    if scope in ("erk", "owl") and rest:
+        rule = _erk(rest, shapes) if scope == "erk" else _owl(rest, outlier_ratios or {})
+        counts = divide(result[-1].drop, rule, rest, dropped)
+        result[-1:] = [Pool((name,), count) for name, count in counts.items()]
     return result
 
 
-def _erk(sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> Wanted:
+def divide(drop: int, rule: SparsityRule, sizes: Mapping[str, int], dropped: Mapping[str, int]) -> dict[str, int]:
+    """Divides a number of groups to drop among tensors, by a rule and exactly.
+
+    Args:
+        drop: How many in all; at least those dropped before, at most all.
+        rule: A level in `[0, 1]` → the sparsity of each tensor. The level is found at which the numbers add up.
+        sizes: Name → number of groups.
+        dropped: Name → number of groups dropped before; none drops fewer.
+
+    Returns:
+        Name → number of groups to drop.
+    """
+
+    def exact_at(level: float) -> dict[str, float]:
+        return {n: min(max(sizes[n] * sparsity, dropped[n]), sizes[n]) for n, sparsity in rule(level).items()}
+
+    low, high = 0.0, 1.0
+    for _ in range(100):  # Until the interval is a single number.
+        middle = (low + high) / 2
+        low, high = (low, middle) if sum(exact_at(middle).values()) > drop else (middle, high)
+    exact = exact_at(low)
+    counts = {name: int(value) for name, value in exact.items()}
+    # What rounding down has left goes to the largest remainders.
+    for name in sorted(counts, key=lambda name: counts[name] - exact[name])[: drop - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+def outlier_ratio(scores: torch.Tensor) -> float:
+    """The fraction of a tensor's weights that are outliers, of those that are not pruned yet.
+
+    Args:
+        scores: `|w| · ‖x‖₂`, the scores of `hf_prune.criteria.wanda`.
+    """
+    scores = scores[scores != 0]
+    return float((scores > _OUTLIER * scores.mean()).float().mean()) if len(scores) else 0.0
+
+
+def _erk(sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> SparsityRule:
     """The Erdős–Rényi kernel rule: a layer's density goes with the sum of its dimensions over their product.
 
     Source: Evci et al. 2020, "Rigging the Lottery", arXiv 1911.11134.
     """
-    weight = {name: sum(shapes[name]) / max(math.prod(shapes[name]), 1) for name in sizes}
-    top = max((1 / value for value in weight.values() if value), default=0.0)
-    return lambda share: {name: 1 - (1 - share) * top * weight[name] for name in sizes}
+    density = {name: sum(shapes[name]) / max(math.prod(shapes[name]), 1) for name in sizes}
+    top = max((1 / value for value in density.values() if value), default=0.0)
+    return lambda level: {name: 1 - (1 - level) * top * density[name] for name in sizes}
 
 
-def _owl(sizes: Mapping[str, int], outliers: Mapping[str, float]) -> Wanted:
+def _owl(sizes: Mapping[str, int], ratios: Mapping[str, float]) -> SparsityRule:
     """Outlier weighed layer-wise sparsity: the more outliers a layer has, the denser it stays.
 
     The tensors of a block are one layer, as in the paper, and equally sparse: those whose names are alike up to the
@@ -97,33 +137,14 @@ def _owl(sizes: Mapping[str, int], outliers: Mapping[str, float]) -> Wanted:
 
     Source: Yin et al. 2023, "Outlier Weighed Layerwise Sparsity (OWL)", arXiv 2310.05175.
     """
-    layer_of = {name: re.match(r"(.*\.\d+\.|)", name)[0] or name for name in sizes}  # type: ignore[index]
-    counts: dict[str, float] = dict.fromkeys(layer_of.values(), 0.0)
-    totals = dict(counts)
-    for name, layer in layer_of.items():
-        counts[layer] += outliers[name] * sizes[name]
-        totals[layer] += sizes[name]
-    share_of = {layer: counts[layer] / totals[layer] for layer in totals}
-    low, high = min(share_of.values()), max(share_of.values())
-    lean = {n: 2 * OWL_SPREAD * (share_of[layer_of[n]] - low) / (high - low or 1) for n in sizes}
-    # From all dense to all pruned, at some share in between with the mean that is asked for.
-    return lambda share: {n: (1 + 2 * OWL_SPREAD) * share - lean[n] for n in sizes}
-
-
-def _shares(wanted: Wanted, sizes: Mapping[str, int], drop: int, dropped: Mapping[str, int]) -> list[Pool]:
-    """A pool for each tensor, with exactly `drop` in all, at the share for which that is what is wanted."""
-
-    def counts_at(share: float) -> dict[str, float]:
-        # No layer loses more than all of its weights, and what is dropped stays so.
-        return {n: min(max(sizes[n] * sparsity, dropped[n]), sizes[n]) for n, sparsity in wanted(share).items()}
-
-    low, high = 0.0, 1.0
-    for _ in range(100):  # Until the interval is a single number.
-        middle = (low + high) / 2
-        low, high = (low, middle) if sum(counts_at(middle).values()) > drop else (middle, high)
-    shares = counts_at(low)
-    counts = {name: int(share) for name, share in shares.items()}
-    # What rounding down has left goes to the largest remainders.
-    for name in sorted(counts, key=lambda name: counts[name] - shares[name])[: drop - sum(counts.values())]:
-        counts[name] += 1
-    return [Pool((name,), count) for name, count in counts.items()]
+    found = {name: re.match(r".*\.\d+\.", name) for name in sizes}
+    layer_of = {name: match[0] if match else name for name, match in found.items()}
+    members = {layer: [name for name in sizes if layer_of[name] == layer] for layer in layer_of.values()}
+    ratio_of = {
+        layer: sum(ratios[n] * sizes[n] for n in names) / sum(sizes[n] for n in names)
+        for layer, names in members.items()
+    }
+    low, high = min(ratio_of.values()), max(ratio_of.values())
+    extra = {n: 2 * OWL_SPREAD * (ratio_of[layer_of[n]] - low) / (high - low or 1) for n in sizes}
+    # From all dense to all pruned, with the extra density at every level in between.
+    return lambda level: {name: (1 + 2 * OWL_SPREAD) * level - extra[name] for name in sizes}

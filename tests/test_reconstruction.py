@@ -13,7 +13,7 @@ from hf_prune import PruningConfig, prune
 from hf_prune.calibration import calibrate
 from hf_prune.granularities import Pattern, Unstructured
 from hf_prune.masks import MaskSet, masked_in
-from hf_prune.reconstruction import BLOCK, DAMPING, reconstruct_
+from hf_prune.reconstruction import BLOCKSIZE, DAMPING, reconstruct_
 from hf_prune.targets import find_targets
 from tests.tiny import TEXT, batch, build
 
@@ -104,7 +104,7 @@ def test_what_is_pruned_stays_pruned_and_counts():
     torch.testing.assert_close(model.layer.weight.detach(), expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("inputs", [BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 40])
+@pytest.mark.parametrize("inputs", [BLOCKSIZE - 1, 2 * BLOCKSIZE, 2 * BLOCKSIZE + 40])
 @pytest.mark.parametrize("drop", [0.1, 0.5, 0.9])
 def test_blocks_of_columns_are_exact_together_and_better_than_other_criteria(inputs, drop):
     """On the inputs of the layer; and not better than least squares, which nothing can be."""
@@ -196,15 +196,15 @@ def test_a_layer_that_cannot_be_solved_is_pruned_by_magnitude_and_that_is_said(m
         return hessian, torch.tensor(1)
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", fails)
-    model, x = linear(2 * BLOCK), correlated(40, 2 * BLOCK)
-    expected = linear(2 * BLOCK)
+    model, x = linear(2 * BLOCKSIZE), correlated(40, 2 * BLOCKSIZE)
+    expected = linear(2 * BLOCKSIZE)
     with torch.no_grad():  # Among all of its columns, and not among those of a block.
         for each in (model, expected):
-            each.layer.weight[:, :BLOCK] /= 100
+            each.layer.weight[:, :BLOCKSIZE] /= 100
     prune(expected, PruningConfig(sparsity=0.5))
-    sparsegpt(model, x, 7 * BLOCK)
+    sparsegpt(model, x, 7 * BLOCKSIZE)
     assert torch.equal(model.layer.weight, expected.layer.weight)
-    assert "The Hessian of 'layer' cannot be factorized, even with 1 of its mean" in caplog.text
+    assert "The Hessian of 'layer' cannot be factorized, even with 1 times its mean diagonal added" in caplog.text
     total = float(x.square().sum())
     assert attempts == pytest.approx([total * (1 + damping) for damping in DAMPING])
 

@@ -31,7 +31,7 @@ def divide(sizes, sparsity, scope, *, shapes=None, dropped=None, layer_sparsity=
         shapes=shapes or {name: (size, 1) for name, size in sizes.items()},
         dropped=dropped or dict.fromkeys(sizes, 0),
         layer_sparsity=layer_sparsity or {},
-        outliers=outliers or {name: len(name) / 100 for name in sizes},
+        outlier_ratios=outliers or {name: len(name) / 100 for name in sizes},
     )
 
 

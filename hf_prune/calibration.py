@@ -59,11 +59,7 @@ def calibrate(
     statistics = {name: gatherer.statistic() for name, gatherer in gatherers.items()}
     for name, values in statistics.items():
         for parameter, value in values.items():
-            if not value.isfinite().all():
-                raise ValueError(
-                    f"the {name.replace('_', ' ')} of {targets[parameter].module!r} is NaN or infinite over the "
-                    "calibration samples. Has training diverged, or does the model overflow in its dtype?"
-                )
+            require_finite(value, f"the {name.replace('_', ' ')} of {targets[parameter].module!r}")
     return statistics
 
 
@@ -107,8 +103,8 @@ class InputNorm(Gatherer):
         """Adds a batch."""
 
         def add(product: Product) -> None:
-            squares = inputs_of(product, batch, self.model).float().square().sum(1)
-            self.sums[product.target.name][slice(None) if product.part is None else [product.part]] += squares
+            squares = unpadded_inputs(product, batch, self.model).float().square().sum(1)
+            self.sums[product.target.name][product.parts] += squares
 
         with torch.no_grad(), eager_experts(self.model), ProductWatch(self.targets, add):
             self.model(**batch)
@@ -118,12 +114,9 @@ class InputNorm(Gatherer):
         norms = {}
         for name, total in self.sums.items():
             norm = sum_over_processes(total).sqrt()
-            if not (seen := norm.any(1)).all():
-                logger.warning(
-                    "No calibration sample reaches %d of the %d parts of %r; nothing is known of their inputs.",
-                    len(seen) - int(seen.sum()), len(seen), self.targets[name].module,
-                )  # fmt: skip
-                norm[~seen] = 1
+            reached = norm.any(1)
+            warn_of_unreached(self.targets[name], reached, "their weights count alike")
+            norm[~reached] = 1
             norms[name] = self.targets[name].per_input(norm)
         return norms
 
@@ -223,7 +216,7 @@ class SquaredGradient(Gatherer):
         }
 
 
-def inputs_of(product: Product, batch: Batch, model: nn.Module) -> torch.Tensor:
+def unpadded_inputs(product: Product, batch: Batch, model: nn.Module) -> torch.Tensor:
     """What a weight was multiplied with, `[parts, positions, fan_in]`, without padding where that can be told.
 
     Args:
@@ -237,6 +230,28 @@ def inputs_of(product: Product, batch: Batch, model: nn.Module) -> torch.Tensor:
     if has_decoder or not isinstance(mask, torch.Tensor) or mask.ndim != 2 or inputs.shape[1] != mask.numel():
         return inputs
     return inputs[:, mask.flatten().bool()]
+
+
+def warn_of_unreached(target: Target, reached: torch.Tensor, consequence: str) -> None:
+    """Says which parts of a target had no input but zeros, or none at all."""
+    if not reached.all():
+        logger.warning(
+            "No calibration sample reaches %d of the %d parts of %r; %s.",
+            len(reached) - int(reached.sum()), len(reached), target.module, consequence,
+        )  # fmt: skip
+
+
+def require_finite(values: torch.Tensor, what: str) -> None:
+    """Requires that what was gathered is finite.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not values.isfinite().all():
+        raise ValueError(
+            f"{what} is NaN or infinite over the calibration samples. Has training diverged, or does the model "
+            "overflow in its dtype?"
+        )
 
 
 STATISTICS: dict[str, Callable[[nn.Module, Mapping[str, Target]], Gatherer]] = {

@@ -31,7 +31,7 @@ from .checkpoints import (
 )
 from .config import PruningConfig
 from .contexts import keep_random_state
-from .criteria import CRITERIA, Criterion, magnitude, needs_of
+from .criteria import Criterion
 from .hooks import GradientHooks
 from .masks import MaskSet
 from .monitor import (
@@ -44,7 +44,7 @@ from .monitor import (
 from .movement import Movement
 from .optimizers import cut_state_, require_restartable, restart_lr_, undo_restart_lr_
 from .pacing import Even, Patience
-from .pruning import cut, require_room, resolve_targets
+from .pruning import cut, require_room, required_statistics, resolve_targets
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
 from .rounds import Rounds
 from .samples import batches_of
@@ -76,8 +76,9 @@ class Moment(NamedTuple):
     @classmethod
     def of(cls, args: TrainingArguments, state: TrainerState, given: Mapping[str, Any]) -> "Moment":
         """From the arguments of an event."""
-        names = ("model", "optimizer", "lr_scheduler", "train_dataloader")
-        return cls(args, state, *map(given.get, names))  # type: ignore[arg-type]
+        return cls(
+            args, state, given["model"], given["optimizer"], given["lr_scheduler"], given.get("train_dataloader")
+        )
 
 
 class PruningTrainerCallback(TrainerCallback, ExportableState):
@@ -201,29 +202,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if state.global_step > 0:
             self._resume(now)
         else:
-            metric = metric_name(self.config, args)
-            history = PruningHistory(
-                metric,
-                greater_is_better=improves_as_it_rises(metric, args),
-                asked=self.config.round_sparsities,
-                language_model=isinstance(now.model, PreTrainedModel) and now.model.can_generate(),
-            )
-            self._rounds = Rounds.plan(self.config, history, state.max_steps)
-            if "movement" in needs_of(self.criterion or CRITERIA.get(self.config.criterion, magnitude)):
-                self._movement = Movement.zeros(self._targets.values())
-                if self._rounds.pacing.is_due(0):
-                    raise ValueError(
-                        "movement is gathered while training, and the first cut comes before the first step. Set "
-                        "begin to a number of steps, or to a fraction of the run."
-                    )
-            if isinstance(self._rounds.pacing, Patience):
-                warn_of_few_evaluations(self._rounds.pacing, args, state)
-            if self.config.hold_zeros:
-                self._adopt(MaskSet.from_zeros(now.model, self._targets), None, now)
-                if not self.masks.masked:
-                    logger.warning("hold_zeros found no zeros to hold.")
-                require_room(self._targets, self.masks, self.config, self.criterion)
-            self._cut_if_due(now)
+            self._begin(now)
         self._training = True
 
     def on_step_begin(
@@ -322,6 +301,31 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             self._save_reports(Path(str(args.output_dir)))
 
     # Rounds.
+
+    def _begin(self, now: Moment) -> None:
+        metric = metric_name(self.config, now.args)
+        history = PruningHistory(
+            metric,
+            greater_is_better=improves_as_it_rises(metric, now.args),
+            asked=self.config.round_sparsities,
+            language_model=isinstance(now.model, PreTrainedModel) and now.model.can_generate(),
+        )
+        self._rounds = Rounds.plan(self.config, history, now.state.max_steps)
+        if "movement" in required_statistics(self.config, self.criterion):
+            self._movement = Movement.zeros(self._targets.values())
+            if self._rounds.pacing.is_due(0):
+                raise ValueError(
+                    "movement is gathered while training, and the first cut comes before the first step. Set "
+                    "begin to a number of steps, or to a fraction of the run."
+                )
+        if isinstance(self._rounds.pacing, Patience):
+            warn_of_few_evaluations(self._rounds.pacing, now.args, now.state)
+        if self.config.hold_zeros:
+            self._adopt(MaskSet.from_zeros(now.model, self._targets), None, now)
+            if not self.masks.masked:
+                logger.warning("hold_zeros found no zeros to hold.")
+            require_room(self._targets, self.masks, self.config, self.criterion)
+        self._cut_if_due(now)
 
     def _cut_if_due(self, now: Moment) -> None:
         args, state, pacing = now.args, now.state, self._rounds.pacing

@@ -123,8 +123,21 @@ def recover_(
     try:
         return Recovered(
             _recover_masks(folder, progress["masks"], model, names),
-            _recover_best(folder, progress["best"], model),
-            _recover_movement(folder, progress["movement"]),
+            # The best weights may be those of the checkpoint itself.
+            _recorded(
+                "best weights of the round are",
+                BEST_NAME,
+                progress["best"],
+                (WeightsCopy.of(model), _load(WeightsCopy, folder, BEST_NAME)),
+                folder,
+            ),
+            _recorded(
+                "movement of the weights is",
+                MOVEMENT_NAME,
+                progress["movement"],
+                (_load(Movement, folder, MOVEMENT_NAME),),
+                folder,
+            ),
         )
     except ValueError as error:
         newest = newest_complete(output_dir)
@@ -232,7 +245,7 @@ def _recover_masks(folder: Path | None, digest: str | None, model: nn.Module, na
     """
     if digest is None:
         return MaskSet()
-    for masks in (None if folder is None else _load(MaskSet, folder / MASKS_NAME), MaskSet.from_zeros(model, names)):
+    for masks in (_load(MaskSet, folder, MASKS_NAME), MaskSet.from_zeros(model, names)):
         if masks is not None and masks.digest() == digest and set(masks) == set(names):
             masks = MaskSet({name: mask.to(model.get_parameter(name).device) for name, mask in masks.items()})
             if _are_zero(model, masks):
@@ -243,29 +256,16 @@ def _recover_masks(folder: Path | None, digest: str | None, model: nn.Module, na
     )
 
 
-def _recover_best(folder: Path | None, digest: str | None, model: nn.Module) -> WeightsCopy | None:
-    """The best weights of a digest: those of the checkpoint itself, else in a file of their own."""
+def _recorded(
+    what: str, name: str, digest: str | None, candidates: Iterable[Loaded | None], folder: Path | None
+) -> Loaded | None:
+    """The first of several candidates that has the digest on record; None if there is none on record."""
     if digest is None:
         return None
-    for best in (WeightsCopy.of(model), None if folder is None else _load(WeightsCopy, folder / BEST_NAME)):
-        if best is not None and best.digest() == digest:
-            return best
-    raise ValueError(
-        f"the best weights of the round are missing or damaged: no {BEST_NAME} fits the digest on record. "
-        f"{_whereabouts(folder)}"
-    )
-
-
-def _recover_movement(folder: Path | None, digest: str | None) -> Movement | None:
-    if digest is None:
-        return None
-    movement = None if folder is None else _load(Movement, folder / MOVEMENT_NAME)
-    if movement is None or movement.digest() != digest:
-        raise ValueError(
-            f"the movement of the weights is missing or damaged: no {MOVEMENT_NAME} fits the digest on record. "
-            f"{_whereabouts(folder)}"
-        )
-    return movement
+    for candidate in candidates:
+        if candidate is not None and candidate.digest() == digest:
+            return candidate
+    raise ValueError(f"the {what} missing or damaged: no {name} fits the digest on record. {_whereabouts(folder)}")
 
 
 def _whereabouts(folder: Path | None) -> str:
@@ -292,22 +292,24 @@ def _is_complete(folder: Path, progress: Progress, step: int) -> bool:
     rounds = PruningHistory.from_dict(progress["history"])[-1:]
     own = bool(rounds) and rounds[0].best_step == step  # Then the checkpoint's own weights are the best.
     return (
-        _is_as_recorded(MaskSet, folder / MASKS_NAME, progress["masks"])
-        and _is_as_recorded(WeightsCopy, folder / BEST_NAME, None if own else progress["best"])
-        and _is_as_recorded(Movement, folder / MOVEMENT_NAME, progress["movement"])
+        _is_as_recorded(MaskSet, folder, MASKS_NAME, progress["masks"])
+        and _is_as_recorded(WeightsCopy, folder, BEST_NAME, None if own else progress["best"])
+        and _is_as_recorded(Movement, folder, MOVEMENT_NAME, progress["movement"])
     )
 
 
-def _is_as_recorded(kind: type[Loaded], path: Path, digest: str | None) -> bool:
+def _is_as_recorded(kind: type[Loaded], folder: Path, name: str, digest: str | None) -> bool:
     if digest is None:
         return True
-    found = _load(kind, path)
+    found = _load(kind, folder, name)
     return found is not None and found.digest() == digest
 
 
-def _load(kind: type[Loaded], path: Path) -> Loaded | None:
+def _load(kind: type[Loaded], folder: Path | None, name: str) -> Loaded | None:
+    if folder is None:
+        return None
     try:
-        return kind.load(path)
+        return kind.load(folder / name)
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -43,8 +43,8 @@ class PruningConfig:
         criterion: What a weight is worth: a key of `hf_prune.criteria.CRITERIA`, or a method of
             `hf_prune.reconstruction.RECONSTRUCTIONS` ("sparsegpt"), which also changes the weights that it keeps so
             that each layer's outputs stay what they were.
-        calibration_samples: Number of training samples that a criterion looks at in each cut, if it looks at data; of
-            all processes together.
+        calibration_samples: Number of training samples that a criterion or scope looks at in each cut, if it looks at
+            data; of all processes together.
         score_steps: Number of steps in which a cut reaches its sparsity, each leaving the same share of what the one
             before has left, with new scores for each. Helps criteria that look at data.
         granularity: What is removed together: "unstructured", "N:M" (N kept of every M along the input dimension,
@@ -225,7 +225,7 @@ class PruningConfig:
                 f"and must be one of {', '.join(scope for scope in SCOPES if scope != 'row')}; got 'row'."
             )
         if self.score_steps != 1:
-            raise ValueError(f"{self.criterion} scores anew at each column; leave score_steps out.")
+            raise ValueError(f"{self.criterion} scores anew as it goes; leave score_steps out.")
 
     def _check_patterns(self) -> None:
         for name in ("target_modules", "exclude_modules"):

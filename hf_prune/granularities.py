@@ -151,6 +151,10 @@ class Pattern:
         mask = drop_lowest_of_each(target.name, groups, self.m - self.n, alive)
         return target.from_matrix(mask).contiguous()
 
+    def at(self, sparsity: float) -> "Pattern":
+        """The pattern of as large groups that is nearest to a sparsity."""
+        return Pattern(self.m - round(sparsity * self.m), self.m)
+
     def require_room(self, kept: torch.Tensor, target: Target) -> None:
         """Requires that each group of a mask keeps at least `n`.
 

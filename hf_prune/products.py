@@ -32,6 +32,11 @@ class Product:
     output: torch.Tensor
     rows: Callable[[torch.Tensor, int], torch.Tensor]
 
+    @property
+    def parts(self) -> slice:
+        """The parts that are used."""
+        return slice(None) if self.part is None else slice(self.part, self.part + 1)
+
 
 class ProductWatch(TorchFunctionMode):
     """A context in which every product of a targeted weight is told.

@@ -1,7 +1,6 @@
 """Pruning: one round's cut, from scores to masks, and `prune` for a cut without a Trainer."""
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
@@ -14,7 +13,7 @@ from torch import nn
 from . import granularities
 from .calibration import STATISTICS, Statistics, calibrate
 from .config import PruningConfig
-from .criteria import CRITERIA, Criterion, ScoreInputs, fisher, needs, needs_of, scope_of, wanda
+from .criteria import CRITERIA, Criterion, ScoreInputs, fisher, magnitude, needs_of, scope_of, wanda
 from .granularities import Pattern
 from .masks import MaskSet, masked_in
 from .reconstruction import RECONSTRUCTIONS, reconstruct_
@@ -56,9 +55,22 @@ def effective_scope(config: PruningConfig, criterion: Criterion | None = None) -
     """The scope of a config, or what "auto" means for its criterion, or for another one in place of it."""
     if config.scope != "auto":
         return config.scope
-    if criterion is None and config.criterion in RECONSTRUCTIONS:
-        return "layer"
-    return scope_of(criterion or CRITERIA[config.criterion])
+    return "layer" if _reconstructs(config, criterion) else scope_of(criterion or CRITERIA[config.criterion])
+
+
+def required_statistics(config: PruningConfig, criterion: Criterion | None = None) -> tuple[str, ...]:
+    """What has to be gathered for a cut by a config, or by another criterion in place of its own."""
+    scope, reconstructs = effective_scope(config, criterion), _reconstructs(config, criterion)
+    names = [] if reconstructs else list(needs_of(criterion or CRITERIA[config.criterion]))
+    if scope == "owl":
+        names += needs_of(wanda)
+    if scope == "global" and reconstructs:
+        names += needs_of(fisher)
+    return tuple(dict.fromkeys(names))
+
+
+def _reconstructs(config: PruningConfig, criterion: Criterion | None) -> bool:
+    return criterion is None and config.criterion in RECONSTRUCTIONS
 
 
 def require_room(
@@ -77,10 +89,11 @@ def require_room(
     """
     if not config.round_sparsities:
         return
+    # Any scores will do, compared as those to come will be. Under owl there is too little room only where there is
+    # under global, and the statistics that it needs are not there yet.
     scope = effective_scope(config, criterion)
-    # Any scores will do, compared as those to come will be. The shares of owl bend to what is pruned already.
-    scores = needs(scope="global" if scope == "owl" else scope)(lambda inputs: inputs.weight.abs())
-    next_masks(targets, masks, config.round_sparsities[0], dataclasses.replace(config, scope="auto"), criterion=scores)
+    first = config.round_sparsities[0]
+    next_masks(targets, masks, first, config, criterion=magnitude, scope="global" if scope == "owl" else scope)
 
 
 @torch.no_grad()
@@ -91,6 +104,7 @@ def next_masks(
     config: PruningConfig,
     *,
     criterion: Criterion | None = None,
+    scope: str | None = None,
     seed: int = 0,
     statistics: Statistics | None = None,
 ) -> MaskSet:
@@ -103,6 +117,7 @@ def next_masks(
         sparsity: Absolute sparsity to reach, in `[0, 1)`.
         config: Its criterion, granularity, scope and `layer_sparsity` count.
         criterion: A criterion in place of the config's.
+        scope: A scope in place of the effective one.
         seed: For criteria that draw random numbers.
         statistics: What the criterion has declared to need.
 
@@ -115,8 +130,7 @@ def next_masks(
     """
     granularity = granularities.parse(config.granularity)
     score = criterion or CRITERIA[config.criterion]
-    for target in targets.values():
-        _require_finite(target)
+    _require_finite(targets.values())
 
     def weight_scores(target: Target) -> torch.Tensor:
         version = target.weight._version
@@ -136,13 +150,13 @@ def next_masks(
         return scores
 
     if isinstance(granularity, Pattern):
-        pattern = Pattern(granularity.m - round(sparsity * granularity.m), granularity.m)
+        pattern = granularity.at(sparsity)
         return MaskSet({n: pattern.keep(weight_scores(t), masks.get(n), t) for n, t in targets.items()})
 
     def group_scores(target: Target) -> torch.Tensor:
         return granularity.pool(weight_scores(target), target)
 
-    scope = effective_scope(config, criterion)
+    scope = scope or effective_scope(config, criterion)
     kept = {name: granularity.pool_mask(mask, targets[name]) for name, mask in masks.items()}
     group_masks: dict[str, torch.Tensor] = {}
     if scope == "row":
@@ -196,33 +210,31 @@ def cut(
         ValueError: as `next_masks` and `calibrate` do, or if the criterion looks at data and there are none. The
             weights are then as they were.
     """
-    reconstructs = criterion is None and config.criterion in RECONSTRUCTIONS
-    required = ("inputs",) if reconstructs else needs_of(criterion or CRITERIA[config.criterion])
-    if effective_scope(config, criterion) == "owl":
-        required = tuple(dict.fromkeys([*required, *needs_of(wanda)]))
-    gathered = gathered or {}
-    required = tuple(name for name in required if name not in gathered)
+    reconstructs, gathered = _reconstructs(config, criterion), gathered or {}
+    missing = [name for name in required_statistics(config, criterion) if name not in gathered]
     who = f"the criterion {config.criterion if criterion is None else criterion!r}"
-    if unknown := [name for name in required if name not in (*STATISTICS, "inputs")]:
+    if unknown := [name for name in missing if name not in STATISTICS]:
         raise ValueError(
             f"{who} needs {', '.join(unknown)}, which nobody gathers here. A calibration gathers "
             f"{', '.join(STATISTICS)}; PruningTrainerCallback also movement."
         )
-    if required and batches is None:
+    if batches is None and (missing or reconstructs):
         raise ValueError(
-            f"{who} with scope {config.scope!r} looks at data ({', '.join(required)}). Give a dataloader of "
-            "calibration samples."
+            f"{who} with scope {config.scope!r} looks at data ({', '.join(missing) or 'what goes into each layer'}). "
+            "Give a dataloader of calibration samples."
         )
+
+    def gather() -> Statistics:
+        if batches is None or not missing:
+            return gathered
+        samples = config.calibration_samples
+        return {**gathered, **calibrate(model, targets, batches(), missing, samples, show_progress=show_progress)}
+
     with _put_back_on_error(targets) if reconstructs or config.score_steps > 1 else contextlib.nullcontext():
         if reconstructs and batches is not None:
-            return _reconstruct_(model, targets, masks, sparsity, config, batches, show_progress)
-        for level in _score_levels(_reached(targets, masks, config, criterion), sparsity, config):
-            statistics = gathered
-            if required and batches is not None:
-                samples = config.calibration_samples
-                found = calibrate(model, targets, batches(), required, samples, show_progress=show_progress)
-                statistics = {**gathered, **found}
-            masks = next_masks(targets, masks, level, config, criterion=criterion, seed=seed, statistics=statistics)
+            return _reconstruct_(model, targets, masks, sparsity, config, gather(), batches(), show_progress)
+        for level in _score_levels(targets, masks, sparsity, config, criterion):
+            masks = next_masks(targets, masks, level, config, criterion=criterion, seed=seed, statistics=gather())
             if level != sparsity:
                 masks.apply_(model)
     return masks
@@ -249,20 +261,18 @@ def _reconstruct_(
     masks: MaskSet,
     sparsity: float,
     config: PruningConfig,
-    batches: Callable[[], Iterable[Batch]],
+    statistics: Statistics,
+    batches: Iterable[Batch],
     show_progress: bool,
 ) -> MaskSet:
     granularity, samples = granularities.parse(config.granularity), config.calibration_samples
     assert not isinstance(granularity, granularities.Block)  # The config has seen to it.
     if isinstance(granularity, Pattern):
-        granularity = Pattern(granularity.m - round(sparsity * granularity.m), granularity.m)
+        granularity = granularity.at(sparsity)
         for name, mask in masks.items():
             granularity.require_room(mask, targets[name])
-    for target in targets.values():
-        _require_finite(target)
-    scope, statistics = effective_scope(config), None
-    if needs := {"global": needs_of(fisher), "owl": needs_of(wanda)}.get(scope):
-        statistics = calibrate(model, targets, batches(), needs, samples, show_progress=show_progress)
+    _require_finite(targets.values())
+    scope = effective_scope(config)
     if scope == "global":
         likewise = next_masks(targets, masks, sparsity, config, criterion=fisher, statistics=statistics)
         drops = {name: masked_in(mask) for name, mask in likewise.items()}
@@ -270,7 +280,7 @@ def _reconstruct_(
         sizes = {name: target.weight.numel() for name, target in targets.items()}
         divided = _pools(targets, masks, sizes, sparsity, scope, config, statistics)
         drops = {pool.names[0]: pool.drop for pool in divided}
-    return reconstruct_(model, targets, masks, drops, granularity, batches(), samples, show_progress=show_progress)
+    return reconstruct_(model, targets, masks, drops, granularity, batches, samples, show_progress=show_progress)
 
 
 def prune(
@@ -287,10 +297,10 @@ def prune(
     does.
 
     Args:
-        model: The model, unwrapped.
+        model: The model, unwrapped; of a `PeftModel` the base weights are pruned.
         config: The pruning config; of its rounds only the last counts.
-        dataloader: Batches with the samples along the first dimension of their tensors, for criteria that look at
-            data; of these the first `config.calibration_samples` samples are read.
+        dataloader: Batches with the samples along the first dimension of their tensors, for criteria and scopes that
+            look at data; of these the first `config.calibration_samples` samples are read, maybe several times.
         criterion: A criterion in place of the config's.
         seed: For criteria that draw random numbers.
 
@@ -330,26 +340,17 @@ def prune(
     return sparsity_report(model, masks=masks)
 
 
-def _reached(
-    targets: Mapping[str, Target], masks: MaskSet, config: PruningConfig, criterion: Criterion | None
-) -> float:
-    """The lowest sparsity that a cut can ask for: whatever competes by itself may have lost more than the rest."""
-    scope, final, shares = effective_scope(config, criterion), config.round_sparsities[-1], [0.0]
-    own = _layer_sparsity(targets, final, config)
-    rest = [name for name in masks if name not in own]
-    shares += [masked_in(masks[name]) / masks[name].numel() * final / own[name] for name in own if masks and own[name]]
-    if scope == "row":
-        rows = [targets[name].to_rows(masks[name]).flatten(0, 1) for name in rest]
-        shares += [float(1 - each.float().mean(1).min()) for each in rows]
-    elif scope == "layer":
-        shares += [masked_in(masks[name]) / masks[name].numel() for name in rest]
-    elif rest:
-        shares.append(sum(masked_in(masks[name]) for name in rest) / sum(masks[name].numel() for name in rest))
-    return min(max(shares), final)
-
-
-def _score_levels(before: float, sparsity: float, config: PruningConfig) -> list[float]:
+def _score_levels(
+    targets: Mapping[str, Target],
+    masks: MaskSet,
+    sparsity: float,
+    config: PruningConfig,
+    criterion: Criterion | None,
+) -> list[float]:
     """The sparsities on a cut's way, each leaving the same share of what the one before has left."""
+    if config.score_steps == 1:
+        return [sparsity]
+    before = _lowest_sparsity(targets, masks, config, effective_scope(config, criterion))
     share, steps = (1 - sparsity) / (1 - before), config.score_steps
     levels = [1 - (1 - before) * share ** (step / steps) for step in range(1, steps)]
     if isinstance(pattern := granularities.parse(config.granularity), Pattern):
@@ -357,16 +358,34 @@ def _score_levels(before: float, sparsity: float, config: PruningConfig) -> list
     return [*(level for level in levels if before < level < sparsity), sparsity]
 
 
+def _lowest_sparsity(targets: Mapping[str, Target], masks: MaskSet, config: PruningConfig, scope: str) -> float:
+    """The lowest sparsity that masks leave possible: what competes by itself may have lost more than the rest."""
+    final = config.round_sparsities[-1]
+    own = _layer_sparsity(targets, final, config)
+    lost = {name: masked_in(mask) / mask.numel() for name, mask in masks.items()}
+    rest = [name for name in masks if name not in own]
+    floors = [0.0, *(lost[name] * final / own[name] for name in lost if own.get(name))]
+    if scope == "row":
+        rows = [targets[name].to_rows(masks[name]).flatten(0, 1) for name in rest]
+        floors += [float(1 - each.float().mean(1).min()) for each in rows]
+    elif scope == "layer":
+        floors += [lost[name] for name in rest]
+    elif rest:
+        floors.append(sum(masked_in(masks[name]) for name in rest) / sum(masks[name].numel() for name in rest))
+    return min(max(floors), final)
+
+
 @torch.no_grad()
-def _require_finite(target: Target) -> None:
-    # One pass that makes no temporary: a NaN is both extremes, an infinity one of them.
-    low, high = target.weight.aminmax() if target.weight.numel() else (0.0, 0.0)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        count = target.weight.numel() - int(target.weight.isfinite().sum())
-        raise ValueError(
-            f"{count} of the {target.weight.numel()} weights of {target.name!r} are NaN or infinite. "
-            "Has training diverged?"
-        )
+def _require_finite(targets: Iterable[Target]) -> None:
+    for target in targets:
+        # One pass that makes no temporary: a NaN is both extremes, an infinity one of them.
+        low, high = target.weight.aminmax() if target.weight.numel() else (0.0, 0.0)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            count = target.weight.numel() - int(target.weight.isfinite().sum())
+            raise ValueError(
+                f"{count} of the {target.weight.numel()} weights of {target.name!r} are NaN or infinite. "
+                "Has training diverged?"
+            )
 
 
 def _pools(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.utils.logging import tqdm
 
-from .calibration import inputs_of
+from .calibration import require_finite, unpadded_inputs, warn_of_unreached
 from .contexts import configured, eager_experts, undisturbed
 from .granularities import Pattern, Unstructured
 from .masks import MaskSet, masked_in
@@ -96,7 +96,7 @@ def reconstruct_(
                 prune_(name, [None] * targets[name].parts)
             for stage in tqdm(stages.order, desc="Pruning", unit="layer", delay=DELAY, disable=not show_progress):
                 hessian = _Hessian(model, targets[stage.names[0]])
-                stages.show(stage, hessian.add_)
+                stages.run(stage, hessian.add_)
                 factors = hessian.factors()
                 for name in stage.names:
                     prune_(name, factors)
@@ -113,9 +113,8 @@ class _Hessian:
         self._sum = torch.zeros(size, device=target.weight.device, dtype=_compute_dtype(target))
 
     def add_(self, product: Product, batch: Batch) -> None:
-        x = inputs_of(product, batch, self._model).to(self._sum.dtype)
-        part = slice(None) if product.part is None else slice(product.part, product.part + 1)
-        self._sum[part].baddbmm_(x.mT, x)
+        x = unpadded_inputs(product, batch, self._model).to(self._sum.dtype)
+        self._sum[product.parts].baddbmm_(x.mT, x)
 
     def factors(self) -> list[_Factor | None]:
         """For each part what SparseGPT needs of it; None where it cannot be had.
@@ -124,18 +123,9 @@ class _Hessian:
             ValueError: if an activation was NaN or infinite.
         """
         total, name = sum_over_processes(self._sum), self._target.module
-        if not total.isfinite().all():
-            raise ValueError(
-                f"what {name!r} is multiplied with is NaN or infinite over the calibration samples. Has training "
-                "diverged, or does the model overflow in its dtype?"
-            )
+        require_finite(total, f"what {name!r} is multiplied with")
         reached = total.diagonal(dim1=1, dim2=2).any(1)
-        if not reached.all():
-            unreached, parts = len(reached) - int(reached.sum()), len(reached)
-            logger.warning(
-                "No calibration sample reaches %d of the %d parts of %r; they are pruned by magnitude.",
-                unreached, parts, name,
-            )  # fmt: skip
+        warn_of_unreached(self._target, reached, "they are pruned by magnitude")
         order = _column_order(self._target)
         return [
             _factor(part[order][:, order], name) if used else None for part, used in zip(total, reached, strict=True)

@@ -1,16 +1,16 @@
 """Stages: a model's targets in the order in which forward passes use them, and passes that go no further than one.
 
-What changes the weights of one layer by the inputs that it gets has to see the inputs that the changed layers before
-it give. So every layer needs passes of its own. They are ordinary calls of the model that are left as soon as they
-have shown what they were begun for; and blocks (the innermost elements of a `ModuleList`) in which nothing changes any
-more are computed once again, and from then on give what they gave.
+What changes the weights of a layer by its inputs has to see those inputs as the changed layers before it make them, so
+every layer needs passes of its own. Each is an ordinary forward call that stops once it has shown a layer's inputs. A
+block (an innermost element of a `ModuleList`) whose targets are all final is computed once more for each batch; after
+that its cached output is returned.
 """
 
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,9 +26,17 @@ from .products import Product, ProductWatch
 from .samples import Batch
 from .targets import Target
 
-_Uses = list[tuple[str, int]]
-"""The targets in the order in which a pass used them, each with a number that it shares with the use before if both
-had the same input."""
+
+class _Use(NamedTuple):
+    """A product of a pass.
+
+    Attributes:
+        name: The target.
+        input: A number, the same as that of the use before if both have the same input.
+    """
+
+    name: str
+    input: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Stage:
 
 
 class Stages:
-    """The stages of a model on a few batches, as a context: within it blocks may give what they gave before.
+    """A context that runs forward passes stage by stage over a few batches, with cached outputs of finished blocks.
 
     Args:
         model: The model, unwrapped, in evaluation mode; called as `model(**batch)` without gradients.
@@ -63,18 +71,18 @@ class Stages:
         self._model, self._targets, self._batches = model, targets, batches
         self._batch = 0  # the one under way
         self._undo = contextlib.ExitStack()
-        reads = _Reads(_blocks_of(model, targets))
-        passes: list[_Uses] = []
+        reads = _OutputReads(_blocks_of(model, targets))
+        passes: list[list[_Use]] = []
         with reads:
             for self._batch in range(len(batches)):
                 passes.append(self._note(reads))
-        self._blocks = {block: names for block, names in reads.blocks.items() if reads.can_be_kept(block)}
+        self._blocks = {block: names for block, names in reads.blocks.items() if reads.is_cacheable(block)}
         self._readers = reads.readers
-        self._given: dict[nn.Module, dict[int, Any]] = {}  # What finished blocks gave, by batch.
-        self._unread: set[nn.Module] = set()  # Finished blocks whose output only finished ones read.
-        self.order = _order_of([uses for each in gather_from_processes(passes) for uses in each], targets)
-        self._open = {name for stage in self.order for name in stage.names}
-        self.unused = [name for name in targets if name not in self._open]
+        self._cache: dict[nn.Module, dict[int, Any]] = {}  # Of finished blocks, by batch.
+        self._released: set[nn.Module] = set()  # Those whose output only other finished blocks read: placeholders.
+        self.order = _stages_of([uses for each in gather_from_processes(passes) for uses in each], targets)
+        self._unfinished = {name for stage in self.order for name in stage.names}
+        self.unused = [name for name in targets if name not in self._unfinished]
 
     def __enter__(self) -> "Stages":
         return self
@@ -82,12 +90,12 @@ class Stages:
     def __exit__(self, *error: object) -> None:
         self._undo.close()
 
-    def show(self, stage: Stage, tell: Callable[[Product, Batch], None]) -> None:
-        """Tells every product of a stage over all batches, with the weights as they are now.
+    def run(self, stage: Stage, on_product: Callable[[Product, Batch], None]) -> None:
+        """Runs all batches up to a stage, with the weights as they are now.
 
         Args:
             stage: One of `order`.
-            tell: Called with each product of the first target of the stage, and its batch; the others have the same
+            on_product: Called with each product of the stage's first target, and its batch; the others have the same
                 inputs.
         """
         for index, batch in enumerate(self._batches):
@@ -96,90 +104,109 @@ class Stages:
             def see(product: Product, batch: Batch = batch) -> None:
                 nonlocal seen
                 if product.target.name == stage.names[0]:
-                    tell(product, batch)
+                    on_product(product, batch)
                     seen += 1
                     if seen == stage.uses:
-                        raise _Enough
+                        raise _StopForward
                 elif product.target.name in stage.later:
-                    raise _Enough
+                    raise _StopForward
 
             self._pass(ProductWatch(self._targets, see))
 
     def finish(self, stage: Stage) -> None:
         """Says that the weights of a stage change no more."""
-        self._open -= set(stage.names)
+        self._unfinished -= set(stage.names)
         for block, names in self._blocks.items():
-            if block not in self._given and not names & self._open:
-                self._keep(block)
-        complete = {block for block, given in self._given.items() if len(given) == len(self._batches)}
-        for block in complete - self._unread:
+            if block not in self._cache and not names & self._unfinished:
+                self._cache_output(block)
+        complete = {block for block, given in self._cache.items() if len(given) == len(self._batches)}
+        for block in complete - self._released:
             if self._readers[block] <= complete:
-                self._unread.add(block)
-                self._given[block] = pytree.tree_map_only(torch.Tensor, _stand_in, self._given[block])
+                self._released.add(block)
+                self._cache[block] = pytree.tree_map_only(torch.Tensor, _placeholder, self._cache[block])
 
-    def _keep(self, block: nn.Module) -> None:
-        """Has a block give what it gives now, computed once for each batch."""
-        self._given[block] = {}
+    def _cache_output(self, block: nn.Module) -> None:
+        """Has a block return a cached output, computed once for each batch."""
+        self._cache[block] = {}
         compute, replaced = block.forward, block.__dict__.get("forward")
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            given = self._given[block]
+            given = self._cache[block]
             if self._batch not in given:
                 given[self._batch] = compute(*args, **kwargs)
             output = given[self._batch]
             # A copy: what reads it may change it in place.
-            return output if block in self._unread else pytree.tree_map_only(torch.Tensor, torch.clone, output)
+            return output if block in self._released else pytree.tree_map_only(torch.Tensor, torch.clone, output)
 
         block.forward = forward
         self._undo.callback(_put_back, block, replaced)
 
-    def _note(self, reads: "_Reads") -> _Uses:
-        uses: _Uses = []
-        last: tuple[Any, ...] = ()
+    def _note(self, reads: "_OutputReads") -> list[_Use]:
+        uses: list[_Use] = []
+        last: tuple[torch.Tensor, object] | None = None  # With the tensor, so that nothing else gets its memory.
 
         def note(product: Product) -> None:
             nonlocal last
             x = product.source
             identity = (x.data_ptr(), x.shape, x.stride(), x._version)
-            number = uses[-1][1] if uses else 0
-            uses.append((product.target.name, number if identity == last[1:] else number + 1))
-            last = (x, *identity)  # With the tensor, so that nothing else gets its memory.
+            number = uses[-1].input if uses else 0
+            is_same = last is not None and last[1] == identity
+            uses.append(_Use(product.target.name, number if is_same else number + 1))
+            last = (x, identity)
 
         reads.begin_pass()
         self._pass(ProductWatch(self._targets, note))
         return uses
 
     def _pass(self, watch: ProductWatch) -> None:
-        # In what autocast remembers, weights would stay as they were; and passes of a batch are to be alike.
+        # Autocast caches cast weights and would miss changes; the random state is kept so that passes are alike.
         torch.clear_autocast_cache()
         device = next(self._model.parameters()).device
-        with keep_random_state(device), torch.no_grad(), contextlib.suppress(_Enough), watch:
+        with keep_random_state(device), torch.no_grad(), contextlib.suppress(_StopForward), watch:
             self._model(**self._batches[self._batch])
 
 
-class _Enough(Exception):
-    """Leaves a pass that has shown what it was begun for."""
+class _StopForward(Exception):
+    """Ends a pass that has shown what it was begun for."""
 
 
-def _order_of(passes: Sequence[_Uses], targets: Mapping[str, Target]) -> list[Stage]:
+def _stages_of(passes: Sequence[Sequence[_Use]], targets: Mapping[str, Target]) -> list[Stage]:
     """The stages, from what all passes have used."""
+    counts = [Counter(use.name for use in uses) for uses in passes]
+    later = _later(passes)
+    stages = []
+    for names in _grouped(_merged(passes), passes, counts, targets):
+        uses = {count[names[0]] for count in counts}
+        is_known = len(uses) == 1 and targets[names[0]].weight.ndim != 3
+        behind = frozenset.intersection(*(later[name] for name in names))
+        stages.append(Stage(tuple(names), uses.pop() if is_known else None, behind))
+    return stages
+
+
+def _merged(passes: Sequence[Sequence[_Use]]) -> list[str]:
+    """The order of first use; what only some passes use comes right behind what they have used before it."""
     order: list[str] = []
-    known: set[str] = set()
     for uses in passes:
         before = -1
-        for name, _ in uses:
-            if name not in known:  # What only some passes use comes after what they have used before it.
+        for name in dict.fromkeys(use.name for use in uses):
+            if name not in order:
                 order.insert(before + 1, name)
-                known.add(name)
-                before += 1
-            else:
-                before = order.index(name)
-    counts = [Counter(name for name, _ in uses) for uses in passes]
-    inputs = [dict(uses) for uses in passes]  # of the last use, which is the only one where it matters
+            before = order.index(name)
+    return order
+
+
+def _grouped(
+    order: Sequence[str],
+    passes: Sequence[Sequence[_Use]],
+    counts: Sequence[Counter[str]],
+    targets: Mapping[str, Target],
+) -> list[list[str]]:
+    """Neighbours with the same input in every pass, together."""
+    inputs = [{use.name: use.input for use in uses} for uses in passes]  # Read only for names with one use.
 
     def are_alike(name: str, other: str) -> bool:
         return targets[name].weight.ndim == targets[other].weight.ndim == 2 and all(
-            count[name] == count[other] and count[name] <= 1 and number.get(name) == number.get(other)
+            count[name] == count[other] <= 1 and number.get(name) == number.get(other)
             for count, number in zip(counts, inputs, strict=True)
         )
 
@@ -189,23 +216,22 @@ def _order_of(passes: Sequence[_Uses], targets: Mapping[str, Target]) -> list[St
             groups[-1].append(name)
         else:
             groups.append([name])
-    earlier: dict[str, set[str]] = {name: set() for name in order}
-    later: dict[str, set[str]] = {name: set() for name in order}
+    return groups
+
+
+def _later(passes: Sequence[Sequence[_Use]]) -> dict[str, frozenset[str]]:
+    """For each target those that passes use after its last use, and never before."""
+    before: dict[str, set[str]] = {}
+    after: dict[str, set[str]] = {}
     for uses in passes:
-        names, begun = [name for name, _ in uses], set()
-        last = {name: i for i, name in enumerate(names)}
-        for i, name in enumerate(names):
+        last = {use.name: i for i, use in enumerate(uses)}
+        begun: set[str] = set()
+        for i, (name, _) in enumerate(uses):
             begun.add(name)
             if last[name] == i:
-                earlier[name] |= begun
-                later[name] |= last.keys() - begun
-    stages = []
-    for group in groups:
-        often = {count[group[0]] for count in counts}
-        known_uses = often.pop() if len(often) == 1 and targets[group[0]].weight.ndim != 3 else None
-        behind = set.intersection(*(later[name] - earlier[name] for name in group))
-        stages.append(Stage(tuple(group), known_uses, frozenset(behind)))
-    return stages
+                before.setdefault(name, set()).update(begun)
+                after.setdefault(name, set()).update(last.keys() - begun)
+    return {name: frozenset(after[name] - before[name]) for name in after}
 
 
 def _blocks_of(model: nn.Module, targets: Mapping[str, Target]) -> dict[nn.Module, frozenset[str]]:
@@ -222,13 +248,13 @@ def _blocks_of(model: nn.Module, targets: Mapping[str, Target]) -> dict[nn.Modul
     return blocks
 
 
-# What these say of a tensor they say of its stand-in.
+# Reading these needs no data, so that a placeholder can answer.
 _METADATA = {
     getattr(torch.Tensor, name).__get__ for name in ("dtype", "shape", "device", "ndim", "requires_grad", "layout")
 } | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.is_floating_point}
 
 
-class _Reads(TorchFunctionMode):
+class _OutputReads(TorchFunctionMode):
     """A context that notes how often each block is called, and where its output is read.
 
     Args:
@@ -244,7 +270,7 @@ class _Reads(TorchFunctionMode):
         self.blocks = blocks
         self.readers: dict[nn.Module, set[nn.Module | None]] = {block: set() for block in blocks}
         self._calls: list[Counter[nn.Module]] = []  # of each pass
-        self._talking: set[nn.Module] = set()
+        self._stateful: set[nn.Module] = set()
         self._makers: MutableMapping[torch.Tensor, set[nn.Module]] = WeakTensorKeyDictionary()
         self._within: nn.Module | None = None
         self._hooks: list[RemovableHandle] = []
@@ -254,11 +280,11 @@ class _Reads(TorchFunctionMode):
         self._calls.append(Counter())
         self._within = None
 
-    def can_be_kept(self, block: nn.Module) -> bool:
+    def is_cacheable(self, block: nn.Module) -> bool:
         """Whether a block does nothing but give an output, once a pass."""
-        return block not in self._talking and all(calls[block] == 1 for calls in self._calls)
+        return block not in self._stateful and all(calls[block] == 1 for calls in self._calls)
 
-    def __enter__(self) -> "_Reads":
+    def __enter__(self) -> "_OutputReads":
         for block in self.blocks:
             begin = block.register_forward_pre_hook(self._begin, with_kwargs=True)
             self._hooks += [begin, block.register_forward_hook(self._end)]
@@ -273,7 +299,7 @@ class _Reads(TorchFunctionMode):
         self._within = block
         # Into these it may write what other blocks read.
         if any(isinstance(value, (MutableMapping, Cache)) for value in (*args, *kwargs.values())):
-            self._talking.add(block)
+            self._stateful.add(block)
 
     def _end(self, block: nn.Module, args: Any, output: Any) -> None:
         self._within = None
@@ -291,7 +317,7 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
+def _placeholder(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of the same shape that takes no memory."""
     return tensor.new_zeros(()).expand(tensor.shape)
 

@@ -3,14 +3,13 @@
 python recipes/criteria.py tinystories
 python recipes/criteria.py vit --criteria wanda sparsegpt sparsegpt+scope=owl --levels 0.5 2:4
 
-The model is the dense one of a recipe, the metric that of validation. Criteria that look at data are given several
-draws of calibration samples; all criteria the same ones.
+The model is the dense one of a recipe, the metric that of validation. All criteria are given the same draws of
+calibration samples; those that look at no data give the same each time.
 """
 
 import copy
 import csv
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +21,8 @@ from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArg
 
 import tinystories
 import vit
-from common.arguments import set_defaults
+from common.arguments import set_defaults, split_settings, task_and_flags
 from common.dense import dense_model
-from common.grid import with_settings
 from hf_prune import PruningConfig, prune
 
 RECIPES = {"tinystories": tinystories, "vit": vit}
@@ -50,7 +48,7 @@ class CriteriaArguments:
 
 def config_of(criterion: str, level: str) -> PruningConfig | None:
     """The config of a cell of the table; None if the level leaves no choice of the criterion's settings."""
-    name, settings = with_settings(criterion)
+    name, settings = split_settings(criterion)
     if ":" not in level:
         return PruningConfig(criterion=name, sparsity=float(level), **settings)
     if "scope" in settings:
@@ -75,12 +73,10 @@ def table(results: Mapping[tuple[str, str], Sequence[float]], criteria: Sequence
 
 def main() -> None:
     """Prunes a copy of the dense model for each criterion, level and draw, and measures it."""
-    name, *flags = sys.argv[1:] or [""]
-    if name not in RECIPES:
-        raise SystemExit(f"usage: criteria.py {{{','.join(RECIPES)}}} [flags]; --help after a task lists them")
+    name, flags = task_and_flags(RECIPES)
     recipe = RECIPES[name]
     parser = HfArgumentParser((CriteriaArguments, recipe.ScriptArguments, TrainingArguments))  # type: ignore[arg-type]
-    study = {name: value for name, value in recipe.STUDY.items() if name != "budget"}
+    study = {field: value for field, value in recipe.STUDY.items() if field != "budget"}
     defaults = {**recipe.DEFAULTS, "output_dir": f"output/criteria/{name}"}
     set_defaults(parser, defaults, {**recipe.SMALL_MODEL, **study}, flags)
     wanted, script, training = parser.parse_args_into_dataclasses(flags)

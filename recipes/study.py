@@ -14,7 +14,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -34,7 +33,7 @@ from transformers import (
 
 import tinystories
 import vit
-from common.arguments import EVALUATIONS, set_defaults
+from common.arguments import EVALUATIONS, set_defaults, task_and_flags
 from common.cells import DENSE, Cell, Result, keep_settings, run_cells
 from common.dense import dense_model
 from common.figures import draw
@@ -59,9 +58,7 @@ class Arguments(NamedTuple):
 @functools.cache
 def arguments() -> Arguments:
     """The command line, in whichever process."""
-    name, *flags = sys.argv[1:] or [""]
-    if name not in RECIPES:
-        raise SystemExit(f"usage: study.py {{{','.join(RECIPES)}}} [flags]; --help after a task lists them")
+    name, flags = task_and_flags(RECIPES)
     recipe = RECIPES[name]
     parser = HfArgumentParser((StudyArguments, recipe.ScriptArguments, TrainingArguments))  # type: ignore[arg-type]
     defaults = {**recipe.DEFAULTS, "output_dir": f"output/study/{name}"}

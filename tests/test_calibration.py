@@ -381,7 +381,9 @@ def test_a_part_that_no_sample_reaches_has_norms_of_one_and_that_is_said(caplog)
     norm = norms["model.layers.0.mlp.experts.down_proj"]
     unreached = int((norm == 1).all(dim=-1).sum())
     assert 10 <= unreached < 16  # Three tokens go to six experts at most.
-    message = f"reaches {unreached} of the 16 parts of 'model.layers.0.mlp.experts.down_proj'; nothing is known"
+    message = (
+        f"reaches {unreached} of the 16 parts of 'model.layers.0.mlp.experts.down_proj'; their weights count alike"
+    )
     assert message in caplog.text
 
 

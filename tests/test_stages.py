@@ -42,7 +42,7 @@ def test_stages_show_the_inputs_that_changed_layers_give(family):
     with eager_experts(model), Stages(model, targets, batches) as stages:
         for stage in stages.order:
             shown = []
-            stages.show(stage, lambda product, _, shown=shown: shown.append((product.part, product.inputs(1))))
+            stages.run(stage, lambda product, _, shown=shown: shown.append((product.part, product.inputs(1))))
             for name in stage.names:
                 expected = inputs_of(whole, (name,), batches)
                 assert [part for part, _ in shown] == [part for part, _ in expected]
@@ -69,7 +69,7 @@ def kept_outputs(stages):
     """Whether the outputs that finished blocks give take memory."""
     return [
         bool(t.untyped_storage().nbytes() > t.element_size())
-        for given in stages._given.values()
+        for given in stages._cache.values()
         for output in given.values()
         for t in pytree.tree_leaves(output)
         if torch.is_tensor(t)
@@ -85,7 +85,7 @@ def test_finished_blocks_are_computed_once_more():
     batches = batches_of(model)
     with Stages(model, find_targets(model), batches) as stages:
         for stage in stages.order:
-            stages.show(stage, lambda *_: None)
+            stages.run(stage, lambda *_: None)
             stages.finish(stage)
     # To see the order, and the first block for what it gives; its own last stage is left within the product.
     assert calls == {0: 2 * len(batches), 1: len(batches)}
@@ -104,7 +104,7 @@ def test_what_only_finished_blocks_read_takes_no_memory(family):
     kept = []
     with Stages(model, find_targets(model), batches_of(model)) as stages:
         for stage in stages.order:
-            stages.show(stage, lambda *_: None)
+            stages.run(stage, lambda *_: None)
             stages.finish(stage)
             kept.append(kept_outputs(stages))
     assert any(sum(each) < len(each) / 2 for each in kept)
@@ -186,7 +186,7 @@ def compare(model, batches, whole=None):
     with Stages(model, targets, batches) as stages:
         for stage in stages.order:
             shown, expected = [], []
-            stages.show(stage, lambda product, _, shown=shown: shown.append(product.inputs(1)))
+            stages.run(stage, lambda product, _, shown=shown: shown.append(product.inputs(1)))
             for values in batches:
                 watch = ProductWatch(
                     find_targets(whole),
@@ -230,7 +230,7 @@ def test_experts_of_their_own_are_left_by_what_comes_later():
         assert [stage.uses for stage in stages.order] == [1, None, None, None, 1]
         before = lasts["last"]
         seen = []
-        stages.show(stages.order[1], lambda product, _: seen.append(product))
+        stages.run(stages.order[1], lambda product, _: seen.append(product))
         # Left in the product of what comes later, before the hooks of its module.
         assert (len(seen), lasts["last"]) == (2, before)
         assert stages.order[1].later == {"experts.1.weight", "experts.2.weight", "last.weight"}
@@ -264,7 +264,7 @@ def test_outputs_that_are_changed_in_place_or_read_elsewhere_are_safe():
         for stage in stages.order:
             for _ in range(2):  # A second look sees what the first has seen.
                 shown = []
-                stages.show(stage, lambda product, _, shown=shown: shown.append(product.inputs(1)))
+                stages.run(stage, lambda product, _, shown=shown: shown.append(product.inputs(1)))
                 expected = []
                 names = find_targets(whole)
                 watch = ProductWatch(names, lambda p: expected.append(p) if p.target.name == stage.names[0] else None)  # noqa: B023
@@ -308,5 +308,5 @@ def test_a_weight_that_is_used_twice_is_a_stage_of_its_own():
     with Stages(model, find_targets(model), [{"x": torch.randn(2, 4)}]) as stages:
         assert [(stage.names, stage.uses) for stage in stages.order] == [(("a.weight",), 3), (("b.weight",), 1)]
         seen = []
-        stages.show(stages.order[0], lambda product, _: seen.append(product))
+        stages.run(stages.order[0], lambda product, _: seen.append(product))
     assert len(seen) == 3

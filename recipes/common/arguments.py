@@ -1,8 +1,11 @@
 """The command line of a recipe: its own flags, those of `PruningConfig`, those of `TrainingArguments`."""
 
+import json
+import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -64,3 +67,29 @@ def set_defaults(
         parser.set_defaults(**small_model)
         given, _ = parser.parse_known_args(argv)
     return given
+
+
+def split_settings(text: str) -> tuple[str, dict[str, Any]]:
+    """Reads a word with settings behind it, `word+name=value+…`; a value is JSON or a plain word."""
+    word, *settings = text.split("+")
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return word, values
+
+
+def task_and_flags(tasks: Mapping[str, object]) -> tuple[str, list[str]]:
+    """The command line of a script whose first argument is a task, and the rest are its flags.
+
+    Raises:
+        SystemExit: There is no such task.
+    """
+    name, *flags = sys.argv[1:] or [""]
+    if name not in tasks:
+        script = Path(sys.argv[0]).name
+        raise SystemExit(f"usage: {script} {{{','.join(tasks)}}} [flags]; --help after a task lists them")
+    return name, flags

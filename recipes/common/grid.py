@@ -1,11 +1,11 @@
 """The grid of a study: what is compared, as cells, and the pruning config of each cell."""
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.arguments import split_settings
 from common.cells import DENSE, Cell
 from hf_prune import PruningConfig
 
@@ -94,7 +94,7 @@ def config_of(cell: Cell) -> PruningConfig:
     Raises:
         ValueError: There is no such variant, or the config makes no sense.
     """
-    variant, changes = with_settings(cell.variant)
+    variant, changes = split_settings(cell.variant)
     if variant not in VARIANTS:
         raise ValueError(f"variants must be of {', '.join(filter(None, VARIANTS))}; got {cell.variant!r}.")
     values = {name: getattr(cell, name) for name in ("sparsity", "schedule", "criterion", "granularity")}
@@ -112,16 +112,3 @@ def _sparsities(study: StudyArguments, granularity: str) -> list[float]:
         return PruningConfig(granularity=granularity).round_sparsities[-1:]
     except ValueError:
         return study.sparsities
-
-
-def with_settings(text: str) -> tuple[str, dict[str, Any]]:
-    """Reads a word with settings behind it, `word+name=value+…`; a value is JSON or a plain word."""
-    word, *settings = text.split("+")
-    values: dict[str, Any] = {}
-    for setting in settings:
-        name, _, value = setting.partition("=")
-        try:
-            values[name] = json.loads(value)
-        except ValueError:
-            values[name] = value
-    return word, values

@@ -16,7 +16,7 @@ from transformers import default_data_collator
 from hf_prune.calibration import STATISTICS, calibrate, labels_of
 from hf_prune.samples import batches_of
 from hf_prune.targets import find_targets
-from tests.tiny import FAMILIES, TEXT, batch, build
+from tests.tiny import FAMILIES, TEXT, batch, build, sixteen_experts
 
 SAMPLES = 7
 
@@ -373,9 +373,7 @@ def test_padding_is_no_input(family):
 
 
 def test_a_part_that_no_sample_reaches_has_norms_of_one_and_that_is_said(caplog):
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=16, num_experts_per_tok=2)
-    model = transformers.MixtralForCausalLM(config)
+    model = sixteen_experts()
     data = [{"input_ids": torch.tensor([[3, 4, 5]])}]
     norms = calibrate(model, find_targets(model), data, ["input_norm"], 1)["input_norm"]
     norm = norms["model.layers.0.mlp.experts.down_proj"]

@@ -194,9 +194,11 @@ def test_a_cut_that_prunes_nothing_changes_nothing(family, name, tmp_path):
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("name", [*DATA, "movement"])
 def test_rounds_are_exact_and_resumed_to_the_last_bit(name, tmp_path):
-    config = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, end=9, criterion=name, calibration_samples=10)
+    config = PruningConfig(
+        sparsity=0.8, schedule="geometric", rounds=3, begin=2, end=9, criterion=name, calibration_samples=10
+    )
     trainer, pruning = start(trainer_factory(tmp_path), config)
     trainer.train()
     for row in pruning.history:
@@ -204,7 +206,7 @@ def test_rounds_are_exact_and_resumed_to_the_last_bit(name, tmp_path):
         slack = {"row": row.total / 32, "layer": 0.5 * len(pruning.masks)}.get(effective_scope(config), 0.5)
         assert abs(row.masked - row.asked * row.total) <= slack
     expected = outcome(trainer, pruning)
-    for step in (STEPS - 2, 2):
+    for step in (STEPS - 2, 4, 1):
         forget_after(tmp_path / "out", step)
         resumed, resumed_pruning = start(trainer_factory(tmp_path), config)
         resumed.train(resume_from_checkpoint=True)

@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
@@ -15,7 +14,7 @@ from hf_prune.granularities import Pattern, Unstructured
 from hf_prune.masks import MaskSet, masked_in
 from hf_prune.reconstruction import BLOCKSIZE, DAMPING, reconstruct_
 from hf_prune.targets import find_targets
-from tests.tiny import TEXT, batch, build
+from tests.tiny import batch, build, sixteen_experts
 
 
 class Layer(nn.Module):
@@ -210,9 +209,7 @@ def test_a_layer_that_cannot_be_solved_is_pruned_by_magnitude_and_that_is_said(m
 
 
 def test_experts_that_no_sample_reaches_are_pruned_by_magnitude_and_that_is_said(caplog):
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=16, num_experts_per_tok=2)
-    model = transformers.MixtralForCausalLM(config)
+    model = sixteen_experts()
     experts = model.model.layers[0].mlp.experts.down_proj
     before = experts.detach().clone()
     data = [{"input_ids": torch.tensor([[3, 4, 5]])}]

@@ -1,5 +1,6 @@
 """Passes that stop early and blocks that are not computed again show what whole passes show."""
 
+import contextlib
 from collections import Counter
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from hf_prune.contexts import eager_experts
+from hf_prune.contexts import configured, eager_experts
 from hf_prune.products import ProductWatch
 from hf_prune.stages import Stages
 from hf_prune.targets import find_targets
@@ -21,41 +22,52 @@ def batches_of(model: nn.Module, batches: int = 3, size: int = 4) -> list[dict[s
     return [{name: torch.stack([s[name] for s in part]) for name in part[0]} for part in parts]
 
 
-def inputs_of(model, names, batches):
-    """What the first of the names is multiplied with, by whole passes."""
+def products(model, name, batches):
+    """What a target is multiplied with, by whole passes."""
     seen = []
-    watch = ProductWatch(find_targets(model), lambda p: seen.append(p) if p.target.name == names[0] else None)
-    with torch.no_grad(), eager_experts(model), watch:
-        for values in batches:
-            model(**values, use_cache=False) if hasattr(model.config, "use_cache") else model(**values)
+    watch = ProductWatch(find_targets(model), lambda p: seen.append(p) if p.target.name == name else None)
+    for values in batches:
+        torch.clear_autocast_cache()
+        with torch.no_grad(), watch:
+            model(**values)
     return [(product.part, product.inputs(1)) for product in seen]
+
+
+def compare(model, batches, whole=None, looks=1):
+    """Goes through all stages, changes each, and compares what is shown with whole passes of a twin."""
+    whole = whole or twin(model)
+    targets, whole_targets = find_targets(model), find_targets(whole)
+    shown_names = []
+    with Stages(model, targets, batches) as stages:
+        for stage in stages.order:
+            for _ in range(looks):
+                shown = []
+                stages.run(stage, lambda product, _, shown=shown: shown.append((product.part, product.inputs(1))))
+                for name in stage.names:
+                    expected = products(whole, name, batches)
+                    assert [part for part, _ in shown] == [part for part, _ in expected]
+                    assert len(shown) > 0
+                    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(shown, expected, strict=True))
+            with torch.no_grad():
+                for name in stage.names:
+                    for each in (targets[name], whole_targets[name]):
+                        each.weight.mul_(0.5)
+            stages.finish(stage)
+            shown_names += stage.names
+    assert sorted(shown_names) == sorted(targets)
+    assert stages.unused == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stages_show_the_inputs_that_changed_layers_give(family):
     model = build(family).eval()
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    whole, targets, batches = twin(model), find_targets(model), batches_of(model)
-    whole_targets = find_targets(whole)
-    seen_names = []
-    with eager_experts(model), Stages(model, targets, batches) as stages:
-        for stage in stages.order:
-            shown = []
-            stages.run(stage, lambda product, _, shown=shown: shown.append((product.part, product.inputs(1))))
-            for name in stage.names:
-                expected = inputs_of(whole, (name,), batches)
-                assert [part for part, _ in shown] == [part for part, _ in expected]
-                assert all(torch.equal(a, b) for (_, a), (_, b) in zip(shown, expected, strict=True))
-                with torch.no_grad():
-                    for each in (targets[name], whole_targets[name]):
-                        each.weight.mul_(0.5)
-            stages.finish(stage)
-            seen_names += stage.names
-    assert sorted(seen_names) == sorted(targets)
-    assert stages.unused == []
-    after, expected = model(**batches[0]), whole(**batches[0])
-    assert torch.equal(after.logits, expected.logits)
+    whole, batches = twin(model), batches_of(model)
+    with contextlib.ExitStack() as stack:
+        for each in (model, whole):
+            stack.enter_context(configured(each, "use_cache", False))
+            stack.enter_context(eager_experts(each))
+        compare(model, batches, whole)
+    assert all(torch.equal(model(**values).logits, whole(**values).logits) for values in batches)
 
 
 def test_queries_keys_and_values_are_one_stage():
@@ -179,31 +191,6 @@ def test_what_autocast_remembers_is_forgotten():
         compare(model, batches_of(model))
 
 
-def compare(model, batches, whole=None):
-    """Goes through all stages, changes each, and compares what is shown with whole passes."""
-    whole = whole or twin(model)
-    targets, whole_targets = find_targets(model), find_targets(whole)
-    with Stages(model, targets, batches) as stages:
-        for stage in stages.order:
-            shown, expected = [], []
-            stages.run(stage, lambda product, _, shown=shown: shown.append(product.inputs(1)))
-            for values in batches:
-                watch = ProductWatch(
-                    find_targets(whole),
-                    lambda p, n=stage.names[0], e=expected: e.append(p.inputs(1)) if p.target.name == n else None,
-                )
-                torch.clear_autocast_cache()
-                with torch.no_grad(), watch:
-                    whole(**values)
-            assert len(shown) == len(expected) > 0
-            assert all(torch.equal(a, b) for a, b in zip(shown, expected, strict=True))
-            with torch.no_grad():
-                for name in stage.names:
-                    for each in (targets[name], whole_targets[name]):
-                        each.weight.mul_(0.5)
-            stages.finish(stage)
-
-
 def test_experts_of_their_own_are_left_by_what_comes_later():
     """Which of them are used depends on the data, and on what was pruned before."""
 
@@ -256,23 +243,7 @@ class Skips(nn.Module):
 
 def test_outputs_that_are_changed_in_place_or_read_elsewhere_are_safe():
     torch.manual_seed(0)
-    model = Skips().eval()
-    whole = twin(model)
-    targets, batches = find_targets(model), [{"x": torch.randn(3, 4)} for _ in range(2)]
-    with Stages(model, targets, batches) as stages:
-        assert [stage.names for stage in stages.order] == [(name,) for name in targets]
-        for stage in stages.order:
-            for _ in range(2):  # A second look sees what the first has seen.
-                shown = []
-                stages.run(stage, lambda product, _, shown=shown: shown.append(product.inputs(1)))
-                expected = []
-                names = find_targets(whole)
-                watch = ProductWatch(names, lambda p: expected.append(p) if p.target.name == stage.names[0] else None)  # noqa: B023
-                with torch.no_grad(), watch:
-                    for values in batches:
-                        whole(**values)
-                assert all(torch.equal(a, b.inputs(1)) for a, b in zip(shown, expected, strict=True))
-            stages.finish(stage)
+    compare(Skips().eval(), [{"x": torch.randn(3, 4)} for _ in range(2)], looks=2)
 
 
 def test_forwards_are_put_back_also_after_an_error():

@@ -68,6 +68,13 @@ def build(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model.to(dtype)
 
 
+def sixteen_experts() -> nn.Module:
+    """A model of which few samples cannot reach every expert: of each token two are asked."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=16, num_experts_per_tok=2)
+    return transformers.MixtralForCausalLM(config)
+
+
 def batch(model: nn.Module, size: int = 4, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     """Samples that the model can be trained on."""
     generator = torch.Generator().manual_seed(seed)

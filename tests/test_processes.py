@@ -20,7 +20,7 @@ CONFIGS = {
     # Of 11 samples the first process has one more than the second.
     **{
         name: PruningConfig(
-            sparsity=0.8, schedule="geometric", rounds=3, end=6, criterion=name, calibration_samples=11
+            sparsity=0.8, schedule="geometric", rounds=3, end=6, criterion=name, scope="global", calibration_samples=11
         )
         for name in ("taylor", "fisher", "wanda", "sparsegpt")
     },

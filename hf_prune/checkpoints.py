@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypedDict, TypeGuard, TypeVar, cast
 
@@ -128,14 +128,14 @@ def recover_(
                 "best weights of the round are",
                 BEST_NAME,
                 progress["best"],
-                (WeightsCopy.of(model), _load(WeightsCopy, folder, BEST_NAME)),
+                (lambda: WeightsCopy.of(model), lambda: _load(WeightsCopy, folder, BEST_NAME)),
                 folder,
             ),
             _recorded(
                 "movement of the weights is",
                 MOVEMENT_NAME,
                 progress["movement"],
-                (_load(Movement, folder, MOVEMENT_NAME),),
+                (lambda: _load(Movement, folder, MOVEMENT_NAME),),
                 folder,
             ),
         )
@@ -257,13 +257,13 @@ def _recover_masks(folder: Path | None, digest: str | None, model: nn.Module, na
 
 
 def _recorded(
-    what: str, name: str, digest: str | None, candidates: Iterable[Loaded | None], folder: Path | None
+    what: str, name: str, digest: str | None, candidates: Iterable[Callable[[], Loaded | None]], folder: Path | None
 ) -> Loaded | None:
-    """The first of several candidates that has the digest on record; None if there is none on record."""
+    """The first of several candidates, made one by one, with the digest on record; None if there is none on record."""
     if digest is None:
         return None
-    for candidate in candidates:
-        if candidate is not None and candidate.digest() == digest:
+    for find in candidates:
+        if (candidate := find()) is not None and candidate.digest() == digest:
             return candidate
     raise ValueError(f"the {what} missing or damaged: no {name} fits the digest on record. {_whereabouts(folder)}")
 

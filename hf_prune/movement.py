@@ -14,8 +14,8 @@ class Movement(Tensors):
     Attributes:
         tensors: Parameter → the sum, float32, on the weight's device.
 
-    Source: Sanh et al. 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", arXiv 2005.07683, eq. 4, without
-    the learning rate.
+    Source: Sanh et al. 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", arXiv 2005.07683; without the
+    learning rate.
     """
 
     @classmethod

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .files import save_tensors
+from .selection import masked_in
 from .targets import find_targets
 
 _FORMAT = "hf_prune.masks"
@@ -158,11 +159,6 @@ def mask_(tensor: torch.Tensor, mask: torch.Tensor) -> None:
     tensor, factor = torch.atleast_1d(tensor, factor)
     for part, kept in zip(tensor.chunk(pieces), factor.chunk(pieces), strict=True):
         part.mul_(kept)
-
-
-def masked_in(mask: torch.Tensor) -> int:
-    """Number of weights that a mask prunes."""
-    return mask.numel() - int(mask.count_nonzero())
 
 
 def _pack(mask: torch.Tensor) -> np.ndarray:

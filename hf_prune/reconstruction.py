@@ -16,12 +16,12 @@ from transformers.utils.logging import tqdm
 from .calibration import require_finite, unpadded_inputs, warn_of_unreached
 from .contexts import configured, eager_experts, undisturbed
 from .granularities import Pattern, Unstructured
-from .masks import MaskSet, masked_in
+from .masks import MaskSet
 from .processes import sum_over_processes
 from .products import Product
 from .samples import DELAY, Batch, read_samples
 from .scopes import divide
-from .selection import drop_lowest, drop_lowest_of_each
+from .selection import drop_lowest, drop_lowest_of_each, masked_in
 from .stages import Stages
 from .targets import Target
 

@@ -163,6 +163,56 @@ def test_gradients_are_masked_before_they_are_clipped(make_trainer):
     assert norms == pytest.approx([0.01] * 6, rel=1e-3)
 
 
+class Drift(torch.optim.SGD):
+    """Moves every weight, whatever its gradient is."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(1e-3)
+
+
+def test_an_optimizer_that_moves_zeros_is_corrected_after_each_step(make_trainer):
+    model = build("llama")
+    pruning = PruningTrainerCallback(FOUR_ROUNDS)
+    watch = Watch(pruning)
+    trainer = make_trainer(model, pruning, watch)
+    trainer.optimizer = Drift(model.parameters(), lr=0.01)
+    trainer.train()
+    assert len(watch.seen) == 6
+    assert sparsity_report(model).zeros == pruning.history[-1].masked
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_what_is_evaluated_and_saved_has_its_zeros_whatever_others_do(strategy, make_trainer, tmp_path):
+    """Noise on the gradients after they were masked moves weights that an optimizer would have left alone."""
+    counted = []
+
+    class Noise(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            for parameter in model.parameters():
+                parameter.grad.add_(1e-3)
+
+        def on_step_end(self, args, state, control, model, **kwargs):
+            counted.append(sparsity_report(model).zeros)
+
+        def on_evaluate(self, args, state, control, model, **kwargs):
+            counted[-1] = sparsity_report(model).zeros
+
+    model = build("llama")
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.8, schedule="one_shot"))
+    options = dict(eval_strategy=strategy, save_strategy=strategy, eval_steps=3, save_steps=3, num_train_epochs=2)
+    make_trainer(model, Noise(), pruning, max_steps=-1, **options).train()
+    zeros = pruning.history[0].masked
+    at_evaluations = counted[2::3] if strategy == "steps" else counted[5::6]
+    assert len(at_evaluations) >= 2
+    assert set(at_evaluations) == {zeros}
+    assert any(count < zeros for count in counted)
+    for folder in (tmp_path / "out").glob("checkpoint-*"):
+        assert sparsity_report(model.from_pretrained(folder)).zeros == zeros
+
+
 # What users put around it.
 
 

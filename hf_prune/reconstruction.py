@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 RECONSTRUCTIONS = ("sparsegpt",)
 DAMPING = (0.01, 0.1, 1.0)  # What is added to the diagonal, in units of its mean: more where less will not do.
+_SQUARE = 512  # Rows and columns of a diagonal block of a Hessian.
 BLOCKSIZE = 128  # Columns that are chosen from, and changed, at a time.
 
 
@@ -111,10 +112,13 @@ class _Hessian:
         self._model, self._target = model, target
         size = torch.Size([target.parts, target.fan_in, target.fan_in])
         self._sum = torch.zeros(size, device=target.weight.device, dtype=_compute_dtype(target))
+        self._blocks = [slice(start, start + _SQUARE) for start in range(0, target.fan_in, _SQUARE)]
 
     def add_(self, product: Product, batch: Batch) -> None:
         x = unpadded_inputs(product, batch, self._model).to(self._sum.dtype)
-        self._sum[product.parts].baddbmm_(x.mT, x)
+        for here in self._blocks:  # It is symmetric: what is below its diagonal blocks need not be computed.
+            on = slice(here.start, None)
+            self._sum[product.parts, here, on].baddbmm_(x[..., here].mT, x[..., on])
 
     def factors(self) -> list[_Factor | None]:
         """For each part what SparseGPT needs of it; None where it cannot be had.
@@ -123,6 +127,9 @@ class _Hessian:
             ValueError: if an activation was NaN or infinite.
         """
         total, name = sum_over_processes(self._sum), self._target.module
+        for here in self._blocks:
+            behind = slice(here.stop, None)
+            total[:, behind, here] = total[:, here, behind].mT
         require_finite(total, f"what {name!r} is multiplied with")
         reached = total.diagonal(dim1=1, dim2=2).any(1)
         warn_of_unreached(self._target, reached, "they are pruned by magnitude")
@@ -201,19 +208,22 @@ def _sparsegpt_(
     width = max(BLOCKSIZE // group, 1) * group
     for start in range(0, rows.shape[1], width):
         here, behind = slice(start, start + width), slice(start + width, None)
-        block, kept, upper = rows[:, here], mask[:, here], factor.upper[here, here]
-        pivots, alive, errors = upper.diagonal(), factor.alive[here], torch.empty_like(block)
-        for i in range(block.shape[1]):
+        # Column after column, so that one lies side by side in memory.
+        block, kept = rows[:, here].t().contiguous(), mask[:, here].t().contiguous()
+        upper, alive, errors = factor.upper[here, here], factor.alive[here], torch.empty_like(block)
+        pivots = upper.diagonal()
+        for i in range(len(block)):
             if i % group == 0:
                 columns = slice(i, i + group)
-                scores = (block[:, columns] / pivots[columns]).square() * alive[columns]
+                scores = (block[columns].t() / pivots[columns]).square() * alive[columns]
                 drop = drops[(start + i) // group]
-                kept[:, columns] = _select(name, scores, drop, kept[:, columns], granularity)
-            pruned = block[:, i] * kept[:, i]
-            errors[:, i] = (block[:, i] - pruned) / pivots[i]
-            block[:, i:].addr_(errors[:, i], upper[i, i:], alpha=-1)
-            block[:, i] = pruned
-        rows[:, behind].addmm_(errors, factor.upper[here, behind], alpha=-1)
+                kept[columns] = _select(name, scores, drop, kept[columns].t(), granularity).t()
+            pruned = block[i] * kept[i]
+            errors[i] = (block[i] - pruned) / pivots[i]
+            block[i:].addr_(upper[i, i:], errors[i], alpha=-1)
+            block[i] = pruned
+        rows[:, here], mask[:, here] = block.t(), kept.t()
+        rows[:, behind].addmm_(errors.t(), factor.upper[here, behind], alpha=-1)
 
 
 def _select(

@@ -57,6 +57,9 @@ class Stage:
 class Stages:
     """A context that runs forward passes stage by stage over a few batches, with cached outputs of finished blocks.
 
+    The order of the stages is that of dense passes over one batch of each shape; over all batches where those leave a
+    target unseen, as experts may be.
+
     Args:
         model: The model, unwrapped, in evaluation mode; called as `model(**batch)` without gradients.
         targets: The weights.
@@ -70,17 +73,15 @@ class Stages:
     def __init__(self, model: nn.Module, targets: Mapping[str, Target], batches: Sequence[Batch]) -> None:
         self._model, self._targets, self._batches = model, targets, batches
         self._batch = 0  # the one under way
+        self._given: set[nn.Module] = set()  # Finished blocks that have given their output in the pass under way.
         self._undo = contextlib.ExitStack()
         reads = _OutputReads(_blocks_of(model, targets))
-        passes: list[list[_Use]] = []
-        with reads:
-            for self._batch in range(len(batches)):
-                passes.append(self._note(reads))
+        passes = self._note_all(reads)
         self._blocks = {block: names for block, names in reads.blocks.items() if reads.is_cacheable(block)}
         self._readers = reads.readers
         self._cache: dict[nn.Module, dict[int, Any]] = {}  # Of finished blocks, by batch.
         self._released: set[nn.Module] = set()  # Those whose output only other finished blocks read: placeholders.
-        self.order = _stages_of([uses for each in gather_from_processes(passes) for uses in each], targets)
+        self.order = _stages_of(passes, targets)
         self._unfinished = {name for stage in self.order for name in stage.names}
         self.unused = [name for name in targets if name not in self._unfinished]
 
@@ -132,6 +133,9 @@ class Stages:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = self._cache[block]
+            if block in self._given:  # Data decide how often it is called, and the notes did not show it.
+                return compute(*args, **kwargs)
+            self._given.add(block)
             if self._batch not in given:
                 given[self._batch] = compute(*args, **kwargs)
             output = given[self._batch]
@@ -140,6 +144,19 @@ class Stages:
 
         block.forward = forward
         self._undo.callback(_put_back, block, replaced)
+
+    def _note_all(self, reads: "_OutputReads") -> list[list[_Use]]:
+        """The uses of passes, of all processes: one for each shape of batch, or all if these leave a target unseen."""
+        first = {_shapes_of(self._batches[i]): i for i in reversed(range(len(self._batches)))}
+        noted: dict[int, list[_Use]] = {}
+        for wanted in (first.values(), range(len(self._batches))):
+            with reads:
+                for self._batch in sorted(set(wanted) - noted.keys()):
+                    noted[self._batch] = self._note(reads)
+            passes = [uses for each in gather_from_processes(list(noted.values())) for uses in each]
+            if self._targets.keys() == {use.name for uses in passes for use in uses}:
+                break
+        return passes
 
     def _note(self, reads: "_OutputReads") -> list[_Use]:
         uses: list[_Use] = []
@@ -162,8 +179,13 @@ class Stages:
         # Autocast caches cast weights and would miss changes; the random state is kept so that passes are alike.
         torch.clear_autocast_cache()
         device = next(self._model.parameters()).device
+        self._given.clear()
         with keep_random_state(device), torch.no_grad(), contextlib.suppress(_StopForward), watch:
             self._model(**self._batches[self._batch])
+
+
+def _shapes_of(batch: Batch) -> str:
+    return repr(pytree.tree_map_only(torch.Tensor, lambda tensor: (tensor.dtype, tensor.shape), dict(batch)))
 
 
 class _StopForward(Exception):

@@ -99,10 +99,10 @@ def test_finished_blocks_are_computed_once_more():
         for stage in stages.order:
             stages.run(stage, lambda *_: None)
             stages.finish(stage)
-    # To see the order, and the first block for what it gives; its own last stage is left within the product.
-    assert calls == {0: 2 * len(batches), 1: len(batches)}
+    # To see the order, once, and the first block for what it gives; its own last stage is left within the product.
+    assert calls == {0: 1 + len(batches), 1: 1}
     model(**batches[0])
-    assert calls[0] == 2 * len(batches) + 1
+    assert calls[0] == 1 + len(batches) + 1
 
 
 @pytest.mark.parametrize("family", ["llama", "vit", "t5"])
@@ -207,7 +207,7 @@ def test_experts_of_their_own_are_left_by_what_comes_later():
 
     torch.manual_seed(0)
     model = Experts().eval()
-    batches = [{"x": torch.randn(3, 4), "which": torch.tensor(which)} for which in ([0, 1], [1, 2], [0, 2], [2])]
+    batches = [{"x": torch.randn(3, 4), "which": torch.tensor(which)} for which in ([0, 1], [1, 2], [0, 2], [2, 2])]
     lasts = Counter()
     model.last.register_forward_hook(lambda *_: lasts.update(["last"]))
     with Stages(model, find_targets(model), batches) as stages:
@@ -221,6 +221,38 @@ def test_experts_of_their_own_are_left_by_what_comes_later():
         # Left in the product of what comes later, before the hooks of its module.
         assert (len(seen), lasts["last"]) == (2, before)
         assert stages.order[1].later == {"experts.1.weight", "experts.2.weight", "last.weight"}
+
+
+def test_blocks_that_data_call_twice_are_computed_also_where_the_notes_did_not_show_it():
+    class Routes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+            self.last = nn.Linear(4, 4)
+
+        def forward(self, x, route):
+            for i in route:
+                x = self.blocks[int(i)](x)
+            return self.last(x)
+
+    torch.manual_seed(0)
+    model = Routes().eval()
+    whole = twin(model)
+    batches = [{"x": torch.randn(3, 4), "route": torch.tensor(route)} for route in ([0, 1, 2], [0, 2, 2], [0, 0, 2])]
+    with Stages(model, find_targets(model), batches) as stages:
+        *first, last = stages.order
+        for stage in first:
+            assert stage.uses == 1  # As the first batch has shown, which uses all of them.
+            stages.run(stage, lambda *_: None)
+            with torch.no_grad():
+                for each in (model, whole):
+                    each.get_parameter(stage.names[0]).mul_(0.5)
+            stages.finish(stage)
+        for _ in range(2):
+            shown = []
+            stages.run(last, lambda product, _, shown=shown: shown.append((product.part, product.inputs(1))))
+            expected = products(whole, "last.weight", batches)
+            assert all(torch.equal(a, b) for (_, a), (_, b) in zip(shown, expected, strict=True))
 
 
 class Skips(nn.Module):

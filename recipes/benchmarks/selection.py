@@ -13,16 +13,13 @@ Needs Linux, which can tell a process its highest resident memory and forget it 
 """
 
 import argparse
-import ctypes
+import functools
 import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from isolated import Measurement, measure, parse_arguments, take_turns
 from torch.nn.utils import prune as torch_prune
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
@@ -65,54 +62,29 @@ PRUNERS: dict[str, Callable[[GPTNeoForCausalLM], None]] = {
 }
 
 
-def measure(pruner: Callable[[GPTNeoForCausalLM], None]) -> dict[str, float]:
-    """Prunes one model in this process, which must not have measured before."""
+def measure_pruner(pruner: Callable[[GPTNeoForCausalLM], None]) -> Measurement:
+    """Prunes one model in this process."""
     pruner(gpt_neo(hidden_size=64))
     torch.manual_seed(0)
     model = gpt_neo()
-    # Without this, memory freed while the model was built would be used again, and not be seen.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest resident memory so far
-    before = resident("VmRSS")
-    start = time.perf_counter()
-    pruner(model)
-    seconds = time.perf_counter() - start
-    extra = resident("VmHWM") - before
+    measurement = measure(functools.partial(pruner, model))
     for module in model.modules():
         if hasattr(module, "weight_orig"):
             torch_prune.remove(module, "weight")  # so that both leave an ordinary model with zeros
     report = sparsity_report(model)
     assert report.zeros == round(SPARSITY * report.total), report
-    return {"seconds": seconds, "extra MiB": extra / 1024}
-
-
-def resident(field: str) -> int:
-    """Resident memory of this process in KiB: `VmRSS` now, `VmHWM` at its highest."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{field}:"))
+    return measurement
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=5, help="Turns that each of the two takes.")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", action="store_true", help="Print all measurements as JSON instead of a table.")
-    parser.add_argument("--measure", choices=PRUNERS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse_arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
     if args.measure:
-        print(json.dumps(measure(PRUNERS[args.measure])))
+        print(json.dumps(measure_pruner(PRUNERS[args.measure])))
         return
-
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in PRUNERS}
-    for _ in range(args.turns):
-        for name in PRUNERS:
-            command = [sys.executable, __file__, "--measure", name, "--threads", str(args.threads)]
-            runs[name].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+    runs = take_turns(PRUNERS, args.turns)
     if args.json:
         print(json.dumps({"threads": args.threads, "sparsity": SPARSITY, "runs": runs}))
         return
-
     print(f"Medians of {args.turns} turns each, {args.threads} threads:\n")
     print(f"{'':12}{'hf_prune':>12}{'torch.nn.utils.prune':>24}{'ratio':>8}{'bar':>6}")
     for quantity, bar in BARS.items():

@@ -3,7 +3,7 @@
 What changes the weights of a layer by its inputs has to see those inputs as the changed layers before it make them, so
 every layer needs passes of its own. Each is an ordinary forward call that stops once it has shown a layer's inputs. A
 block (an innermost element of a `ModuleList`) whose targets are all final is computed once more for each batch; after
-that its cached output is returned.
+that its cached output is returned. While a block is under way, the same holds for its parts, such as its attention.
 """
 
 import contextlib
@@ -75,9 +75,13 @@ class Stages:
         self._batch = 0  # the one under way
         self._given: set[nn.Module] = set()  # Finished blocks that have given their output in the pass under way.
         self._undo = contextlib.ExitStack()
-        reads = _OutputReads(_blocks_of(model, targets))
+        names = {target.weight: name for name, target in targets.items()}
+        self._parts = {block: _parts_of(block, names) for block in _blocks_of(model, names)}
+        self._block_of = {part: block for block, parts in self._parts.items() for part in parts}
+        reads = _OutputReads(self._parts)
         passes = self._note_all(reads)
-        self._blocks = {block: names for block, names in reads.blocks.items() if reads.is_cacheable(block)}
+        modules = [*self._parts, *self._block_of]  # Blocks come before their parts.
+        self._names = {module: _targets_in(module, names) for module in modules if reads.is_cacheable(module)}
         self._readers = reads.readers
         self._cache: dict[nn.Module, dict[int, Any]] = {}  # Of finished blocks, by batch.
         self._released: set[nn.Module] = set()  # Those whose output only other finished blocks read: placeholders.
@@ -117,11 +121,15 @@ class Stages:
     def finish(self, stage: Stage) -> None:
         """Says that the weights of a stage change no more."""
         self._unfinished -= set(stage.names)
-        for block, names in self._blocks.items():
-            if block not in self._cache and not names & self._unfinished:
-                self._cache_output(block)
         complete = {block for block, given in self._cache.items() if len(given) == len(self._batches)}
-        for block in complete - self._released:
+        for block, parts in self._parts.items():
+            if block in complete:  # Its parts are called no more.
+                self._cache.update({part: {} for part in parts})
+        for module, names in self._names.items():
+            is_within = self._block_of.get(module) in self._cache
+            if module not in self._cache and not is_within and not names & self._unfinished:
+                self._cache_output(module)
+        for block in complete & self._readers.keys() - self._released:
             if self._readers[block] <= complete:
                 self._released.add(block)
                 self._cache[block] = pytree.tree_map_only(torch.Tensor, _placeholder, self._cache[block])
@@ -256,18 +264,30 @@ def _later(passes: Sequence[Sequence[_Use]]) -> dict[str, frozenset[str]]:
     return {name: frozenset(after[name] - before[name]) for name in after}
 
 
-def _blocks_of(model: nn.Module, targets: Mapping[str, Target]) -> dict[nn.Module, frozenset[str]]:
-    """The innermost elements of module lists that hold targets → which."""
-    blocks: dict[nn.Module, frozenset[str]] = {}
-    inside = {id(target.weight): name for name, target in targets.items()}
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            for block in module:
-                names = frozenset(inside[id(p)] for p in block.parameters() if id(p) in inside)
-                lists = [m for m in block.modules() if isinstance(m, nn.ModuleList)]
-                if names and not any(id(p) in inside for m in lists for p in m.parameters()):
-                    blocks[block] = names
-    return blocks
+def _targets_in(module: nn.Module, names: Mapping[nn.Parameter, str]) -> frozenset[str]:
+    return frozenset(names[parameter] for parameter in module.parameters() if parameter in names)
+
+
+def _blocks_of(model: nn.Module, names: Mapping[nn.Parameter, str]) -> list[nn.Module]:
+    """The innermost elements of module lists that hold targets."""
+
+    def lists_in(module: nn.Module) -> list[nn.Module]:
+        return [m for m in module.modules() if isinstance(m, nn.ModuleList) and _targets_in(m, names)]
+
+    elements = dict.fromkeys(element for modules in lists_in(model) for element in modules.children())
+    return [element for element in elements if _targets_in(element, names) and not lists_in(element)]
+
+
+def _parts_of(block: nn.Module, names: Mapping[nn.Parameter, str]) -> list[nn.Module]:
+    """The outermost modules in a block that hold several of its targets, but not all.
+
+    The output of a single target is larger, or soon made again.
+    """
+    parts = {_targets_in(block, names): block}
+    for module in block.modules():
+        if len(held := _targets_in(module, names)) > 1:
+            parts.setdefault(held, module)
+    return [module for module in parts.values() if module is not block]
 
 
 # Reading these needs no data, so that a placeholder can answer.
@@ -277,20 +297,19 @@ _METADATA = {
 
 
 class _OutputReads(TorchFunctionMode):
-    """A context that notes how often each block is called, and where its output is read.
+    """A context that notes how often each block is called, and each part of it, and where a block's output is read.
 
     Args:
-        blocks: Block → the names of its targets.
+        parts: Block → its parts.
 
     Attributes:
-        blocks: As given.
         readers: Block → the blocks that read what it gave; None among them is anything outside of blocks.
     """
 
-    def __init__(self, blocks: Mapping[nn.Module, frozenset[str]]) -> None:
+    def __init__(self, parts: Mapping[nn.Module, Sequence[nn.Module]]) -> None:
         super().__init__()
-        self.blocks = blocks
-        self.readers: dict[nn.Module, set[nn.Module | None]] = {block: set() for block in blocks}
+        self._parts = parts
+        self.readers: dict[nn.Module, set[nn.Module | None]] = {block: set() for block in parts}
         self._calls: list[Counter[nn.Module]] = []  # of each pass
         self._stateful: set[nn.Module] = set()
         self._makers: MutableMapping[torch.Tensor, set[nn.Module]] = WeakTensorKeyDictionary()
@@ -303,13 +322,13 @@ class _OutputReads(TorchFunctionMode):
         self._within = None
 
     def is_cacheable(self, block: nn.Module) -> bool:
-        """Whether a block does nothing but give an output, once a pass."""
+        """Whether a block, or a part of one, does nothing but give an output, once a pass."""
         return block not in self._stateful and all(calls[block] == 1 for calls in self._calls)
 
     def __enter__(self) -> "_OutputReads":
-        for block in self.blocks:
-            begin = block.register_forward_pre_hook(self._begin, with_kwargs=True)
-            self._hooks += [begin, block.register_forward_hook(self._end)]
+        for module in [*self._parts, *(part for parts in self._parts.values() for part in parts)]:
+            begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
+            self._hooks += [begin, module.register_forward_hook(self._end)]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -318,14 +337,17 @@ class _OutputReads(TorchFunctionMode):
             hook.remove()
 
     def _begin(self, block: nn.Module, args: Any, kwargs: Any) -> None:
-        self._within = block
+        if block in self._parts:
+            self._within = block
         # Into these it may write what other blocks read.
         if any(isinstance(value, (MutableMapping, Cache)) for value in (*args, *kwargs.values())):
             self._stateful.add(block)
 
     def _end(self, block: nn.Module, args: Any, output: Any) -> None:
-        self._within = None
         self._calls[-1][block] += 1
+        if block not in self._parts:
+            return
+        self._within = None
         for value in pytree.tree_leaves(output):
             if torch.is_tensor(value):  # It may be what another block gave, and this one hands on.
                 self._makers[value] = self._makers.get(value, set()) | {block}

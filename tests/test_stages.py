@@ -91,8 +91,9 @@ def kept_outputs(stages):
 def test_finished_blocks_are_computed_once_more():
     model = build("llama").eval()
     model.config.use_cache = False
-    calls = Counter()
+    calls, parts = Counter(), Counter()
     for i, layer in enumerate(model.model.layers):
+        layer.self_attn.o_proj.register_forward_hook(lambda *_, i=i: parts.update([i]))
         layer.mlp.down_proj.register_forward_hook(lambda *_, i=i: calls.update([i]))
     batches = batches_of(model)
     with Stages(model, find_targets(model), batches) as stages:
@@ -101,6 +102,8 @@ def test_finished_blocks_are_computed_once_more():
             stages.finish(stage)
     # To see the order, once, and the first block for what it gives; its own last stage is left within the product.
     assert calls == {0: 1 + len(batches), 1: 1}
+    # The attention for what it gives to the stages behind it, and to its block.
+    assert parts == {0: 1 + len(batches), 1: 1 + len(batches)}
     model(**batches[0])
     assert calls[0] == 1 + len(batches) + 1
 

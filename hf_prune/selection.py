@@ -2,8 +2,8 @@
 
 The order is total: by value (`−0.0` equals `0.0`), ties by position (tensor by tensor, each in its row-major order).
 Floating-point numbers are mapped to integers that sort alike, and the k-th lowest integer is found from its highest
-16 bits down, with one histogram of 65,536 counts for each 16 bits. Beyond the scores of one tensor at a time this
-needs no memory that grows with the model, and the histograms of parts add up to the histogram of the whole.
+16 bits down, with one histogram of 65,536 counts for each 16 bits, until few enough are left to be sorted. Beyond the
+scores of one tensor at a time and these few this needs no memory that grows with the model.
 """
 
 import functools
@@ -22,6 +22,7 @@ _KEY_DTYPES = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
+_SORTED = 1 / 64  # The largest share of the scores that is sorted, which takes about 20 bytes for each of them.
 _CHUNK = 1 << 20  # Elements worked on at a time: bounds the temporaries, which are several times larger than scores.
 
 
@@ -50,19 +51,25 @@ def drop_lowest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None 
     ranking = _Ranking(scores, kept or {})
     if not 0 <= k <= ranking.total:
         raise ValueError(f"k must be in [0, {ranking.total}], the number of scores; got {k}.")
-    threshold, ties = _kth_lowest(ranking, k)
-    masks = {}
+    prefix, shift, left = _bin_of_kth_lowest(ranking, k)
+    masks, inside = {}, []
     for name, shape in ranking.shapes.items():
-        chunks = []
-        for key in ranking.keys(name):
-            keep = key >= threshold
-            if ties:
-                # Of the scores that equal the threshold just as many go as the count wants: the first by position.
-                equal = (key == threshold).nonzero().flatten()
-                keep[equal[:ties]] = False
-                ties = max(ties - len(equal), 0)
-            chunks.append(keep)
-        masks[name] = torch.cat(chunks).view(shape)
+        mask = torch.empty(shape.numel(), dtype=torch.bool, device=ranking.devices[name])
+        for chunk, key in ranking.keys(name):
+            digits = key >> shift if shift else key
+            torch.ge(digits, prefix, out=mask[chunk])
+            positions = (digits == prefix).nonzero().flatten()
+            if shift:
+                inside.append((mask[chunk], positions, key[positions].cpu()))
+            else:  # They are equal, and the first by position go.
+                mask[chunk][positions[:left]] = False
+                left = max(left - len(positions), 0)
+        masks[name] = mask.view(shape)
+    if inside:
+        keys = torch.cat([key for *_, key in inside])
+        keep = torch.ones_like(keys, dtype=torch.bool).scatter_(0, keys.argsort(stable=True)[:left], False)
+        for (mask, positions, _), part in zip(inside, keep.split([len(key) for *_, key in inside]), strict=True):
+            mask[positions] = part.to(mask.device)
     dropped = sum(masked_in(mask) for mask in masks.values())
     if dropped != k:
         raise ValueError(
@@ -133,56 +140,92 @@ def check_scores(name: str, values: torch.Tensor) -> None:
 
 
 class _Ranking:
-    """Scores as integers that sort as they do, one tensor at a time."""
+    """Scores as integers that sort as they do, one tensor at a time.
+
+    Attributes:
+        shapes: The shape of each tensor.
+        devices: Its device.
+        total: Number of scores.
+        bits: Number of bits of a key.
+        histogram: Number of keys that begin with each 16 bits, in their order.
+    """
 
     def __init__(self, scores: Scores, kept: Mapping[str, torch.Tensor]) -> None:
         self._scores, self._kept = scores, kept
+        self._dtypes: set[torch.dtype] = set()
         self._positive: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
-        dtypes = []
-        for name, compute in scores.items():
-            values = compute()
-            check_scores(name, values)
-            if values.numel() and values.min() > 0:
-                self._positive.add(name)
-            self.shapes[name] = values.shape
-            dtypes.append(values.dtype)
-        self._dtype = functools.reduce(torch.promote_types, dtypes)
-        self._integer = _KEY_DTYPES[self._dtype]
-        self.bits = torch.iinfo(self._integer).bits
+        self.devices: dict[str, torch.device] = {}
+        self.histogram = self.histogram_within(None)
+        if len(self._dtypes) > 1:  # The first ones were not yet compared in the dtype that holds them all.
+            self.histogram = self.histogram_within(None)
         self.total = sum(shape.numel() for shape in self.shapes.values())
 
-    def keys(self, name: str) -> Iterator[torch.Tensor]:
-        """The keys of one tensor, in chunks; what is dropped already gets the lowest integer of all."""
-        lowest = torch.iinfo(self._integer).min
-        flags = self._kept[name].flatten().split(_CHUNK) if name in self._kept else None
-        for i, chunk in enumerate(self._scores[name]().flatten().split(_CHUNK)):
-            key = chunk.to(self._dtype).view(self._integer)
+    @property
+    def _dtype(self) -> torch.dtype:
+        return functools.reduce(torch.promote_types, self._dtypes)
+
+    @property
+    def bits(self) -> int:
+        return torch.iinfo(_KEY_DTYPES[self._dtype]).bits
+
+    def keys(self, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The keys of one tensor, in chunks, and where these are; what is dropped already gets the lowest integer."""
+        values = self._scores[name]()
+        if name not in self.shapes:
+            check_scores(name, values)
+            self.shapes[name], self.devices[name] = values.shape, values.device
+            self._dtypes.add(values.dtype)
+            if values.numel() and values.min() > 0:
+                self._positive.add(name)
+        kept = self._kept[name].flatten() if name in self._kept else None
+        dtype = self._dtype
+        lowest = torch.iinfo(_KEY_DTYPES[dtype]).min
+        values = values.flatten()
+        for start in range(0, len(values), _CHUNK):
+            chunk = slice(start, min(start + _CHUNK, len(values)))
+            key = values[chunk].to(dtype).view(_KEY_DTYPES[dtype])
             # The bits of a positive float sort as the float does; those of a negative one the other way round.
             # This mapping gives −0.0 and 0.0 one key, and leaves the lowest integer to no float.
             if name not in self._positive:
                 key = torch.where(key < 0, lowest - key, key)
-            yield key if flags is None else torch.where(flags[i], key, lowest)
+            yield chunk, key if kept is None else torch.where(kept[chunk], key, lowest)
 
+    def histogram_within(self, prefix: int | None, shift: int = 0) -> torch.Tensor:
+        """Number of keys by 16 of their bits.
 
-def _kth_lowest(ranking: _Ranking, k: int) -> tuple[int, int]:
-    """The k-th lowest key, and how many of the scores that equal it are among the k lowest.
-
-    For `k = 0` the lowest integer, and none.
-    """
-    top = ranking.bits - 16
-    known = 0  # The digits found so far, as a signed integer.
-    for shift in range(top, -1, -16):
+        Args:
+            prefix: The bits before these, as a signed integer: only keys that begin with them count. None for the
+                first 16 bits, in which the sign is.
+            shift: Number of bits behind these.
+        """
         histogram = torch.zeros(1 << 16, dtype=torch.int64)
-        for name in ranking.shapes:
-            for key in ranking.keys(name):
-                if shift == top:
-                    digit = (key >> shift).int() + (1 << 15)  # The sign is in the first digit.
+        for name in self._scores:
+            for _, key in self.keys(name):
+                if prefix is None:
+                    digit = (key >> (self.bits - 16)).int() + (1 << 15)
                 else:
-                    digit = (key[(key >> (shift + 16)) == known] >> shift) & 0xFFFF
+                    digit = (key[(key >> (shift + 16)) == prefix] >> shift) & 0xFFFF
                 histogram += torch.bincount(digit, minlength=1 << 16).cpu()
-        below = histogram.cumsum(0)
-        found = int(torch.searchsorted(below, k))
-        k -= int(below[found] - histogram[found])
-        known = found - (1 << 15) if shift == top else (known << 16) | found
-    return known, k
+        return histogram
+
+
+def _bin_of_kth_lowest(ranking: _Ranking, k: int) -> tuple[int, int, int]:
+    """A bin of keys that the k-th lowest is in: narrow enough that what is in it can be sorted, or a single key.
+
+    Returns:
+        The bits that the keys in it begin with, as a signed integer; the number of bits behind these; and how many of
+        the keys in it are among the k lowest. For `k = 0` the lowest bin, and none.
+    """
+    prefix, shift, histogram = -1 << 15, ranking.bits - 16, ranking.histogram
+    while True:
+        up_to = histogram.cumsum(0)
+        found = int(torch.searchsorted(up_to, k))
+        inside = int(histogram[found])
+        k -= int(up_to[found]) - inside
+        prefix += found
+        if shift == 0 or inside <= ranking.total * _SORTED:
+            return prefix, shift, k
+        shift -= 16
+        histogram = ranking.histogram_within(prefix, shift)
+        prefix <<= 16

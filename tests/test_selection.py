@@ -41,9 +41,12 @@ KINDS = {
 }
 
 
+# Digit after digit to the last one, until a few are left, and after the first digit.
+@pytest.mark.parametrize("sorted_share", [0, selection._SORTED, 1])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_equals_a_full_sort(dtype, kind):
+def test_equals_a_full_sort(dtype, kind, sorted_share, monkeypatch):
+    monkeypatch.setattr(selection, "_SORTED", sorted_share)
     torch.manual_seed(0)
     check([KINDS[kind](torch.randn(shape)).to(dtype) for shape in SHAPES])
 
@@ -71,10 +74,13 @@ def test_mixed_dtypes_are_not_cast_down():
     check([close, torch.ones(2, dtype=torch.float16)])
 
 
-def test_several_chunks(monkeypatch):
+@pytest.mark.parametrize("sorted_share", [0, 1])
+def test_several_chunks(sorted_share, monkeypatch):
     monkeypatch.setattr(selection, "_CHUNK", 8)
+    monkeypatch.setattr(selection, "_SORTED", sorted_share)
     torch.manual_seed(0)
     check([(2 * torch.randn(shape)).round() for shape in SHAPES])
+    check([torch.randn(shape) for shape in SHAPES])
 
 
 def test_non_contiguous_scores():

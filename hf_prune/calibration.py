@@ -272,7 +272,7 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
     if loss is None:
         raise ValueError(
             f"{type(model).__name__} gives no loss for calibration batches with {', '.join(batch)}. "
-            "They need 'labels'."
+            "They need 'labels' (for sparsegpt only with scope='global')."
         )
     return loss
 

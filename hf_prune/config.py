@@ -51,10 +51,10 @@ class PruningConfig:
             which fixes the sparsity at `1 − N/M`) or "block:RxC".
         scope: Which weights compete: "global" (all), "layer" (per tensor, each equally sparse), "row" (per output,
             each equally sparse), "erk" (per tensor, by the Erdős–Rényi kernel rule) or "owl" (per tensor, by the
-            outliers of its inputs and weights); "auto" is row for wanda, layer for sparsegpt, and global for all
-            others. N:M competes within its groups and takes "auto" only. With sparsegpt the scope says how sparse each
-            layer is ("global": as by the criterion fisher, which needs labels), and weights compete within blocks of
-            its columns.
+            outliers of its inputs and weights); "auto" is row for wanda and global for all others. N:M competes
+            within its groups and takes "auto" only. With sparsegpt the scope says how sparse each layer is, and
+            weights compete within blocks of its columns: "global" is as by the criterion fisher, which needs labels
+            and gradients, and "layer" as in its paper, which needs neither.
         layer_sparsity: Regular expression of module names → their own final sparsity, also as JSON text. The first
             that matches the whole name counts. These modules leave the competition, and `sparsity` holds for the
             rest. At earlier rounds they are as far on their way as the rest.

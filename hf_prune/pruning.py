@@ -55,7 +55,10 @@ def effective_scope(config: PruningConfig, criterion: Criterion | None = None) -
     """The scope of a config, or what "auto" means for its criterion, or for another one in place of it."""
     if config.scope != "auto":
         return config.scope
-    return "layer" if _reconstructs(config, criterion) else scope_of(criterion or CRITERIA[config.criterion])
+    if _reconstructs(config, criterion):
+        is_pattern = isinstance(granularities.parse(config.granularity), Pattern)
+        return "layer" if is_pattern else "global"  # A pattern says itself how sparse each layer is.
+    return scope_of(criterion or CRITERIA[config.criterion])
 
 
 def required_statistics(config: PruningConfig, criterion: Criterion | None = None) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ class CriteriaArguments:
     criteria: list[str] = field(
         default_factory=lambda: [
             *("magnitude", "lamp", "wanda", "taylor", "fisher", "fisher+score_steps=8"),
-            *("sparsegpt", "sparsegpt+scope=owl", "sparsegpt+scope=global"),
+            *("sparsegpt", "sparsegpt+scope=layer", "sparsegpt+scope=owl"),
         ],
         metadata={"help": "With other fields of PruningConfig behind them, as in fisher+score_steps=8."},
     )

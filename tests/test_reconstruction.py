@@ -1,5 +1,6 @@
 """SparseGPT against optimal brain surgeon by brute force, least squares, and the errors of other criteria."""
 
+import dataclasses
 import re
 
 import pytest
@@ -214,7 +215,7 @@ def test_experts_that_no_sample_reaches_are_pruned_by_magnitude_and_that_is_said
     experts = model.model.layers[0].mlp.experts.down_proj
     before = experts.detach().clone()
     data = [{"input_ids": torch.tensor([[3, 4, 5]])}]
-    prune(model, PruningConfig(sparsity=0.5, criterion="sparsegpt", calibration_samples=1), data)
+    prune(model, PruningConfig(sparsity=0.5, criterion="sparsegpt", scope="layer", calibration_samples=1), data)
     found = re.search(r"reaches (\d+) of the 16 parts of 'model\.layers\.0\.mlp\.experts\.down_proj'", caplog.text)
     by_magnitude = 0
     for expert, dense in zip(experts.detach(), before, strict=True):
@@ -252,7 +253,7 @@ def test_activations_that_are_not_finite_name_the_module_and_change_nothing():
     with pytest.raises(ValueError, match=r"what 'b' is multiplied with is NaN or infinite over the calibration"):
         prune(
             model,
-            PruningConfig(sparsity=0.5, criterion="sparsegpt", calibration_samples=8),
+            PruningConfig(sparsity=0.5, criterion="sparsegpt", scope="layer", calibration_samples=8),
             [{"x": torch.randn(8, 4)}],
         )
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -274,8 +275,7 @@ def test_a_model_loses_less_than_by_magnitude(family, dtype):
         values = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in each.items()} for each in data]
         with torch.no_grad():
             dense = [model(**each).logits.float() for each in values]
-            scope = "layer" if name == "magnitude" else "auto"  # Layers are equally sparse in both.
-            prune(model, PruningConfig(sparsity=0.6, criterion=name, scope=scope, calibration_samples=64), values)
+            prune(model, PruningConfig(sparsity=0.6, criterion=name, scope="layer", calibration_samples=64), values)
             losses[name] = sum(
                 float((model(**each).logits.float() - y).square().sum()) for each, y in zip(values, dense, strict=True)
             )
@@ -295,15 +295,26 @@ def test_the_hessian_of_wanda_is_its_diagonal():
     torch.testing.assert_close(model.layer.weight.detach().flatten()[mask], before.flatten()[mask])
 
 
-def test_with_global_scope_layers_are_as_sparse_as_by_fisher():
+def test_layers_are_as_sparse_as_by_fisher_unless_another_scope_is_asked_for():
     counts = []
     for name in ("fisher", "sparsegpt"):
         model = build("llama")
         data = DataLoader(batch(model, 8), batch_size=4, collate_fn=default_data_collator)
-        config = PruningConfig(sparsity=0.7, criterion=name, scope="global", calibration_samples=8)
+        config = PruningConfig(sparsity=0.7, criterion=name, calibration_samples=8)
         counts.append([module.zeros for module in prune(model, config, data).modules])
     assert counts[0] == counts[1]
     assert len(set(counts[0])) > 2
+
+
+def test_without_labels_layers_can_be_equally_sparse():
+    model = build("llama")
+    data = [{"input_ids": torch.randint(model.config.vocab_size, (8, 6))}]
+    config = PruningConfig(sparsity=0.7, criterion="sparsegpt", calibration_samples=8)
+    with pytest.raises(ValueError, match=r"They need 'labels' \(for sparsegpt only with scope='global'\)\.$"):
+        prune(model, config, data)
+    report = prune(model, dataclasses.replace(config, scope="layer"), data)
+    assert all(module.zeros == round(0.7 * module.total) for module in report.modules)
+    prune(build("llama"), PruningConfig(granularity="2:4", criterion="sparsegpt", calibration_samples=8), data)
 
 
 def test_inside_autocast_layers_see_what_pruned_ones_give():

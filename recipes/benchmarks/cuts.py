@@ -4,12 +4,13 @@ python recipes/benchmarks/cuts.py
 python recipes/benchmarks/cuts.py --reference ../sparsegpt
 
 The model is a GPT-Neo with 29 million parameters, the data are 128 samples of 256 tokens in batches of 8. All take
-turns, each time in a process of its own. Beside the criteria there are
+turns, each time in a process of its own. `sparsegpt+layer` is sparsegpt with layers that are equally sparse, for which
+no gradients are needed. Beside the criteria there are
 
 forward         one forward pass over the samples
 backward        one forward and one backward pass over the samples: what gives ordinary gradients
-products        the least that sparsegpt has to multiply: two forward passes over the samples, one Hessian for each
-                input of a layer, and its factorization
+products        the least that sparsegpt+layer has to multiply: two forward passes over the samples, one Hessian for
+                each input of a layer, and its factorization
 reference       the implementation that the authors of SparseGPT published, with `--reference FOLDER`: a clone of
                 https://github.com/IST-DASLab/sparsegpt, of which the class `SparseGPT` is used, block by block as its
                 scripts do
@@ -41,8 +42,8 @@ from hf_prune import PruningConfig, prune
 SPARSITY = 0.5
 TOKENS = 256
 BATCH_SIZE = 8
-CRITERIA = ("magnitude", "lamp", "wanda", "snip", "taylor", "fisher", "sparsegpt", "sparsegpt+global")
-BARS = {("fisher", "backward"): 4.0, ("sparsegpt", "products"): 2.0, ("sparsegpt", "reference"): 1.0}
+CRITERIA = ("magnitude", "lamp", "wanda", "snip", "taylor", "fisher", "sparsegpt", "sparsegpt+layer")
+BARS = {("fisher", "backward"): 4.0, ("sparsegpt+layer", "products"): 2.0, ("sparsegpt+layer", "reference"): 1.0}
 
 Data = Sequence[dict[str, torch.Tensor]]
 

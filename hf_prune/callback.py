@@ -227,18 +227,18 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Zeroes the weights that momentum moved, or an optimizer that looks at more than a weight's own gradient."""
+        """Zeroes pruned weights, unless they cannot have moved: by momentum, or by what other weights did."""
         if not self._zeros_stay:
             self.masks.apply_(kwargs["model"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Counts what the round costs."""
+        """Counts what the round costs; what is evaluated or saved next has its zeros."""
         if self._finished is not None:
             self._stay_over(state, control)
             return
-        self._hold_what_is_shown(control, kwargs["model"])
+        self._zero_what_is_shown_(control, kwargs["model"])
         tokens, self._tokens_seen = state.num_input_tokens_seen - self._tokens_seen, state.num_input_tokens_seen
         batch_size = state.train_batch_size or args.train_batch_size  # The former is what auto_find_batch_size found.
         self._rounds.count_step_(
@@ -250,11 +250,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Lets nothing happen in a run that was over when it was resumed."""
+        """Zeroes what is evaluated or saved next; lets nothing happen in a run that was over when it was resumed."""
         if self._finished is not None:
             self._stay_over(state, control)
-            return
-        self._hold_what_is_shown(control, kwargs["model"])
+        else:
+            self._zero_what_is_shown_(control, kwargs["model"])
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -410,7 +410,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._hooks.hold_(self._weights, self.masks)
         self._zeros_stay = self.config.optimizer_state != "keep" and leaves_zeros(optimizer)
 
-    def _hold_what_is_shown(self, control: TrainerControl, model: nn.Module) -> None:
+    def _zero_what_is_shown_(self, control: TrainerControl, model: nn.Module) -> None:
         """Whatever other callbacks do to gradients or weights: what is evaluated and saved has its zeros."""
         if control.should_evaluate or control.should_save:
             self.masks.apply_(model)

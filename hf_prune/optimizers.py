@@ -17,7 +17,7 @@ ELEMENTWISE = (
 """Optimizers that move a weight by nothing but its own value, gradient and moments."""
 
 
-def leaves_zeros(optimizer: torch.optim.Optimizer) -> bool:
+def leaves_zeros(optimizer: optim.Optimizer) -> bool:
     """Whether a step leaves a weight at zero whose gradient and moments are zero, whatever the others are.
 
     Args:
@@ -29,7 +29,7 @@ def leaves_zeros(optimizer: torch.optim.Optimizer) -> bool:
 
 
 @torch.no_grad()
-def cut_state_(optimizer: torch.optim.Optimizer, how: str, masks: Mapping[torch.Tensor, torch.Tensor]) -> None:
+def cut_state_(optimizer: optim.Optimizer, how: str, masks: Mapping[torch.Tensor, torch.Tensor]) -> None:
     """Does to an optimizer's state what a cut asks for.
 
     Args:

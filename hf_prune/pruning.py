@@ -15,12 +15,12 @@ from .calibration import STATISTICS, Statistics, calibrate
 from .config import PruningConfig
 from .criteria import CRITERIA, Criterion, ScoreInputs, fisher, magnitude, needs_of, scope_of, wanda
 from .granularities import Pattern
-from .masks import MaskSet
+from .masks import MaskSet, masked_in
 from .reconstruction import RECONSTRUCTIONS, reconstruct_
 from .reports import SparsityReport, sparsity_report
 from .samples import Batch
 from .scopes import Pool, outlier_ratio, pools
-from .selection import drop_lowest, drop_lowest_of_each, masked_in
+from .selection import drop_lowest, drop_lowest_of_each
 from .targets import Target, find_targets
 
 logger = logging.getLogger(__name__)

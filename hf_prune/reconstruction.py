@@ -16,12 +16,12 @@ from transformers.utils.logging import tqdm
 from .calibration import require_finite, unpadded_inputs, warn_of_unreached
 from .contexts import configured, eager_experts, undisturbed
 from .granularities import Pattern, Unstructured
-from .masks import MaskSet
+from .masks import MaskSet, masked_in
 from .processes import sum_over_processes
 from .products import Product
 from .samples import DELAY, Batch, read_samples
 from .scopes import divide
-from .selection import drop_lowest, drop_lowest_of_each, masked_in
+from .selection import drop_lowest, drop_lowest_of_each
 from .stages import Stages
 from .targets import Target
 
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 RECONSTRUCTIONS = ("sparsegpt",)
 DAMPING = (0.01, 0.1, 1.0)  # What is added to the diagonal, in units of its mean: more where less will not do.
-_SQUARE = 512  # Rows and columns of a diagonal block of a Hessian.
 BLOCKSIZE = 128  # Columns that are chosen from, and changed, at a time.
+_BAND = 512  # Rows of a Hessian that are computed at a time, from their first diagonal element to the right.
 
 
 class _Factor(NamedTuple):
@@ -60,7 +60,7 @@ def reconstruct_(
     """Prunes a model with SparseGPT, layer by layer in the order of its forward pass.
 
     A layer sees the inputs that the pruned layers before it give. In memory are one Hessian (fused experts have one
-    each), and the outputs of blocks that later ones still read.
+    each), and the outputs of finished blocks, and of finished parts of others, that later passes still read.
 
     Args:
         model: The model, unwrapped; called as `model(**batch)`. Changed in place.
@@ -112,11 +112,11 @@ class _Hessian:
         self._model, self._target = model, target
         size = torch.Size([target.parts, target.fan_in, target.fan_in])
         self._sum = torch.zeros(size, device=target.weight.device, dtype=_compute_dtype(target))
-        self._blocks = [slice(start, start + _SQUARE) for start in range(0, target.fan_in, _SQUARE)]
+        self._bands = [slice(start, start + _BAND) for start in range(0, target.fan_in, _BAND)]
 
     def add_(self, product: Product, batch: Batch) -> None:
         x = unpadded_inputs(product, batch, self._model).to(self._sum.dtype)
-        for here in self._blocks:  # It is symmetric: what is below its diagonal blocks need not be computed.
+        for here in self._bands:  # It is symmetric, and what is to their left need not be computed.
             on = slice(here.start, None)
             self._sum[product.parts, here, on].baddbmm_(x[..., here].mT, x[..., on])
 
@@ -127,7 +127,7 @@ class _Hessian:
             ValueError: if an activation was NaN or infinite.
         """
         total, name = sum_over_processes(self._sum), self._target.module
-        for here in self._blocks:
+        for here in self._bands:
             behind = slice(here.stop, None)
             total[:, behind, here] = total[:, here, behind].mT
         require_finite(total, f"what {name!r} is multiplied with")
@@ -208,7 +208,7 @@ def _sparsegpt_(
     width = max(BLOCKSIZE // group, 1) * group
     for start in range(0, rows.shape[1], width):
         here, behind = slice(start, start + width), slice(start + width, None)
-        # Column after column, so that one lies side by side in memory.
+        # Transposed, [columns, rows]: what is worked on, a column, is then contiguous in memory.
         block, kept = rows[:, here].t().contiguous(), mask[:, here].t().contiguous()
         upper, alive, errors = factor.upper[here, here], factor.alive[here], torch.empty_like(block)
         pivots = upper.diagonal()
@@ -216,8 +216,8 @@ def _sparsegpt_(
             if i % group == 0:
                 columns = slice(i, i + group)
                 scores = (block[columns].t() / pivots[columns]).square() * alive[columns]
-                drop = drops[(start + i) // group]
-                kept[columns] = _select(name, scores, drop, kept[columns].t(), granularity).t()
+                share = drops[(start + i) // group]
+                kept[columns] = _select(name, scores, share, kept[columns].t(), granularity).t()
             pruned = block[i] * kept[i]
             errors[i] = (block[i] - pruned) / pivots[i]
             block[i:].addr_(upper[i, i:], errors[i], alpha=-1)

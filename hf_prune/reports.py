@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .config import PruningConfig
-from .selection import masked_in
+from .masks import masked_in
 from .targets import find_targets
 
 HISTORY_NAME = "pruning_history.json"

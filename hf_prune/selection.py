@@ -9,8 +9,9 @@ scores of one tensor at a time and these few this needs no memory that grows wit
 import functools
 from collections.abc import Callable, Iterator, Mapping
 
-import numpy as np
 import torch
+
+from .masks import masked_in
 
 Scores = Mapping[str, Callable[[], torch.Tensor]]
 """Name → a function that gives the scores of that tensor. It is called once for each pass and must give the same
@@ -22,7 +23,7 @@ _KEY_DTYPES = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
-_SORTED = 1 / 64  # The largest share of the scores that is sorted, which takes about 20 bytes for each of them.
+_SORTED_SHARE = 1 / 64  # The largest share of the scores that is sorted, which takes about 20 bytes for each of them.
 _CHUNK = 1 << 20  # Elements worked on at a time: bounds the temporaries, which are several times larger than scores.
 
 
@@ -68,8 +69,8 @@ def drop_lowest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None 
     if inside:
         keys = torch.cat([key for *_, key in inside])
         keep = torch.ones_like(keys, dtype=torch.bool).scatter_(0, keys.argsort(stable=True)[:left], False)
-        for (mask, positions, _), part in zip(inside, keep.split([len(key) for *_, key in inside]), strict=True):
-            mask[positions] = part.to(mask.device)
+        for mask, positions, _ in inside:
+            mask[positions], keep = keep[: len(positions)].to(mask.device), keep[len(positions) :]
     dropped = sum(masked_in(mask) for mask in masks.values())
     if dropped != k:
         raise ValueError(
@@ -110,13 +111,6 @@ def drop_lowest_of_each(name: str, scores: torch.Tensor, k: int, kept: torch.Ten
         # A rank below that of every score, −inf included, for what is dropped already.
         order = order.gather(1, kept.gather(1, order).byte().argsort(stable=True, dim=1))
     return torch.ones_like(order, dtype=torch.bool).scatter_(1, order[:, :k], False)
-
-
-def masked_in(mask: torch.Tensor) -> int:
-    """Number of weights that a mask prunes."""
-    # NumPy counts bools several times faster than torch does.
-    kept = np.count_nonzero(mask.numpy()) if mask.is_cpu else mask.count_nonzero()
-    return mask.numel() - int(kept)
 
 
 def check_scores(name: str, values: torch.Tensor) -> None:
@@ -170,7 +164,10 @@ class _Ranking:
         return torch.iinfo(_KEY_DTYPES[self._dtype]).bits
 
     def keys(self, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The keys of one tensor, in chunks, and where these are; what is dropped already gets the lowest integer."""
+        """The keys of one tensor, in chunks, and where these are; what is dropped already gets the lowest integer.
+
+        The first call for a tensor also checks it and notes its shape, device and dtype.
+        """
         values = self._scores[name]()
         if name not in self.shapes:
             check_scores(name, values)
@@ -179,12 +176,12 @@ class _Ranking:
             if values.numel() and values.min() > 0:
                 self._positive.add(name)
         kept = self._kept[name].flatten() if name in self._kept else None
-        dtype = self._dtype
-        lowest = torch.iinfo(_KEY_DTYPES[dtype]).min
-        values = values.flatten()
+        dtype, values = self._dtype, values.flatten()
+        integer = _KEY_DTYPES[dtype]
+        lowest = torch.iinfo(integer).min
         for start in range(0, len(values), _CHUNK):
-            chunk = slice(start, min(start + _CHUNK, len(values)))
-            key = values[chunk].to(dtype).view(_KEY_DTYPES[dtype])
+            chunk = slice(start, start + _CHUNK)
+            key = values[chunk].to(dtype).view(integer)
             # The bits of a positive float sort as the float does; those of a negative one the other way round.
             # This mapping gives −0.0 and 0.0 one key, and leaves the lowest integer to no float.
             if name not in self._positive:
@@ -224,7 +221,7 @@ def _bin_of_kth_lowest(ranking: _Ranking, k: int) -> tuple[int, int, int]:
         inside = int(histogram[found])
         k -= int(up_to[found]) - inside
         prefix += found
-        if shift == 0 or inside <= ranking.total * _SORTED:
+        if shift == 0 or inside <= ranking.total * _SORTED_SHARE:
             return prefix, shift, k
         shift -= 16
         histogram = ranking.histogram_within(prefix, shift)

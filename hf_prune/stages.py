@@ -7,6 +7,7 @@ that its cached output is returned. While a block is under way, the same holds f
 """
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Stage:
 
 
 class Stages:
-    """A context that runs forward passes stage by stage over a few batches, with cached outputs of finished blocks.
+    """A context that runs forward passes stage by stage over a few batches, with cached outputs of what is finished.
 
     The order of the stages is that of dense passes over one batch of each shape; over all batches where those leave a
     target unseen, as experts may be.
@@ -73,18 +74,17 @@ class Stages:
     def __init__(self, model: nn.Module, targets: Mapping[str, Target], batches: Sequence[Batch]) -> None:
         self._model, self._targets, self._batches = model, targets, batches
         self._batch = 0  # the one under way
-        self._given: set[nn.Module] = set()  # Finished blocks that have given their output in the pass under way.
+        self._given: set[nn.Module] = set()  # Modules that have given their output in the pass under way.
         self._undo = contextlib.ExitStack()
         names = {target.weight: name for name, target in targets.items()}
         self._parts = {block: _parts_of(block, names) for block in _blocks_of(model, names)}
-        self._block_of = {part: block for block, parts in self._parts.items() for part in parts}
         reads = _OutputReads(self._parts)
         passes = self._note_all(reads)
-        modules = [*self._parts, *self._block_of]  # Blocks come before their parts.
-        self._names = {module: _targets_in(module, names) for module in modules if reads.is_cacheable(module)}
+        modules = itertools.chain(self._parts, *self._parts.values())
+        self._cacheable = {module: _targets_in(module, names) for module in modules if reads.is_cacheable(module)}
         self._readers = reads.readers
-        self._cache: dict[nn.Module, dict[int, Any]] = {}  # Of finished blocks, by batch.
-        self._released: set[nn.Module] = set()  # Those whose output only other finished blocks read: placeholders.
+        self._cache: dict[nn.Module, dict[int, Any]] = {}  # Of finished blocks and parts, by batch.
+        self._released: set[nn.Module] = set()  # Blocks whose output only finished ones read: placeholders.
         self.order = _stages_of(passes, targets)
         self._unfinished = {name for stage in self.order for name in stage.names}
         self.unused = [name for name in targets if name not in self._unfinished]
@@ -125,37 +125,39 @@ class Stages:
         for block, parts in self._parts.items():
             if block in complete:  # Its parts are called no more.
                 self._cache.update({part: {} for part in parts})
-        for module, names in self._names.items():
-            is_within = self._block_of.get(module) in self._cache
-            if module not in self._cache and not is_within and not names & self._unfinished:
-                self._cache_output(module)
+            for module in (block, *parts):
+                is_final = module in self._cacheable and not self._cacheable[module] & self._unfinished
+                if is_final and self._cache.keys().isdisjoint((block, module)):
+                    self._cache_output(module)
         for block in complete & self._readers.keys() - self._released:
             if self._readers[block] <= complete:
                 self._released.add(block)
                 self._cache[block] = pytree.tree_map_only(torch.Tensor, _placeholder, self._cache[block])
 
-    def _cache_output(self, block: nn.Module) -> None:
-        """Has a block return a cached output, computed once for each batch."""
-        self._cache[block] = {}
-        compute, replaced = block.forward, block.__dict__.get("forward")
+    def _cache_output(self, module: nn.Module) -> None:
+        """Has a module return a cached output, computed once for each batch."""
+        self._cache[module] = {}
+        compute, replaced = module.forward, module.__dict__.get("forward")
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            given = self._cache[block]
-            if block in self._given:  # Data decide how often it is called, and the notes did not show it.
+            given = self._cache[module]
+            if module in self._given:  # Data decide how often it is called, and the notes did not show it.
                 return compute(*args, **kwargs)
-            self._given.add(block)
             if self._batch not in given:
                 given[self._batch] = compute(*args, **kwargs)
+            self._given.update(module.modules())  # Its parts too: in another call they have other inputs.
             output = given[self._batch]
             # A copy: what reads it may change it in place.
-            return output if block in self._released else pytree.tree_map_only(torch.Tensor, torch.clone, output)
+            return output if module in self._released else pytree.tree_map_only(torch.Tensor, torch.clone, output)
 
-        block.forward = forward
-        self._undo.callback(_put_back, block, replaced)
+        module.forward = forward
+        self._undo.callback(_put_back, module, replaced)
 
     def _note_all(self, reads: "_OutputReads") -> list[list[_Use]]:
         """The uses of passes, of all processes: one for each shape of batch, or all if these leave a target unseen."""
-        first = {_shapes_of(self._batches[i]): i for i in reversed(range(len(self._batches)))}
+        first: dict[str, int] = {}
+        for i, batch in enumerate(self._batches):
+            first.setdefault(_shapes_of(batch), i)
         noted: dict[int, list[_Use]] = {}
         for wanted in (first.values(), range(len(self._batches))):
             with reads:
@@ -193,6 +195,7 @@ class Stages:
 
 
 def _shapes_of(batch: Batch) -> str:
+    """Alike for batches that differ only in what their tensors hold."""
     return repr(pytree.tree_map_only(torch.Tensor, lambda tensor: (tensor.dtype, tensor.shape), dict(batch)))
 
 
@@ -279,7 +282,7 @@ def _blocks_of(model: nn.Module, names: Mapping[nn.Parameter, str]) -> list[nn.M
 
 
 def _parts_of(block: nn.Module, names: Mapping[nn.Parameter, str]) -> list[nn.Module]:
-    """The outermost modules in a block that hold several of its targets, but not all.
+    """The modules in a block that hold several of its targets, but not all; the outermost of those that hold the same.
 
     The output of a single target is larger, or soon made again.
     """
@@ -321,12 +324,12 @@ class _OutputReads(TorchFunctionMode):
         self._calls.append(Counter())
         self._within = None
 
-    def is_cacheable(self, block: nn.Module) -> bool:
+    def is_cacheable(self, module: nn.Module) -> bool:
         """Whether a block, or a part of one, does nothing but give an output, once a pass."""
-        return block not in self._stateful and all(calls[block] == 1 for calls in self._calls)
+        return module not in self._stateful and all(calls[module] == 1 for calls in self._calls)
 
     def __enter__(self) -> "_OutputReads":
-        for module in [*self._parts, *(part for parts in self._parts.values() for part in parts)]:
+        for module in itertools.chain(self._parts, *self._parts.values()):
             begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
             self._hooks += [begin, module.register_forward_hook(self._end)]
         return super().__enter__()
@@ -336,21 +339,21 @@ class _OutputReads(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
 
-    def _begin(self, block: nn.Module, args: Any, kwargs: Any) -> None:
-        if block in self._parts:
-            self._within = block
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module in self._parts:
+            self._within = module
         # Into these it may write what other blocks read.
         if any(isinstance(value, (MutableMapping, Cache)) for value in (*args, *kwargs.values())):
-            self._stateful.add(block)
+            self._stateful.add(module)
 
-    def _end(self, block: nn.Module, args: Any, output: Any) -> None:
-        self._calls[-1][block] += 1
-        if block not in self._parts:
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._calls[-1][module] += 1
+        if module not in self._parts:
             return
         self._within = None
         for value in pytree.tree_leaves(output):
             if torch.is_tensor(value):  # It may be what another block gave, and this one hands on.
-                self._makers[value] = self._makers.get(value, set()) | {block}
+                self._makers[value] = self._makers.get(value, set()) | {module}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Notes what is read, and calls the function."""
@@ -366,8 +369,8 @@ def _placeholder(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.new_zeros(()).expand(tensor.shape)
 
 
-def _put_back(block: nn.Module, replaced: Any) -> None:
-    """Gives a block its own forward again, or what had replaced it before."""
-    del block.forward
+def _put_back(module: nn.Module, replaced: Any) -> None:
+    """Gives a module its own forward again, or what had replaced it before."""
+    del module.forward
     if replaced is not None:
-        block.forward = replaced
+        module.forward = replaced

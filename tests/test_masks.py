@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
-from hf_prune.masks import MaskSet, mask_
-from hf_prune.selection import masked_in
+from hf_prune.masks import MaskSet, mask_, masked_in
 from hf_prune.targets import find_targets
 
 

@@ -12,9 +12,8 @@ from transformers import default_data_collator
 from hf_prune import PruningConfig, prune
 from hf_prune.calibration import calibrate
 from hf_prune.granularities import Pattern, Unstructured
-from hf_prune.masks import MaskSet
+from hf_prune.masks import MaskSet, masked_in
 from hf_prune.reconstruction import BLOCKSIZE, DAMPING, reconstruct_
-from hf_prune.selection import masked_in
 from hf_prune.targets import find_targets
 from tests.tiny import batch, build, sixteen_experts
 

@@ -42,11 +42,11 @@ KINDS = {
 
 
 # Digit after digit to the last one, until a few are left, and after the first digit.
-@pytest.mark.parametrize("sorted_share", [0, selection._SORTED, 1])
+@pytest.mark.parametrize("sorted_share", [0, selection._SORTED_SHARE, 1])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_a_full_sort(dtype, kind, sorted_share, monkeypatch):
-    monkeypatch.setattr(selection, "_SORTED", sorted_share)
+    monkeypatch.setattr(selection, "_SORTED_SHARE", sorted_share)
     torch.manual_seed(0)
     check([KINDS[kind](torch.randn(shape)).to(dtype) for shape in SHAPES])
 
@@ -77,7 +77,7 @@ def test_mixed_dtypes_are_not_cast_down():
 @pytest.mark.parametrize("sorted_share", [0, 1])
 def test_several_chunks(sorted_share, monkeypatch):
     monkeypatch.setattr(selection, "_CHUNK", 8)
-    monkeypatch.setattr(selection, "_SORTED", sorted_share)
+    monkeypatch.setattr(selection, "_SORTED_SHARE", sorted_share)
     torch.manual_seed(0)
     check([(2 * torch.randn(shape)).round() for shape in SHAPES])
     check([torch.randn(shape) for shape in SHAPES])

@@ -227,10 +227,19 @@ def test_experts_of_their_own_are_left_by_what_comes_later():
 
 
 def test_blocks_that_data_call_twice_are_computed_also_where_the_notes_did_not_show_it():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+            self.out = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.out(self.part(x).tanh())
+
     class Routes(nn.Module):
         def __init__(self):
             super().__init__()
-            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
             self.last = nn.Linear(4, 4)
 
         def forward(self, x, route):
@@ -241,7 +250,8 @@ def test_blocks_that_data_call_twice_are_computed_also_where_the_notes_did_not_s
     torch.manual_seed(0)
     model = Routes().eval()
     whole = twin(model)
-    batches = [{"x": torch.randn(3, 4), "route": torch.tensor(route)} for route in ([0, 1, 2], [0, 2, 2], [0, 0, 2])]
+    routes = [[0, 1, 2], [0, 1, 0], [1, 0, 0], [1, 2, 1]]
+    batches = [{"x": torch.randn(3, 4), "route": torch.tensor(route)} for route in routes]
     with Stages(model, find_targets(model), batches) as stages:
         *first, last = stages.order
         for stage in first:

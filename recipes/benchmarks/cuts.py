@@ -1,4 +1,4 @@
-"""Time and memory of a cut by each criterion, beside what the cut could not do without.
+"""Time and memory of a cut by each criterion, beside passes, products, and the implementation of SparseGPT's authors.
 
 python recipes/benchmarks/cuts.py
 python recipes/benchmarks/cuts.py --reference ../sparsegpt
@@ -42,10 +42,12 @@ from hf_prune import PruningConfig, prune
 SPARSITY = 0.5
 TOKENS = 256
 BATCH_SIZE = 8
-CRITERIA = ("magnitude", "lamp", "wanda", "snip", "taylor", "fisher", "sparsegpt", "sparsegpt+layer")
+CRITERIA = ("magnitude", "lamp", "wanda", "snip", "taylor", "fisher", "sparsegpt")
+# How many times as long it may take.
 BARS = {("fisher", "backward"): 4.0, ("sparsegpt+layer", "products"): 2.0, ("sparsegpt+layer", "reference"): 1.0}
 
 Data = Sequence[dict[str, torch.Tensor]]
+Call = Callable[[GPTNeoForCausalLM, Data], None]
 
 
 def samples_of(model: GPTNeoForCausalLM, number: int) -> Data:
@@ -67,14 +69,9 @@ def backward(model: GPTNeoForCausalLM, data: Data) -> None:
         model(**batch).loss.backward()
 
 
-def prune_by(criterion: str, model: GPTNeoForCausalLM, data: Data) -> None:
-    name, _, scope = criterion.partition("+")
+def prune_by(criterion: str, model: GPTNeoForCausalLM, data: Data, scope: str = "auto") -> None:
     samples = sum(len(batch["input_ids"]) for batch in data)
-    prune(
-        model,
-        PruningConfig(sparsity=SPARSITY, criterion=name, scope=scope or "auto", calibration_samples=samples),
-        data,
-    )
+    prune(model, PruningConfig(sparsity=SPARSITY, criterion=criterion, scope=scope, calibration_samples=samples), data)
 
 
 def products(model: GPTNeoForCausalLM, data: Data) -> None:
@@ -138,17 +135,17 @@ def _first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return output if torch.is_tensor(output) else output[0]
 
 
-def contenders(folder: str | None) -> dict[str, Callable[[GPTNeoForCausalLM, Data], None]]:
+def contenders(folder: str | None) -> dict[str, Call]:
     """What takes turns."""
-    found: dict[str, Callable[[GPTNeoForCausalLM, Data], None]] = {"forward": forward, "backward": backward}
+    found: dict[str, Call] = {"forward": forward, "backward": backward}
     found |= {criterion: functools.partial(prune_by, criterion) for criterion in CRITERIA}
-    found["products"] = products
+    found |= {"sparsegpt+layer": functools.partial(prune_by, "sparsegpt", scope="layer"), "products": products}
     if folder:
         found["reference"] = functools.partial(reference, folder)
     return found
 
 
-def measure_one(call: Callable[[GPTNeoForCausalLM, Data], None], samples: int) -> Measurement:
+def measure_one(call: Call, samples: int) -> Measurement:
     """Calls it in this process, first with a tiny model to warm up."""
     torch.manual_seed(0)
     tiny, model = gpt_neo(hidden_size=64), gpt_neo()

@@ -1,4 +1,4 @@
-"""Time and memory of a call that changes a model, measured in a process of its own.
+"""Time and memory of a call, measured in a process of its own.
 
 seconds     wall time of the call
 extra MiB   highest resident memory during the call, less what was resident right before it

@@ -42,7 +42,7 @@ from .monitor import (
     warn_of_few_evaluations,
 )
 from .movement import Movement
-from .optimizers import cut_state_, leaves_zeros, require_restartable, restart_lr_, undo_restart_lr_
+from .optimizers import cut_state_, require_restartable, restart_lr_, undo_restart_lr_
 from .pacing import Even, Patience
 from .pruning import cut, require_room, required_statistics, resolve_targets
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
@@ -87,10 +87,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     A cut happens between two optimizer steps (the first one before the first step, unless `begin` says otherwise): at
     planned steps, or, with `patience`, when the metric has stopped improving; the best weights of the round then come
     back before the next cut, and the training stops when the last round has converged. From a cut on the gradients of
-    pruned weights are zeroed before they are clipped, and the weights after an optimizer step that could move them:
-    to the last bit the training that `torch.nn.utils.prune` gives. Parameters keep their names and shapes, and the
-    saved model is an ordinary one. It is final in `on_train_end` of this callback: put others that look at it, or
-    upload it, behind.
+    pruned weights are zeroed before they are clipped, and the weights after each optimizer step: to the last bit the
+    training that `torch.nn.utils.prune` gives. Parameters keep their names and shapes, and the saved model is an
+    ordinary one. It is final in `on_train_end` of this callback: put others that look at it, or upload it, behind.
 
     `pruning_config.json` and `pruning_history.json` are written beside the model, into each checkpoint and into
     `output_dir` at the end. `trainer.train(resume_from_checkpoint=…)` goes on bit for bit. Each `train()` that is
@@ -141,7 +140,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self.masks = MaskSet()
         self._targets: dict[str, Target] = {}
         self._hooks = GradientHooks()
-        self._zeros_stay = False
         self._run = uuid.uuid4().hex
         self._rounds = Rounds(self.config, Even([], 0), PruningHistory())
         self._lr_start: int | None = None
@@ -214,7 +212,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._require_metric()
         if not self._hooks.are_on(self._weights, self.masks):
             self._hooks.hold_(self._weights, self.masks)
-            self._zeros_stay = False  # Moments of what was unfrozen in mid-step may not be zero.
         self._cut_if_due(Moment.of(args, state, kwargs))
 
     def on_pre_optimizer_step(
@@ -227,18 +224,16 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Zeroes pruned weights, unless they cannot have moved: by momentum, or by what other weights did."""
-        if not self._zeros_stay:
-            self.masks.apply_(kwargs["model"])
+        """Zeroes pruned weights after every step, so that no forward pass sees what others do to gradients."""
+        self.masks.apply_(kwargs["model"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Counts what the round costs; what is evaluated or saved next has its zeros."""
+        """Counts what the round costs."""
         if self._finished is not None:
             self._stay_over(state, control)
             return
-        self._zero_what_is_shown_(control, kwargs["model"])
         tokens, self._tokens_seen = state.num_input_tokens_seen - self._tokens_seen, state.num_input_tokens_seen
         batch_size = state.train_batch_size or args.train_batch_size  # The former is what auto_find_batch_size found.
         self._rounds.count_step_(
@@ -250,11 +245,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Zeroes what is evaluated or saved next; lets nothing happen in a run that was over when it was resumed."""
+        """Lets nothing happen in a run that was over when it was resumed."""
         if self._finished is not None:
             self._stay_over(state, control)
-        else:
-            self._zero_what_is_shown_(control, kwargs["model"])
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -387,7 +380,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self.masks = masks
         masks.apply_(model)
         cut_state_(now.optimizer, self.config.optimizer_state, {self._weights[n]: m for n, m in masks.items()})
-        self._hold_(now.optimizer)
+        self._hooks.hold_(self._weights, masks)
         # Metrics of a less sparse model must not keep a sparser one from becoming the best.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
@@ -405,15 +398,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
         if self.evaluate is not None:
             row.after_cut = self._measure("after_cut", now.args)
-
-    def _hold_(self, optimizer: torch.optim.Optimizer) -> None:
-        self._hooks.hold_(self._weights, self.masks)
-        self._zeros_stay = self.config.optimizer_state != "keep" and leaves_zeros(optimizer)
-
-    def _zero_what_is_shown_(self, control: TrainerControl, model: nn.Module) -> None:
-        """Whatever other callbacks do to gradients or weights: what is evaluated and saved has its zeros."""
-        if control.should_evaluate or control.should_save:
-            self.masks.apply_(model)
 
     @property
     def _weights(self) -> dict[str, nn.Parameter]:
@@ -459,7 +443,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if movement is not None:
             self._movement = movement.to_devices_of(self._targets)
         if self.masks:
-            self._hold_(now.optimizer)
+            self._hooks.hold_(self._weights, self.masks)
         if pacing.is_run_over(state.global_step):
             self._finished = Finished(
                 state.global_step, state.epoch, state.num_input_tokens_seen, WeightsCopy.of(model)

@@ -5,31 +5,13 @@ from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
-from torch import optim
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 OPTIMIZER_STATES = ("mask", "reset", "keep")
-ELEMENTWISE = (
-    optim.ASGD, optim.Adadelta, optim.Adagrad, optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam,
-    optim.RMSprop, optim.Rprop, optim.SGD,
-)  # fmt: skip
-"""Optimizers that move a weight by nothing but its own value, gradient and moments."""
-
-
-def leaves_zeros(optimizer: optim.Optimizer) -> bool:
-    """Whether a step leaves a weight at zero whose gradient and moments are zero, whatever the others are.
-
-    Args:
-        optimizer: The optimizer, also as accelerate wraps it. Of one that is not torch's own nothing is known.
-    """
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    return type(optimizer) in ELEMENTWISE
 
 
 @torch.no_grad()
-def cut_state_(optimizer: optim.Optimizer, how: str, masks: Mapping[torch.Tensor, torch.Tensor]) -> None:
+def cut_state_(optimizer: torch.optim.Optimizer, how: str, masks: Mapping[torch.Tensor, torch.Tensor]) -> None:
     """Does to an optimizer's state what a cut asks for.
 
     Args:

@@ -73,10 +73,7 @@ def drop_lowest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None 
             mask[positions], keep = keep[: len(positions)].to(mask.device), keep[len(positions) :]
     dropped = sum(masked_in(mask) for mask in masks.values())
     if dropped != k:
-        raise ValueError(
-            f"{dropped} instead of {k} were dropped: the criterion gave other scores when it was called again. It has "
-            "to give the same ones each time; seed what is random by ScoreInputs.seed and .name."
-        )
+        raise _other_scores(f"{dropped} instead of {k} were dropped")
     return masks
 
 
@@ -133,6 +130,13 @@ def check_scores(name: str, values: torch.Tensor) -> None:
         )
 
 
+def _other_scores(seen_by: str) -> ValueError:
+    return ValueError(
+        f"{seen_by}: the criterion gave other scores when it was called again. It has to give the same ones each "
+        "time; seed what is random by ScoreInputs.seed and .name."
+    )
+
+
 class _Ranking:
     """Scores as integers that sort as they do, one tensor at a time.
 
@@ -175,6 +179,8 @@ class _Ranking:
             self._dtypes.add(values.dtype)
             if values.numel() and values.min() > 0:
                 self._positive.add(name)
+        elif values.shape != self.shapes[name]:
+            raise _other_scores(f"{tuple(values.shape)} instead of {tuple(self.shapes[name])} scores of {name!r}")
         kept = self._kept[name].flatten() if name in self._kept else None
         dtype, values = self._dtype, values.flatten()
         integer = _KEY_DTYPES[dtype]
@@ -217,6 +223,8 @@ def _bin_of_kth_lowest(ranking: _Ranking, k: int) -> tuple[int, int, int]:
     prefix, shift, histogram = -1 << 15, ranking.bits - 16, ranking.histogram
     while True:
         up_to = histogram.cumsum(0)
+        if k > up_to[-1]:
+            raise _other_scores(f"{k - int(up_to[-1])} scores are missing")
         found = int(torch.searchsorted(up_to, k))
         inside = int(histogram[found])
         k -= int(up_to[found]) - inside

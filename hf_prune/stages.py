@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache
@@ -58,8 +59,8 @@ class Stage:
 class Stages:
     """A context that runs forward passes stage by stage over a few batches, with cached outputs of what is finished.
 
-    The order of the stages is that of dense passes over one batch of each shape; over all batches where those leave a
-    target unseen, as experts may be.
+    The order of the stages is that of dense passes. Of batches of the same shapes one is looked at, unless values of
+    tensors decide what a pass does, as they do for experts.
 
     Args:
         model: The model, unwrapped, in evaluation mode; called as `model(**batch)` without gradients.
@@ -74,7 +75,6 @@ class Stages:
     def __init__(self, model: nn.Module, targets: Mapping[str, Target], batches: Sequence[Batch]) -> None:
         self._model, self._targets, self._batches = model, targets, batches
         self._batch = 0  # the one under way
-        self._given: set[nn.Module] = set()  # Modules that have given their output in the pass under way.
         self._undo = contextlib.ExitStack()
         names = {target.weight: name for name, target in targets.items()}
         self._parts = {block: _parts_of(block, names) for block in _blocks_of(model, names)}
@@ -141,11 +141,8 @@ class Stages:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = self._cache[module]
-            if module in self._given:  # Data decide how often it is called, and the notes did not show it.
-                return compute(*args, **kwargs)
             if self._batch not in given:
                 given[self._batch] = compute(*args, **kwargs)
-            self._given.update(module.modules())  # Its parts too: in another call they have other inputs.
             output = given[self._batch]
             # A copy: what reads it may change it in place.
             return output if module in self._released else pytree.tree_map_only(torch.Tensor, torch.clone, output)
@@ -154,19 +151,33 @@ class Stages:
         self._undo.callback(_put_back, module, replaced)
 
     def _note_all(self, reads: "_OutputReads") -> list[list[_Use]]:
-        """The uses of passes, of all processes: one for each shape of batch, or all if these leave a target unseen."""
-        first: dict[str, int] = {}
+        """The uses of passes, of all processes: of one pass of each kind, or of all if their kinds cannot be known."""
+        begun = [self._values_read_at_first(i) for i in range(len(self._batches))]
+        first: dict[object, int] = {}
         for i, batch in enumerate(self._batches):
-            first.setdefault(_shapes_of(batch), i)
+            first.setdefault((_shapes_of(batch), *begun[i]), i)
         noted: dict[int, list[_Use]] = {}
         for wanted in (first.values(), range(len(self._batches))):
-            with reads:
-                for self._batch in sorted(set(wanted) - noted.keys()):
+            read_later = False
+            for self._batch in sorted(set(wanted) - noted.keys()):
+                with reads, _ValueReads() as values:
                     noted[self._batch] = self._note(reads)
-            passes = [uses for each in gather_from_processes(list(noted.values())) for uses in each]
-            if self._targets.keys() == {use.name for uses in passes for use in uses}:
+                read_later |= len(values.read) > len(begun[self._batch])
+            gathered = gather_from_processes((list(noted.values()), read_later))
+            if not any(later for _, later in gathered):
                 break
-        return passes
+        return [uses for passes, _ in gathered for uses in passes]
+
+    def _values_read_at_first(self, batch: int) -> list[object]:
+        """The values that the pass of a batch reads before its first product."""
+        self._batch = batch
+
+        def stop(product: Product) -> None:
+            raise _StopForward
+
+        with _ValueReads() as values:
+            self._pass(ProductWatch(self._targets, stop))
+        return values.read
 
     def _note(self, reads: "_OutputReads") -> list[_Use]:
         uses: list[_Use] = []
@@ -189,7 +200,6 @@ class Stages:
         # Autocast caches cast weights and would miss changes; the random state is kept so that passes are alike.
         torch.clear_autocast_cache()
         device = next(self._model.parameters()).device
-        self._given.clear()
         with keep_random_state(device), torch.no_grad(), contextlib.suppress(_StopForward), watch:
             self._model(**self._batches[self._batch])
 
@@ -317,6 +327,7 @@ class _OutputReads(TorchFunctionMode):
         self._stateful: set[nn.Module] = set()
         self._makers: MutableMapping[torch.Tensor, set[nn.Module]] = WeakTensorKeyDictionary()
         self._within: nn.Module | None = None
+        self._before: dict[nn.Module, Any] = {}
         self._hooks: list[RemovableHandle] = []
 
     def begin_pass(self) -> None:
@@ -331,7 +342,7 @@ class _OutputReads(TorchFunctionMode):
     def __enter__(self) -> "_OutputReads":
         for module in itertools.chain(self._parts, *self._parts.values()):
             begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
-            self._hooks += [begin, module.register_forward_hook(self._end)]
+            self._hooks += [begin, module.register_forward_hook(self._end, with_kwargs=True)]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -342,12 +353,15 @@ class _OutputReads(TorchFunctionMode):
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module in self._parts:
             self._within = module
-        # Into these it may write what other blocks read.
-        if any(isinstance(value, (MutableMapping, Cache)) for value in (*args, *kwargs.values())):
+        # Into these it may write what others read.
+        if any(isinstance(value, (MutableMapping, list, Cache)) for value in (*args, *kwargs.values())):
             self._stateful.add(module)
+        self._before[module] = _state_of(module, args, kwargs)
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._calls[-1][module] += 1
+        if self._before.pop(module) != _state_of(module, args, kwargs):
+            self._stateful.add(module)
         if module not in self._parts:
             return
         self._within = None
@@ -362,6 +376,52 @@ class _OutputReads(TorchFunctionMode):
                 for maker in self._makers.get(value, ()) if torch.is_tensor(value) else ():
                     self.readers[maker].add(self._within)
         return func(*args, **(kwargs or {}))
+
+
+def _state_of(module: nn.Module, args: Any, kwargs: Any) -> object:
+    """What a call of a module may change beside its output: attributes, and tensors that it was given."""
+    given = [value for value in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(value)]
+    versions = [tensor._version for tensor in (*given, *module.buffers())]
+    return versions, [{name: id(value) for name, value in vars(m).items()} for m in module.modules()]
+
+
+class _ValueReads(TorchFunctionMode):
+    """A context that notes what Python reads of tensors: passes that read the same do the same.
+
+    Attributes:
+        read: The values, or shapes that were made from values. What equals nothing stands for whole tensors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[object] = []
+        self._within = _ShapesAndScalars(self.read)
+
+    def __enter__(self) -> "_ValueReads":
+        self._within.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._within.__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the function, and notes whether it hands a whole tensor to Python."""
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__):
+            self.read.append(object())
+        return func(*args, **(kwargs or {}))
+
+
+class _ShapesAndScalars(TorchDispatchMode):
+    def __init__(self, read: list[object]) -> None:
+        super().__init__()
+        self._read = read
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+            self._read += [value.shape if torch.is_tensor(value) else value for value in pytree.tree_leaves(output)]
+        return output
 
 
 def _placeholder(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,8 @@
 import pytest
 import torch
 import transformers
-from accelerate import Accelerator
 
-from hf_prune.optimizers import ELEMENTWISE, cut_state_, leaves_zeros, restart_lr_, undo_restart_lr_
+from hf_prune.optimizers import cut_state_, restart_lr_, undo_restart_lr_
 
 
 def scheduler_of(kind: str, steps: int, warmup: int, rates=(1e-2, 1e-3)) -> torch.optim.lr_scheduler.LambdaLR:
@@ -85,53 +84,3 @@ def test_what_becomes_of_the_state(kind, how):
         masked = value * mask if how == "mask" and value.shape == mask.shape else value
         assert torch.equal(optimizer.state[pruned][name], masked)
     assert all(torch.equal(optimizer.state[other][name], value) for name, value in before[other].items())
-
-
-NOT_ELEMENTWISE = {
-    torch.optim.Adafactor: "moments of rows and columns",
-    torch.optim.LBFGS: "one direction for all weights",
-    torch.optim.Muon: "whole matrices are made orthogonal",
-    torch.optim.SparseAdam: "only sparse gradients",
-}
-"""What torch has besides, and why."""
-
-
-def test_each_optimizer_of_torch_is_known():
-    found = {kind for kind in vars(torch.optim).values() if isinstance(kind, type)} - {torch.optim.Optimizer}
-    assert found == {*ELEMENTWISE, *NOT_ELEMENTWISE}
-
-
-@pytest.mark.parametrize("options", [{}, {"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
-@pytest.mark.parametrize("kind", ELEMENTWISE)
-def test_a_zero_without_gradient_and_moments_stays_zero(kind, options):
-    torch.manual_seed(0)
-    mask = torch.rand(8, 8) > 0.5
-    weight = torch.nn.Parameter(torch.randn(8, 8))
-    extra = {"weight_decay": 0.1, "momentum": 0.9, "centered": True, "amsgrad": True}
-    options = options | {key: value for key, value in extra.items() if key in kind.__init__.__annotations__}
-    try:
-        optimizer = kind([weight], lr=0.01, **options)
-    except TypeError:
-        assert "fused" in options, "skipped only where an optimizer has no fused version"
-        return
-    for step in range(6):
-        if step == 2:
-            weight.data.mul_(mask)
-            cut_state_(optimizer, "mask", {weight: mask})
-        weight.grad = torch.randn(8, 8) * (mask if step >= 2 else 1)
-        optimizer.step()
-    assert not weight[~mask].any()
-    assert weight[mask].all()
-
-
-def test_what_is_known_to_leave_zeros():
-    weight = torch.nn.Parameter(torch.zeros(1))
-    adamw, accelerator = torch.optim.AdamW([weight]), Accelerator(cpu=True)
-
-    class Own(torch.optim.AdamW):
-        pass
-
-    assert leaves_zeros(adamw)
-    assert leaves_zeros(accelerator.prepare(adamw))
-    assert not leaves_zeros(Own([weight]))
-    assert not leaves_zeros(accelerator.prepare(torch.optim.Adafactor([weight])))

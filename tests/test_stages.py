@@ -25,12 +25,17 @@ def batches_of(model: nn.Module, batches: int = 3, size: int = 4) -> list[dict[s
 def products(model, name, batches):
     """What a target is multiplied with, by whole passes."""
     seen = []
-    watch = ProductWatch(find_targets(model), lambda p: seen.append(p) if p.target.name == name else None)
+    watch = ProductWatch(find_targets(model), lambda p: seen.append(copied(p)) if p.target.name == name else None)
     for values in batches:
         torch.clear_autocast_cache()
         with torch.no_grad(), watch:
             model(**values)
-    return [(product.part, product.inputs(1)) for product in seen]
+    return seen
+
+
+def copied(product):
+    """The part and its inputs, as they are now."""
+    return product.part, product.inputs(1).clone()
 
 
 def compare(model, batches, whole=None, looks=1):
@@ -42,7 +47,7 @@ def compare(model, batches, whole=None, looks=1):
         for stage in stages.order:
             for _ in range(looks):
                 shown = []
-                stages.run(stage, lambda product, _, shown=shown: shown.append((product.part, product.inputs(1))))
+                stages.run(stage, lambda product, _, shown=shown: shown.append(copied(product)))
                 for name in stage.names:
                     expected = products(whole, name, batches)
                     assert [part for part, _ in shown] == [part for part, _ in expected]
@@ -226,46 +231,147 @@ def test_experts_of_their_own_are_left_by_what_comes_later():
         assert stages.order[1].later == {"experts.1.weight", "experts.2.weight", "last.weight"}
 
 
-def test_blocks_that_data_call_twice_are_computed_also_where_the_notes_did_not_show_it():
-    class Block(nn.Module):
+class Block(nn.Module):
+    """Has a part that holds several of its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.out(self.part(x).tanh())
+
+
+class Routes(nn.Module):
+    """The values of a tensor say which blocks are called, how often and in which order."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.last = nn.Linear(4, 4)
+        self.read = read
+
+    def forward(self, x, route):
+        x = self.first(x)
+        for i in self.read(route):
+            x = self.blocks[i](x)
+        return self.last(x)
+
+
+class RoutesAtFirst(Routes):
+    """Reads them before the first product."""
+
+    def forward(self, x, route):
+        route = self.read(route)
+        x = self.first(x)
+        for i in route:
+            x = self.blocks[i](x)
+        return self.last(x)
+
+
+class Depths(Routes):
+    """Reads what a block has given, which one it was is a value."""
+
+    def forward(self, x, route):
+        given = [self.first(x)]
+        for block in self.blocks:
+            given.append(block(given[-1]))
+        return self.last(given[self.read(route)[0] + 1])
+
+
+READS = {
+    "items": lambda tensor: [int(i) for i in tensor],
+    "tolist": lambda tensor: tensor.tolist(),
+    "numpy": lambda tensor: [int(i) for i in tensor.numpy()],
+    "shapes": lambda tensor: [len((torch.arange(9) < i).nonzero()) for i in tensor],
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("model_class", [Routes, RoutesAtFirst, Depths])
+def test_values_may_decide_what_a_pass_does(model_class, read):
+    torch.manual_seed(0)
+    model = model_class(READS[read]).eval()
+    routes = [[0, 1, 2], [2, 1, 0], [0, 2, 2], [1, 0, 0], [1, 2, 1]]
+    batches = [{"x": torch.randn(3, 4), "route": torch.tensor(route)} for route in routes]
+    compare(model, batches)
+
+
+def test_values_that_all_passes_read_alike_make_no_difference():
+    """As those of masks, which are read before the first layer."""
+    torch.manual_seed(0)
+    model, calls = RoutesAtFirst(READS["items"]).eval(), Counter()
+    model.last.register_forward_pre_hook(lambda *_: calls.update(["last"]))
+    batches = [{"x": torch.randn(3, 4), "route": torch.tensor([0, 1, 2])} for _ in range(5)]
+    Stages(model, find_targets(model), batches)
+    assert calls["last"] == 1
+
+
+class Leaves(nn.Module):
+    """Blocks with a part that has effects beside its output."""
+
+    class Keeps(nn.Module):
         def __init__(self):
             super().__init__()
-            self.part = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-            self.out = nn.Linear(4, 4)
+            self.a, self.b, self.o = (nn.Linear(4, 4) for _ in range(3))
+            self.part = self.Part(self.a, self.b)
+
+        class Part(nn.Module):
+            def __init__(self, a, b):
+                super().__init__()
+                self.a, self.b = a, b
+
+            def forward(self, x):
+                self.scale = self.a(x).sigmoid()
+                return self.b(x)
 
         def forward(self, x):
-            return self.out(self.part(x).tanh())
+            return self.o(self.part(x) * self.part.scale)
 
-    class Routes(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(Block() for _ in range(3))
-            self.last = nn.Linear(4, 4)
+    class Appends(Keeps):
+        class Part(nn.Module):
+            def __init__(self, a, b):
+                super().__init__()
+                self.a, self.b = a, b
 
-        def forward(self, x, route):
-            for i in route:
-                x = self.blocks[int(i)](x)
-            return self.last(x)
+            def forward(self, x, aside):
+                aside.append(self.a(x))
+                return self.b(x)
 
+        def forward(self, x):
+            aside = []
+            return self.o(self.part(x, aside) + aside[0])
+
+    class Writes(Keeps):
+        class Part(nn.Module):
+            def __init__(self, a, b):
+                super().__init__()
+                self.a, self.b = a, b
+
+            def forward(self, x):
+                return x.add_(self.b(self.a(x).tanh()))
+
+        def forward(self, x):
+            x = x.clone()
+            self.part(x)
+            return self.o(x)
+
+    def __init__(self, kind):
+        super().__init__()
+        self.blocks = nn.ModuleList(getattr(self, kind)() for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", ["Keeps", "Appends", "Writes"])
+def test_parts_with_effects_beside_their_output_are_computed(kind):
     torch.manual_seed(0)
-    model = Routes().eval()
-    whole = twin(model)
-    routes = [[0, 1, 2], [0, 1, 0], [1, 0, 0], [1, 2, 1]]
-    batches = [{"x": torch.randn(3, 4), "route": torch.tensor(route)} for route in routes]
-    with Stages(model, find_targets(model), batches) as stages:
-        *first, last = stages.order
-        for stage in first:
-            assert stage.uses == 1  # As the first batch has shown, which uses all of them.
-            stages.run(stage, lambda *_: None)
-            with torch.no_grad():
-                for each in (model, whole):
-                    each.get_parameter(stage.names[0]).mul_(0.5)
-            stages.finish(stage)
-        for _ in range(2):
-            shown = []
-            stages.run(last, lambda product, _, shown=shown: shown.append((product.part, product.inputs(1))))
-            expected = products(whole, "last.weight", batches)
-            assert all(torch.equal(a, b) for (_, a), (_, b) in zip(shown, expected, strict=True))
+    compare(Leaves(kind).eval(), [{"x": torch.randn(3, 4)} for _ in range(2)])
 
 
 class Skips(nn.Module):

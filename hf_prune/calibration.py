@@ -179,16 +179,19 @@ class SquaredGradient(Gatherer):
     def _of_batch(self, batch: Batch) -> dict[str, torch.Tensor] | None:
         """The sum of the squares; None if samples cannot be told apart."""
         samples, labels = size_of(batch), labels_of(self.model, batch)
-        uses: list[tuple[Product, GradientEdge]] = []
+        uses: list[tuple[Product, GradientEdge | None]] = []
 
         def tell(product: Product) -> None:
-            uses.append((product, get_gradient_edge(product.output)))  # An edge: the output may be changed in place.
+            # An edge: the output may be changed in place.
+            uses.append((product, get_gradient_edge(product.output) if product.output.requires_grad else None))
 
         with torch.enable_grad(), ProductWatch(self.targets, tell):
             loss = loss_of(self.model, batch)
-        if any(product.part is not None for product, _ in uses):
-            return None  # Experts see positions of several samples, without a word of which.
-        gradients = torch.autograd.grad(loss, [edge for _, edge in uses], allow_unused=True)
+        edges = [edge for _, edge in uses if edge is not None]
+        if len(edges) < len(uses) or any(product.part is not None for product, _ in uses):
+            # Models with a backward pass of their own; experts, which see positions of several samples.
+            return None
+        gradients = torch.autograd.grad(loss, edges, allow_unused=True)
         # The loss is the mean over the labels of the batch, and that of a sample the mean over its own.
         scale = (labels.sum() / labels).nan_to_num(posinf=0).reshape(1, -1, 1, 1)
         per_sample: dict[str, torch.Tensor] = {}

@@ -144,9 +144,32 @@ class Mixes(nn.Module):
         return {"loss": (self.linear(x.transpose(0, 1)).mean((0, 2)) - labels).square().mean()}
 
 
-def test_samples_that_cannot_be_told_apart_have_passes_of_their_own(caplog):
+class Recomputes(nn.Module):
+    """Has a backward pass of its own, as reversible layers have: the forward pass is not in the graph."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return nn.functional.linear(x, weight)
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.Product.apply(x, self.linear.weight).mean((1, 2)) - labels).square().mean()}
+
+
+@pytest.mark.parametrize("model_class", [Mixes, Recomputes])
+def test_samples_that_cannot_be_told_apart_have_passes_of_their_own(model_class, caplog):
     torch.manual_seed(0)
-    model = Mixes().double()
+    model = model_class().double()
     samples = [{"x": torch.randn(4, 6).double(), "labels": torch.randn(()).double()} for _ in range(8)]
     targets = find_targets(model, ["linear"])
     expected = torch.zeros_like(model.linear.weight)

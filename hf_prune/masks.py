@@ -16,7 +16,7 @@ from .files import save_tensors
 from .targets import find_targets
 
 _FORMAT = "hf_prune.masks"
-_PIECE = 2**18  # weights that are multiplied at once
+_PIECE = 2**20  # weights that are multiplied at once
 
 
 class MaskSet(Mapping[str, torch.Tensor]):

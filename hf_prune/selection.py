@@ -52,25 +52,30 @@ def drop_lowest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None 
     ranking = _Ranking(scores, kept or {})
     if not 0 <= k <= ranking.total:
         raise ValueError(f"k must be in [0, {ranking.total}], the number of scores; got {k}.")
-    prefix, shift, left = _bin_of_kth_lowest(ranking, k)
-    masks, inside = {}, []
-    for name, shape in ranking.shapes.items():
-        mask = torch.empty(shape.numel(), dtype=torch.bool, device=ranking.devices[name])
+    prefix, shift, inside, left = _bin_of_kth_lowest(ranking, k)
+    # What stays is made now: among scores that come and go it would leave holes in the memory.
+    masks = {n: torch.empty(s, dtype=torch.bool, device=ranking.devices[n]) for n, s in ranking.shapes.items()}
+    keys, places = torch.empty(2, inside if shift else 0, dtype=torch.int64)
+    filled, ends = 0, []
+    for name in masks:
+        mask = masks[name].view(-1)
         for chunk, key in ranking.keys(name):
             digits = key >> shift if shift else key
             torch.ge(digits, prefix, out=mask[chunk])
             positions = (digits == prefix).nonzero().flatten()
             if shift:
-                inside.append((mask[chunk], positions, key[positions].cpu()))
+                filled += len(positions)
+                if filled > inside:
+                    raise _other_scores(f"{filled} scores are close to the {k}-th lowest, and {inside} were")
+                keys[filled - len(positions) : filled] = key[positions]
+                places[filled - len(positions) : filled] = positions + chunk.start
             else:  # They are equal, and the first by position go.
                 mask[chunk][positions[:left]] = False
                 left = max(left - len(positions), 0)
-        masks[name] = mask.view(shape)
-    if inside:
-        keys = torch.cat([key for *_, key in inside])
-        keep = torch.ones_like(keys, dtype=torch.bool).scatter_(0, keys.argsort(stable=True)[:left], False)
-        for mask, positions, _ in inside:
-            mask[positions], keep = keep[: len(positions)].to(mask.device), keep[len(positions) :]
+        ends.append(filled)
+    keep = torch.ones_like(keys, dtype=torch.bool).scatter_(0, keys.argsort(stable=True)[:left], False)
+    for mask, start, end in zip(masks.values(), [0, *ends], ends, strict=False):
+        mask.view(-1)[places[start:end].to(mask.device)] = keep[start:end].to(mask.device)
     dropped = sum(masked_in(mask) for mask in masks.values())
     if dropped != k:
         raise _other_scores(f"{dropped} instead of {k} were dropped")
@@ -213,12 +218,12 @@ class _Ranking:
         return histogram
 
 
-def _bin_of_kth_lowest(ranking: _Ranking, k: int) -> tuple[int, int, int]:
+def _bin_of_kth_lowest(ranking: _Ranking, k: int) -> tuple[int, int, int, int]:
     """A bin of keys that the k-th lowest is in: narrow enough that what is in it can be sorted, or a single key.
 
     Returns:
-        The bits that the keys in it begin with, as a signed integer; the number of bits behind these; and how many of
-        the keys in it are among the k lowest. For `k = 0` the lowest bin, and none.
+        The bits that the keys in it begin with, as a signed integer; the number of bits behind these; how many keys
+        are in it; and how many of them are among the k lowest. For `k = 0` the lowest bin, and none of them.
     """
     prefix, shift, histogram = -1 << 15, ranking.bits - 16, ranking.histogram
     while True:
@@ -230,7 +235,7 @@ def _bin_of_kth_lowest(ranking: _Ranking, k: int) -> tuple[int, int, int]:
         k -= int(up_to[found]) - inside
         prefix += found
         if shift == 0 or inside <= ranking.total * _SORTED_SHARE:
-            return prefix, shift, k
+            return prefix, shift, inside, k
         shift -= 16
         histogram = ranking.histogram_within(prefix, shift)
         prefix <<= 16

@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import pytest
 import torch
@@ -142,3 +143,21 @@ def test_other_dtypes_are_an_error():
 def test_a_count_out_of_range_is_an_error(k):
     with pytest.raises(ValueError, match=rf"k must be in \[0, 3\], the number of scores; got {k}"):
         drop_lowest({"w": lambda: torch.ones(3)}, k)
+
+
+@pytest.mark.parametrize(
+    ("again", "k", "message"),
+    [
+        (
+            torch.tensor([1.0, 2.0, 3.0]),
+            2,
+            r"^\(3,\) instead of \(4,\) scores of 'a': the criterion gave other scores",
+        ),
+        (torch.tensor([1.0, 2.0, torch.nan, 4.0]), 3, "the criterion gave other scores when it was called again"),
+        (torch.tensor([4.0, 4.0, 4.0, 4.0]), 1, "the criterion gave other scores when it was called again"),
+    ],
+)
+def test_scores_that_are_others_when_asked_again_are_an_error(again, k, message):
+    given = itertools.chain([torch.tensor([1.0, 2.0, 3.0, 4.0])], itertools.repeat(again))
+    with pytest.raises(ValueError, match=message):
+        drop_lowest({"a": lambda: next(given)}, k)

@@ -23,6 +23,7 @@ import tinystories
 import vit
 from common.arguments import set_defaults, split_settings, task_and_flags
 from common.dense import dense_model
+from common.tables import markdown, spread
 from hf_prune import PruningConfig, prune
 
 RECIPES = {"tinystories": tinystories, "vit": vit}
@@ -58,17 +59,8 @@ def config_of(criterion: str, level: str) -> PruningConfig | None:
 
 def table(results: Mapping[tuple[str, str], Sequence[float]], criteria: Sequence[str], levels: Sequence[str]) -> str:
     """Mean and standard deviation over the draws, as Markdown."""
-
-    def entry(values: Sequence[float]) -> str:
-        if not values:
-            return ""
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.3f}{spread}"
-
-    lines = [f"| criterion | {' | '.join(levels)} |", "|---" * (1 + len(levels)) + "|"]
-    for criterion in criteria:
-        lines.append(f"| {criterion} | {' | '.join(entry(results.get((criterion, n), [])) for n in levels)} |")
-    return "\n".join(lines)
+    rows = {c: [spread(results[c, level]) if (c, level) in results else "" for level in levels] for c in criteria}
+    return "\n".join(markdown("criterion", levels, rows))
 
 
 def main() -> None:

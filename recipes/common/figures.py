@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from common.cells import Cell
-from common.findings import Findings, deviation
+from common.findings import Findings
+from common.tables import deviation
 from hf_prune import PruningHistory
 
 MARKERS = "osD^vP*X"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.cells import DENSE, Cell, Result
+from common.tables import deviation, markdown, spread
 
 Value = Literal["validation", "test", "dense_validation", "dense_test"]
 
@@ -116,20 +117,20 @@ class Findings:
     def tables(self) -> str:
         """Markdown: test over the seeds, by schedule and sparsity, for each criterion and granularity."""
         lines = [f"## {self.task}: test {self.metric} after {self.budget} steps", ""]
-        lines.append(f"Dense: {_spread(self.over_seeds(self.chosen[0], 'dense_test'))}.")
+        lines.append(f"Dense: {spread(self.over_seeds(self.chosen[0], 'dense_test'))}.")
         if self.trained_on is not None:
             lines.append(
-                f"Dense, trained on for {self.budget} steps: {_spread(self.over_seeds(self.trained_on))} "
+                f"Dense, trained on for {self.budget} steps: {spread(self.over_seeds(self.trained_on))} "
                 f"(learning rate {self.trained_on.learning_rate:g})."
             )
         for kind in self.kinds():
             cells = self.of_kind(kind)
             lines += ["", f"### {', '.join(kind)}", ""]
-            lines += _markdown(cells, lambda cell: _spread(self.over_seeds(cell), self.seeds))
+            lines += _table(cells, lambda cell: spread(self.over_seeds(cell), self.seeds))
             lines += ["", "Variant and learning rate that validation chose:", ""]
-            lines += _markdown(cells, _choice)
+            lines += _table(cells, _choice)
             lines += ["", f"Validation {self.metric} of each variant, with its best learning rate:", ""]
-            lines += _markdown(self.of_variants(kind), lambda cell: _spread(self.over_seeds(cell, "validation")))
+            lines += _table(self.of_variants(kind), lambda cell: spread(self.over_seeds(cell, "validation")))
         return "\n".join(lines)
 
     def advice(self) -> str:
@@ -140,9 +141,9 @@ class Findings:
             for sparsity in sorted({level for _, level in cells}):
                 best, one_shot = self.best(cells, sparsity), cells.get(("one_shot", sparsity))
                 line = f"{', '.join(kind)} at {sparsity:g}: {best.schedule} ({_choice(best)})"
-                line += f", {_spread(self.over_seeds(best))}"
+                line += f", {spread(self.over_seeds(best))}"
                 if one_shot is not None and one_shot != best:
-                    line += f"; one_shot {_spread(self.over_seeds(one_shot))}, {self._gain(one_shot, best)}"
+                    line += f"; one_shot {spread(self.over_seeds(one_shot))}, {self._gain(one_shot, best)}"
                 lines.append(f"{line}.")
         return "\n".join(lines)
 
@@ -174,30 +175,15 @@ class Findings:
         (folder / "tables.md").write_text(f"{self.tables()}\n\n{self.advice()}\n", encoding="utf-8")
 
 
-def deviation(values: Sequence[float]) -> float:
-    """The standard deviation over seeds; 0 for a single one, or where one has diverged."""
-    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
-
-
-def _spread(values: Sequence[float], seeds: int | None = None) -> str:
-    """Mean and standard deviation over the seeds, and how many they are if they are not all of them."""
-    if diverged := sum(not math.isfinite(value) for value in values):
-        return f"diverged with {diverged} of {len(values)} seeds"
-    spread = f" ± {deviation(values):.3f}" if len(values) > 1 else ""
-    missing = f" ({len(values)} of {seeds} seeds)" if seeds and len(values) < seeds else ""
-    return f"{statistics.mean(values):.3f}{spread}{missing}"
-
-
 def _choice(cell: Cell) -> str:
     return f"{cell.variant}, {cell.learning_rate:g}" if cell.variant else f"{cell.learning_rate:g}"
 
 
-def _markdown(cells: Mapping[tuple[str, float], Cell], show: Callable[[Cell], str]) -> list[str]:
-    """A table with a row for each schedule and a column for each sparsity."""
+def _table(cells: Mapping[tuple[str, float], Cell], show: Callable[[Cell], str]) -> list[str]:
+    """A row for each schedule and a column for each sparsity."""
     levels = sorted({level for _, level in cells})
-    rows = [["sparsity", *map(str, levels)]]
-    for schedule in dict.fromkeys(schedule for schedule, _ in cells):
-        mine = [cells.get((schedule, level)) for level in levels]
-        rows.append([schedule, *("" if cell is None else show(cell) for cell in mine)])
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return [head, "|---" * len(rows[0]) + "|", *body]
+    rows = {
+        schedule: ["" if (cell := cells.get((schedule, level))) is None else show(cell) for level in levels]
+        for schedule, _ in cells
+    }
+    return markdown("sparsity", [str(level) for level in levels], rows)

@@ -8,6 +8,7 @@ scores of one tensor at a time and these few this needs no memory that grows wit
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -218,12 +219,26 @@ class _Ranking:
         return histogram
 
 
-def _bin_of_kth_lowest(ranking: _Ranking, k: int) -> tuple[int, int, int, int]:
-    """A bin of keys that the k-th lowest is in: narrow enough that what is in it can be sorted, or a single key.
+class _Bin(NamedTuple):
+    """Keys that begin alike.
 
-    Returns:
-        The bits that the keys in it begin with, as a signed integer; the number of bits behind these; how many keys
-        are in it; and how many of them are among the k lowest. For `k = 0` the lowest bin, and none of them.
+    Attributes:
+        prefix: The bits that they begin with, as a signed integer.
+        shift: Number of bits behind these.
+        size: Number of the keys.
+        drop: How many of them go.
+    """
+
+    prefix: int
+    shift: int
+    size: int
+    drop: int
+
+
+def _bin_of_kth_lowest(ranking: _Ranking, k: int) -> _Bin:
+    """The bin that the k-th lowest key is in: so narrow that what is in it can be sorted, or a single key.
+
+    For `k = 0` the lowest bin, of which none go.
     """
     prefix, shift, histogram = -1 << 15, ranking.bits - 16, ranking.histogram
     while True:
@@ -235,7 +250,7 @@ def _bin_of_kth_lowest(ranking: _Ranking, k: int) -> tuple[int, int, int, int]:
         k -= int(up_to[found]) - inside
         prefix += found
         if shift == 0 or inside <= ranking.total * _SORTED_SHARE:
-            return prefix, shift, inside, k
+            return _Bin(prefix, shift, inside, k)
         shift -= 16
         histogram = ranking.histogram_within(prefix, shift)
         prefix <<= 16

@@ -9,22 +9,18 @@ that its cached output is returned. While a block is under way, the same holds f
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import Cache
 
 from .contexts import keep_random_state
 from .processes import gather_from_processes
 from .products import Product, ProductWatch
+from .reads import OutputReads, ValueReads
 from .samples import Batch
 from .targets import Target
 
@@ -78,7 +74,7 @@ class Stages:
         self._undo = contextlib.ExitStack()
         names = {target.weight: name for name, target in targets.items()}
         self._parts = {block: _parts_of(block, names) for block in _blocks_of(model, names)}
-        reads = _OutputReads(self._parts)
+        reads = OutputReads(self._parts)
         passes = self._note_all(reads)
         modules = itertools.chain(self._parts, *self._parts.values())
         self._cacheable = {module: _targets_in(module, names) for module in modules if reads.is_cacheable(module)}
@@ -150,7 +146,7 @@ class Stages:
         module.forward = forward
         self._undo.callback(_put_back, module, replaced)
 
-    def _note_all(self, reads: "_OutputReads") -> list[list[_Use]]:
+    def _note_all(self, reads: OutputReads) -> list[list[_Use]]:
         """The uses of passes, of all processes: of one pass of each kind, or of all if their kinds cannot be known."""
         begun = [self._values_read_at_first(i) for i in range(len(self._batches))]
         first: dict[object, int] = {}
@@ -160,7 +156,7 @@ class Stages:
         for wanted in (first.values(), range(len(self._batches))):
             read_later = False
             for self._batch in sorted(set(wanted) - noted.keys()):
-                with reads, _ValueReads() as values:
+                with reads, ValueReads() as values:
                     noted[self._batch] = self._note(reads)
                 read_later |= len(values.read) > len(begun[self._batch])
             gathered = gather_from_processes((list(noted.values()), read_later))
@@ -175,11 +171,11 @@ class Stages:
         def stop(product: Product) -> None:
             raise _StopForward
 
-        with _ValueReads() as values:
+        with ValueReads() as values:
             self._pass(ProductWatch(self._targets, stop))
         return values.read
 
-    def _note(self, reads: "_OutputReads") -> list[_Use]:
+    def _note(self, reads: OutputReads) -> list[_Use]:
         uses: list[_Use] = []
         last: tuple[torch.Tensor, object] | None = None  # With the tensor, so that nothing else gets its memory.
 
@@ -301,127 +297,6 @@ def _parts_of(block: nn.Module, names: Mapping[nn.Parameter, str]) -> list[nn.Mo
         if len(held := _targets_in(module, names)) > 1:
             parts.setdefault(held, module)
     return [module for module in parts.values() if module is not block]
-
-
-# Reading these needs no data, so that a placeholder can answer.
-_METADATA = {
-    getattr(torch.Tensor, name).__get__ for name in ("dtype", "shape", "device", "ndim", "requires_grad", "layout")
-} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.is_floating_point}
-
-
-class _OutputReads(TorchFunctionMode):
-    """A context that notes how often each block is called, and each part of it, and where a block's output is read.
-
-    Args:
-        parts: Block → its parts.
-
-    Attributes:
-        readers: Block → the blocks that read what it gave; None among them is anything outside of blocks.
-    """
-
-    def __init__(self, parts: Mapping[nn.Module, Sequence[nn.Module]]) -> None:
-        super().__init__()
-        self._parts = parts
-        self.readers: dict[nn.Module, set[nn.Module | None]] = {block: set() for block in parts}
-        self._calls: list[Counter[nn.Module]] = []  # of each pass
-        self._stateful: set[nn.Module] = set()
-        self._makers: MutableMapping[torch.Tensor, set[nn.Module]] = WeakTensorKeyDictionary()
-        self._within: nn.Module | None = None
-        self._before: dict[nn.Module, Any] = {}
-        self._hooks: list[RemovableHandle] = []
-
-    def begin_pass(self) -> None:
-        """Says that what follows belongs to another pass."""
-        self._calls.append(Counter())
-        self._within = None
-
-    def is_cacheable(self, module: nn.Module) -> bool:
-        """Whether a block, or a part of one, does nothing but give an output, once a pass."""
-        return module not in self._stateful and all(calls[module] == 1 for calls in self._calls)
-
-    def __enter__(self) -> "_OutputReads":
-        for module in itertools.chain(self._parts, *self._parts.values()):
-            begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
-            self._hooks += [begin, module.register_forward_hook(self._end, with_kwargs=True)]
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for hook in self._hooks:
-            hook.remove()
-
-    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module in self._parts:
-            self._within = module
-        # Into these it may write what others read.
-        if any(isinstance(value, (MutableMapping, list, Cache)) for value in (*args, *kwargs.values())):
-            self._stateful.add(module)
-        self._before[module] = _state_of(module, args, kwargs)
-
-    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._calls[-1][module] += 1
-        if self._before.pop(module) != _state_of(module, args, kwargs):
-            self._stateful.add(module)
-        if module not in self._parts:
-            return
-        self._within = None
-        for value in pytree.tree_leaves(output):
-            if torch.is_tensor(value):  # It may be what another block gave, and this one hands on.
-                self._makers[value] = self._makers.get(value, set()) | {module}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Notes what is read, and calls the function."""
-        if func not in _METADATA:
-            for value in pytree.tree_leaves((args, kwargs)):
-                for maker in self._makers.get(value, ()) if torch.is_tensor(value) else ():
-                    self.readers[maker].add(self._within)
-        return func(*args, **(kwargs or {}))
-
-
-def _state_of(module: nn.Module, args: Any, kwargs: Any) -> object:
-    """What a call of a module may change beside its output: attributes, and tensors that it was given."""
-    given = [value for value in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(value)]
-    versions = [tensor._version for tensor in (*given, *module.buffers())]
-    return versions, [{name: id(value) for name, value in vars(m).items()} for m in module.modules()]
-
-
-class _ValueReads(TorchFunctionMode):
-    """A context that notes what Python reads of tensors: passes that read the same do the same.
-
-    Attributes:
-        read: The values, or shapes that were made from values. What equals nothing stands for whole tensors.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read: list[object] = []
-        self._within = _ShapesAndScalars(self.read)
-
-    def __enter__(self) -> "_ValueReads":
-        self._within.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._within.__exit__(*error)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the function, and notes whether it hands a whole tensor to Python."""
-        if func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__):
-            self.read.append(object())
-        return func(*args, **(kwargs or {}))
-
-
-class _ShapesAndScalars(TorchDispatchMode):
-    def __init__(self, read: list[object]) -> None:
-        super().__init__()
-        self._read = read
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
-            self._read += [value.shape if torch.is_tensor(value) else value for value in pytree.tree_leaves(output)]
-        return output
 
 
 def _placeholder(tensor: torch.Tensor) -> torch.Tensor:

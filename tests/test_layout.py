@@ -31,6 +31,7 @@ ORDER = [
     "scopes",
     "pacing",
     "optimizers",
+    "reads",
     "stages",
     "reconstruction",
     "config",

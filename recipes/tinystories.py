@@ -136,6 +136,7 @@ def main() -> None:
     report(trainer, callback, dense_test, trainer.predict(task.test))
     story = continue_text(model, tokenizer, prompt)
     PartialState().print(f"\nStory before: {dense_story}\n\nStory after: {story}")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

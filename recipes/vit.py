@@ -126,6 +126,7 @@ def main() -> None:
     dense_test = trainer.predict(task.test)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report(trainer, callback, dense_test, trainer.predict(task.test))
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -240,6 +240,7 @@ def evaluate_as_one_of_two(rank, folder, samples):
     trainer = trainer_of(gpt2(), folder, perplexity_metrics())
     perplexity = trainer.evaluate(samples)["eval_perplexity"]
     (folder / f"rank{rank}.json").write_text(json.dumps([trainer.args.world_size, perplexity]))
+    trainer.accelerator.end_training()
 
 
 class LargestNewTensor(TorchDispatchMode):

@@ -63,6 +63,8 @@ def train(folder: Path, batch_size: int, pacing: str) -> None:
         "weights": sum(float(parameter.detach().abs().sum()) for parameter in model.parameters()),
     }
     (folder / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(result))
+    # Else threads of gloo may still let go of tensors while the interpreter ends, and the process aborts.
+    trainer.accelerator.end_training()
 
 
 @pytest.mark.multiprocess

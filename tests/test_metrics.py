@@ -1,6 +1,4 @@
-import json
 import math
-import os
 import socket
 
 import evaluate
@@ -22,6 +20,7 @@ from transformers import (
 )
 
 from hf_prune.metrics import Accuracy, Perplexity, accuracy_metrics, perplexity_from_loss, perplexity_metrics
+from tests.processes import on_two_processes
 
 VOCAB = 11
 
@@ -151,10 +150,9 @@ class TestPerplexity:
 
     @pytest.mark.multiprocess
     def test_two_processes_give_the_same(self, tmp_path, samples):
-        torch.multiprocessing.spawn(evaluate_as_one_of_two, args=(tmp_path, samples), nprocs=2)
-        results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+        results = on_two_processes(evaluate_as_one_of_two, tmp_path, tmp_path, samples)
         expected = perplexity_one_by_one(gpt2(), samples, shift=True)
-        assert results == [[2, pytest.approx(expected, rel=1e-5)]] * 2
+        assert results == [(2, pytest.approx(expected, rel=1e-5))] * 2
 
     def test_two_numbers_a_sample_are_all_that_is_kept(self, tmp_path, samples):
         predictions = trainer_of(gpt2(), tmp_path, perplexity_metrics()).predict(samples).predictions
@@ -233,14 +231,8 @@ class TestAccuracy:
 
 
 def evaluate_as_one_of_two(rank, folder, samples):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    # A file to meet at, because a port that is free now may not be free in a moment.
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     trainer = trainer_of(gpt2(), folder, perplexity_metrics())
-    perplexity = trainer.evaluate(samples)["eval_perplexity"]
-    (folder / f"rank{rank}.json").write_text(json.dumps([trainer.args.world_size, perplexity]))
-    trainer.accelerator.end_training()
+    return trainer.args.world_size, trainer.evaluate(samples)["eval_perplexity"]
 
 
 class LargestNewTensor(TorchDispatchMode):

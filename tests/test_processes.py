@@ -7,8 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-from hf_prune import PruningConfig, PruningTrainerCallback
+from hf_prune import PruningConfig, PruningTrainerCallback, prune
+from hf_prune.criteria import CRITERIA
+from hf_prune.reconstruction import RECONSTRUCTIONS
+from tests.processes import on_two_processes
 from tests.tiny import batch, build
 from tests.training import trainer_factory
 
@@ -33,7 +39,6 @@ OPTIONS = {
 
 def train(folder: Path, batch_size: int, pacing: str) -> None:
     """Trains on whatever processes there are, and notes what came out of it."""
-    import torch.distributed
     from transformers import TrainerCallback
 
     model = build("llama").double()
@@ -95,6 +100,67 @@ def test_two_processes_prune_what_one_does(pacing, tmp_path):
     assert first["norms"] == pytest.approx(one["norms"], rel=1e-9)
     assert first["weights"] == pytest.approx(one["weights"], rel=1e-12)
     assert first["after_cut"] == pytest.approx(one["after_cut"], rel=1e-6)
+
+
+class Routed(nn.Module):
+    """Experts in modules, each called only if a sample of the batch goes to it, in the order in which they come up."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6)) for _ in range(5))
+
+    def forward(self, x, route, labels):
+        x = self.first(x)
+        outputs = torch.zeros_like(x)
+        for i in dict.fromkeys(route.tolist()):
+            outputs[route == i] = self.experts[i](x[route == i])
+        outputs = self.last(outputs + x)
+        return {"loss": F.mse_loss(outputs, labels), "logits": outputs}
+
+
+ROUTES = [(0, 1, 0, 1), (1, 0)], [(3, 2, 1), (1, 2, 2)]  # Nothing goes to the last one.
+
+
+def batches_of(rank: int) -> list[dict[str, torch.Tensor]]:
+    """Those of one process."""
+    generator = torch.Generator().manual_seed(rank)
+
+    def numbers(size: int) -> torch.Tensor:
+        return torch.randn(size, 6, generator=generator, dtype=torch.float64)
+
+    return [
+        {"x": numbers(len(route)), "route": torch.tensor(route), "labels": numbers(len(route))}
+        for route in ROUTES[rank]
+    ]
+
+
+CONFIGS_OF_ROUTED = [
+    PruningConfig(sparsity=0.6, criterion=criterion, calibration_samples=12)
+    for criterion in (*CRITERIA, *RECONSTRUCTIONS)
+    if criterion != "movement"  # which is gathered in training
+] + [PruningConfig(sparsity=0.6, criterion="sparsegpt", scope="layer", calibration_samples=12)]
+
+
+def prune_routed(rank: int | None) -> list[dict[str, torch.Tensor]]:
+    """What each config leaves, on one of two processes or on a single one with what both have."""
+    left = []
+    for config in CONFIGS_OF_ROUTED:
+        torch.manual_seed(0)
+        model = Routed().double()
+        prune(model, config, batches_of(0) + batches_of(1) if rank is None else batches_of(rank))
+        left.append(model.state_dict())
+    return left
+
+
+@pytest.mark.multiprocess
+def test_processes_whose_samples_go_to_other_experts_prune_what_one_does(tmp_path):
+    results = zip(prune_routed(None), *on_two_processes(prune_routed, tmp_path), CONFIGS_OF_ROUTED, strict=True)
+    for one, first, second, config in results:
+        for name, weights in one.items():
+            assert torch.equal(first[name], second[name]), config
+            assert torch.equal(first[name] == 0, weights == 0), config
+            assert torch.allclose(first[name], weights, rtol=1e-9, atol=1e-12), config
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import PreTrainedModel
 
 from .contexts import eager_experts, undisturbed
-from .processes import sum_over_processes
+from .processes import sum_over_processes_
 from .products import Product, ProductWatch
-from .samples import Batch, read_samples, rows_of, size_of
+from .samples import IGNORED_LABEL, Batch, read_samples, size_of, take_samples
 from .targets import Target
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def calibrate(
         targets: The weights that are to be scored.
         batches: What the model is called with: tensors with the samples along their first dimension.
         needs: Keys of `STATISTICS`.
-        samples: Number of samples to read, of all processes together. If there are fewer, that is said.
+        samples: Number of samples to read, of all processes together. If there are fewer, a warning is logged.
         show_progress: Whether a bar shows how far it is, if it takes more than a few seconds.
 
     Returns:
@@ -67,7 +67,7 @@ class Gatherer:
     """Gathers one statistic, batch by batch.
 
     Args:
-        model: The model, as `calibrate` leaves it to its passes.
+        model: The model, unwrapped; in evaluation mode while batches are seen.
         targets: The weights that are to be scored.
     """
 
@@ -88,8 +88,8 @@ class Gatherer:
 
     def statistic(self) -> Mapping[str, torch.Tensor]:
         """The mean over the samples of all processes."""
-        count = sum_over_processes(self.count).item()
-        return {name: sum_over_processes(total) / max(count, 1) for name, total in self.sums.items()}
+        count = sum_over_processes_(self.count).item()
+        return {name: sum_over_processes_(total) / max(count, 1) for name, total in self.sums.items()}
 
 
 class InputNorm(Gatherer):
@@ -104,7 +104,7 @@ class InputNorm(Gatherer):
 
         def add(product: Product) -> None:
             squares = unpadded_inputs(product, batch, self.model).float().square().sum(1)
-            self.sums[product.target.name][product.parts] += squares
+            self.sums[product.target.name][product.part_slice] += squares
 
         with torch.no_grad(), eager_experts(self.model), ProductWatch(self.targets, add):
             self.model(**batch)
@@ -113,7 +113,7 @@ class InputNorm(Gatherer):
         """The norms over the samples of all processes; ones for a part of which no product was seen."""
         norms = {}
         for name, total in self.sums.items():
-            norm = sum_over_processes(total).sqrt()
+            norm = sum_over_processes_(total).sqrt()
             reached = norm.any(1)
             warn_of_unreached(self.targets[name], reached, "their weights count alike")
             norm[~reached] = 1
@@ -126,10 +126,10 @@ class Gradient(Gatherer):
 
     def see(self, batch: Batch) -> None:
         """Adds a batch."""
-        weight = labels_of(self.model, batch).sum()
-        self.count += weight
+        count = label_counts(self.model, batch).sum()
+        self.count += count
         for name, gradient in _gradients(self.model, self.targets, batch).items():
-            self.sums[name] += weight * gradient
+            self.sums[name] += count * gradient
 
 
 class SquaredGradient(Gatherer):
@@ -157,8 +157,8 @@ class SquaredGradient(Gatherer):
 
     def _can_batch(self, batch: Batch) -> bool:
         """Whether two samples, those with the fewest and the most labels, have the same squares together as alone."""
-        order = labels_of(self.model, batch).argsort(stable=True)
-        pair = rows_of(batch, order[[0, -1]])
+        order = label_counts(self.model, batch).argsort(stable=True)
+        pair = take_samples(batch, order[[0, -1]])
         together, alone = self._of_batch(pair), self._one_by_one(pair)
         rounding = max(torch.finfo(target.weight.dtype).eps for target in self.targets.values())
         tolerance = max(1e-3, 25 * rounding)
@@ -168,24 +168,24 @@ class SquaredGradient(Gatherer):
 
     def _one_by_one(self, batch: Batch) -> dict[str, torch.Tensor]:
         totals = {name: torch.zeros_like(total) for name, total in self.sums.items()}
-        labels = labels_of(self.model, batch)
+        counts = label_counts(self.model, batch)
         for sample in range(size_of(batch)):
-            if labels[sample] > 0:  # Without a label there is no loss: a mean over nothing is NaN.
-                alone = rows_of(batch, slice(sample, sample + 1))
+            if counts[sample] > 0:  # Without a label there is no loss: a mean over nothing is NaN.
+                alone = take_samples(batch, slice(sample, sample + 1))
                 for name, gradient in _gradients(self.model, self.targets, alone).items():
                     totals[name] += gradient.square()
         return totals
 
     def _of_batch(self, batch: Batch) -> dict[str, torch.Tensor] | None:
         """The sum of the squares; None if samples cannot be told apart."""
-        samples, labels = size_of(batch), labels_of(self.model, batch)
+        samples, counts = size_of(batch), label_counts(self.model, batch)
         uses: list[tuple[Product, GradientEdge | None]] = []
 
-        def tell(product: Product) -> None:
+        def note(product: Product) -> None:
             # An edge: the output may be changed in place.
             uses.append((product, get_gradient_edge(product.output) if product.output.requires_grad else None))
 
-        with torch.enable_grad(), ProductWatch(self.targets, tell):
+        with torch.enable_grad(), ProductWatch(self.targets, note):
             loss = loss_of(self.model, batch)
         edges = [edge for _, edge in uses if edge is not None]
         if len(edges) < len(uses) or any(product.part is not None for product, _ in uses):
@@ -193,7 +193,7 @@ class SquaredGradient(Gatherer):
             return None
         gradients = torch.autograd.grad(loss, edges, allow_unused=True)
         # The loss is the mean over the labels of the batch, and that of a sample the mean over its own.
-        scale = (labels.sum() / labels).nan_to_num(posinf=0).reshape(1, -1, 1, 1)
+        scale = (counts.sum() / counts).nan_to_num(posinf=0).reshape(1, -1, 1, 1)
         per_sample: dict[str, torch.Tensor] = {}
         left = collections.Counter(product.target.name for product, _ in uses)
         totals: dict[str, torch.Tensor] = {}
@@ -225,8 +225,8 @@ def unpadded_inputs(product: Product, batch: Batch, model: nn.Module) -> torch.T
     Args:
         product: A product of a pass.
         batch: The batch of the pass.
-        model: The model. Positions are those of the batch's `attention_mask` if there are as many, and no decoder
-            whose positions may be others.
+        model: The model. Padding is told by `attention_mask [samples, positions]`, only if it has as many entries as
+            there are positions; never for an encoder-decoder, whose decoder has positions of its own.
     """
     inputs, mask = product.inputs(1).flatten(1, 2), batch.get("attention_mask")
     has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -280,8 +280,8 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
     return loss
 
 
-def labels_of(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The number of labels of each sample, 1 where a sample has a single one."""
+def label_counts(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The number of labels of each sample, `[samples]`; 1 where a sample has a single one."""
     if callable(base_model := getattr(model, "get_base_model", None)):  # of peft
         model = base_model()
     labels = batch.get("labels")
@@ -289,10 +289,7 @@ def labels_of(model: nn.Module, batch: Batch) -> torch.Tensor:
         return torch.ones(size_of(batch), device=next(model.parameters()).device)
     if isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder:
         labels = labels[:, 1:]  # Each position predicts the next one; nothing predicts the first.
-    return (labels != _IGNORED).flatten(1).sum(1).float()
-
-
-_IGNORED = -100  # The label of a position that has none, everywhere in Transformers.
+    return (labels != IGNORED_LABEL).flatten(1).sum(1).float()
 
 
 def _gradients(model: nn.Module, targets: Mapping[str, Target], batch: Batch) -> dict[str, torch.Tensor]:

@@ -44,7 +44,7 @@ from .monitor import (
 from .movement import Movement
 from .optimizers import cut_state_, require_restartable, restart_lr_, undo_restart_lr_
 from .pacing import Even, Patience
-from .pruning import cut, require_room, required_statistics, resolve_targets
+from .pruning import cut_, require_room, required_statistics, resolve_targets
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
 from .rounds import Rounds
 from .samples import batches_of
@@ -115,6 +115,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 
     Raises:
         TypeError: if `config` is not a `PruningConfig`, or `criterion` not a function.
+        ValueError: from `trainer.train()`, if the config does not fit the model, the run or the checkpoint, if scores
+            or what a calibration gathers are not finite, or if the model carries adapters or sharded parameters.
 
     Example:
         >>> callback = PruningTrainerCallback(PruningConfig(sparsity=0.8))
@@ -140,13 +142,13 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self.masks = MaskSet()
         self._targets: dict[str, Target] = {}
         self._hooks = GradientHooks()
-        self._run = uuid.uuid4().hex
+        self._run_id = uuid.uuid4().hex
         self._rounds = Rounds(self.config, Even([], 0), PruningHistory())
         self._lr_start: int | None = None
         self._training = False
         self._finished: Finished | None = None
         self._resumed_at: int | None = None
-        self._reported: set[str] = set()
+        self._metrics_seen: set[str] = set()
         self._tokens_seen = 0
         self._movement: Movement | None = None
 
@@ -161,7 +163,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         """What Trainer stores in a checkpoint's `trainer_state.json`."""
         rounds = self._rounds
         progress: Progress = {
-            "run": self._run,
+            "run": self._run_id,
             "config": self.config.to_dict(),
             "criterion": self._criterion_name,
             "pacing": dataclasses.asdict(rounds.pacing),
@@ -256,7 +258,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if not self._training:
             return
         metrics, metric = kwargs["metrics"], self.history.metric
-        self._reported |= {key for key in metrics if key.startswith("eval_")}
+        self._metrics_seen |= {key for key in metrics if key.startswith("eval_")}
         # With `eval_on_start`, a resumed run evaluates where the run before it would not have.
         if metric in metrics and state.global_step != self._resumed_at:
             self._rounds.observe_(state.global_step, as_number(metric, metrics[metric]), kwargs["model"])
@@ -295,7 +297,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if self._lacks_metric:
             logger.warning(
                 "No evaluation gave the metric %r, so the history has no values. There were %s.",
-                self.history.metric, ", ".join(sorted(self._reported)),
+                self.history.metric, ", ".join(sorted(self._metrics_seen)),
             )  # fmt: skip
         if args.should_save:
             self._save_reports(Path(str(args.output_dir)))
@@ -327,6 +329,36 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             require_room(self._targets, self.masks, self.config, self.criterion)
         self._cut_if_due(now)
 
+    def _resume(self, now: Moment) -> None:
+        args, state, model, scheduler = now.args, now.state, now.model, now.scheduler
+        progress = progress_of(state.stateful_callbacks)
+        require_same(progress, self.config.to_dict(), self._criterion_name)
+        self._run_id = progress["run"]
+        pacing = (Patience if self.config.patience else Even)(**progress["pacing"])  # type: ignore[arg-type]
+        pacing.resize_(state.max_steps, state.global_step)
+        self._rounds = Rounds(self.config, pacing, PruningHistory.from_dict(progress["history"]))
+        self._resumed_at = state.global_step
+        if progress["lr_start"] is not None:
+            # Without the scheduler's file, as with `save_only_model`, Trainer begins its schedule anew, and so do we.
+            lost = scheduler.last_epoch < progress["lr_start"]
+            self._lr_start = scheduler.last_epoch if lost else progress["lr_start"]
+            past = 0 if lost else state.global_step - self.history[-1].step
+            left = max(1, past + pacing.steps_left(state.global_step))
+            restart_lr_(scheduler, self._lr_start, left, state.max_steps)
+        named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
+        folders = [*named, checkpoint_folder(args, state)]
+        self.masks, self._rounds.best, movement = recover_(
+            model, self._targets, progress, folders, state.global_step, str(args.output_dir)
+        )
+        if movement is not None:
+            self._movement = movement.to_devices_of(self._targets)
+        if self.masks:
+            self._hooks.hold_(self._weights, self.masks)
+        if pacing.is_run_over(state.global_step):
+            self._finished = Finished(
+                state.global_step, state.epoch, state.num_input_tokens_seen, WeightsCopy.of(model)
+            )
+
     def _cut_if_due(self, now: Moment) -> None:
         args, state, pacing = now.args, now.state, self._rounds.pacing
         if not pacing.is_due(state.global_step):
@@ -338,14 +370,14 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         asked, samples, batches = self._rounds.next_sparsity, self.config.calibration_samples, None
         if now.dataloader is not None:
             batches = functools.partial(batches_of, now.dataloader, samples, args.train_batch_size, args.seed)
-        masks = cut(
+        masks = cut_(
             now.model,
             self._targets,
             self.masks,
             asked,
             self.config,
             batches=batches,
-            gathered=None if self._movement is None else {"movement": self._movement.tensors},
+            statistics=None if self._movement is None else {"movement": self._movement.tensors},
             criterion=self.criterion,
             seed=args.seed,
             show_progress=state.is_world_process_zero and not args.disable_tqdm,
@@ -361,24 +393,31 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if self._rounds.pacing.is_run_over(state.global_step):
             control.should_training_stop = True
 
+    def _stay_over(self, state: TrainerState, control: TrainerControl) -> None:
+        """Trainer takes one more step when it resumes a run that was over: it is not counted, and undone later."""
+        assert self._finished is not None
+        step, epoch, tokens, _ = self._finished
+        state.global_step, state.epoch, state.num_input_tokens_seen = step, epoch, tokens  # type: ignore[assignment]
+        control.should_log = control.should_evaluate = control.should_save = False
+        control.should_training_stop = True
+
     @property
     def _lacks_metric(self) -> bool:
         """Whether there were evaluations, and none gave the metric."""
-        return bool(self._reported) and self.history.metric not in self._reported
+        return bool(self._metrics_seen) and self.history.metric not in self._metrics_seen
 
     def _require_metric(self) -> None:
         # Not as soon as an evaluation lacks it: with several evaluation datasets, another one may have it.
         if self.config.patience and self._lacks_metric:
             raise ValueError(
                 f"patience follows {self.history.metric!r}, but the evaluation gives "
-                f"{', '.join(sorted(self._reported))}. Set metric in the config to one of them."
+                f"{', '.join(sorted(self._metrics_seen))}. Set metric in the config to one of them."
             )
 
     def _adopt(self, masks: MaskSet, asked: float | None, now: Moment) -> None:
-        """Applies masks, holds them from here on, writes the round down and measures it."""
+        """Holds masks from here on, writes the round down and measures it."""
         model, state = now.model, now.state
         self.masks = masks
-        masks.apply_(model)
         cut_state_(now.optimizer, self.config.optimizer_state, {self._weights[n]: m for n, m in masks.items()})
         self._hooks.hold_(self._weights, masks)
         # Metrics of a less sparse model must not keep a sparser one from becoming the best.
@@ -414,48 +453,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         assert self.evaluate is not None
         with keep_random_state(args.device):
             metrics = self.evaluate(metric_key_prefix=prefix)
-        self._reported |= {key.replace(prefix, "eval", 1) for key in metrics if key.startswith(prefix)}
+        self._metrics_seen |= {key.replace(prefix, "eval", 1) for key in metrics if key.startswith(prefix)}
         return metrics.get(self.history.metric.replace("eval", prefix, 1))
-
-    # Files.
-
-    def _resume(self, now: Moment) -> None:
-        args, state, model, scheduler = now.args, now.state, now.model, now.scheduler
-        progress = progress_of(state.stateful_callbacks)
-        require_same(progress, self.config.to_dict(), self._criterion_name)
-        self._run = progress["run"]
-        pacing = (Patience if self.config.patience else Even)(**progress["pacing"])  # type: ignore[arg-type]
-        pacing.resize_(state.max_steps, state.global_step)
-        self._rounds = Rounds(self.config, pacing, PruningHistory.from_dict(progress["history"]))
-        self._resumed_at = state.global_step
-        if progress["lr_start"] is not None:
-            # Without the scheduler's file, as with `save_only_model`, Trainer begins its schedule anew, and so do we.
-            lost = scheduler.last_epoch < progress["lr_start"]
-            self._lr_start = scheduler.last_epoch if lost else progress["lr_start"]
-            past = 0 if lost else state.global_step - self.history[-1].step
-            left = max(1, past + pacing.steps_left(state.global_step))
-            restart_lr_(scheduler, self._lr_start, left, state.max_steps)
-        named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
-        folders = [*named, checkpoint_folder(args, state)]
-        self.masks, self._rounds.best, movement = recover_(
-            model, self._targets, progress, folders, state.global_step, str(args.output_dir)
-        )
-        if movement is not None:
-            self._movement = movement.to_devices_of(self._targets)
-        if self.masks:
-            self._hooks.hold_(self._weights, self.masks)
-        if pacing.is_run_over(state.global_step):
-            self._finished = Finished(
-                state.global_step, state.epoch, state.num_input_tokens_seen, WeightsCopy.of(model)
-            )
-
-    def _stay_over(self, state: TrainerState, control: TrainerControl) -> None:
-        """Trainer takes one more step when it resumes a run that was over: it is not counted, and undone later."""
-        assert self._finished is not None
-        step, epoch, tokens, _ = self._finished
-        state.global_step, state.epoch, state.num_input_tokens_seen = step, epoch, tokens  # type: ignore[assignment]
-        control.should_log = control.should_evaluate = control.should_save = False
-        control.should_training_stop = True
 
     def _save_reports(self, folder: Path) -> None:
         self.config.save_pretrained(folder)

@@ -132,7 +132,7 @@ def taylor(inputs: ScoreInputs) -> torch.Tensor:
         inputs: `weight` and `gradient` are used.
 
     Returns:
-        Scores of the weight's shape, float32, `≥ 0`.
+        Scores of the weight's shape, float32 (float64 for a float64 weight), `≥ 0`.
 
     Example:
         >>> gradient = torch.tensor([0.1, -2.0])
@@ -155,7 +155,7 @@ def fisher(inputs: ScoreInputs) -> torch.Tensor:
         inputs: `weight` and `squared_gradient` are used.
 
     Returns:
-        Scores of the weight's shape, float32, `≥ 0`.
+        Scores of the weight's shape, float32 (float64 for a float64 weight), `≥ 0`.
 
     Example:
         >>> squares = torch.tensor([0.5, 4.0])
@@ -165,7 +165,8 @@ def fisher(inputs: ScoreInputs) -> torch.Tensor:
     Source: LeCun et al. 1989, "Optimal Brain Damage", with the Fisher information for the Hessian as in Theis et al.
     2018, "Faster gaze prediction with dense networks and Fisher pruning", arXiv 1801.05787.
     """
-    return inputs.weight.float().square() * inputs["squared_gradient"] / 2
+    weight = inputs.weight.to(torch.promote_types(inputs.weight.dtype, torch.float32))
+    return weight.square() * inputs["squared_gradient"] / 2
 
 
 @needs("movement")
@@ -194,7 +195,7 @@ def wanda(inputs: ScoreInputs) -> torch.Tensor:
         inputs: `weight` and `input_norm` are used.
 
     Returns:
-        Scores of the weight's shape, float32, `≥ 0`.
+        Scores of the weight's shape, float32 (float64 for a float64 weight), `≥ 0`.
 
     Example:
         >>> norm = torch.tensor([[1.0, 10.0]])
@@ -217,7 +218,7 @@ def snip(inputs: ScoreInputs) -> torch.Tensor:
         inputs: `weight` and `gradient` are used.
 
     Returns:
-        Scores of the weight's shape, float32, `≥ 0`.
+        Scores of the weight's shape, float32 (float64 for a float64 weight), `≥ 0`.
 
     Source: Lee et al. 2018, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", arXiv 1810.02340.
     """
@@ -225,7 +226,9 @@ def snip(inputs: ScoreInputs) -> torch.Tensor:
 
 
 def lamp(inputs: ScoreInputs) -> torch.Tensor:
-    """Magnitude that layers can be compared by: `w² / Σ w'²` over the weights `w'` of the layer that are as large.
+    """Magnitude that layers can be compared by: `w² / Σ w'²` over the weights `w'` of the layer from `w` up.
+
+    Of weights that are equally large the later one counts as larger.
 
     The largest weight of each layer has the score 1, so that no layer is emptied.
 

@@ -110,6 +110,7 @@ class MaskSet(Mapping[str, torch.Tensor]):
 
         Raises:
             ValueError: as `find_targets` does, if `names` is None.
+            AttributeError: if the model has no parameter of a name.
         """
         if names is None:
             names = find_targets(model)
@@ -156,8 +157,8 @@ def mask_(tensor: torch.Tensor, mask: torch.Tensor) -> None:
     pieces = max(1, math.ceil(tensor.numel() / _PIECE)) if tensor.is_cpu else 1
     factor = mask.view(torch.uint8)  # floats are multiplied by bytes faster than by bools
     tensor, factor = torch.atleast_1d(tensor, factor)
-    for part, kept in zip(tensor.chunk(pieces), factor.chunk(pieces), strict=True):
-        part.mul_(kept)
+    for piece, kept in zip(tensor.chunk(pieces), factor.chunk(pieces), strict=True):
+        piece.mul_(kept)
 
 
 def masked_in(mask: torch.Tensor) -> int:

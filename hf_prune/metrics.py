@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from transformers import EvalPrediction
 
 from .reports import perplexity_from_loss
+from .samples import IGNORED_LABEL
 
 ComputeMetrics = Callable[..., dict[str, float]]
 """`compute_metrics(prediction: EvalPrediction, compute_result: bool = True)`, as `Trainer` calls it."""
 
 PreprocessLogits = Callable[[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]
 """`preprocess_logits_for_metrics(logits, labels)`, as `Trainer` calls it after each batch."""
-
-_UNLABELLED = -100  # what Trainer and the models of Transformers leave out of the loss
 
 
 class Accuracy(evaluate.Metric):
@@ -40,7 +39,7 @@ class Accuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        labelled = np.not_equal(references, _UNLABELLED)
+        labelled = np.not_equal(references, IGNORED_LABEL)
         if not labelled.any():
             raise ValueError(f"accuracy needs at least one label, got {len(references)} of -100.")
         return {"accuracy": float(np.equal(predictions, references)[labelled].mean())}
@@ -163,8 +162,8 @@ def perplexity_metrics(shift: bool = True) -> tuple[ComputeMetrics, PreprocessLo
 def _nll_and_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """One sample `[seq, vocab]`, `[seq]` → its negative log-likelihood and number of labelled tokens `[2]`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, labels, ignore_index=_UNLABELLED, reduction="sum")
-    return torch.stack([total, (labels != _UNLABELLED).sum().to(total.dtype)])
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    return torch.stack([total, (labels != IGNORED_LABEL).sum().to(total.dtype)])
 
 
 def _first(logits: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -8,8 +8,8 @@ import torch.distributed
 Value = TypeVar("Value")
 
 
-def sum_over_processes(total: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes, the same on each."""
+def sum_over_processes_(total: torch.Tensor) -> torch.Tensor:
+    """Adds a tensor up over all processes, in place, and returns it."""
     if _are_several():
         torch.distributed.all_reduce(total)
     return total

@@ -1,6 +1,6 @@
 """Products: what each targeted weight is multiplied with in an ordinary forward pass, whichever module does it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,41 +33,46 @@ class Product:
     rows: Callable[[torch.Tensor, int], torch.Tensor]
 
     @property
-    def parts(self) -> slice:
-        """The parts that are used."""
+    def part_slice(self) -> slice:
+        """The parts that are used, as an index."""
         return slice(None) if self.part is None else slice(self.part, self.part + 1)
 
 
+_MakeProduct = Callable[[Target, torch.Tensor, torch.Tensor, torch.Tensor], Product]
+_Found = Iterator[tuple[torch.Tensor, torch.Tensor, _MakeProduct]]  # What is multiplied, perhaps a targeted weight.
+
+
 class ProductWatch(TorchFunctionMode):
-    """A context in which every product of a targeted weight is told.
+    """A context that hands every product of a targeted weight to a callback.
 
     Weights are known by their storage. So it does not matter which module multiplies them, and fused experts, which
     multiply slices of one tensor without a module of their own, are seen as well.
 
     Args:
         targets: The targets.
-        tell: Called with each product, after it was computed, without gradients.
+        on_product: Called with each product, after it was computed, without gradients.
     """
 
-    def __init__(self, targets: Mapping[str, Target], tell: Callable[[Product], None]) -> None:
+    def __init__(self, targets: Mapping[str, Target], on_product: Callable[[Product], None]) -> None:
         super().__init__()
         self._targets = {target.weight.untyped_storage().data_ptr(): target for target in targets.values()}
-        self._tell = tell
+        self._on_product = on_product
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the function, and tells of it if it multiplies a target."""
+        """Calls the function, and the callback if it multiplied a target."""
         output = func(*args, **(kwargs or {}))
         if (read := _READERS.get(func)) is not None:
-            for x, weight, shape in read(*args, **(kwargs or {})):
+            for x, weight, make_product in read(*args, **(kwargs or {})):
                 target = self._targets.get(weight.untyped_storage().data_ptr())
                 if target is not None:
                     with torch.no_grad():
-                        self._tell(shape(target, x.detach(), weight, output))
+                        self._on_product(make_product(target, x.detach(), weight, output))
         return output
 
 
 def _linear(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> Product:
-    """`x [..., in] · weight [out, in]ᵀ`, of a matrix or of one expert."""
+    """`x [..., in]` times a matrix or one expert, in either layout; the output is `[..., out]`."""
+    # An expert is a slice of the 3-D tensor: its offset says which.
     part = weight.storage_offset() // weight.numel() if target.weight.ndim == 3 else None
 
     def by_samples(values: torch.Tensor, samples: int) -> torch.Tensor:
@@ -94,12 +99,10 @@ def _all_experts(target: Target, x: torch.Tensor, weight: torch.Tensor, output: 
     return Product(target, None, x, lambda samples: of_experts(x, samples), output, of_experts)
 
 
-def _convolution(
-    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
-) -> Callable[[Target, torch.Tensor, torch.Tensor, torch.Tensor], Product]:
+def _convolution(stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> _MakeProduct:
     """`x [samples, channels, height, width]`, of which each row of the weight sees one patch a position."""
 
-    def shape(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> Product:
+    def make_product(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> Product:
         kernel, steps = weight.shape[2:], (dilation, dilation) if isinstance(dilation, int) else dilation
         pads = (padding, padding) if isinstance(padding, int) else padding
         if padding == "valid":
@@ -122,28 +125,28 @@ def _convolution(
 
         return Product(target, None, x, inputs, output, rows)
 
-    return shape
+    return make_product
 
 
-def _read_linear(input: Any, weight: Any, bias: Any = None) -> Any:
+def _read_linear(input: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> _Found:
     yield input, weight, _linear
 
 
-def _read_addmm(input: Any, mat1: Any, mat2: Any, **_: Any) -> Any:
+def _read_addmm(input: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor, **_: Any) -> _Found:
     yield mat1, mat2, _linear
 
 
-def _read_matmul(input: Any, mat2: Any, **_: Any) -> Any:
+def _read_matmul(input: torch.Tensor, mat2: torch.Tensor, **_: Any) -> _Found:
     yield input, mat2, _all_experts if mat2.ndim == 3 else _linear
     if input.ndim == 2:
         yield mat2, input, _linear_from_left
 
 
-def _read_conv2d(input: Any, weight: Any, bias: Any = None, *where: Any, **options: Any) -> Any:
+def _read_conv2d(input: torch.Tensor, weight: torch.Tensor, bias: Any = None, *where: Any, **options: Any) -> _Found:
     yield input, weight, _convolution(*where, **options)
 
 
-_READERS: dict[Any, Callable[..., Any]] = {
+_READERS: dict[Any, Callable[..., _Found]] = {
     F.linear: _read_linear,
     F.conv2d: _read_conv2d,
     **dict.fromkeys([torch.addmm, torch.Tensor.addmm], _read_addmm),

@@ -16,7 +16,7 @@ from .config import PruningConfig
 from .criteria import CRITERIA, Criterion, ScoreInputs, fisher, magnitude, needs_of, scope_of, wanda
 from .granularities import Pattern
 from .masks import MaskSet, masked_in
-from .reconstruction import RECONSTRUCTIONS, reconstruct_
+from .reconstruction import RECONSTRUCTIONS, Quota, reconstruct_
 from .reports import SparsityReport, sparsity_report
 from .samples import Batch
 from .scopes import Pool, outlier_ratio, pools
@@ -128,17 +128,17 @@ def next_masks(
         A mask for each target.
 
     Raises:
-        ValueError: if a weight is not finite, a score is NaN or has a wrong shape (the message names the tensor), or
-            if the masks so far prune more than the sparsity.
+        ValueError: if a weight is not finite, a score is NaN or has a wrong shape, or the criterion changed a weight
+            (the message names the tensor); or if the masks so far prune more than the sparsity.
+        TypeError: if the criterion gives something that is not a tensor.
     """
     granularity = granularities.parse(config.granularity)
     score = criterion or CRITERIA[config.criterion]
-    _require_finite(targets.values())
+    _require_finite_weights(targets.values())
 
     def weight_scores(target: Target) -> torch.Tensor:
         version = target.weight._version
-        gathered = {name: values[target.name] for name, values in (statistics or {}).items()}
-        scores = score(ScoreInputs(target.name, target.weight.detach(), seed, gathered))
+        scores = score(_score_inputs(target, statistics, seed))
         if target.weight._version != version:
             raise ValueError(f"the criterion changed {target.name!r} in place. It has to leave the weight as it is.")
         if not torch.is_tensor(scores):
@@ -177,7 +177,7 @@ def next_masks(
     return MaskSet({name: granularity.spread(group_masks[name], target) for name, target in targets.items()})
 
 
-def cut(
+def cut_(
     model: nn.Module,
     targets: Mapping[str, Target],
     masks: MaskSet,
@@ -185,23 +185,23 @@ def cut(
     config: PruningConfig,
     *,
     batches: Callable[[], Iterable[Batch]] | None = None,
-    gathered: Statistics | None = None,
+    statistics: Statistics | None = None,
     criterion: Criterion | None = None,
     seed: int = 0,
     show_progress: bool = False,
 ) -> MaskSet:
-    """One round's cut: masks that reach a sparsity, in `config.score_steps` steps.
+    """One round's cut: masks that reach a sparsity, in `config.score_steps` steps, and zeroes what they prune.
 
-    A method that reconstructs also changes the weights that the masks keep, and zeroes the others.
+    A method that reconstructs also changes the weights that the masks keep.
 
     Args:
-        model: The model, unwrapped. Its targets may be zeroed by the masks of all steps but the last.
+        model: The model, unwrapped; changed in place.
         targets: What `resolve_targets` found.
         masks: The masks so far.
         sparsity: Absolute sparsity to reach, in `[0, 1)`.
         config: The pruning config.
         batches: Gives calibration batches of this process, anew at each call; None if there are none.
-        gathered: Statistics that are there already.
+        statistics: Those that are there already.
         criterion: A criterion in place of the config's.
         seed: For criteria that draw random numbers.
         show_progress: Whether a long calibration shows how far it is.
@@ -210,11 +210,11 @@ def cut(
         A mask for each target.
 
     Raises:
-        ValueError: as `next_masks` and `calibrate` do, or if the criterion looks at data and there are none. The
-            weights are then as they were.
+        ValueError, TypeError: as `next_masks` and `calibrate` do, or if the criterion looks at data and there are
+            none. The weights are then as they were.
     """
-    reconstructs, gathered = _reconstructs(config, criterion), gathered or {}
-    missing = [name for name in required_statistics(config, criterion) if name not in gathered]
+    reconstructs, known = _reconstructs(config, criterion), statistics or {}
+    missing = [name for name in required_statistics(config, criterion) if name not in known]
     who = f"the criterion {config.criterion if criterion is None else criterion!r}"
     if unknown := [name for name in missing if name not in STATISTICS]:
         raise ValueError(
@@ -229,17 +229,16 @@ def cut(
 
     def gather() -> Statistics:
         if batches is None or not missing:
-            return gathered
+            return known
         samples = config.calibration_samples
-        return {**gathered, **calibrate(model, targets, batches(), missing, samples, show_progress=show_progress)}
+        return {**known, **calibrate(model, targets, batches(), missing, samples, show_progress=show_progress)}
 
     with _put_back_on_error(targets) if reconstructs or config.score_steps > 1 else contextlib.nullcontext():
         if reconstructs and batches is not None:
             return _reconstruct_(model, targets, masks, sparsity, config, gather(), batches(), show_progress)
         for level in _score_levels(targets, masks, sparsity, config, criterion):
             masks = next_masks(targets, masks, level, config, criterion=criterion, seed=seed, statistics=gather())
-            if level != sparsity:
-                masks.apply_(model)
+            masks.apply_(model)
     return masks
 
 
@@ -268,22 +267,27 @@ def _reconstruct_(
     batches: Iterable[Batch],
     show_progress: bool,
 ) -> MaskSet:
+    """Reconstructs to a sparsity, or to a pattern on its way there.
+
+    SparseGPT compares weights within a layer only. How many each layer loses is what `fisher` would take from it
+    (scope "global"), or what the scope says.
+    """
     granularity, samples = granularities.parse(config.granularity), config.calibration_samples
-    assert not isinstance(granularity, granularities.Block)  # The config has seen to it.
+    _require_finite_weights(targets.values())
+    quotas: Mapping[str, Quota]
     if isinstance(granularity, Pattern):
-        granularity = granularity.at(sparsity)
+        pattern = granularity.at(sparsity)
         for name, mask in masks.items():
-            granularity.require_room(mask, targets[name])
-    _require_finite(targets.values())
-    scope = effective_scope(config)
-    if scope == "global":
-        likewise = next_masks(targets, masks, sparsity, config, criterion=fisher, statistics=statistics)
-        drops = {name: masked_in(mask) for name, mask in likewise.items()}
+            pattern.require_room(mask, targets[name])
+        quotas = dict.fromkeys(targets, pattern)
+    elif (scope := effective_scope(config)) == "global":
+        by_fisher = next_masks(targets, masks, sparsity, config, criterion=fisher, statistics=statistics)
+        quotas = {name: masked_in(mask) for name, mask in by_fisher.items()}
     else:
         sizes = {name: target.weight.numel() for name, target in targets.items()}
         divided = _pools(targets, masks, sizes, sparsity, scope, config, statistics)
-        drops = {pool.names[0]: pool.drop for pool in divided}
-    return reconstruct_(model, targets, masks, drops, granularity, batches, samples, show_progress=show_progress)
+        quotas = {pool.names[0]: pool.drop for pool in divided}
+    return reconstruct_(model, targets, masks, quotas, batches, samples, show_progress=show_progress)
 
 
 def prune(
@@ -311,7 +315,11 @@ def prune(
         The sparsity by module, over the targets and over the whole model.
 
     Raises:
-        ValueError: if the config does not fit the model, or a score is NaN. The model is then as it was.
+        ValueError: if the config does not fit the model; if criterion or scope looks at data and the dataloader is
+            missing, empty, or can be read only once; if nobody gathers here what the criterion reads; if a weight or
+            a statistic is not finite; or if scores are NaN, of another shape, or differ from call to call. The model
+            is then as it was.
+        TypeError: if the criterion gives something that is not a tensor.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
@@ -328,7 +336,7 @@ def prune(
         )
     masks = MaskSet.from_zeros(model, targets) if config.hold_zeros else MaskSet()
     if config.round_sparsities:
-        masks = cut(
+        masks = cut_(
             model,
             targets,
             masks,
@@ -339,8 +347,13 @@ def prune(
             seed=seed,
             show_progress=True,
         )
-    masks.apply_(model)
     return sparsity_report(model, masks=masks)
+
+
+def _score_inputs(target: Target, statistics: Statistics | None, seed: int = 0) -> ScoreInputs:
+    """What a criterion is told of a target."""
+    own = {name: values[target.name] for name, values in (statistics or {}).items()}
+    return ScoreInputs(target.name, target.weight.detach(), seed, own)
 
 
 def _score_levels(
@@ -379,7 +392,7 @@ def _lowest_sparsity(targets: Mapping[str, Target], masks: MaskSet, config: Prun
 
 
 @torch.no_grad()
-def _require_finite(targets: Iterable[Target]) -> None:
+def _require_finite_weights(targets: Iterable[Target]) -> None:
     for target in targets:
         # One pass that makes no temporary: a NaN is both extremes, an infinity one of them.
         low, high = target.weight.aminmax() if target.weight.numel() else (0.0, 0.0)
@@ -402,9 +415,7 @@ def _pools(
 ) -> list[Pool]:
     ratios = None
     if scope == "owl":
-        norms = {} if statistics is None else statistics["input_norm"]
-        inputs = [ScoreInputs(n, t.weight.detach(), statistics={"input_norm": norms[n]}) for n, t in targets.items()]
-        ratios = {each.name: outlier_ratio(wanda(each)) for each in inputs}
+        ratios = {name: outlier_ratio(wanda(_score_inputs(t, statistics))) for name, t in targets.items()}
     return pools(
         sizes,
         sparsity,

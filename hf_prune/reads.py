@@ -60,6 +60,7 @@ class OutputReads(TorchFunctionMode):
         super().__exit__(*error)
         for hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module in self._parts:

@@ -15,9 +15,9 @@ from transformers.utils.logging import tqdm
 
 from .calibration import require_finite, unpadded_inputs, warn_of_unreached
 from .contexts import configured, eager_experts, undisturbed
-from .granularities import Pattern, Unstructured
+from .granularities import Pattern
 from .masks import MaskSet, masked_in
-from .processes import sum_over_processes
+from .processes import sum_over_processes_
 from .products import Product
 from .samples import DELAY, Batch, read_samples
 from .scopes import divide
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 RECONSTRUCTIONS = ("sparsegpt",)
 DAMPING = (0.01, 0.1, 1.0)  # What is added to the diagonal, in units of its mean: more where less will not do.
 BLOCKSIZE = 128  # Columns that are chosen from, and changed, at a time.
+Quota = int | Pattern
+"""What is to be pruned of a target: how many weights in all, those pruned before included, or what of each group."""
+
 _BAND = 512  # Rows of a Hessian that are computed at a time, from their first diagonal element to the right.
 
 
@@ -39,7 +42,7 @@ class _Factor(NamedTuple):
     Attributes:
         upper: Upper Cholesky factor of its inverse, `[columns, columns]`: row `i` is the first one of the inverse of
             the Hessian of the columns from `i` on, divided by the root of that row's first element.
-        alive: Which inputs are not zero in all samples.
+        alive: `[columns]`, bool: inputs that are nonzero in at least one sample.
     """
 
     upper: torch.Tensor
@@ -50,8 +53,7 @@ def reconstruct_(
     model: nn.Module,
     targets: Mapping[str, Target],
     masks: MaskSet,
-    drops: Mapping[str, int],
-    granularity: Unstructured | Pattern,
+    quotas: Mapping[str, Quota],
     batches: Iterable[Batch],
     samples: int,
     *,
@@ -66,8 +68,7 @@ def reconstruct_(
         model: The model, unwrapped; called as `model(**batch)`. Changed in place.
         targets: The weights.
         masks: The masks so far; what they prune stays pruned.
-        drops: Number of weights to prune of each target, those pruned before included. Ignored for a `Pattern`.
-        granularity: What is removed together.
+        quotas: What to prune of each target.
         batches: What the model is called with: tensors with the samples along their first dimension.
         samples: Number of samples to read, of all processes together.
         show_progress: Whether a bar shows how far it is, if it takes more than a few seconds.
@@ -84,13 +85,12 @@ def reconstruct_(
     new: dict[str, torch.Tensor] = {}
 
     def prune_(name: str, factors: Sequence[_Factor | None]) -> None:
-        new[name] = _prune_target_(targets[name], factors, masks.get(name), drops[name], granularity)
+        new[name] = _prune_target_(targets[name], factors, masks.get(name), quotas[name])
 
     # Keys and values of blocks that are not computed again would be missing in a cache.
     without_cache = configured(model, "use_cache", False)
     with undisturbed(model, targets), eager_experts(model), without_cache, _in_full_precision():
         data = list(read_samples(model, batches, samples))
-        _require_samples_everywhere(data, model)
         with Stages(model, targets, data) as stages:
             for name in stages.unused:
                 logger.warning("No product of %r was seen in the forward passes; it is pruned by magnitude.", name)
@@ -118,7 +118,7 @@ class _Hessian:
         x = unpadded_inputs(product, batch, self._model).to(self._sum.dtype)
         for here in self._bands:  # It is symmetric, and what is to their left need not be computed.
             on = slice(here.start, None)
-            self._sum[product.parts, here, on].baddbmm_(x[..., here].mT, x[..., on])
+            self._sum[product.part_slice, here, on].baddbmm_(x[..., here].mT, x[..., on])
 
     def factors(self) -> list[_Factor | None]:
         """For each part what SparseGPT needs of it; None where it cannot be had.
@@ -126,7 +126,7 @@ class _Hessian:
         Raises:
             ValueError: if an activation was NaN or infinite.
         """
-        total, name = sum_over_processes(self._sum), self._target.module
+        total, name = sum_over_processes_(self._sum), self._target.module
         for here in self._bands:
             behind = slice(here.stop, None)
             total[:, behind, here] = total[:, here, behind].mT
@@ -135,11 +135,12 @@ class _Hessian:
         warn_of_unreached(self._target, reached, "they are pruned by magnitude")
         order = _column_order(self._target)
         return [
-            _factor(part[order][:, order], name) if used else None for part, used in zip(total, reached, strict=True)
+            _factor_(part[order][:, order], name) if used else None for part, used in zip(total, reached, strict=True)
         ]
 
 
-def _factor(hessian: torch.Tensor, name: str) -> _Factor | None:
+def _factor_(hessian: torch.Tensor, name: str) -> _Factor | None:
+    """Factorizes a Hessian, which is changed in place, with as little damping as will do; None if none will."""
     diagonal = hessian.diagonal()
     alive = diagonal > 0
     mean = diagonal[alive].mean()
@@ -164,19 +165,18 @@ def _prune_target_(
     target: Target,
     factors: Sequence[_Factor | None],
     kept: torch.Tensor | None,
-    drop: int,
-    granularity: Unstructured | Pattern,
+    quota: Quota,
 ) -> torch.Tensor:
     """Prunes a target in place; returns its mask."""
     order = _column_order(target)
     rows = target.to_rows(target.weight.detach())[..., order].to(_compute_dtype(target))
     masks = torch.ones_like(rows, dtype=torch.bool) if kept is None else target.to_rows(kept)[..., order].clone()
-    for part, factor, mask, share in zip(rows, factors, masks, _shares(drop, masks), strict=True):
+    for part, factor, mask, share in zip(rows, factors, masks, _shares(quota, masks), strict=True):
         if factor is None:
-            mask.copy_(_select(target.name, part.abs(), share, mask, granularity))
+            mask.copy_(_select(target.name, part.abs(), mask, share))
             part *= mask
         else:
-            _sparsegpt_(target.name, part, factor, mask, share, granularity)
+            _sparsegpt_(target.name, part, factor, mask, share)
     back = order.argsort()
     target.weight.copy_(target.from_rows(rows[..., back]))
     return target.from_rows(masks[..., back]).contiguous()
@@ -187,8 +187,7 @@ def _sparsegpt_(
     rows: torch.Tensor,
     factor: _Factor,
     mask: torch.Tensor,
-    drop: int,
-    granularity: Unstructured | Pattern,
+    quota: Quota,
 ) -> None:
     """Prunes columns from left to right, and moves the error of each onto those that come after it.
 
@@ -196,15 +195,13 @@ def _sparsegpt_(
         name: The parameter's name, for messages.
         rows: `[rows, columns]`, in float32 or better; changed in place.
         factor: What is needed of the Hessian of its inputs.
-        mask: What is kept so far; changed in place.
-        drop: Number of weights to prune in all; a pattern says that itself.
-        granularity: What is removed together.
+        mask: `[rows, columns]`, bool, True = kept so far; changed in place.
+        quota: What to prune.
     """
-    # The columns that a choice is among. Several patterns lie in a block, of which each is chosen when it is reached.
-    if isinstance(granularity, Pattern):
-        group, drops = granularity.m, [0] * (rows.shape[1] // granularity.m)
-    else:
-        group, drops = BLOCKSIZE, _shares(drop, mask.split(BLOCKSIZE, 1))
+    # `group` columns are chosen among at once. A pattern is chosen when its first column is reached, and those before
+    # it have passed on their errors; so several share a block.
+    group = quota.m if isinstance(quota, Pattern) else BLOCKSIZE
+    shares = _shares(quota, mask.split(group, 1))
     width = max(BLOCKSIZE // group, 1) * group
     for start in range(0, rows.shape[1], width):
         here, behind = slice(start, start + width), slice(start + width, None)
@@ -215,9 +212,9 @@ def _sparsegpt_(
         for i in range(len(block)):
             if i % group == 0:
                 columns = slice(i, i + group)
+                # Weights of dead inputs change no output.
                 scores = (block[columns].t() / pivots[columns]).square() * alive[columns]
-                share = drops[(start + i) // group]
-                kept[columns] = _select(name, scores, share, kept[columns].t(), granularity).t()
+                kept[columns] = _select(name, scores, kept[columns].t(), shares[(start + i) // group]).t()
             pruned = block[i] * kept[i]
             errors[i] = (block[i] - pruned) / pivots[i]
             block[i:].addr_(upper[i, i:], errors[i], alpha=-1)
@@ -226,22 +223,22 @@ def _sparsegpt_(
         rows[:, behind].addmm_(errors.t(), factor.upper[here, behind], alpha=-1)
 
 
-def _select(
-    name: str, scores: torch.Tensor, drop: int, kept: torch.Tensor, granularity: Unstructured | Pattern
-) -> torch.Tensor:
-    """The mask of a matrix of scores: `drop` of all of them go, or of each group what a pattern says."""
-    if isinstance(granularity, Pattern):
-        m, groups = granularity.m, kept.reshape(-1, granularity.m)
-        return drop_lowest_of_each(name, scores.reshape(-1, m), m - granularity.n, groups).view(kept.shape)
-    return drop_lowest({name: lambda: scores}, drop, {name: kept})[name]
+def _select(name: str, scores: torch.Tensor, kept: torch.Tensor, quota: Quota) -> torch.Tensor:
+    """The mask of a matrix of scores."""
+    if isinstance(quota, Pattern):
+        groups = kept.reshape(-1, quota.m)
+        return drop_lowest_of_each(name, scores.reshape(-1, quota.m), quota.m - quota.n, groups).view(kept.shape)
+    return drop_lowest({name: lambda: scores}, quota, {name: kept})[name]
 
 
-def _shares(drop: int, masks: Iterable[torch.Tensor]) -> list[int]:
+def _shares(quota: Quota, masks: Iterable[torch.Tensor]) -> Sequence[Quota]:
     """Divides a number of weights to prune among masks by their sizes, none with fewer than it prunes already."""
+    if isinstance(quota, Pattern):
+        return [quota for _ in masks]
     named = {str(i): mask for i, mask in enumerate(masks)}
     sizes = {name: mask.numel() for name, mask in named.items()}
     dropped = {name: masked_in(mask) for name, mask in named.items()}
-    return list(divide(drop, lambda level: dict.fromkeys(sizes, level), sizes, dropped).values())
+    return list(divide(quota, lambda level: dict.fromkeys(sizes, level), sizes, dropped).values())
 
 
 def _compute_dtype(target: Target) -> torch.dtype:
@@ -252,12 +249,6 @@ def _compute_dtype(target: Target) -> torch.dtype:
 def _column_order(target: Target) -> torch.Tensor:
     """The order of a row's inputs in which the channels at one position of a kernel are side by side."""
     return torch.arange(target.fan_in, device=target.weight.device).view(target.in_features, -1).t().flatten()
-
-
-def _require_samples_everywhere(data: Sequence[Batch], model: nn.Module) -> None:
-    lacking = torch.tensor(0 if data else 1, device=next(model.parameters()).device)
-    if sum_over_processes(lacking).item():
-        raise ValueError("some processes have no calibration samples: ask for at least one for each process.")
 
 
 @contextlib.contextmanager

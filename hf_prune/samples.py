@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils.logging import tqdm
 
-from .processes import sum_over_processes
+from .processes import sum_over_processes_
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,9 @@ DELAY = 5
 """Seconds after which a calibration shows how far it is."""
 
 Batch = Mapping[str, Any]
+
+IGNORED_LABEL = -100
+"""The label of a position that has none, everywhere in Transformers."""
 
 
 def read_samples(
@@ -30,7 +33,8 @@ def read_samples(
     Args:
         model: The model.
         batches: Batches of this process.
-        samples: Number of samples to read, of all processes together. If there are fewer, that is said at the end.
+        samples: Number of samples to read, of all processes together. If there are fewer, a warning is
+            logged at the end.
         show_progress: Whether a bar shows how far the reader is, if it takes more than a few seconds.
 
     Yields:
@@ -43,13 +47,13 @@ def read_samples(
     mine = len(range(state.process_index, samples, state.num_processes))
     with tqdm(total=mine, desc="Calibrating", unit="sample", delay=DELAY, disable=not show_progress) as bar:
         for batch in batches if mine else ():
-            part = rows_of(send_to_device(batch, device), slice(0, mine - seen))
+            part = take_samples(send_to_device(batch, device), slice(0, mine - seen))
             yield part
             seen += size_of(part)
             bar.update(size_of(part))
             if seen >= mine:
                 break
-    seen = int(sum_over_processes(torch.tensor(seen, device=device)))
+    seen = int(sum_over_processes_(torch.tensor(seen, device=device)))
     if seen == 0:
         raise ValueError("there are no calibration samples: the dataloader gave no batch.")
     if seen < samples:
@@ -86,15 +90,15 @@ def size_of(batch: Batch) -> int:
     return next(len(value) for value in batch.values() if torch.is_tensor(value) and value.ndim)
 
 
-def rows_of(batch: Batch, rows: slice | torch.Tensor) -> Batch:
+def take_samples(batch: Batch, which: slice | torch.Tensor) -> Batch:
     """Some of the samples of a batch."""
     size = size_of(batch)
 
     def select(value: Any) -> Any:
         if torch.is_tensor(value) and value.ndim and len(value) == size:
-            return value[rows]
+            return value[which]
         if isinstance(value, list) and len(value) == size:  # as the labels of detection are
-            return value[rows] if isinstance(rows, slice) else [value[int(i)] for i in rows]
+            return value[which] if isinstance(which, slice) else [value[int(i)] for i in which]
         return value
 
     return {name: select(value) for name, value in batch.items()}

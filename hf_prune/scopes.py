@@ -110,7 +110,9 @@ def divide(drop: int, rule: SparsityRule, sizes: Mapping[str, int], dropped: Map
 
 
 def outlier_ratio(scores: torch.Tensor) -> float:
-    """The fraction of a tensor's weights that are outliers, of those that are not pruned yet.
+    """The fraction of a tensor's weights that are outliers, of those whose score is not zero.
+
+    So neither pruned weights nor those of dead inputs count.
 
     Args:
         scores: `|w| · ‖x‖₂`, the scores of `hf_prune.criteria.wanda`.

@@ -70,7 +70,7 @@ class Stages:
 
     def __init__(self, model: nn.Module, targets: Mapping[str, Target], batches: Sequence[Batch]) -> None:
         self._model, self._targets, self._batches = model, targets, batches
-        self._batch = 0  # the one under way
+        self._batch = 0  # the one under way, for modules whose output is cached
         self._undo = contextlib.ExitStack()
         names = {target.weight: name for name, target in targets.items()}
         self._parts = {block: _parts_of(block, names) for block in _blocks_of(model, names)}
@@ -100,7 +100,7 @@ class Stages:
                 inputs.
         """
         for index, batch in enumerate(self._batches):
-            self._batch, seen = index, 0
+            seen = 0
 
             def see(product: Product, batch: Batch = batch) -> None:
                 nonlocal seen
@@ -112,7 +112,7 @@ class Stages:
                 elif product.target.name in stage.later:
                     raise _StopForward
 
-            self._pass(ProductWatch(self._targets, see))
+            self._pass(index, ProductWatch(self._targets, see))
 
     def finish(self, stage: Stage) -> None:
         """Says that the weights of a stage change no more."""
@@ -155,27 +155,26 @@ class Stages:
         noted: dict[int, list[_Use]] = {}
         for wanted in (first.values(), range(len(self._batches))):
             read_later = False
-            for self._batch in sorted(set(wanted) - noted.keys()):
+            for index in sorted(set(wanted) - noted.keys()):
                 with reads, ValueReads() as values:
-                    noted[self._batch] = self._note(reads)
-                read_later |= len(values.read) > len(begun[self._batch])
+                    noted[index] = self._note(index, reads)
+                read_later |= len(values.read) > len(begun[index])
             gathered = gather_from_processes((list(noted.values()), read_later))
             if not any(later for _, later in gathered):
                 break
         return [uses for passes, _ in gathered for uses in passes]
 
-    def _values_read_at_first(self, batch: int) -> list[object]:
+    def _values_read_at_first(self, index: int) -> list[object]:
         """The values that the pass of a batch reads before its first product."""
-        self._batch = batch
 
         def stop(product: Product) -> None:
             raise _StopForward
 
         with ValueReads() as values:
-            self._pass(ProductWatch(self._targets, stop))
+            self._pass(index, ProductWatch(self._targets, stop))
         return values.read
 
-    def _note(self, reads: OutputReads) -> list[_Use]:
+    def _note(self, index: int, reads: OutputReads) -> list[_Use]:
         uses: list[_Use] = []
         last: tuple[torch.Tensor, object] | None = None  # With the tensor, so that nothing else gets its memory.
 
@@ -189,15 +188,16 @@ class Stages:
             last = (x, identity)
 
         reads.begin_pass()
-        self._pass(ProductWatch(self._targets, note))
+        self._pass(index, ProductWatch(self._targets, note))
         return uses
 
-    def _pass(self, watch: ProductWatch) -> None:
+    def _pass(self, index: int, watch: ProductWatch) -> None:
+        self._batch = index
         # Autocast caches cast weights and would miss changes; the random state is kept so that passes are alike.
         torch.clear_autocast_cache()
         device = next(self._model.parameters()).device
         with keep_random_state(device), torch.no_grad(), contextlib.suppress(_StopForward), watch:
-            self._model(**self._batches[self._batch])
+            self._model(**self._batches[index])
 
 
 def _shapes_of(batch: Batch) -> str:

@@ -3,8 +3,8 @@
 python recipes/criteria.py tinystories
 python recipes/criteria.py vit --criteria wanda sparsegpt sparsegpt+scope=owl --levels 0.5 2:4
 
-The model is the dense one of a recipe, the metric that of validation. All criteria are given the same draws of
-calibration samples; those that look at no data give the same each time.
+Data and dense model are those of the study (`STUDY` of the recipe), the metric is that of validation. All criteria
+are given the same draws of calibration samples; those that look at no data give the same each time, but for random.
 """
 
 import copy
@@ -65,11 +65,11 @@ def table(results: Mapping[tuple[str, str], Sequence[float]], criteria: Sequence
 
 def main() -> None:
     """Prunes a copy of the dense model for each criterion, level and draw, and measures it."""
-    name, flags = task_and_flags(RECIPES)
-    recipe = RECIPES[name]
+    task_name, flags = task_and_flags(RECIPES)
+    recipe = RECIPES[task_name]
     parser = HfArgumentParser((CriteriaArguments, recipe.ScriptArguments, TrainingArguments))  # type: ignore[arg-type]
-    study = {field: value for field, value in recipe.STUDY.items() if field != "budget"}
-    defaults = {**recipe.DEFAULTS, "output_dir": f"output/criteria/{name}"}
+    study = {name: value for name, value in recipe.STUDY.items() if name != "budget"}
+    defaults = {**recipe.DEFAULTS, "output_dir": f"output/criteria/{task_name}"}
     set_defaults(parser, defaults, {**recipe.SMALL_MODEL, **study}, flags)
     wanted, script, training = parser.parse_args_into_dataclasses(flags)
     configs = {(c, level): config_of(c, level) for c in wanted.criteria for level in wanted.levels}  # or an error now
@@ -80,22 +80,23 @@ def main() -> None:
     metric = f"eval_{training.metric_for_best_model}"
 
     def measure(model: torch.nn.Module) -> float:
-        trainer = Trainer(model, training, **task.parts)
+        trainer = Trainer(model, training, **task.trainer_kwargs)
         trainer.remove_callback(PrinterCallback)
         return trainer.evaluate()[metric]
 
-    rows: list[list[object]] = [["dense", "", "", of_dense := measure(copy.deepcopy(dense)), ""]]
+    dense_metric = measure(copy.deepcopy(dense))
+    rows: list[list[object]] = [["dense", "", "", dense_metric, ""]]
     results: dict[tuple[str, str], list[float]] = {}
     for (criterion, level), config in configs.items():
         if config is None:
             continue
         for draw in range(wanted.draws):
             samples = DataLoader(
-                task.parts["train_dataset"],
+                task.trainer_kwargs["train_dataset"],
                 batch_size=training.per_device_train_batch_size,
                 shuffle=True,
                 generator=torch.Generator().manual_seed(draw),
-                collate_fn=task.parts.get("data_collator", default_data_collator),
+                collate_fn=task.trainer_kwargs.get("data_collator", default_data_collator),
             )
             model, began = copy.deepcopy(dense), time.monotonic()
             prune(model, config, samples, seed=draw)
@@ -106,7 +107,7 @@ def main() -> None:
 
     folder = Path(str(training.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    text = f"Validation {metric.removeprefix('eval_')}; dense: {of_dense:.3f}.\n\n"
+    text = f"Validation {metric.removeprefix('eval_')}; dense: {dense_metric:.3f}.\n\n"
     text += table(results, wanted.criteria, wanted.levels) + "\n"
     (folder / "tables.md").write_text(text, encoding="utf-8")
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:

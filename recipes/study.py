@@ -101,7 +101,7 @@ def run_cell(cell: Cell) -> Result:
             disable_tqdm=True,
         )
         model = copy.deepcopy(dense(cell.seed))
-        trainer = Trainer(model, training, callbacks=[pruning] if pruning else [], **load().parts)
+        trainer = Trainer(model, training, callbacks=[pruning] if pruning else [], **load().trainer_kwargs)
         trainer.remove_callback(PrinterCallback)
         metric = str(training.metric_for_best_model)
 

@@ -105,7 +105,7 @@ def load_task(script: ScriptArguments, training: TrainingArguments) -> Task:
         return model
 
     compute_metrics, preprocess_logits_for_metrics = perplexity_metrics()
-    parts = {
+    trainer_kwargs = {
         "train_dataset": blocks["train"],
         "eval_dataset": blocks["validation"],
         "data_collator": default_data_collator,
@@ -114,7 +114,7 @@ def load_task(script: ScriptArguments, training: TrainingArguments) -> Task:
         "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
     }
     has_dense_model = bool(script.model_name_or_path) and not script.train_dense
-    return Task(make_model, has_dense_model, parts, blocks["test"])
+    return Task(make_model, has_dense_model, trainer_kwargs, blocks["test"])
 
 
 def main() -> None:
@@ -125,11 +125,11 @@ def main() -> None:
     model = dense_model(task, script, training)
 
     callback = PruningTrainerCallback(pruning)
-    trainer = Trainer(model, training, callbacks=[callback], **task.parts)
+    trainer = Trainer(model, training, callbacks=[callback], **task.trainer_kwargs)
     callback.evaluate = trainer.evaluate
     callback.log = trainer.log
 
-    tokenizer = task.parts["processing_class"]
+    tokenizer = task.trainer_kwargs["processing_class"]
     prompt = " ".join(tokenizer.decode(task.test[0]["input_ids"]).split()[:8])
     dense_test, dense_story = trainer.predict(task.test), continue_text(model, tokenizer, prompt)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

@@ -100,7 +100,7 @@ def load_task(script: ScriptArguments, training: TrainingArguments) -> Task:
         )
 
     compute_metrics, preprocess_logits_for_metrics = accuracy_metrics()
-    parts = {
+    trainer_kwargs = {
         "train_dataset": images["train"],
         "eval_dataset": images["validation"],
         "data_collator": ImageCollator(processor),
@@ -108,7 +108,7 @@ def load_task(script: ScriptArguments, training: TrainingArguments) -> Task:
         "compute_metrics": compute_metrics,
         "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
     }
-    return Task(make_model, False, parts, images["test"])
+    return Task(make_model, False, trainer_kwargs, images["test"])
 
 
 def main() -> None:
@@ -119,7 +119,7 @@ def main() -> None:
     model = dense_model(task, script, training)
 
     callback = PruningTrainerCallback(pruning)
-    trainer = Trainer(model, training, callbacks=[callback], **task.parts)
+    trainer = Trainer(model, training, callbacks=[callback], **task.trainer_kwargs)
     callback.evaluate = trainer.evaluate
     callback.log = trainer.log
 

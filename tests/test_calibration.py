@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import default_data_collator
 
-from hf_prune.calibration import STATISTICS, calibrate, labels_of
+from hf_prune.calibration import STATISTICS, calibrate, label_counts
 from hf_prune.samples import batches_of
 from hf_prune.targets import find_targets
 from tests.tiny import FAMILIES, TEXT, batch, build, sixteen_experts
@@ -48,7 +48,7 @@ def alone(model: nn.Module, samples: list[dict[str, torch.Tensor]]):
             n: torch.zeros_like(t.weight) if t.weight.grad is None else t.weight.grad.clone()
             for n, t in targets.items()
         }
-        yield float(labels_of(model, single)), gradients
+        yield float(label_counts(model, single)), gradients
 
 
 def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
@@ -441,7 +441,7 @@ def test_the_labels_of_a_model_under_peft_are_shifted_too():
     plain = build("llama")
     model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     sample = default_data_collator(samples_of(plain))
-    assert torch.equal(labels_of(model, sample), labels_of(plain, sample))
+    assert torch.equal(label_counts(model, sample), label_counts(plain, sample))
 
 
 def test_labels_in_lists_are_cut_with_their_samples():

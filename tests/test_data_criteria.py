@@ -11,7 +11,7 @@ from transformers import default_data_collator
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, ScoreInputs, prune
 from hf_prune.calibration import STATISTICS
 from hf_prune.criteria import CRITERIA, needs, needs_of
-from hf_prune.pruning import cut, effective_scope, resolve_targets
+from hf_prune.pruning import cut_, effective_scope, resolve_targets
 from hf_prune.reconstruction import RECONSTRUCTIONS
 from tests.test_resume import STEPS, forget_after, outcome, start
 from tests.tiny import batch, build
@@ -88,10 +88,9 @@ def test_score_steps_go_on_from_what_is_pruned():
     model = build("llama")
     config = PruningConfig(sparsity=0.9, score_steps=2)
     targets = resolve_targets(model, config)
-    half = cut(model, targets, MaskSet(), 0.5, config)
-    half.apply_(model)
+    half = cut_(model, targets, MaskSet(), 0.5, config)
     levels = Levels(model)
-    masks = cut(model, targets, half, 0.9, config, criterion=levels)
+    masks = cut_(model, targets, half, 0.9, config, criterion=levels)
     total = masks.total
     assert levels.seen[-1] == round((1 - math.sqrt(0.5 * 0.1)) * total)
     assert masks.masked == round(0.9 * total)
@@ -115,7 +114,7 @@ def test_score_steps_go_on_where_layers_are_as_sparse_as_they_want():
     config = PruningConfig(sparsities=[0.5, 0.8], layer_sparsity=own, score_steps=4)
     targets, masks = resolve_targets(model, config), MaskSet()
     for sparsity in config.round_sparsities:
-        masks = cut(model, targets, masks, sparsity, config)
+        masks = cut_(model, targets, masks, sparsity, config)
     rest = [mask for name, mask in masks.items() if "mlp" not in name]
     assert sum(int((~mask).sum()) for mask in rest) == round(0.8 * sum(mask.numel() for mask in rest))
 

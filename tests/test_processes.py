@@ -139,7 +139,10 @@ CONFIGS_OF_ROUTED = [
     PruningConfig(sparsity=0.6, criterion=criterion, calibration_samples=12)
     for criterion in (*CRITERIA, *RECONSTRUCTIONS)
     if criterion != "movement"  # which is gathered in training
-] + [PruningConfig(sparsity=0.6, criterion="sparsegpt", scope="layer", calibration_samples=12)]
+] + [
+    PruningConfig(sparsity=0.6, criterion="sparsegpt", scope="layer", calibration_samples=12),
+    PruningConfig(sparsity=0.6, criterion="sparsegpt", calibration_samples=1),  # of which the second process has none
+]
 
 
 def prune_routed(rank: int | None) -> list[dict[str, torch.Tensor]]:

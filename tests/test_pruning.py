@@ -14,7 +14,7 @@ from transformers import default_data_collator
 from hf_prune import MaskSet, PruningConfig, ScoreInputs, prune, sparsity_report
 from hf_prune.config import CRITERION_NAMES
 from hf_prune.masks import masked_in
-from hf_prune.pruning import cut, effective_scope, next_masks, resolve_targets
+from hf_prune.pruning import cut_, effective_scope, next_masks, resolve_targets
 from hf_prune.reconstruction import RECONSTRUCTIONS
 from hf_prune.schedules import SCHEDULES
 from hf_prune.scopes import SCOPES
@@ -136,7 +136,7 @@ def test_rounds_are_monotone_and_exact(criterion, granularity, scope):
     for sparsity in config.round_sparsities:
         previous, masks = (
             masks,
-            cut(model, targets, masks, sparsity, config, batches=lambda: data(model), gathered=gathered),
+            cut_(model, targets, masks, sparsity, config, batches=lambda: data(model), statistics=gathered),
         )
         masks.apply_(model)
         with torch.no_grad():  # Whatever fine-tuning does to the kept weights, what is pruned stays pruned.

@@ -11,9 +11,9 @@ from transformers import default_data_collator
 
 from hf_prune import PruningConfig, prune
 from hf_prune.calibration import calibrate
-from hf_prune.granularities import Pattern, Unstructured
+from hf_prune.granularities import Pattern
 from hf_prune.masks import MaskSet, masked_in
-from hf_prune.reconstruction import BLOCKSIZE, DAMPING, reconstruct_
+from hf_prune.reconstruction import BLOCKSIZE, DAMPING, Quota, reconstruct_
 from hf_prune.targets import find_targets
 from tests.tiny import batch, build, sixteen_experts
 
@@ -40,12 +40,10 @@ def correlated(samples: int, inputs: int, dtype: torch.dtype = torch.float64) ->
     return torch.randn(samples, inputs, dtype=dtype) @ mix
 
 
-def sparsegpt(model: nn.Module, x: torch.Tensor, drop: int, granularity=None, masks: MaskSet | None = None) -> MaskSet:
+def sparsegpt(model: nn.Module, x: torch.Tensor, quota: Quota, masks: MaskSet | None = None) -> MaskSet:
     targets = find_targets(model)
     data = [{"x": part} for part in x.split(5)]
-    return reconstruct_(
-        model, targets, masks or MaskSet(), dict.fromkeys(targets, drop), granularity or Unstructured(), data, len(x)
-    )
+    return reconstruct_(model, targets, masks or MaskSet(), dict.fromkeys(targets, quota), data, len(x))
 
 
 def brute_force(weight, x, drop, m=None, n=None, damping=DAMPING[0], kept=None):
@@ -88,7 +86,7 @@ def test_it_is_optimal_brain_surgeon_column_by_column(drop):
 def test_patterns_are_chosen_by_the_weights_as_they_have_become(n, m):
     model, x = linear(), correlated(40, 12)
     expected, mask = brute_force(model.layer.weight.detach(), x, 0, m, n)
-    masks = sparsegpt(model, x, 0, Pattern(n, m))
+    masks = sparsegpt(model, x, Pattern(n, m))
     assert torch.equal(masks["layer.weight"], mask)
     torch.testing.assert_close(model.layer.weight.detach(), expected, rtol=1e-8, atol=1e-10)
 
@@ -133,18 +131,18 @@ def test_blocks_of_columns_are_exact_together_and_better_than_other_criteria(inp
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("granularity", [Unstructured(), Pattern(2, 4)])
-def test_a_convolution_is_a_linear_layer_on_patches(groups, granularity):
+@pytest.mark.parametrize("quota", [40, Pattern(2, 4)])
+def test_a_convolution_is_a_linear_layer_on_patches(groups, quota):
     torch.manual_seed(0)
     options = {"padding": 1, "stride": 2, "groups": groups}
     model = Layer(nn.Conv2d(8, 6, (3, 2), **options)).double()
     x = torch.randn(10, 8, 5, 6).double()
-    weight, drop = model.layer.weight.detach().clone(), 40
-    masks = sparsegpt(model, x, drop, granularity)
-    if isinstance(granularity, Pattern):
+    weight = model.layer.weight.detach().clone()
+    masks = sparsegpt(model, x, quota)
+    if isinstance(quota, Pattern):
         assert (masks["layer.weight"].unflatten(1, (-1, 4)).sum(2) == 2).all()
     else:
-        assert masks["layer.weight"].numel() - masks["layer.weight"].sum() == drop
+        assert masks["layer.weight"].numel() - masks["layer.weight"].sum() == quota
     patches = torch.nn.functional.unfold(x, (3, 2), padding=1, stride=2)  # [samples, channels · kernel, positions]
     patches = patches.unflatten(1, (groups, -1))
     for group in range(groups):
@@ -153,8 +151,9 @@ def test_a_convolution_is_a_linear_layer_on_patches(groups, granularity):
         # Channels of one position of the kernel side by side, as in a pattern.
         order = torch.arange(inputs.shape[1]).view(-1, 6).t().flatten()
         matrix = weight[rows].flatten(1)[:, order]
-        pattern = (4, 2) if isinstance(granularity, Pattern) else ()
-        expected, _ = brute_force(matrix, inputs[:, order], drop // groups, *pattern)
+        expected, _ = brute_force(
+            matrix, inputs[:, order], *((0, 4, 2) if isinstance(quota, Pattern) else (quota // groups,))
+        )
         found = model.layer.weight.detach()[rows].flatten(1)[:, order]
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
@@ -260,7 +259,7 @@ def test_activations_that_are_not_finite_name_the_module_and_change_nothing():
 
 def test_no_sample_is_an_error():
     with pytest.raises(ValueError, match="there are no calibration samples"):
-        reconstruct_(linear(), find_targets(linear()), MaskSet(), {"layer.weight": 3}, Unstructured(), [], 8)
+        reconstruct_(linear(), find_targets(linear()), MaskSet(), {"layer.weight": 3}, [], 8)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "vit", "mixtral", "resnet"])

@@ -15,7 +15,7 @@ from hf_prune import PruningConfig
 Script = TypeVar("Script")
 
 EVALUATIONS = 20  # of a run: one in each of five rounds in its first quarter, however long it is
-EVALUATED = {
+TRAINING_DEFAULTS = {
     "eval_strategy": "steps",
     "eval_steps": 1 / EVALUATIONS,
     "logging_steps": 1 / EVALUATIONS,
@@ -61,7 +61,7 @@ def set_defaults(
     Returns:
         What the command line gives with them.
     """
-    parser.set_defaults(**EVALUATED, **defaults)
+    parser.set_defaults(**TRAINING_DEFAULTS, **defaults)
     given, _ = parser.parse_known_args(argv)
     if given.model_name_or_path is None:
         parser.set_defaults(**small_model)

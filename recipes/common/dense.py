@@ -75,7 +75,7 @@ def dense_model(task: Task, script: DenseArguments, training: TrainingArguments)
         push_to_hub=False,
         report_to="none",
     )
-    folder = cache / f"{model.config.model_type}-{_digest(model, args, script.dense_patience, task.parts)}"
+    folder = cache / f"{model.config.model_type}-{_digest(model, args, script.dense_patience, task.trainer_kwargs)}"
     # One process decides for all, or those that look later would not train with those that looked before.
     folder, found, process = broadcast_object_list([folder, folder.exists(), os.getpid()])
     if found:
@@ -83,7 +83,10 @@ def dense_model(task: Task, script: DenseArguments, training: TrainingArguments)
     else:
         PartialState().print(f"Dense model: training for {args.max_steps} steps at most; kept in {folder}")
         args.output_dir = str(folder.with_name(f"{folder.name}.{process}.partial"))
-        _train(Trainer(model, args, callbacks=[EarlyStoppingCallback(script.dense_patience)], **task.parts), folder)
+        _train(
+            Trainer(model, args, callbacks=[EarlyStoppingCallback(script.dense_patience)], **task.trainer_kwargs),
+            folder,
+        )
     PartialState().wait_for_everyone()
     return type(model).from_pretrained(folder, dtype=model.dtype)
 

@@ -18,14 +18,14 @@ def markdown(corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[st
 
 
 def deviation(values: Sequence[float]) -> float:
-    """The standard deviation over seeds; 0 for a single one, or where one has diverged."""
+    """The standard deviation over runs; 0 for a single one, or where one has diverged."""
     return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
 
 
 def spread(values: Sequence[float], seeds: int | None = None) -> str:
-    """Mean and standard deviation over the seeds, and how many they are if they are not all of them."""
+    """Mean and standard deviation over runs, and how many they are if there is not one for each seed."""
     if diverged := sum(not math.isfinite(value) for value in values):
-        return f"diverged with {diverged} of {len(values)} seeds"
+        return f"diverged with {diverged} of {len(values)} runs"
     around = f" ± {deviation(values):.3f}" if len(values) > 1 else ""
     missing = f" ({len(values)} of {seeds} seeds)" if seeds and len(values) < seeds else ""
     return f"{statistics.mean(values):.3f}{around}{missing}"

@@ -15,12 +15,12 @@ class Task:
     Attributes:
         make_model: Makes the model before any training here: with random weights, or pretrained.
         has_dense_model: Whether that is the dense model as it is.
-        parts: What a `Trainer` needs besides model and arguments: datasets that train and steer, collator, metrics,
-            tokenizer or image processor.
+        trainer_kwargs: What a `Trainer` needs besides model and arguments: datasets that train and steer, collator,
+            metrics, tokenizer or image processor.
         test: The dataset that decides nothing; what comes out is measured on it.
     """
 
     make_model: Callable[[], PreTrainedModel]
     has_dense_model: bool
-    parts: dict[str, Any]
+    trainer_kwargs: dict[str, Any]
     test: Dataset

@@ -120,8 +120,8 @@ def test_a_seed_that_diverged_is_told(findings: Findings, tmp_path: Path) -> Non
         findings.results[cell]["test"] = value
         findings.save(tmp_path)
         draw(findings, 0.9, tmp_path)
-        assert "| one_shot | 2.100 ± 0.100 | diverged with 1 of 3 seeds |" in findings.tables()
-        assert "one_shot diverged with 1 of 3 seeds, to be left alone." in findings.advice()
+        assert "| one_shot | 2.100 ± 0.100 | diverged with 1 of 3 runs |" in findings.tables()
+        assert "one_shot diverged with 1 of 3 runs, to be left alone." in findings.advice()
 
 
 def test_a_seed_that_failed_is_told(findings: Findings) -> None:

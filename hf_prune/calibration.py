@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import PreTrainedModel
+from transformers.utils.generic import find_labels
 
 from .contexts import eager_experts, undisturbed
 from .processes import sum_over_processes_
@@ -121,64 +122,110 @@ class InputNorm(Gatherer):
         return norms
 
 
-class Gradient(Gatherer):
+class OfLoss(Gatherer):
+    """Gathers what a loss says."""
+
+    def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
+        super().__init__(model, targets)
+        self._label_counts = LabelCounts(model)
+
+    def statistic(self) -> Mapping[str, torch.Tensor]:
+        """The mean over the samples of all processes.
+
+        Raises:
+            ValueError: if it is zero everywhere.
+        """
+        statistic = super().statistic()
+        if not any(values.any() for values in statistic.values()):
+            raise ValueError(
+                "every gradient is zero: on the calibration samples the loss does not depend on the targets. Have the "
+                "samples labels? Criteria that take the loss of each sample by itself, as fisher does, cannot be used "
+                "with a contrastive loss, which is constant then."
+            )
+        return statistic
+
+
+class Gradient(OfLoss):
     """`∂L/∂w` of the mean loss `L`: over labels where samples have several, else over samples."""
 
     def see(self, batch: Batch) -> None:
         """Adds a batch."""
-        count = label_counts(self.model, batch).sum()
+        count = self._label_counts(batch).sum()
+        if not count:  # A mean over nothing is NaN.
+            return
         self.count += count
         for name, gradient in _gradients(self.model, self.targets, batch).items():
             self.sums[name] += count * gradient
 
 
-class SquaredGradient(Gatherer):
+class SquaredGradient(OfLoss):
     """`E[(∂L_s/∂w)²]` over samples `s`, with the mean loss `L_s` of each by itself.
 
     The gradients of single samples come out of one backward pass of a batch where that can be: from the inputs and
-    the gradient of the output of each product. Whether it can (samples that lie along the first dimension everywhere,
-    a loss that is a mean over labels) is tried on two samples; if not, each sample has a pass of its own.
+    the gradient of the output of each product. That needs samples that lie along the first dimension everywhere, which
+    is tried on two of them, and a loss that is a mean over labels, of which each batch is asked; if not, each sample
+    has a pass of its own.
     """
 
     def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
         super().__init__(model, targets)
         self._in_batches: bool | None = None
+        rounding = max(torch.finfo(target.weight.dtype).eps for target in targets.values())
+        self._tolerance = max(1e-3, 25 * rounding)
 
     def see(self, batch: Batch) -> None:
         """Adds a batch."""
-        if self._in_batches is None and size_of(batch) > 1:
-            self._in_batches = self._can_batch(batch)
-            if not self._in_batches:
-                logger.info("Gradients of single samples are computed in passes of their own.")
         self.count += size_of(batch)
-        squares = self._of_batch(batch) if self._in_batches else None
-        for name, values in (squares or self._one_by_one(batch)).items():
+        labelled = take_samples(
+            batch, self._label_counts(batch).nonzero().flatten()
+        )  # Of the others the gradient is zero.
+        if not size_of(labelled):
+            return
+        if self._in_batches is None and size_of(labelled) > 1:
+            self._in_batches = self._can_batch(labelled)
+            self._say_if_not()
+        squares = None
+        if self._in_batches:
+            squares = self._of_batch(labelled)
+            self._in_batches = squares is not None
+            self._say_if_not()
+        for name, values in (squares or self._one_by_one(labelled)).items():
             self.sums[name] += values
 
     def _can_batch(self, batch: Batch) -> bool:
         """Whether two samples, those with the fewest and the most labels, have the same squares together as alone."""
-        order = label_counts(self.model, batch).argsort(stable=True)
+        order = self._label_counts(batch).argsort(stable=True)
         pair = take_samples(batch, order[[0, -1]])
         together, alone = self._of_batch(pair), self._one_by_one(pair)
-        rounding = max(torch.finfo(target.weight.dtype).eps for target in self.targets.values())
-        tolerance = max(1e-3, 25 * rounding)
         return together is not None and all(
-            (together[name] - values).norm() <= tolerance * values.norm() for name, values in alone.items()
+            (together[name] - values).norm() <= self._tolerance * values.norm() for name, values in alone.items()
         )
+
+    @torch.no_grad()
+    def _is_mean_over_labels(self, loss: torch.Tensor, batch: Batch, counts: torch.Tensor) -> bool:
+        """Whether the loss of a batch is the mean of its samples' losses, each as often as it has labels.
+
+        It is not with weights for classes, or labels that are left out for a reason that is not known here.
+        """
+        alone = [loss_of(self.model, take_samples(batch, slice(i, i + 1))) for i in range(size_of(batch))]
+        mean = (counts * torch.stack(alone)).sum() / counts.sum()
+        return bool((loss - mean).abs() <= self._tolerance * mean.abs())
+
+    def _say_if_not(self) -> None:
+        if not self._in_batches:
+            logger.info("Gradients of single samples are computed in passes of their own.")
 
     def _one_by_one(self, batch: Batch) -> dict[str, torch.Tensor]:
         totals = {name: torch.zeros_like(total) for name, total in self.sums.items()}
-        counts = label_counts(self.model, batch)
         for sample in range(size_of(batch)):
-            if counts[sample] > 0:  # Without a label there is no loss: a mean over nothing is NaN.
-                alone = take_samples(batch, slice(sample, sample + 1))
-                for name, gradient in _gradients(self.model, self.targets, alone).items():
-                    totals[name] += gradient.square()
+            alone = take_samples(batch, slice(sample, sample + 1))
+            for name, gradient in _gradients(self.model, self.targets, alone).items():
+                totals[name] += gradient.square()
         return totals
 
     def _of_batch(self, batch: Batch) -> dict[str, torch.Tensor] | None:
         """The sum of the squares; None if samples cannot be told apart."""
-        samples, counts = size_of(batch), label_counts(self.model, batch)
+        samples, counts = size_of(batch), self._label_counts(batch)
         uses: list[tuple[Product, GradientEdge | None]] = []
 
         def note(product: Product) -> None:
@@ -187,13 +234,15 @@ class SquaredGradient(Gatherer):
 
         with torch.enable_grad(), ProductWatch(self.targets, note):
             loss = loss_of(self.model, batch)
+        if not self._is_mean_over_labels(loss, batch, counts):
+            return None
         edges = [edge for _, edge in uses if edge is not None]
         if len(edges) < len(uses) or any(product.part is not None for product, _ in uses):
             # Models with a backward pass of their own; experts, which see positions of several samples.
             return None
         gradients = torch.autograd.grad(loss, edges, allow_unused=True)
         # The loss is the mean over the labels of the batch, and that of a sample the mean over its own.
-        scale = (counts.sum() / counts).nan_to_num(posinf=0).reshape(1, -1, 1, 1)
+        scale = (counts.sum() / counts).reshape(1, -1, 1, 1)
         per_sample: dict[str, torch.Tensor] = {}
         left = collections.Counter(product.target.name for product, _ in uses)
         totals: dict[str, torch.Tensor] = {}
@@ -225,21 +274,26 @@ def unpadded_inputs(product: Product, batch: Batch, model: nn.Module) -> torch.T
     Args:
         product: A product of a pass.
         batch: The batch of the pass.
-        model: The model. Padding is told by `attention_mask [samples, positions]`, only if it has as many entries as
-            there are positions; never for an encoder-decoder, whose decoder has positions of its own.
+        model: The model. Padding is told by `attention_mask [samples, tokens]` where it is known which position is
+            which; in experts it is not, nor in an encoder-decoder, whose decoder has tokens of its own.
     """
     inputs, mask = product.inputs(1).flatten(1, 2), batch.get("attention_mask")
     has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if has_decoder or not isinstance(mask, torch.Tensor) or mask.ndim != 2 or inputs.shape[1] != mask.numel():
         return inputs
-    return inputs[:, mask.flatten().bool()]
+    samples, tokens = mask.shape
+    if samples == tokens > 1:  # They could be in either order.
+        return inputs
+    if product.grid == (tokens, samples):
+        return inputs[:, mask.T.flatten().bool()]
+    return inputs[:, mask.flatten().bool()] if product.grid == (samples, tokens) else inputs
 
 
 def warn_of_unreached(target: Target, reached: torch.Tensor, consequence: str) -> None:
     """Says which parts of a target had no input but zeros, or none at all."""
     if not reached.all():
         logger.warning(
-            "No calibration sample reaches %d of the %d parts of %r; %s.",
+            "No calibration sample was seen to reach %d of the %d parts of %r; %s.",
             len(reached) - int(reached.sum()), len(reached), target.module, consequence,
         )  # fmt: skip
 
@@ -271,25 +325,62 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
         ValueError: if the model gives none.
     """
     output = model(**batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(output, tuple):  # as Trainer takes it
+        loss = output[0] if output and torch.is_tensor(output[0]) and not output[0].ndim else None
+    else:
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
+        keys = [key for key in find_labels(type(_base_of(model))) if key not in batch] or ["labels"]
         raise ValueError(
             f"{type(model).__name__} gives no loss for calibration batches with {', '.join(batch)}. "
-            "They need 'labels' (for sparsegpt only with scope='global')."
+            f"They need {' and '.join(map(repr, keys))} (for sparsegpt only with scope='global')."
         )
     return loss
 
 
-def label_counts(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The number of labels of each sample, `[samples]`; 1 where a sample has a single one."""
-    if callable(base_model := getattr(model, "get_base_model", None)):  # of peft
-        model = base_model()
-    labels = batch.get("labels")
-    if not torch.is_tensor(labels) or labels.ndim < 2 or labels.is_floating_point():
-        return torch.ones(size_of(batch), device=next(model.parameters()).device)
-    if isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder:
-        labels = labels[:, 1:]  # Each position predicts the next one; nothing predicts the first.
-    return (labels != IGNORED_LABEL).flatten(1).sum(1).float()
+class LabelCounts:
+    """Counts the labels of samples.
+
+    Args:
+        model: The model. Of one that generates without an encoder it is tried whether its loss reads the first label:
+            where each position predicts the next one, nothing predicts the first.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, base = model, _base_of(model)
+        self._may_shift = (
+            isinstance(base, PreTrainedModel) and base.can_generate() and not base.config.is_encoder_decoder
+        )
+        self._ignored = {IGNORED_LABEL, getattr(getattr(base, "config", None), "semantic_loss_ignore_index", None)}
+        self._shifts: bool | None = None
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """The number of labels of each sample, `[samples]`; 1 where labels are not classes."""
+        labels = batch.get("labels")
+        if not torch.is_tensor(labels) or not labels.ndim or labels.is_floating_point():
+            return torch.ones(size_of(batch), device=next(self._model.parameters()).device)
+        counted = torch.ones_like(labels, dtype=torch.bool)
+        for label in self._ignored - {None}:
+            counted &= labels != label
+        if labels.ndim > 1 and self._may_shift and counted[:, 0].any():
+            if self._shifts is None:
+                self._shifts = self._ignores_first(batch, labels)
+            counted[:, 0] &= not self._shifts
+        return counted.reshape(len(labels), -1).sum(1).float()
+
+    @torch.no_grad()
+    def _ignores_first(self, batch: Batch, labels: torch.Tensor) -> bool:
+        without = labels.clone()
+        without[:, 0] = IGNORED_LABEL
+        with_it, without_it = (loss_of(self._model, {**batch, "labels": each}) for each in (labels, without))
+        return torch.allclose(with_it, without_it, rtol=1e-6, equal_nan=True)
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    """The model without what `torch.compile` and peft have put around it."""
+    model = getattr(model, "_orig_mod", model)
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
 
 
 def _gradients(model: nn.Module, targets: Mapping[str, Target], batch: Batch) -> dict[str, torch.Tensor]:

@@ -2,7 +2,9 @@
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,21 +32,33 @@ def keep_random_state(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[None]:
-    """Evaluation mode and gradients for all targets; afterwards everything is as it was."""
+    """Evaluation mode, nothing compiled, and gradients for all targets; afterwards everything is as it was."""
     modes = {module: module.training for module in model.modules()}
     wants = {target.weight: target.weight.requires_grad for target in targets.values()}
+    buffers = [(m, n, b, b._version, b.clone()) for m in model.modules() for n, b in m.named_buffers(recurse=False)]
     model.eval()
     for weight in wants:
         weight.requires_grad_(True)
     torch.clear_autocast_cache()  # It may hold weights as they were before they were changed.
     try:
-        with torch.inference_mode(False), keep_random_state(next(model.parameters()).device):
+        with torch.inference_mode(False), keep_random_state(next(model.parameters()).device), _uncompiled():
             yield
     finally:
+        for module, name, buffer, version, before in buffers:
+            module._buffers[name] = buffer
+            if buffer._version != version:
+                buffer.copy_(before)
         for module, mode in modes.items():
             module.training = mode
         for weight, wanted in wants.items():
             weight.requires_grad_(wanted)
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """What is compiled runs as it is written, so that it can be watched."""
+    if "torch._dynamo" not in sys.modules:  # Nothing is, and importing it takes seconds.
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ class Product:
             with.
         output: What the operation gave.
         rows: Values of the output's shape and number of samples → `[parts, samples, positions, rows of a part]`.
+        grid: The two dimensions, such as samples and tokens, whose row-major order the positions have; None if that
+            is not known.
     """
 
     target: Target
@@ -31,6 +33,7 @@ class Product:
     inputs: Callable[[int], torch.Tensor]
     output: torch.Tensor
     rows: Callable[[torch.Tensor, int], torch.Tensor]
+    grid: tuple[int, int] | None = None
 
     @property
     def part_slice(self) -> slice:
@@ -39,14 +42,16 @@ class Product:
 
 
 _MakeProduct = Callable[[Target, torch.Tensor, torch.Tensor, torch.Tensor], Product]
-_Found = Iterator[tuple[torch.Tensor, torch.Tensor, _MakeProduct]]  # What is multiplied, perhaps a targeted weight.
+# What is multiplied, with what may be a targeted weight, and which axis of that holds the inputs.
+_Found = Iterator[tuple[torch.Tensor, torch.Tensor, int, _MakeProduct]]
 
 
 class ProductWatch(TorchFunctionMode):
     """A context that hands every product of a targeted weight to a callback.
 
     Weights are known by their storage. So it does not matter which module multiplies them, and fused experts, which
-    multiply slices of one tensor without a module of their own, are seen as well.
+    multiply slices of one tensor without a module of their own, are seen as well. Left out are uses of a transposed
+    weight, as in the decoder of a tied autoencoder: what they multiply is not what its rows are multiplied with.
 
     Args:
         targets: The targets.
@@ -55,34 +60,58 @@ class ProductWatch(TorchFunctionMode):
 
     def __init__(self, targets: Mapping[str, Target], on_product: Callable[[Product], None]) -> None:
         super().__init__()
-        self._targets = {target.weight.untyped_storage().data_ptr(): target for target in targets.values()}
+        self._targets: dict[int, list[Target]] = {}  # Several in one storage, as after `vector_to_parameters`.
+        for target in targets.values():
+            self._targets.setdefault(target.weight.untyped_storage().data_ptr(), []).append(target)
         self._on_product = on_product
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls the function, and the callback if it multiplied a target."""
         output = func(*args, **(kwargs or {}))
         if (read := _READERS.get(func)) is not None:
-            for x, weight, make_product in read(*args, **(kwargs or {})):
-                target = self._targets.get(weight.untyped_storage().data_ptr())
-                if target is not None:
+            for x, weight, inputs, make_product in read(*args, **(kwargs or {})):
+                target = self._target_of(weight)
+                if target is not None and weight.stride(inputs) == target.weight.stride(target.axes[-1]):
                     with torch.no_grad():
-                        self._on_product(make_product(target, x.detach(), weight, output))
+                        self._on_product(make_product(target, x, weight, output))
         return output
+
+    def _target_of(self, weight: torch.Tensor) -> Target | None:
+        """The target of which a tensor is all, or a part."""
+        if weight.layout is not torch.strided:
+            return None
+        for target in self._targets.get(weight.untyped_storage().data_ptr(), ()):
+            if 0 <= weight.storage_offset() - target.weight.storage_offset() < target.weight.numel():
+                return target
+        return None
 
 
 def _linear(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> Product:
     """`x [..., in]` times a matrix or one expert, in either layout; the output is `[..., out]`."""
-    # An expert is a slice of the 3-D tensor: its offset says which.
-    part = weight.storage_offset() // weight.numel() if target.weight.ndim == 3 else None
+    offset, part, grid, x = weight.storage_offset() - target.weight.storage_offset(), None, _grid_of(x), x.detach()
+    if target.weight.ndim == 3:  # An expert is a slice of it, and has positions in an order of its own.
+        part, grid = offset // weight.numel(), None
 
     def by_samples(values: torch.Tensor, samples: int) -> torch.Tensor:
         return values.reshape(1, samples, -1, values.shape[-1])
 
-    return Product(target, part, x, lambda samples: by_samples(x, samples), output, by_samples)
+    return Product(target, part, x, lambda samples: by_samples(x, samples), output, by_samples, grid)
+
+
+def _grid_of(x: torch.Tensor) -> tuple[int, int] | None:
+    """The first two dimensions of `[…, …, features]`, also where they have been flattened into one."""
+    shape = list(x.shape)
+    if x.ndim == 2 and (base := x._base) is not None and base.numel() == x.numel() and x.is_contiguous():
+        # The rows are what lies in memory, from its beginning to its end.
+        order = sorted(range(base.ndim), key=base.stride, reverse=True)
+        if base.permute(order).is_contiguous():
+            shape = [base.shape[i] for i in order]
+    return (shape[0], shape[1]) if len(shape) > 2 else None
 
 
 def _linear_from_left(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> Product:
     """`weight [out, in] · x [..., in, positions]`."""
+    x = x.detach()
 
     def by_samples(values: torch.Tensor, samples: int) -> torch.Tensor:
         return values.mT.reshape(1, samples, -1, values.shape[-2])
@@ -92,6 +121,7 @@ def _linear_from_left(target: Target, x: torch.Tensor, weight: torch.Tensor, out
 
 def _all_experts(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> Product:
     """`x [experts, positions, in] · weight [experts, in, out]`: whose positions these are is not known."""
+    x = x.detach()
 
     def of_experts(values: torch.Tensor, samples: int) -> torch.Tensor:
         return values.unsqueeze(1)
@@ -103,6 +133,7 @@ def _convolution(stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: i
     """`x [samples, channels, height, width]`, of which each row of the weight sees one patch a position."""
 
     def make_product(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> Product:
+        x = x.detach()
         kernel, steps = weight.shape[2:], (dilation, dilation) if isinstance(dilation, int) else dilation
         pads = (padding, padding) if isinstance(padding, int) else padding
         if padding == "valid":
@@ -129,21 +160,22 @@ def _convolution(stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: i
 
 
 def _read_linear(input: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> _Found:
-    yield input, weight, _linear
+    yield input, weight, -1, _linear
 
 
 def _read_addmm(input: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor, **_: Any) -> _Found:
-    yield mat1, mat2, _linear
+    yield mat1, mat2, -2, _linear
 
 
 def _read_matmul(input: torch.Tensor, mat2: torch.Tensor, **_: Any) -> _Found:
-    yield input, mat2, _all_experts if mat2.ndim == 3 else _linear
+    if mat2.ndim > 1:
+        yield input, mat2, -2, _all_experts if mat2.ndim == 3 else _linear
     if input.ndim == 2:
-        yield mat2, input, _linear_from_left
+        yield mat2, input, -1, _linear_from_left
 
 
 def _read_conv2d(input: torch.Tensor, weight: torch.Tensor, bias: Any = None, *where: Any, **options: Any) -> _Found:
-    yield input, weight, _convolution(*where, **options)
+    yield input, weight, 1, _convolution(*where, **options)
 
 
 _READERS: dict[Any, Callable[..., _Found]] = {

@@ -36,7 +36,10 @@ class OutputReads(TorchFunctionMode):
         self.readers: dict[nn.Module, set[nn.Module | None]] = {block: set() for block in parts}
         self._calls: list[Counter[nn.Module]] = []  # of each pass
         self._stateful: set[nn.Module] = set()
-        self._makers: MutableMapping[torch.Tensor, set[nn.Module]] = WeakTensorKeyDictionary()
+        # Tensor → the modules that gave it as an output, and those in which it was made.
+        self._givers: MutableMapping[torch.Tensor, set[nn.Module]] = WeakTensorKeyDictionary()
+        self._makers: MutableMapping[torch.Tensor, tuple[nn.Module, ...]] = WeakTensorKeyDictionary()
+        self._under_way: list[nn.Module] = []
         self._within: nn.Module | None = None
         self._before: dict[nn.Module, Any] = {}
         self._hooks: list[RemovableHandle] = []
@@ -44,6 +47,7 @@ class OutputReads(TorchFunctionMode):
     def begin_pass(self) -> None:
         """Says that what follows belongs to another pass."""
         self._calls.append(Counter())
+        self._under_way.clear()
         self._within = None
 
     def is_cacheable(self, module: nn.Module) -> bool:
@@ -63,6 +67,7 @@ class OutputReads(TorchFunctionMode):
         self._hooks.clear()
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._under_way.append(module)
         if module in self._parts:
             self._within = module
         # Into these it may write what others read.
@@ -72,29 +77,39 @@ class OutputReads(TorchFunctionMode):
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._calls[-1][module] += 1
-        if self._before.pop(module) != _state_of(module, args, kwargs):
+        self._under_way.pop()
+        leaves = pytree.tree_leaves(output)
+        is_plain = all(value is None or isinstance(value, (torch.Tensor, int, float, str)) for value in leaves)
+        if not is_plain or self._before.pop(module) != _state_of(module, args, kwargs):
             self._stateful.add(module)
-        if module not in self._parts:
-            return
-        self._within = None
-        for value in pytree.tree_leaves(output):
-            if torch.is_tensor(value):  # It may be what another block gave, and this one hands on.
-                self._makers[value] = self._makers.get(value, set()) | {module}
+        for value in leaves:
+            if torch.is_tensor(value):  # It may be what another module gave, and this one hands on.
+                self._givers[value] = self._givers.get(value, set()) | {module}
+        if module in self._parts:
+            self._within = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Notes what is read, and calls the function."""
+        given = [value for value in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(value)]
         if func not in _METADATA:
-            for value in pytree.tree_leaves((args, kwargs)):
-                for maker in self._makers.get(value, ()) if torch.is_tensor(value) else ():
-                    self.readers[maker].add(self._within)
-        return func(*args, **(kwargs or {}))
+            for value in given:
+                givers = self._givers.get(value, set())
+                for block in givers & self._parts.keys():
+                    self.readers[block].add(self._within)
+                # Read outside of where it was made, without having been given as an output.
+                self._stateful.update({*self._makers.get(value, ())} - givers - {*self._under_way})
+        output = func(*args, **(kwargs or {}))
+        for value in pytree.tree_leaves(output) if self._under_way else ():
+            if torch.is_tensor(value) and all(value is not other for other in given):
+                self._makers[value] = tuple(self._under_way)
+        return output
 
 
 def _state_of(module: nn.Module, args: Any, kwargs: Any) -> object:
-    """What a call of a module may change beside its output: attributes, and tensors that it was given."""
+    """What a call of a module may change beside its output: attributes, what they hold, and tensors it was given."""
     given = [value for value in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(value)]
     versions = [tensor._version for tensor in (*given, *module.buffers())]
-    return versions, [{name: id(value) for name, value in vars(m).items()} for m in module.modules()]
+    return versions, [pytree.tree_map(id, vars(m)) for m in module.modules()]
 
 
 class ValueReads(TorchFunctionMode):

@@ -134,12 +134,19 @@ class _Hessian:
         reached = total.diagonal(dim1=1, dim2=2).any(1)
         warn_of_unreached(self._target, reached, "they are pruned by magnitude")
         order = _column_order(self._target)
-        return [
-            _factor_(part[order][:, order], name) if used else None for part, used in zip(total, reached, strict=True)
+        factors = [
+            _factor_(part[order][:, order]) if used else None for part, used in zip(total, reached, strict=True)
         ]
+        if failed := int(reached.sum()) - sum(factor is not None for factor in factors):
+            logger.warning(
+                "%d of the %d Hessians of %r cannot be factorized, even with %g times the mean diagonal added; what "
+                "goes with them is pruned by magnitude, and the weights that it keeps stay as they are.",
+                failed, len(factors), name, DAMPING[-1],
+            )  # fmt: skip
+        return factors
 
 
-def _factor_(hessian: torch.Tensor, name: str) -> _Factor | None:
+def _factor_(hessian: torch.Tensor) -> _Factor | None:
     """Factorizes a Hessian, which is changed in place, with as little damping as will do; None if none will."""
     diagonal = hessian.diagonal()
     alive = diagonal > 0
@@ -153,10 +160,6 @@ def _factor_(hessian: torch.Tensor, name: str) -> _Factor | None:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and upper.isfinite().all():
                 return _Factor(upper, alive)
-    logger.warning(
-        "The Hessian of %r cannot be factorized, even with %g times its mean diagonal added; it is pruned by "
-        "magnitude, and the weights that it keeps stay as they are.", name, DAMPING[-1]
-    )  # fmt: skip
     return None
 
 

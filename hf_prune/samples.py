@@ -1,10 +1,14 @@
 """Samples: batches for a calibration, drawn, read and cut."""
 
+import copy
 import itertools
 import logging
+import random
 from collections.abc import Iterable, Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
@@ -42,11 +46,17 @@ def read_samples(
 
     Raises:
         ValueError: at the end, if there were no samples on any process.
+        TypeError: if a batch is not a dict with tensors.
     """
     state, device, seen = PartialState(), next(model.parameters()).device, 0
     mine = len(range(state.process_index, samples, state.num_processes))
     with tqdm(total=mine, desc="Calibrating", unit="sample", delay=DELAY, disable=not show_progress) as bar:
         for batch in batches if mine else ():
+            if not isinstance(batch, Mapping) or not any(torch.is_tensor(v) and v.ndim for v in batch.values()):
+                raise TypeError(
+                    "calibration batches must be dicts of tensors, with which the model is called; got "
+                    f"{', '.join(batch) if isinstance(batch, Mapping) else type(batch).__name__}."
+                )
             part = take_samples(send_to_device(batch, device), slice(0, mine - seen))
             yield part
             seen += size_of(part)
@@ -73,16 +83,45 @@ def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed:
         seed: Seed of the draw.
 
     Yields:
-        Batches as the collator makes them.
+        Batches as the collator makes them; as the dataset does, where the dataloader has no batch size.
+
+    Raises:
+        ValueError: if the samples cannot be read without taking them from the training.
     """
-    dataset, state = dataloader.dataset, PartialState()
+    if (dataset := getattr(dataloader, "dataset", None)) is None:
+        raise ValueError(
+            f"the training data come from a {type(dataloader).__name__}, which has no dataset to read calibration "
+            "samples from. Let get_train_dataloader return a DataLoader."
+        )
+    drawn: Iterator[Any]
+    state, collate = PartialState(), _with_own_generators(dataloader.collate_fn)
     if isinstance(dataset, IterableDataset):
-        drawn: Iterator[Any] = itertools.islice(iter(dataset), state.process_index, samples, state.num_processes)
+        if id(iter(dataset)) == id(dataset):
+            raise ValueError(
+                f"the training dataset ({type(dataset).__name__}) is its own iterator, and a calibration would take "
+                "its samples from the training. Let its __iter__ return a new iterator."
+            )
+        drawn = itertools.islice(dataset, state.process_index, samples, state.num_processes)
     else:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         drawn = (dataset[int(i)] for i in order[:samples][state.process_index :: state.num_processes])
+    if dataloader.batch_size is None and dataloader.batch_sampler is None:
+        yield from map(collate, drawn)
     while rows := list(itertools.islice(drawn, batch_size)):
-        yield dataloader.collate_fn(rows)
+        yield collate(rows)
+
+
+def _with_own_generators(collate: Any) -> Any:
+    """A collator whose random numbers are not those of another one: only its generators are copied, not its models."""
+    if not hasattr(collate, "__dict__") or isinstance(collate, FunctionType):
+        return collate
+    own = copy.copy(collate)
+    for name, value in vars(collate).items():
+        if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+            setattr(own, name, copy.deepcopy(value))
+        elif name == "data_collator":  # inside of the one by which Trainer leaves out columns
+            setattr(own, name, _with_own_generators(value))
+    return own
 
 
 def size_of(batch: Batch) -> int:

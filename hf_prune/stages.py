@@ -205,8 +205,8 @@ def _shapes_of(batch: Batch) -> str:
     return repr(pytree.tree_map_only(torch.Tensor, lambda tensor: (tensor.dtype, tensor.shape), dict(batch)))
 
 
-class _StopForward(Exception):
-    """Ends a pass that has shown what it was begun for."""
+class _StopForward(BaseException):
+    """Ends a pass that has shown what it was begun for; not an error, so that no model takes it for one of its own."""
 
 
 def _stages_of(passes: Sequence[Sequence[_Use]], targets: Mapping[str, Target]) -> list[Stage]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import default_data_collator
 
-from hf_prune.calibration import STATISTICS, calibrate, label_counts
+from hf_prune.calibration import STATISTICS, LabelCounts, calibrate
 from hf_prune.samples import batches_of
 from hf_prune.targets import find_targets
 from tests.tiny import FAMILIES, TEXT, batch, build, sixteen_experts
@@ -48,7 +48,7 @@ def alone(model: nn.Module, samples: list[dict[str, torch.Tensor]]):
             n: torch.zeros_like(t.weight) if t.weight.grad is None else t.weight.grad.clone()
             for n, t in targets.items()
         }
-        yield float(label_counts(model, single)), gradients
+        yield float(LabelCounts(model)(single)), gradients
 
 
 def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
@@ -375,17 +375,28 @@ def test_what_is_not_finite_is_an_error_that_names_a_module(name, value):
         calibrate(model, find_targets(model), loader(samples_of(model)), [name], 4)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+TOKENS_FIRST = {
+    "xlnet": lambda: transformers.XLNetLMHeadModel(
+        transformers.XLNetConfig(vocab_size=60, d_model=16, n_layer=2, n_head=2, d_inner=32)
+    ),
+    "longformer": lambda: transformers.LongformerForSequenceClassification(
+        transformers.LongformerConfig(**TEXT, attention_window=4, max_position_embeddings=20)
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", *TOKENS_FIRST])
 def test_padding_is_no_input(family):
     """Alone, a sample needs none; beside a longer one it does."""
-    model = build(family)
-    short, long = (torch.arange(1, n + 1) for n in (3, 12))
-    labels = torch.tensor(0) if family == "bert" else torch.full((12,), -100)
+    torch.manual_seed(0)
+    model = TOKENS_FIRST[family]().eval() if family in TOKENS_FIRST else build(family)
+    short, long = (torch.arange(1, n + 1) for n in (4, 12))
+    labels = torch.tensor(0) if family in ("bert", "longformer") else torch.full((12,), -100)
 
     def sample(ids: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
         padded = torch.cat([ids, ids.new_zeros(size - len(ids))])
         mask = (torch.arange(size) < len(ids)).long()
-        return {"input_ids": padded, "attention_mask": mask, "labels": labels if family == "bert" else labels[:size]}
+        return {"input_ids": padded, "attention_mask": mask, "labels": labels[:size] if labels.ndim else labels}
 
     alone = [default_data_collator([sample(ids, len(ids))]) for ids in (short, long)]
     together = [default_data_collator([sample(short, 12), sample(long, 12)])]
@@ -395,6 +406,242 @@ def test_padding_is_no_input(family):
         torch.testing.assert_close(other[name], norm, rtol=1e-4, atol=1e-5)
 
 
+def test_padding_is_not_looked_for_where_positions_are_in_another_order():
+    """Two experts that are given every token have it in the order of their ranks."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=2)
+    model = transformers.MixtralForCausalLM(config)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+    data = [{"input_ids": torch.randint(1, 60, (2, 6)), "attention_mask": mask}]
+    norms = calibrate(model, find_targets(model), data, ["input_norm"], 2)["input_norm"]
+    norm = norms["model.layers.0.mlp.experts.gate_up_proj"]
+    torch.testing.assert_close(norm[0], norm[1])
+
+
+def test_samples_and_tokens_that_are_as_many_are_not_told_apart():
+    torch.manual_seed(0)
+    model = build("bert")
+    data = {"input_ids": torch.randint(1, 60, (4, 4)), "attention_mask": torch.ones(4, 4).tril().long()}
+    targets = find_targets(model)
+    seen = []
+    name = "bert.encoder.layer.0.attention.self.query"
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    norm = calibrate(model, targets, [data], ["input_norm"], 4)["input_norm"][f"{name}.weight"]
+    torch.testing.assert_close(norm.flatten(), seen[0].flatten(0, 1).norm(dim=0))
+
+
+def squares_and_gradient(model, samples, targets):
+    """By autograd, of samples alone."""
+    squares = {name: torch.zeros_like(target.weight) for name, target in targets.items()}
+    for sample in samples:
+        output = model(**sample)
+        loss = output[0] if isinstance(output, tuple) else output["loss"]
+        gradients = torch.autograd.grad(loss, [target.weight for target in targets.values()], allow_unused=True)
+        for name, gradient in zip(targets, gradients, strict=True):
+            if gradient is not None:
+                squares[name] += gradient.square() / len(samples)
+    return squares
+
+
+def singles(data):
+    size = len(data["labels"])
+    return [{name: value[i : i + 1] for name, value in data.items()} for i in range(size)]
+
+
+class Weighted(nn.Module):
+    """A loss with weights for classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x, labels):
+        weight = torch.tensor([1.0, 1.0, 20.0], dtype=x.dtype)
+        return {"loss": nn.functional.cross_entropy(self.b(self.a(x).tanh()), labels, weight=weight)}
+
+
+def test_squared_gradients_with_weights_for_classes_are_those_of_single_samples():
+    """The two samples on which batches are tried are of classes of equal weight."""
+    torch.manual_seed(0)
+    model = Weighted().double()
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    batches = [{"x": torch.randn(8, 6).double(), "labels": each} for each in (labels % 2, labels)]
+    targets = find_targets(model, ["a", "b"])
+    expected = squares_and_gradient(model, [sample for data in batches for sample in singles(data)], targets)
+    assert_close(calibrate(model, targets, batches, ["squared_gradient"], 16)["squared_gradient"], expected)
+
+
+def segformer():
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 8], patch_sizes=[3, 3],
+        strides=[2, 2], num_attention_heads=[1, 1], mlp_ratios=[2, 2], decoder_hidden_size=8, num_labels=3,
+    )  # fmt: skip
+    labels = torch.randint(0, 3, (4, 16, 16))
+    labels[1, 2:] = labels[2, :8] = 255
+    return transformers.SegformerForSemanticSegmentation(config), {"pixel_values": torch.randn(4, 3, 16, 16)}, labels
+
+
+def bert():
+    labels = torch.tensor([0, -100, 1, -100, 2, -100])
+    return build("bert"), {"input_ids": torch.randint(1, 60, (6, 8))}, labels
+
+
+def xlm():
+    """Its loss reads the first label."""
+    config = transformers.XLMConfig(vocab_size=60, emb_dim=16, n_layers=2, n_heads=2, max_position_embeddings=16)
+    labels = torch.full((4, 6), -100)
+    labels[:2, 0], labels[2:, 3], labels[3, 4] = 7, 8, 9
+    return transformers.XLMWithLMHeadModel(config), {"input_ids": torch.randint(3, 60, (4, 6))}, labels
+
+
+@pytest.mark.parametrize("make", [segformer, bert, xlm])
+def test_labels_that_a_loss_leaves_out_are_not_counted(make):
+    torch.manual_seed(0)
+    model, inputs, labels = make()
+    model = model.double().eval()
+    inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    data, targets = {**inputs, "labels": labels}, find_targets(model)
+    alone = singles(data)
+    labelled = [sample for sample in alone if bool((sample["labels"] >= 0).any())]
+    expected = squares_and_gradient(model, labelled, targets)
+    found = calibrate(model, targets, [data], ["squared_gradient", "gradient"], len(labels))
+    for name, values in expected.items():
+        torch.testing.assert_close(found["squared_gradient"][name], values.float() * len(labelled) / len(labels))
+    # The same in batches of one as in one of all.
+    one_by_one = calibrate(model, targets, alone, ["gradient"], len(labels))["gradient"]
+    for name, gradient in one_by_one.items():
+        torch.testing.assert_close(found["gradient"][name], gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_models_that_give_tuples_have_their_loss_first():
+    model = build("bert", torch.float64)
+    samples, targets = samples_of(model), find_targets(model)
+    expected = calibrate(model, targets, loader(samples), ["gradient"], SAMPLES)["gradient"]
+    model.config.return_dict = False
+    assert isinstance(model(**default_data_collator(samples)), tuple)
+    assert_close(calibrate(model, targets, loader(samples), ["gradient"], SAMPLES)["gradient"], expected)
+
+
+def test_a_loss_that_is_constant_for_single_samples_is_an_error():
+    class Contrasts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return {"loss": nn.functional.cross_entropy(self.a(x) @ x.T, torch.arange(len(x)))}
+
+    torch.manual_seed(0)
+    model, data = Contrasts(), [{"x": torch.randn(4, 4)}]
+    with pytest.raises(ValueError, match=r"every gradient is zero: .* with a contrastive loss, which is constant"):
+        calibrate(model, find_targets(model), data, ["squared_gradient"], 4)
+    assert calibrate(model, find_targets(model), data, ["gradient"], 4)["gradient"]["a.weight"].any()
+
+
+def test_the_message_names_the_labels_of_the_task():
+    model = transformers.BertForQuestionAnswering(transformers.BertConfig(**TEXT, max_position_embeddings=16))
+    data = [{"input_ids": torch.ones(2, 4, dtype=torch.long), "start_positions": torch.zeros(2, dtype=torch.long)}]
+    with pytest.raises(ValueError, match=r"They need 'end_positions'"):
+        calibrate(model, find_targets(model), data, ["gradient"], 2)
+
+
+def test_buffers_that_a_model_changes_are_given_back():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x):
+            self.calls += 1
+            self.mean = 0.9 * self.mean + x.mean(0)
+            return {"loss": self.a(x - self.mean).square().mean()}
+
+    model = Counts()
+    calls, mean = model.calls, model.mean
+    calibrate(model, find_targets(model), [{"x": torch.randn(4, 4)}], list(STATISTICS), 4)
+    assert model.calls is calls
+    assert model.mean is mean
+    assert not calls.any()
+    assert not mean.any()
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_parameters_may_share_a_storage(statistic):
+    """As they do after `vector_to_parameters`."""
+    model = build("llama", torch.float64)
+    samples, flat = samples_of(model), copy.deepcopy(model)
+    vector = nn.utils.parameters_to_vector(flat.parameters()).detach()
+    nn.utils.vector_to_parameters(vector, flat.parameters())
+    for modules in (None, ["o_proj"]):
+        expected, found = (
+            calibrate(each, find_targets(each, modules), loader(samples), [statistic], SAMPLES)[statistic]
+            for each in (model, flat)
+        )
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("width", [4, 6])
+def test_uses_of_a_transposed_weight_are_no_inputs_of_its_rows(width):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, width, bias=False)
+
+        def forward(self, x):
+            back = nn.functional.linear(self.layer(x).tanh(), self.layer.weight.t())
+            return {"loss": (back - x).square().flatten(1).mean(1).mean()}
+
+    torch.manual_seed(0)
+    model, x = Tied().double(), torch.randn(5, 4).double()
+    targets = find_targets(model)
+    found = calibrate(model, targets, [{"x": x}], ["input_norm", "squared_gradient"], 5)
+    torch.testing.assert_close(found["input_norm"]["layer.weight"].flatten(), x.norm(dim=0).float())
+    expected = squares_and_gradient(model, [{"x": row[None]} for row in x], targets)
+    assert_close(found["squared_gradient"], expected)
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_sparse_products_are_left_alone(statistic):
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.register_buffer("adjacency", torch.eye(4).to_sparse())
+
+        def forward(self, x):
+            return {"loss": (self.adjacency @ self.a(x[0])).square().mean()}
+
+    model = Graph()
+    data = [{"x": torch.randn(1, 4, 4)} for _ in range(3)]
+    assert calibrate(model, find_targets(model), data, [statistic], 3)[statistic]["a.weight"].any()
+
+
+@pytest.mark.parametrize("how", ["whole", "in place"])
+def test_compiled_models_are_watched_as_they_are_written(how):
+    model = build("llama")
+    samples = samples_of(model)
+    expected = calibrate(model, find_targets(model), loader(samples), list(STATISTICS), SAMPLES)
+    compiled = torch.compile(model, backend="eager") if how == "whole" else model
+    if how == "in place":
+        model.compile(backend="eager")
+    compiled(**default_data_collator(samples))
+    found = calibrate(compiled, find_targets(compiled), loader(samples), list(STATISTICS), SAMPLES)
+    for name, values in expected.items():
+        assert_close({key.removeprefix("_orig_mod."): value for key, value in found[name].items()}, values)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("data", "got"), [([torch.ones(2, 4)], "Tensor"), ([[torch.ones(2, 4)]], "list"), ([{"x": [[1.0]]}], "x")]
+)
+def test_batches_must_be_dicts_of_tensors(data, got):
+    model = build("llama")
+    with pytest.raises(TypeError, match=rf"calibration batches must be dicts of tensors, .*; got {got}\."):
+        calibrate(model, find_targets(model), data, ["input_norm"], 2)
+
+
 def test_a_part_that_no_sample_reaches_has_norms_of_one_and_that_is_said(caplog):
     model = sixteen_experts()
     data = [{"input_ids": torch.tensor([[3, 4, 5]])}]
@@ -402,10 +649,8 @@ def test_a_part_that_no_sample_reaches_has_norms_of_one_and_that_is_said(caplog)
     norm = norms["model.layers.0.mlp.experts.down_proj"]
     unreached = int((norm == 1).all(dim=-1).sum())
     assert 10 <= unreached < 16  # Three tokens go to six experts at most.
-    message = (
-        f"reaches {unreached} of the 16 parts of 'model.layers.0.mlp.experts.down_proj'; their weights count alike"
-    )
-    assert message in caplog.text
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert f"was seen to reach {unreached} of the 16 parts of {name!r}; their weights count alike" in caplog.text
 
 
 def test_a_weight_may_stand_on_the_left():
@@ -441,7 +686,7 @@ def test_the_labels_of_a_model_under_peft_are_shifted_too():
     plain = build("llama")
     model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     sample = default_data_collator(samples_of(plain))
-    assert torch.equal(label_counts(model, sample), label_counts(plain, sample))
+    assert torch.equal(LabelCounts(model)(sample), LabelCounts(plain)(sample))
 
 
 def test_labels_in_lists_are_cut_with_their_samples():

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import default_data_collator
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, default_data_collator
 
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, ScoreInputs, prune
 from hf_prune.calibration import STATISTICS
@@ -237,4 +237,70 @@ def test_data_without_labels_are_an_error_in_training(tmp_path):
     samples = [{"input_ids": sample["input_ids"]} for sample in batch(model, 8)]
     trainer = trainer_factory(tmp_path)(model, PruningTrainerCallback(config), train_dataset=samples)
     with pytest.raises(ValueError, match="They need 'labels'"):
+        trainer.train()
+
+
+class Masks:
+    """A collator with random numbers of its own, as the one for masked language models has."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, samples):
+        together = default_data_collator(samples)
+        together["labels"][torch.rand(together["labels"].shape, generator=self.generator) < 0.5] = -100
+        return together
+
+
+def test_a_collator_draws_what_it_would_have_drawn(tmp_path):
+    weights = []
+    for callbacks in ([], [PruningTrainerCallback(PruningConfig(sparsity=0.0, criterion="taylor", begin=2))]):
+        model = build("llama")
+        trainer = trainer_factory(tmp_path)(model, *callbacks)
+        trainer.data_collator = Masks()
+        trainer.train()
+        weights.append(model.state_dict())
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+class OwnIterator(IterableDataset):
+    def __init__(self, samples):
+        self.left = iter(samples)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.left)
+
+
+class Loads(Trainer):
+    """Batches that the dataset makes itself, or a loader that is none of torch."""
+
+    def get_train_dataloader(self):
+        batches = [default_data_collator(self.train_dataset[i : i + 4]) for i in range(0, 24, 4)]
+        return DataLoader(batches, batch_size=None) if self.whole else list(batches)
+
+
+def test_samples_that_training_would_lose_are_an_error(tmp_path):
+    model, pruning = build("llama"), PruningTrainerCallback(PruningConfig(sparsity=0.5, criterion="wanda"))
+    trainer = trainer_factory(tmp_path)(model, pruning, train_dataset=OwnIterator(batch(model, 64)))
+    with pytest.raises(ValueError, match=r"\(OwnIterator\) is its own iterator, and a calibration would take"):
+        trainer.train()
+
+
+def test_batches_may_come_from_the_dataset(tmp_path):
+    model = build("llama")
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.5, criterion="wanda", calibration_samples=10))
+    trainer = trainer_factory(tmp_path)(model, pruning, cls=Loads)
+    trainer.whole = True
+    trainer.train()
+    assert pruning.masks.sparsity == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_loader_without_a_dataset_is_an_error(tmp_path):
+    model, pruning = build("llama"), PruningTrainerCallback(PruningConfig(sparsity=0.5, criterion="wanda"))
+    trainer = trainer_factory(tmp_path)(model, pruning, cls=Loads)
+    trainer.whole = False
+    with pytest.raises(ValueError, match="the training data come from a list, which has no dataset to read"):
         trainer.train()

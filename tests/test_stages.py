@@ -1,6 +1,7 @@
 """Passes that stop early and blocks that are not computed again show what whole passes show."""
 
 import contextlib
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -372,6 +373,76 @@ class Leaves(nn.Module):
 def test_parts_with_effects_beside_their_output_are_computed(kind):
     torch.manual_seed(0)
     compare(Leaves(kind).eval(), [{"x": torch.randn(3, 4)} for _ in range(2)])
+
+
+GLOBAL = []
+
+
+class Tells(nn.Module):
+    """Blocks whose output is not all that others read of them."""
+
+    @dataclasses.dataclass
+    class Given:
+        x: torch.Tensor
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.notes, self.store = nn.Linear(4, 4), {}, []
+
+        def forward(self, x, way):
+            y = self.layer(x).tanh()
+            if way == "attribute":
+                self.notes["y"] = y
+            if way in ("list", "global"):
+                (self.store if way == "list" else GLOBAL).append(y)
+            return Tells.Given(x + y) if way == "dataclass" else x + y
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.hooked = way, []
+        self.blocks, self.last = nn.ModuleList(self.Block() for _ in range(3)), nn.Linear(4, 4)
+        if way == "hook":
+            for block in self.blocks:
+                block.layer.register_forward_hook(lambda *args: self.hooked.append(args[-1]))
+
+    def forward(self, x):
+        for store in (GLOBAL, self.hooked, *(block.store for block in self.blocks)):
+            store.clear()
+        for block in self.blocks:
+            given = block(x, self.way)
+            if self.way == "dataclass":
+                given.x += x
+            x = given.x if self.way == "dataclass" else given
+        attributes = [block.notes["y"] for block in self.blocks if block.notes]
+        stored = [y for block in self.blocks for y in block.store]
+        return self.last(sum([*GLOBAL, *self.hooked, *attributes, *stored], x))
+
+
+@pytest.mark.parametrize("way", ["attribute", "list", "global", "hook", "dataclass"])
+def test_blocks_that_tell_others_more_than_their_output_are_computed(way):
+    torch.manual_seed(0)
+    model = Tells(way).eval()
+    whole = Tells(way).eval()  # Hooks of a copy would still be those of the first.
+    whole.load_state_dict(model.state_dict())
+    compare(model, [{"x": torch.randn(5, 4)} for _ in range(3)], whole)
+
+
+def test_a_model_does_not_take_the_end_of_a_pass_for_its_own_error():
+    class Tries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            try:
+                hidden = self.a(x * 1)
+            except Exception:
+                hidden = self.a(x)
+            return self.b(hidden.tanh())
+
+    torch.manual_seed(0)
+    compare(Tries().eval(), [{"x": torch.randn(5, 4)}])
 
 
 class Skips(nn.Module):

@@ -201,15 +201,39 @@ class SquaredGradient(OfLoss):
             (together[name] - values).norm() <= self._tolerance * values.norm() for name, values in alone.items()
         )
 
-    @torch.no_grad()
-    def _is_mean_over_labels(self, loss: torch.Tensor, batch: Batch, counts: torch.Tensor) -> bool:
-        """Whether the loss of a batch is the mean of its samples' losses, each as often as it has labels.
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, list[tuple[Product, GradientEdge | None]]]:
+        """The loss of a batch; its products, and where in the graph their outputs are."""
+        uses: list[tuple[Product, GradientEdge | None]] = []
 
-        It is not with weights for classes, or labels that are left out for a reason that is not known here.
+        def note(product: Product) -> None:
+            # An edge: the output may be changed in place.
+            uses.append((product, get_gradient_edge(product.output) if product.output.requires_grad else None))
+
+        with torch.enable_grad(), ProductWatch(self.targets, note):
+            loss = loss_of(self.model, batch)
+        return loss, uses
+
+    def _has_these_gradients(
+        self, batch: Batch, use: int, product: Product, gradient: torch.Tensor, scale: torch.Tensor
+    ) -> bool:
+        """Whether the gradient of a product's output, for each sample of a batch, is that of the sample alone.
+
+        Of a late product it is cheap. It is another one with weights for classes, or labels that are left out for a
+        reason that is not known here.
         """
-        alone = [loss_of(self.model, take_samples(batch, slice(i, i + 1))) for i in range(size_of(batch))]
-        mean = (counts * torch.stack(alone)).sum() / counts.sum()
-        return bool((loss - mean).abs() <= self._tolerance * mean.abs())
+        try:
+            together = product.rows(gradient, size_of(batch)).float() * scale
+            for sample in range(size_of(batch)):
+                loss, uses = self._forward(take_samples(batch, slice(sample, sample + 1)))
+                of_one, edge = uses[use]
+                if edge is None:
+                    return False
+                alone = of_one.rows(torch.autograd.grad(loss, edge)[0], 1)[:, 0].float()
+                if (together[:, sample] - alone).norm() > self._tolerance * alone.norm():
+                    return False
+        except (RuntimeError, IndexError):  # Samples that do not divide the positions, or take another way alone.
+            return False
+        return True
 
     def _say_if_not(self) -> None:
         if not self._in_batches:
@@ -226,16 +250,7 @@ class SquaredGradient(OfLoss):
     def _of_batch(self, batch: Batch) -> dict[str, torch.Tensor] | None:
         """The sum of the squares; None if samples cannot be told apart."""
         samples, counts = size_of(batch), self._label_counts(batch)
-        uses: list[tuple[Product, GradientEdge | None]] = []
-
-        def note(product: Product) -> None:
-            # An edge: the output may be changed in place.
-            uses.append((product, get_gradient_edge(product.output) if product.output.requires_grad else None))
-
-        with torch.enable_grad(), ProductWatch(self.targets, note):
-            loss = loss_of(self.model, batch)
-        if not self._is_mean_over_labels(loss, batch, counts):
-            return None
+        loss, uses = self._forward(batch)
         edges = [edge for _, edge in uses if edge is not None]
         if len(edges) < len(uses) or any(product.part is not None for product, _ in uses):
             # Models with a backward pass of their own; experts, which see positions of several samples.
@@ -243,6 +258,9 @@ class SquaredGradient(OfLoss):
         gradients = torch.autograd.grad(loss, edges, allow_unused=True)
         # The loss is the mean over the labels of the batch, and that of a sample the mean over its own.
         scale = (counts.sum() / counts).reshape(1, -1, 1, 1)
+        last = max((i for i, gradient in enumerate(gradients) if gradient is not None), default=None)
+        if last is None or not self._has_these_gradients(batch, last, uses[last][0], gradients[last], scale):
+            return None
         per_sample: dict[str, torch.Tensor] = {}
         left = collections.Counter(product.target.name for product, _ in uses)
         totals: dict[str, torch.Tensor] = {}
@@ -275,18 +293,17 @@ def unpadded_inputs(product: Product, batch: Batch, model: nn.Module) -> torch.T
         product: A product of a pass.
         batch: The batch of the pass.
         model: The model. Padding is told by `attention_mask [samples, tokens]` where it is known which position is
-            which; in experts it is not, nor in an encoder-decoder, whose decoder has tokens of its own.
+            which; in experts it is not, nor in an encoder-decoder, whose decoder has tokens of its own. Where samples
+            and tokens are as many, samples are taken to come first.
     """
     inputs, mask = product.inputs(1).flatten(1, 2), batch.get("attention_mask")
     has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if has_decoder or not isinstance(mask, torch.Tensor) or mask.ndim != 2 or inputs.shape[1] != mask.numel():
         return inputs
-    samples, tokens = mask.shape
-    if samples == tokens > 1:  # They could be in either order.
-        return inputs
-    if product.grid == (tokens, samples):
-        return inputs[:, mask.T.flatten().bool()]
-    return inputs[:, mask.flatten().bool()] if product.grid == (samples, tokens) else inputs
+    sizes = tuple(size for size in mask.shape if size > 1)
+    if product.grid[: len(sizes)] == sizes or product.grid == (mask.numel(),):
+        return inputs[:, mask.flatten().bool()]
+    return inputs[:, mask.T.flatten().bool()] if product.grid[: len(sizes)] == sizes[::-1] else inputs
 
 
 def warn_of_unreached(target: Target, reached: torch.Tensor, consequence: str) -> None:
@@ -351,7 +368,7 @@ class LabelCounts:
         self._may_shift = (
             isinstance(base, PreTrainedModel) and base.can_generate() and not base.config.is_encoder_decoder
         )
-        self._ignored = {IGNORED_LABEL, getattr(getattr(base, "config", None), "semantic_loss_ignore_index", None)}
+        self._ignored_in_maps = getattr(getattr(base, "config", None), "semantic_loss_ignore_index", IGNORED_LABEL)
         self._shifts: bool | None = None
 
     def __call__(self, batch: Batch) -> torch.Tensor:
@@ -359,9 +376,9 @@ class LabelCounts:
         labels = batch.get("labels")
         if not torch.is_tensor(labels) or not labels.ndim or labels.is_floating_point():
             return torch.ones(size_of(batch), device=next(self._model.parameters()).device)
-        counted = torch.ones_like(labels, dtype=torch.bool)
-        for label in self._ignored - {None}:
-            counted &= labels != label
+        counted = labels != IGNORED_LABEL
+        if labels.ndim > 2:
+            counted &= labels != self._ignored_in_maps
         if labels.ndim > 1 and self._may_shift and counted[:, 0].any():
             if self._shifts is None:
                 self._shifts = self._ignores_first(batch, labels)

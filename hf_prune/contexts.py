@@ -35,7 +35,7 @@ def undisturbed(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[Non
     """Evaluation mode, nothing compiled, and gradients for all targets; afterwards everything is as it was."""
     modes = {module: module.training for module in model.modules()}
     wants = {target.weight: target.weight.requires_grad for target in targets.values()}
-    buffers = [(m, n, b, b._version, b.clone()) for m in model.modules() for n, b in m.named_buffers(recurse=False)]
+    states = [_State(module) for module in model.modules() if next(module.buffers(recurse=False), None) is not None]
     model.eval()
     for weight in wants:
         weight.requires_grad_(True)
@@ -44,14 +44,34 @@ def undisturbed(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[Non
         with torch.inference_mode(False), keep_random_state(next(model.parameters()).device), _uncompiled():
             yield
     finally:
-        for module, name, buffer, version, before in buffers:
-            module._buffers[name] = buffer
-            if buffer._version != version:
-                buffer.copy_(before)
+        for state in states:
+            state.restore_()
         for module, mode in modes.items():
             module.training = mode
         for weight, wanted in wants.items():
             weight.requires_grad_(wanted)
+
+
+class _State:
+    """Buffers of a module, and the attributes that go with them, as the length up to which a rotary embedding is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        self._buffers = {name: (b, _version_of(b), b.clone()) for name, b in module.named_buffers(recurse=False)}
+
+    def restore_(self) -> None:
+        """Everything as it was."""
+        vars(self._module).update(self._attributes)
+        for name, (buffer, version, before) in self._buffers.items():
+            self._module._buffers[name] = buffer
+            if _version_of(buffer) != version:
+                buffer.copy_(before)
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place. One of inference mode cannot be."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:

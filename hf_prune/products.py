@@ -1,6 +1,6 @@
 """Products: what each targeted weight is multiplied with in an ordinary forward pass, whichever module does it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,9 @@ class Product:
             with.
         output: What the operation gave.
         rows: Values of the output's shape and number of samples → `[parts, samples, positions, rows of a part]`.
-        grid: The two dimensions, such as samples and tokens, whose row-major order the positions have; None if that
-            is not known.
+        grid: The dimensions in whose row-major order the positions lie, and what is behind them, without those of
+            one element; only the number of positions where they were flattened before; empty where their order is
+            one of its own.
     """
 
     target: Target
@@ -33,7 +34,7 @@ class Product:
     inputs: Callable[[int], torch.Tensor]
     output: torch.Tensor
     rows: Callable[[torch.Tensor, int], torch.Tensor]
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, ...] = ()
 
     @property
     def part_slice(self) -> slice:
@@ -80,17 +81,17 @@ class ProductWatch(TorchFunctionMode):
         """The target of which a tensor is all, or a part."""
         if weight.layout is not torch.strided:
             return None
-        for target in self._targets.get(weight.untyped_storage().data_ptr(), ()):
-            if 0 <= weight.storage_offset() - target.weight.storage_offset() < target.weight.numel():
-                return target
-        return None
+        offset = weight.storage_offset()
+        before = [t for t in self._targets.get(weight.untyped_storage().data_ptr(), ()) if t.offset <= offset]
+        target = max(before, key=lambda t: t.offset, default=None)
+        return target if target is not None and offset < target.offset + target.weight.numel() else None
 
 
 def _linear(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> Product:
     """`x [..., in]` times a matrix or one expert, in either layout; the output is `[..., out]`."""
-    offset, part, grid, x = weight.storage_offset() - target.weight.storage_offset(), None, _grid_of(x), x.detach()
+    part, grid, x = None, _grid_of(x), x.detach()
     if target.weight.ndim == 3:  # An expert is a slice of it, and has positions in an order of its own.
-        part, grid = offset // weight.numel(), None
+        part, grid = (weight.storage_offset() - target.offset) // weight.numel(), ()
 
     def by_samples(values: torch.Tensor, samples: int) -> torch.Tensor:
         return values.reshape(1, samples, -1, values.shape[-1])
@@ -98,15 +99,16 @@ def _linear(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch
     return Product(target, part, x, lambda samples: by_samples(x, samples), output, by_samples, grid)
 
 
-def _grid_of(x: torch.Tensor) -> tuple[int, int] | None:
-    """The first two dimensions of `[…, …, features]`, also where they have been flattened into one."""
-    shape = list(x.shape)
-    if x.ndim == 2 and (base := x._base) is not None and base.numel() == x.numel() and x.is_contiguous():
+def _grid_of(x: torch.Tensor) -> tuple[int, ...]:
+    """`Product.grid` of `[…, features]`, which may be a view of what has more dimensions."""
+    shape: Sequence[int] = x.shape if x.ndim > 2 else x.shape[:1]
+    base = x._base
+    if x.ndim == 2 and base is not None and base.ndim > 2 and base.numel() == x.numel() and x.is_contiguous():
         # The rows are what lies in memory, from its beginning to its end.
         order = sorted(range(base.ndim), key=base.stride, reverse=True)
         if base.permute(order).is_contiguous():
             shape = [base.shape[i] for i in order]
-    return (shape[0], shape[1]) if len(shape) > 2 else None
+    return tuple(size for size in shape if size > 1)
 
 
 def _linear_from_left(target: Target, x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> Product:

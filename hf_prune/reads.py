@@ -17,7 +17,7 @@ from transformers import Cache
 # Reading these needs no data, so that a placeholder can answer.
 _METADATA = {
     getattr(torch.Tensor, name).__get__ for name in ("dtype", "shape", "device", "ndim", "requires_grad", "layout")
-} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.is_floating_point}
+} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.is_floating_point, torch.Tensor._base.__get__}  # type: ignore[union-attr]
 
 
 class OutputReads(TorchFunctionMode):
@@ -99,9 +99,10 @@ class OutputReads(TorchFunctionMode):
                 # Read outside of where it was made, without having been given as an output.
                 self._stateful.update({*self._makers.get(value, ())} - givers - {*self._under_way})
         output = func(*args, **(kwargs or {}))
-        for value in pytree.tree_leaves(output) if self._under_way else ():
-            if torch.is_tensor(value) and all(value is not other for other in given):
-                self._makers[value] = tuple(self._under_way)
+        if self._under_way and func not in _METADATA:
+            for value in pytree.tree_leaves(output):
+                if torch.is_tensor(value) and all(value is not other for other in given):
+                    self._makers.setdefault(value, tuple(self._under_way))
         return output
 
 

@@ -5,7 +5,7 @@ import itertools
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -96,12 +96,13 @@ def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed:
     drawn: Iterator[Any]
     state, collate = PartialState(), _with_own_generators(dataloader.collate_fn)
     if isinstance(dataset, IterableDataset):
-        if id(iter(dataset)) == id(dataset):
+        stream = iter(dataset)
+        if id(stream) == id(dataset):
             raise ValueError(
                 f"the training dataset ({type(dataset).__name__}) is its own iterator, and a calibration would take "
                 "its samples from the training. Let its __iter__ return a new iterator."
             )
-        drawn = itertools.islice(dataset, state.process_index, samples, state.num_processes)
+        drawn = itertools.islice(stream, state.process_index, samples, state.num_processes)
     else:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         drawn = (dataset[int(i)] for i in order[:samples][state.process_index :: state.num_processes])
@@ -113,14 +114,16 @@ def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed:
 
 def _with_own_generators(collate: Any) -> Any:
     """A collator whose random numbers are not those of another one: only its generators are copied, not its models."""
+    if isinstance(collate, MethodType):
+        return MethodType(collate.__func__, _with_own_generators(collate.__self__))
     if not hasattr(collate, "__dict__") or isinstance(collate, FunctionType):
         return collate
     own = copy.copy(collate)
     for name, value in vars(collate).items():
         if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
-            setattr(own, name, copy.deepcopy(value))
+            object.__setattr__(own, name, copy.deepcopy(value))  # also of a frozen dataclass
         elif name == "data_collator":  # inside of the one by which Trainer leaves out columns
-            setattr(own, name, _with_own_generators(value))
+            object.__setattr__(own, name, _with_own_generators(value))
     return own
 
 

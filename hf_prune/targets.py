@@ -50,6 +50,11 @@ class Target:
         return self.name.removesuffix(".weight").removesuffix(f".{_WRAPPED}")
 
     @property
+    def offset(self) -> int:
+        """Where in its storage the parameter begins."""
+        return int(self.weight.storage_offset())
+
+    @property
     def out_features(self) -> int:
         """Width of the output dimension (of one expert, one kernel position)."""
         return self.weight.shape[self.axes[-2]]

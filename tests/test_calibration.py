@@ -16,7 +16,7 @@ from transformers import default_data_collator
 from hf_prune.calibration import STATISTICS, LabelCounts, calibrate
 from hf_prune.samples import batches_of
 from hf_prune.targets import find_targets
-from tests.tiny import FAMILIES, TEXT, batch, build, sixteen_experts
+from tests.tiny import FAMILIES, TEXT, TOKENS, batch, build, sixteen_experts
 
 SAMPLES = 7
 
@@ -418,16 +418,35 @@ def test_padding_is_not_looked_for_where_positions_are_in_another_order():
     torch.testing.assert_close(norm[0], norm[1])
 
 
-def test_samples_and_tokens_that_are_as_many_are_not_told_apart():
+FLATTENED = {
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            **TOKENS, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=20, word_embed_proj_dim=16,
+        )
+    ),
+    "one head": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**TOKENS, n_positions=16, n_embd=16, n_layer=2, n_head=1)
+    ),
+    "llama": lambda: build("llama"),
+    "bert": lambda: build("bert"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [4, 6])
+@pytest.mark.parametrize("family", FLATTENED)
+def test_padding_is_found_where_positions_are_flattened_and_where_samples_are_as_many(family, tokens):
     torch.manual_seed(0)
-    model = build("bert")
-    data = {"input_ids": torch.randint(1, 60, (4, 4)), "attention_mask": torch.ones(4, 4).tril().long()}
+    model = FLATTENED[family]().eval()
+    lengths = [2, 4, 3, tokens]
+    ids = torch.randint(1, 60, (4, tokens))
+    mask = (torch.arange(tokens) < torch.tensor(lengths)[:, None]).long()
+    alone = [{"input_ids": ids[i : i + 1, :n], "attention_mask": mask[i : i + 1, :n]} for i, n in enumerate(lengths)]
+    together = [{"input_ids": ids, "attention_mask": mask}]
     targets = find_targets(model)
-    seen = []
-    name = "bert.encoder.layer.0.attention.self.query"
-    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    norm = calibrate(model, targets, [data], ["input_norm"], 4)["input_norm"][f"{name}.weight"]
-    torch.testing.assert_close(norm.flatten(), seen[0].flatten(0, 1).norm(dim=0))
+    one, other = (calibrate(model, targets, b, ["input_norm"], 4)["input_norm"] for b in (alone, together))
+    for name, norm in one.items():
+        torch.testing.assert_close(other[name], norm, rtol=1e-4, atol=1e-5)
 
 
 def squares_and_gradient(model, samples, targets):
@@ -449,21 +468,25 @@ def singles(data):
 
 
 class Weighted(nn.Module):
-    """A loss with weights for classes."""
+    """A loss with weights for classes, and with a head that has learned nothing yet: all losses are alike."""
 
-    def __init__(self):
+    def __init__(self, head):
         super().__init__()
         self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        with torch.no_grad():
+            self.b.weight.mul_(head)
+            self.b.bias.mul_(head)
 
     def forward(self, x, labels):
         weight = torch.tensor([1.0, 1.0, 20.0], dtype=x.dtype)
         return {"loss": nn.functional.cross_entropy(self.b(self.a(x).tanh()), labels, weight=weight)}
 
 
-def test_squared_gradients_with_weights_for_classes_are_those_of_single_samples():
+@pytest.mark.parametrize("head", [1, 1e-3])
+def test_squared_gradients_with_weights_for_classes_are_those_of_single_samples(head):
     """The two samples on which batches are tried are of classes of equal weight."""
     torch.manual_seed(0)
-    model = Weighted().double()
+    model = Weighted(head).double()
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
     batches = [{"x": torch.randn(8, 6).double(), "labels": each} for each in (labels % 2, labels)]
     targets = find_targets(model, ["a", "b"])
@@ -513,6 +536,20 @@ def test_labels_that_a_loss_leaves_out_are_not_counted(make):
         torch.testing.assert_close(found["gradient"][name], gradient, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("statistic", ["gradient", "squared_gradient"])
+def test_the_class_255_is_one_as_others(statistic):
+    config = transformers.BeitConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+        num_channels=1, num_labels=300, out_indices=[0, 1, 2, 3],
+    )  # fmt: skip
+    assert config.semantic_loss_ignore_index == 255
+    torch.manual_seed(0)
+    model = transformers.BeitForImageClassification(config)
+    data = [{"pixel_values": torch.randn(3, 1, 8, 8), "labels": torch.full((3,), 255)}]
+    found = calibrate(model, find_targets(model), data, [statistic], 3)[statistic]
+    assert all(values.any() for values in found.values())
+
+
 def test_models_that_give_tuples_have_their_loss_first():
     model = build("bert", torch.float64)
     samples, targets = samples_of(model), find_targets(model)
@@ -554,17 +591,53 @@ def test_buffers_that_a_model_changes_are_given_back():
             self.register_buffer("mean", torch.zeros(4))
 
         def forward(self, x):
+            x = x * (1 + self.calls)  # What backward passes need, and the next pass changes.
             self.calls += 1
+            self.seen += 1
             self.mean = 0.9 * self.mean + x.mean(0)
             return {"loss": self.a(x - self.mean).square().mean()}
 
     model = Counts()
+    model.seen = 0
     calls, mean = model.calls, model.mean
     calibrate(model, find_targets(model), [{"x": torch.randn(4, 4)}], list(STATISTICS), 4)
     assert model.calls is calls
     assert model.mean is mean
+    assert model.seen == 0
     assert not calls.any()
     assert not mean.any()
+
+
+def test_a_rotary_embedding_is_as_it_was():
+    """It keeps the length for which it was computed beside the buffer."""
+    model = build("llama")
+    model.config.rope_parameters |= {"rope_type": "dynamic", "factor": 2.0}
+    model.config.max_position_embeddings = 8
+    model = type(model)(model.config).eval()
+    fresh, ids = copy.deepcopy(model), torch.randint(1, 60, (2, 32))
+    calibrate(model, find_targets(model), [{"input_ids": ids}], ["input_norm"], 2)
+    with torch.inference_mode():  # Its buffer is one of inference mode then.
+        assert torch.equal(model(input_ids=ids).logits, fresh(input_ids=ids).logits)
+    calibrate(model, find_targets(model), [{"input_ids": ids}], ["input_norm"], 2)
+
+
+def test_columns_of_one_storage_are_told_apart():
+    model, whole = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3)), torch.randn(3, 8)
+    model[0].weight, model[1].weight = nn.Parameter(whole[:, :4]), nn.Parameter(whole[:, 4:])
+    model[0].weight.data, model[1].weight.data = whole[:, :4], whole[:, 4:]
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = model
+
+        def forward(self, x):
+            return self.a(x) + self.b(10 * x)
+
+    both, x = Both(), torch.randn(5, 4)
+    found = calibrate(both, find_targets(both), [{"x": x}], ["input_norm"], 5)["input_norm"]
+    torch.testing.assert_close(found["a.weight"].flatten(), x.norm(dim=0))
+    torch.testing.assert_close(found["b.weight"].flatten(), 10 * x.norm(dim=0))
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)

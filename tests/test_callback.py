@@ -2,6 +2,7 @@ import gc
 import json
 import logging
 import math
+import os
 import random
 import subprocess
 import sys
@@ -780,7 +781,9 @@ def test_measuring_leaves_every_random_state_alone(make_trainer):
 
 
 def test_a_checkpoint_that_was_rotated_away_is_said(make_trainer, tmp_path, caplog):
-    (tmp_path / "out" / "checkpoint-100").mkdir(parents=True)
+    newer = tmp_path / "out" / "checkpoint-100"
+    newer.mkdir(parents=True)
+    os.utime(newer, (2**32, 2**32))  # Trainer looks at times if they are more than a second apart.
     pruning = PruningTrainerCallback(FOUR_ROUNDS)
     make_trainer(build("llama"), pruning, save_strategy="steps", save_steps=3, save_total_limit=1).train()
     assert "checkpoint-3 is gone: was it rotated away by save_total_limit" in caplog.text

@@ -1,5 +1,6 @@
 """Criteria that look at data, in `prune` and in the callback: what they change, and what they must not."""
 
+import dataclasses
 import math
 
 import pytest
@@ -252,12 +253,22 @@ class Masks:
         return together
 
 
-def test_a_collator_draws_what_it_would_have_drawn(tmp_path):
+@dataclasses.dataclass(frozen=True)
+class FrozenMasks:
+    generator: torch.Generator
+
+    __call__ = Masks.__call__
+
+
+@pytest.mark.parametrize(
+    "make", [Masks, lambda: Masks().__call__, lambda: FrozenMasks(torch.Generator().manual_seed(0))]
+)
+def test_a_collator_draws_what_it_would_have_drawn(make, tmp_path):
     weights = []
     for callbacks in ([], [PruningTrainerCallback(PruningConfig(sparsity=0.0, criterion="taylor", begin=2))]):
         model = build("llama")
         trainer = trainer_factory(tmp_path)(model, *callbacks)
-        trainer.data_collator = Masks()
+        trainer.data_collator = make()
         trainer.train()
         weights.append(model.state_dict())
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())

@@ -94,13 +94,20 @@ def kept_outputs(stages):
     ]
 
 
-def test_finished_blocks_are_computed_once_more():
-    model = build("llama").eval()
+LAYERS = {
+    "llama": lambda model: [(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in model.model.layers],
+    "gpt2": lambda model: [(layer.attn.c_proj, layer.mlp.c_proj) for layer in model.transformer.h],
+}
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_finished_blocks_are_computed_once_more(family):
+    model = build(family).eval()
     model.config.use_cache = False
     calls, parts = Counter(), Counter()
-    for i, layer in enumerate(model.model.layers):
-        layer.self_attn.o_proj.register_forward_hook(lambda *_, i=i: parts.update([i]))
-        layer.mlp.down_proj.register_forward_hook(lambda *_, i=i: calls.update([i]))
+    for i, (part, last) in enumerate(LAYERS[family](model)):
+        part.register_forward_hook(lambda *_, i=i: parts.update([i]))
+        last.register_forward_hook(lambda *_, i=i: calls.update([i]))
     batches = batches_of(model)
     with Stages(model, find_targets(model), batches) as stages:
         for stage in stages.order:

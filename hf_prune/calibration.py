@@ -123,7 +123,7 @@ class InputNorm(Gatherer):
 
 
 class OfLoss(Gatherer):
-    """Gathers what a loss says."""
+    """Gathers what gradients of the loss say."""
 
     def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
         super().__init__(model, targets)
@@ -163,8 +163,8 @@ class SquaredGradient(OfLoss):
 
     The gradients of single samples come out of one backward pass of a batch where that can be: from the inputs and
     the gradient of the output of each product. That needs samples that lie along the first dimension everywhere, which
-    is tried on two of them, and a loss that is a mean over labels, of which each batch is asked; if not, each sample
-    has a pass of its own.
+    is tried on two of them, and a loss that is a mean over labels, which is checked on every batch. Otherwise each
+    sample has a pass of its own.
     """
 
     def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
@@ -176,9 +176,8 @@ class SquaredGradient(OfLoss):
     def see(self, batch: Batch) -> None:
         """Adds a batch."""
         self.count += size_of(batch)
-        labelled = take_samples(
-            batch, self._label_counts(batch).nonzero().flatten()
-        )  # Of the others the gradient is zero.
+        # Of samples without a label the gradient is zero.
+        labelled = take_samples(batch, self._label_counts(batch).nonzero().flatten())
         if not size_of(labelled):
             return
         if self._in_batches is None and size_of(labelled) > 1:
@@ -213,13 +212,13 @@ class SquaredGradient(OfLoss):
             loss = loss_of(self.model, batch)
         return loss, uses
 
-    def _has_these_gradients(
+    def _agrees_with_samples_alone(
         self, batch: Batch, use: int, product: Product, gradient: torch.Tensor, scale: torch.Tensor
     ) -> bool:
-        """Whether the gradient of a product's output, for each sample of a batch, is that of the sample alone.
+        """Whether the gradient of a product's output is, for each sample of a batch, that of the sample alone.
 
-        Of a late product it is cheap. It is another one with weights for classes, or labels that are left out for a
-        reason that is not known here.
+        It is not with weights for classes, or with labels that are left out for a reason that is not known here. Of a
+        late product it costs little beside the forward pass.
         """
         try:
             together = product.rows(gradient, size_of(batch)).float() * scale
@@ -248,7 +247,7 @@ class SquaredGradient(OfLoss):
         return totals
 
     def _of_batch(self, batch: Batch) -> dict[str, torch.Tensor] | None:
-        """The sum of the squares; None if samples cannot be told apart."""
+        """The sum of the squares; None if samples cannot be told apart, or are not the same as alone."""
         samples, counts = size_of(batch), self._label_counts(batch)
         loss, uses = self._forward(batch)
         edges = [edge for _, edge in uses if edge is not None]
@@ -259,7 +258,7 @@ class SquaredGradient(OfLoss):
         # The loss is the mean over the labels of the batch, and that of a sample the mean over its own.
         scale = (counts.sum() / counts).reshape(1, -1, 1, 1)
         last = max((i for i, gradient in enumerate(gradients) if gradient is not None), default=None)
-        if last is None or not self._has_these_gradients(batch, last, uses[last][0], gradients[last], scale):
+        if last is None or not self._agrees_with_samples_alone(batch, last, uses[last][0], gradients[last], scale):
             return None
         per_sample: dict[str, torch.Tensor] = {}
         left = collections.Counter(product.target.name for product, _ in uses)

@@ -174,7 +174,8 @@ def movement(inputs: ScoreInputs) -> torch.Tensor:
     """Weights that training moves away from zero matter, however small they are: `−Σ w · ∂L/∂w` over its steps.
 
     Only `PruningTrainerCallback` gathers it, over all optimizer steps of the run up to the cut, with gradients as they
-    are after clipping; so `begin` has to leave some steps before the first cut.
+    are after clipping; so `begin` has to leave some steps before the first cut. In float16 without clipping
+    (`max_grad_norm=0`) they would carry the loss scale, which changes in the run: leave clipping on.
 
     Args:
         inputs: `movement` is used.

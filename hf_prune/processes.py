@@ -8,6 +8,13 @@ import torch.distributed
 Value = TypeVar("Value")
 
 
+def rank_and_size() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are."""
+    if not _are_several():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
 def sum_over_processes_(total: torch.Tensor) -> torch.Tensor:
     """Adds a tensor up over all processes, in place, and returns it."""
     if _are_several():

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils.logging import tqdm
 
-from .processes import sum_over_processes_
+from .processes import rank_and_size, sum_over_processes_
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +47,8 @@ def read_samples(
         ValueError: at the end, if there were no samples on any process.
         TypeError: if a batch is not a dict with tensors.
     """
-    state, device, seen = PartialState(), next(model.parameters()).device, 0
-    mine = len(range(state.process_index, samples, state.num_processes))
+    (rank, size), device, seen = rank_and_size(), next(model.parameters()).device, 0
+    mine = len(range(rank, samples, size))
     with tqdm(total=mine, desc="Calibrating", unit="sample", delay=DELAY, disable=not show_progress) as bar:
         for batch in batches if mine else ():
             if not isinstance(batch, Mapping) or not any(torch.is_tensor(v) and v.ndim for v in batch.values()):
@@ -94,7 +93,7 @@ def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed:
             "samples from. Let get_train_dataloader return a DataLoader."
         )
     drawn: Iterator[Any]
-    state, collate = PartialState(), _with_own_generators(dataloader.collate_fn)
+    (rank, size), collate = rank_and_size(), _with_own_generators(dataloader.collate_fn)
     if isinstance(dataset, IterableDataset):
         stream = iter(dataset)
         if id(stream) == id(dataset):
@@ -102,10 +101,10 @@ def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed:
                 f"the training dataset ({type(dataset).__name__}) is its own iterator, and a calibration would take "
                 "its samples from the training. Let its __iter__ return a new iterator."
             )
-        drawn = itertools.islice(stream, state.process_index, samples, state.num_processes)
+        drawn = itertools.islice(stream, rank, samples, size)
     else:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        drawn = (dataset[int(i)] for i in order[:samples][state.process_index :: state.num_processes])
+        drawn = (dataset[int(i)] for i in order[:samples][rank::size])
     if dataloader.batch_size is None and dataloader.batch_sampler is None:
         yield from map(collate, drawn)
     while rows := list(itertools.islice(drawn, batch_size)):

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-from accelerate import PartialState
 
 
 def on_two_processes(function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
@@ -23,4 +22,4 @@ def _run(rank: int, folder: Path, function: Callable[..., Any], args: tuple[Any,
     torch.set_num_threads(1)
     torch.save(function(rank, *args), folder / f"rank-{rank}")
     # Else threads of gloo may still let go of tensors while the interpreter ends, and the process aborts.
-    PartialState().destroy_process_group()
+    torch.distributed.destroy_process_group()

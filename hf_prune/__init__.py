@@ -6,6 +6,8 @@ from .criteria import ScoreInputs
 from .masks import MaskSet
 from .pruning import prune
 from .reports import PruningHistory, SparsityReport, sparsity_report
+from .structures.families import describe_family
+from .structures.shrinking import shrink
 
 __version__ = "0.1.0"
 
@@ -16,6 +18,8 @@ __all__ = [
     "PruningTrainerCallback",
     "ScoreInputs",
     "SparsityReport",
+    "describe_family",
     "prune",
+    "shrink",
     "sparsity_report",
 ]

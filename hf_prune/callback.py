@@ -48,6 +48,9 @@ from .pruning import cut_, require_room, required_statistics, resolve_targets
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
 from .rounds import Rounds
 from .samples import batches_of
+from .structures.finding import find_structures, zeros_of
+from .structures.members import Structures
+from .structures.shrinking import shrink
 from .targets import Target
 from .weights import WeightsCopy
 
@@ -141,6 +144,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def _start_clean(self) -> None:
         self.masks = MaskSet()
         self._targets: dict[str, Target] = {}
+        self._structures: dict[str, Structures] = {}
+        self._weights: dict[str, nn.Parameter] = {}
         self._hooks = GradientHooks()
         self._run_id = uuid.uuid4().hex
         self._rounds = Rounds(self.config, Even([], 0), PruningHistory())
@@ -198,7 +203,10 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             require_evaluations(self.config, args, state)
         if isinstance(state.stateful_callbacks, dict) and state.global_step == 0:
             progress_of(state.stateful_callbacks)  # Raises if there is more than one.
+        _require_own_optimizer(now.model, now.optimizer)
         self._targets = resolve_targets(now.model, self.config)
+        self._structures = find_structures(now.model, self.config, self._targets)
+        self._weights = dict(now.model.named_parameters())
         self._hooks.release_(self._weights.values())  # What an interrupted run of another callback has left.
         self._tokens_seen = state.num_input_tokens_seen
         if state.global_step > 0:
@@ -299,8 +307,16 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 "No evaluation gave the metric %r, so the history has no values. There were %s.",
                 self.history.metric, ", ".join(sorted(self._metrics_seen)),
             )  # fmt: skip
+        if self._structures and self.config.shrink_at_end and self.masks:
+            self._shrink(model, state)
         if args.should_save:
             self._save_reports(Path(str(args.output_dir)))
+
+    def _shrink(self, model: PreTrainedModel, state: TrainerState) -> None:
+        before = model.num_parameters()
+        shrink(model, self.masks)
+        self._weights = {}  # They are no longer the model's.
+        self._say(f"Shrunk from {before:,} to {model.num_parameters():,} parameters.", state)
 
     # Rounds.
 
@@ -323,10 +339,10 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if isinstance(self._rounds.pacing, Patience):
             warn_of_few_evaluations(self._rounds.pacing, now.args, now.state)
         if self.config.hold_zeros:
-            self._adopt(MaskSet.from_zeros(now.model, self._targets), None, now)
+            self._adopt(zeros_of(now.model, self._targets, self._structures), None, now)
             if not self.masks.masked:
                 logger.warning("hold_zeros found no zeros to hold.")
-            require_room(self._targets, self.masks, self.config, self.criterion)
+            require_room(self._targets, self.masks, self.config, self.criterion, self._structures)
         self._cut_if_due(now)
 
     def _resume(self, now: Moment) -> None:
@@ -348,7 +364,12 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
         folders = [*named, checkpoint_folder(args, state)]
         self.masks, self._rounds.best, movement = recover_(
-            model, self._targets, progress, folders, state.global_step, str(args.output_dir)
+            model,
+            functools.partial(zeros_of, model, self._targets, self._structures),
+            progress,
+            folders,
+            state.global_step,
+            str(args.output_dir),
         )
         if movement is not None:
             self._movement = movement.to_devices_of(self._targets)
@@ -381,6 +402,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             criterion=self.criterion,
             seed=args.seed,
             show_progress=state.is_world_process_zero and not args.disable_tqdm,
+            structures=self._structures,
         )
         self._adopt(masks, asked, now)
         if pacing.round == len(self.config.round_sparsities):
@@ -423,11 +445,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         # Metrics of a less sparse model must not keep a sparser one from becoming the best.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
-        zeros = sparsity_report(model, masks=masks).zeros
-        row = self._rounds.begin_(state.global_step, asked, masks, zeros, self._criterion_name)
+        report = sparsity_report(model, self.config, masks)
+        row = self._rounds.begin_(state.global_step, asked, report, self._criterion_name)
         self._say(
-            f"Round {row.round} of {len(self.config.round_sparsities)} at step {row.step}: "
-            f"sparsity {row.reached:.4f}, {row.masked:,} of {row.total:,} weights pruned.",
+            f"Round {row.round} of {len(self.config.round_sparsities)} at step {row.step}: sparsity "
+            f"{row.reached:.4f}, {row.masked:,} of {row.total:,} {report.units} pruned.",
             state,
         )
         entry = {"pruning_round": row.round, "sparsity": row.reached}
@@ -437,10 +459,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
         if self.evaluate is not None:
             row.after_cut = self._measure("after_cut", now.args)
-
-    @property
-    def _weights(self) -> dict[str, nn.Parameter]:
-        return {name: target.weight for name, target in self._targets.items()}
 
     @staticmethod
     def _say(sentence: str | None, state: TrainerState) -> None:
@@ -459,6 +477,16 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def _save_reports(self, folder: Path) -> None:
         self.config.save_pretrained(folder)
         self.history.save(folder / HISTORY_NAME)
+
+
+def _require_own_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Requires that a trainer is not used again after its model was shrunk."""
+    own = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            "the optimizer holds other weights than the model: was the model shrunk at the end of the last train()? "
+            "Make a new Trainer for it."
+        )
 
 
 def _require_supported(model: nn.Module) -> None:

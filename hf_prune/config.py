@@ -48,13 +48,17 @@ class PruningConfig:
         score_steps: Number of steps in which a cut reaches its sparsity, each leaving the same share of what the one
             before has left, with new scores for each. Helps criteria that look at data.
         granularity: What is removed together: "unstructured", "N:M" (N kept of every M along the input dimension,
-            which fixes the sparsity at `1 − N/M`) or "block:RxC".
+            which fixes the sparsity at `1 − N/M`), "block:RxC", or whole structures: "head" (of attention; with
+            grouped queries, a key-value head and its queries), "neuron" (of feed-forward networks), "head+neuron",
+            "channel" (of convolutional networks) or "layer". The sparsities of structures are fractions of their
+            number, and heads and neurons are ranked among themselves.
         scope: Which weights compete: "global" (all), "layer" (per tensor, each equally sparse), "row" (per output,
             each equally sparse), "erk" (per tensor, by the Erdős–Rényi kernel rule) or "owl" (per tensor, by the
             outliers of its inputs and weights); "auto" is row for wanda and global for all others. N:M competes
-            within its groups and takes "auto" only. With sparsegpt the scope says how sparse each layer is, and
-            weights compete within blocks of its columns: "global" is as by the criterion fisher, which needs labels
-            and gradients, and "layer" as in its paper, which needs neither.
+            within its groups and takes "auto" only. Structures compete everywhere ("global") or within their layer
+            ("layer", each losing the same share); whole layers take "auto" only. With sparsegpt the scope says how
+            sparse each layer is, and weights compete within blocks of its columns: "global" is as by the criterion
+            fisher, which needs labels and gradients, and "layer" as in its paper, which needs neither.
         layer_sparsity: Regular expression of module names → their own final sparsity, also as JSON text. The first
             that matches the whole name counts. These modules leave the competition, and `sparsity` holds for the
             rest. At earlier rounds they are as far on their way as the rest.
@@ -83,6 +87,11 @@ class PruningConfig:
             forgets everything, "keep" touches nothing. What is not of the weights' shape, such as Adafactor's factored
             moments, cannot be masked.
         hold_zeros: Weights that are zero at the start enter the mask first and stay zero.
+        multiple_of: The number of neurons or channels that remain in a layer is a multiple of this, or all of them.
+        shrink_at_end: Whether `PruningTrainerCallback` removes pruned structures when training ends: see
+            `hf_prune.shrink`. Until then they are masked.
+        uniform: Remove the same number of structures everywhere, so that an ordinary config of the model's family says
+            what is left, and the model loads where hf_prune is not installed. An error where the family cannot say it.
 
     Raises:
         ValueError: if a value is outside of its range, unknown, or contradicts another.
@@ -119,7 +128,11 @@ class PruningConfig:
         default=1, metadata={"help": "Steps in which a cut reaches its sparsity, each with new scores."}
     )
     granularity: str = field(
-        default="unstructured", metadata={"help": "What is removed together: unstructured, N:M or block:RxC."}
+        default="unstructured",
+        metadata={
+            "help": "What is removed together: unstructured, N:M, block:RxC, or whole structures: "
+            f"{', '.join(granularities.STRUCTURES)}."
+        },
     )
     scope: str = field(default="auto", metadata={"help": f"Which weights compete: {', '.join(SCOPES)}."})
     # The order inside of these three unions is what HfArgumentParser can read.
@@ -166,6 +179,14 @@ class PruningConfig:
         default="mask", metadata={"help": f"What a cut does to the optimizer: {', '.join(OPTIMIZER_STATES)}."}
     )
     hold_zeros: bool = field(default=False, metadata={"help": "Keep at zero what is zero at the start."})
+    multiple_of: int = field(
+        default=8, metadata={"help": "The number of neurons or channels that remain is a multiple of this."}
+    )
+    shrink_at_end: bool = field(default=True, metadata={"help": "Remove pruned structures when training ends."})
+    uniform: bool = field(
+        default=False,
+        metadata={"help": "Remove as many structures everywhere, so that an ordinary config says what is left."},
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.layer_sparsity, str):
@@ -187,7 +208,7 @@ class PruningConfig:
             _require_fraction(f"layer_sparsity[{pattern!r}]", value)
             _require_regex("layer_sparsity", pattern)
         self._check_patterns()
-        for name in ("calibration_samples", "score_steps"):
+        for name in ("calibration_samples", "score_steps", "multiple_of"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         known = {
@@ -207,14 +228,36 @@ class PruningConfig:
                         f"{name} does not apply to granularity {self.granularity!r}: weights compete within their "
                         f"groups, and each layer has the same sparsity. Leave {name} out."
                     )
+        self._check_structures()
         if self.criterion in RECONSTRUCTIONS:
             self._check_reconstruction()
         # Computed once here so that a schedule that cannot be is an error at once.
         object.__setattr__(self, "_round_sparsities", self._resolve_rounds())
         self._check_patience()
 
+    def _check_structures(self) -> None:
+        if not isinstance(granularities.parse(self.granularity), granularities.Structural):
+            for name in ("multiple_of", "shrink_at_end", "uniform"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name} is about structures, and granularity {self.granularity!r} has none. Choose one of "
+                        f"{', '.join(granularities.STRUCTURES)}."
+                    )
+            return
+        allowed = (
+            ("auto",) if self.granularity == "layer" else ("auto", "layer" if self.uniform else "global", "layer")
+        )
+        if self.scope not in allowed:
+            raise ValueError(
+                f"scope must be {' or '.join(dict.fromkeys(allowed))} with granularity {self.granularity!r}"
+                f"{' and uniform' if self.uniform else ''}, got {self.scope!r}."
+            )
+        if self.layer_sparsity and (self.uniform or self.granularity == "layer"):
+            why = "uniform removes the same number everywhere" if self.uniform else "layers are one pool"
+            raise ValueError(f"layer_sparsity does not go with granularity {self.granularity!r} here: {why}.")
+
     def _check_reconstruction(self) -> None:
-        if isinstance(granularities.parse(self.granularity), granularities.Block):
+        if not isinstance(granularities.parse(self.granularity), (granularities.Unstructured, granularities.Pattern)):
             raise ValueError(
                 f"{self.criterion} chooses weights one by one or N of every M; granularity {self.granularity!r} does "
                 "not go with it."
@@ -286,6 +329,23 @@ class PruningConfig:
         """`layer_sparsity` as a dict, empty if there is none."""
         assert not isinstance(self.layer_sparsity, str)  # `__post_init__` has read it.
         return dict(self.layer_sparsity or {})
+
+    def sparsities_of(self, modules: Mapping[str, str], sparsity: float) -> dict[str, float]:
+        """The sparsity of each module that `layer_sparsity` gives its own, as far on its way as a round is.
+
+        Args:
+            modules: Anything → name of its module. What has no sparsity of its own is left out.
+            sparsity: The sparsity of the round.
+
+        Returns:
+            The keys of `modules` → their sparsity.
+        """
+        progress = sparsity / self.round_sparsities[-1] if self.round_sparsities[-1] else 1.0
+        return {
+            name: own[0] * progress
+            for name, module in modules.items()
+            if (own := [value for pattern, value in self.own_sparsities.items() if re.fullmatch(pattern, module)])
+        }
 
     def _resolve_rounds(self) -> list[float]:
         given = [n for n in ("rounds", "initial_sparsity") if getattr(self, n) is not None]

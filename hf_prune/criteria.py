@@ -48,12 +48,14 @@ Criterion = Callable[[ScoreInputs], torch.Tensor]
 cut with the same inputs and must give the same scores."""
 
 
-def needs(*statistics: str, scope: str = "global") -> Callable[[Criterion], Criterion]:
-    """Declares which statistics a criterion reads.
+def needs(*statistics: str, scope: str = "global", pooling: str = "sum") -> Callable[[Criterion], Criterion]:
+    """Declares which statistics a criterion reads, and what its scores are.
 
     Args:
         statistics: Keys of `hf_prune.calibration.STATISTICS`; or "movement", which only training gathers.
         scope: What `scope="auto"` means for it.
+        pooling: What the score of a head, neuron, channel or layer is: the "sum" of those of its weights, as for
+            what the loss changes by, or their "norm", `√(mean of squares)`, which does not grow with their number.
 
     Returns:
         A decorator that notes them at the function.
@@ -67,7 +69,7 @@ def needs(*statistics: str, scope: str = "global") -> Callable[[Criterion], Crit
     """
 
     def declare(criterion: Criterion) -> Criterion:
-        criterion.needs, criterion.scope = statistics, scope  # type: ignore[attr-defined]
+        criterion.needs, criterion.scope, criterion.pooling = statistics, scope, pooling  # type: ignore[attr-defined]
         return criterion
 
     return declare
@@ -83,6 +85,12 @@ def scope_of(criterion: Criterion) -> str:
     return getattr(criterion, "scope", "global")
 
 
+def pooling_of(criterion: Criterion) -> str:
+    """What the score of a structure is by a criterion: "sum" or "norm" of those of its weights."""
+    return getattr(criterion, "pooling", "sum")
+
+
+@needs(pooling="norm")
 def magnitude(inputs: ScoreInputs) -> torch.Tensor:
     """Large weights matter: `|w|`.
 

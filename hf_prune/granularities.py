@@ -1,6 +1,6 @@
 """Granularities: what is removed together.
 
-The set is closed, a union of three records, because everything that reads a mask (hardware, reports, conversions) has
+The set is closed, a union of four records, because everything that reads a mask (hardware, reports, conversions) has
 to understand each case.
 """
 
@@ -168,14 +168,28 @@ class Pattern:
             )
 
 
-Granularity = Unstructured | Block | Pattern
+@dataclass(frozen=True)
+class Structural:
+    """Whole structures: all that belongs to an attention head, a neuron, a channel or a layer.
+
+    Which weights these are, `hf_prune.structures` knows.
+    """
+
+    kinds: tuple[str, ...]
+
+    def check(self, targets: Iterable[Target]) -> None:
+        """Any shape will do."""
+
+
+Granularity = Unstructured | Block | Pattern | Structural
+STRUCTURES = ("head", "neuron", "head+neuron", "channel", "layer")
 
 
 def parse(text: str) -> Granularity:
     """Reads a granularity as a config spells it.
 
     Args:
-        text: `unstructured`, `N:M` such as `2:4`, or `block:RxC` such as `block:4x4`.
+        text: `unstructured`, `N:M` such as `2:4`, `block:RxC` such as `block:4x4`, or one of `STRUCTURES`.
 
     Returns:
         The record.
@@ -189,6 +203,8 @@ def parse(text: str) -> Granularity:
     """
     if text == "unstructured":
         return Unstructured()
+    if text in STRUCTURES:
+        return Structural(tuple(text.split("+")))
     if found := re.fullmatch(r"(\d+):(\d+)", text):
         n, m = map(int, found.groups())
         if not 0 < n < m:
@@ -200,5 +216,6 @@ def parse(text: str) -> Granularity:
             raise ValueError(f"granularity block:RxC needs R and C of at least 1, got {text!r}.")
         return Block(rows, columns)
     raise ValueError(
-        f"granularity must be unstructured, N:M (such as 2:4) or block:RxC (such as block:4x4); got {text!r}."
+        f"granularity must be unstructured, N:M (such as 2:4), block:RxC (such as block:4x4) or one of "
+        f"{', '.join(STRUCTURES)}; got {text!r}."
     )

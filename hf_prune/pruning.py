@@ -13,14 +13,18 @@ from torch import nn
 from . import granularities
 from .calibration import STATISTICS, Statistics, calibrate
 from .config import PruningConfig
-from .criteria import CRITERIA, Criterion, ScoreInputs, fisher, magnitude, needs_of, scope_of, wanda
-from .granularities import Pattern
+from .criteria import CRITERIA, Criterion, ScoreInputs, fisher, magnitude, needs_of, pooling_of, scope_of, wanda
+from .granularities import Pattern, Structural
 from .masks import MaskSet, masked_in
 from .reconstruction import RECONSTRUCTIONS, Quota, reconstruct_
 from .reports import SparsityReport, sparsity_report
 from .samples import Batch
 from .scopes import Pool, outlier_ratio, pools
 from .selection import drop_lowest, drop_lowest_of_each
+from .structures import choosing
+from .structures.choosing import choose
+from .structures.finding import find_structures, zeros_of
+from .structures.members import Structures, StructureSet, count_structures, kept_structures, masks_of, parameters_of
 from .targets import Target, find_targets
 
 logger = logging.getLogger(__name__)
@@ -41,8 +45,9 @@ def resolve_targets(model: nn.Module, config: PruningConfig) -> dict[str, Target
             `layer_sparsity` matches no target.
     """
     targets = find_targets(model, config.target_modules, config.exclude_modules)
-    granularities.parse(config.granularity).check(targets.values())
-    for pattern in config.own_sparsities:
+    granularity = granularities.parse(config.granularity)
+    granularity.check(targets.values())
+    for pattern in () if isinstance(granularity, Structural) else config.own_sparsities:
         if not any(re.fullmatch(pattern, target.module) for target in targets.values()):
             raise ValueError(
                 f"layer_sparsity: {pattern!r} matches none of the targets, such as "
@@ -55,6 +60,8 @@ def effective_scope(config: PruningConfig, criterion: Criterion | None = None) -
     """The scope of a config, or what "auto" means for its criterion, or for another one in place of it."""
     if config.scope != "auto":
         return config.scope
+    if isinstance(granularities.parse(config.granularity), Structural):
+        return "layer" if config.uniform else "global"
     if _reconstructs(config, criterion):
         is_pattern = isinstance(granularities.parse(config.granularity), Pattern)
         return "layer" if is_pattern else "global"  # A pattern says itself how sparse each layer is.
@@ -77,7 +84,11 @@ def _reconstructs(config: PruningConfig, criterion: Criterion | None) -> bool:
 
 
 def require_room(
-    targets: Mapping[str, Target], masks: MaskSet, config: PruningConfig, criterion: Criterion | None = None
+    targets: Mapping[str, Target],
+    masks: MaskSet,
+    config: PruningConfig,
+    criterion: Criterion | None = None,
+    structures: StructureSet | None = None,
 ) -> None:
     """Tries the first cut of a config on masks that are there: if they leave it no room, now is the time to say so.
 
@@ -85,6 +96,7 @@ def require_room(
         targets: What `resolve_targets` found.
         masks: The masks so far.
         config: The pruning config.
+        structures: What `find_structures` found.
         criterion: A criterion in place of the config's.
 
     Raises:
@@ -96,7 +108,8 @@ def require_room(
     # under global, and the statistics that it needs are not there yet.
     scope = effective_scope(config, criterion)
     first = config.round_sparsities[0]
-    next_masks(targets, masks, first, config, criterion=magnitude, scope="global" if scope == "owl" else scope)
+    scope = "global" if scope == "owl" else scope
+    next_masks(targets, masks, first, config, criterion=magnitude, scope=scope, structures=structures)
 
 
 @torch.no_grad()
@@ -110,6 +123,7 @@ def next_masks(
     scope: str | None = None,
     seed: int = 0,
     statistics: Statistics | None = None,
+    structures: StructureSet | None = None,
 ) -> MaskSet:
     """Scores, selects and masks once; the model is not touched.
 
@@ -123,9 +137,10 @@ def next_masks(
         scope: A scope in place of the effective one.
         seed: For criteria that draw random numbers.
         statistics: What the criterion has declared to need.
+        structures: What `find_structures` found.
 
     Returns:
-        A mask for each target.
+        A mask for each target; where whole structures go, for all that belongs to one.
 
     Raises:
         ValueError: if a weight is not finite, a score is NaN or has a wrong shape, or the criterion changed a weight
@@ -156,10 +171,16 @@ def next_masks(
         pattern = granularity.at(sparsity)
         return MaskSet({n: pattern.keep(weight_scores(t), masks.get(n), t) for n, t in targets.items()})
 
+    scope = scope or effective_scope(config, criterion)
+    if isinstance(granularity, Structural):
+        found, pooling = structures or {}, pooling_of(score)
+        values = {name: _structure_scores(those, targets, weight_scores, pooling) for name, those in found.items()}
+        own = config.sparsities_of({name: name for name in found}, sparsity)
+        return masks_of(found, choose(found, values, kept_structures(found, masks), sparsity, scope, own))
+
     def group_scores(target: Target) -> torch.Tensor:
         return granularity.pool(weight_scores(target), target)
 
-    scope = scope or effective_scope(config, criterion)
     kept = {name: granularity.pool_mask(mask, targets[name]) for name, mask in masks.items()}
     group_masks: dict[str, torch.Tensor] = {}
     if scope == "row":
@@ -189,6 +210,7 @@ def cut_(
     criterion: Criterion | None = None,
     seed: int = 0,
     show_progress: bool = False,
+    structures: StructureSet | None = None,
 ) -> MaskSet:
     """One round's cut: masks that reach a sparsity, in `config.score_steps` steps, and zeroes what they prune.
 
@@ -205,9 +227,10 @@ def cut_(
         criterion: A criterion in place of the config's.
         seed: For criteria that draw random numbers.
         show_progress: Whether a long calibration shows how far it is.
+        structures: What `find_structures` found.
 
     Returns:
-        A mask for each target.
+        A mask for each target; where whole structures go, for all that belongs to one.
 
     Raises:
         ValueError, TypeError: as `next_masks` and `calibrate` do, or if the criterion looks at data and there are
@@ -233,19 +256,45 @@ def cut_(
         samples = config.calibration_samples
         return {**known, **calibrate(model, targets, batches(), missing, samples, show_progress=show_progress)}
 
-    with _put_back_on_error(targets) if reconstructs or config.score_steps > 1 else contextlib.nullcontext():
+    changed = [target.weight for target in targets.values()] + list(parameters_of(structures or {}).values())
+    with _put_back_on_error(changed) if reconstructs or config.score_steps > 1 else contextlib.nullcontext():
         if reconstructs and batches is not None:
             return _reconstruct_(model, targets, masks, sparsity, config, gather(), batches(), show_progress)
-        for level in _score_levels(targets, masks, sparsity, config, criterion):
-            masks = next_masks(targets, masks, level, config, criterion=criterion, seed=seed, statistics=gather())
+        for level in _score_levels(targets, masks, sparsity, config, criterion, structures or {}):
+            masks = next_masks(
+                targets,
+                masks,
+                level,
+                config,
+                criterion=criterion,
+                seed=seed,
+                statistics=gather(),
+                structures=structures,
+            )
             masks.apply_(model)
     return masks
 
 
+def _structure_scores(
+    those: Structures,
+    targets: Mapping[str, Target],
+    weight_scores: Callable[[Target], torch.Tensor],
+    pooling: str,
+) -> torch.Tensor:
+    """`[count]` scores of structures, float64: the sum of those of their weights, or the root of their mean square."""
+    total, sizes = torch.zeros(2, those.count, dtype=torch.float64)
+    for member in those.members:
+        if member.name in targets:
+            scores = weight_scores(targets[member.name])
+            total += member.pool(scores.double().square() if pooling == "norm" else scores, those.count)
+            sizes += member.sizes(those.count)
+    return (total / sizes).sqrt() if pooling == "norm" else total
+
+
 @contextlib.contextmanager
-def _put_back_on_error(targets: Mapping[str, Target]) -> Iterator[None]:
+def _put_back_on_error(weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """If what is done in it fails, the weights are as they were."""
-    before = {name: target.weight.detach().to("cpu", copy=True) for name, target in targets.items()}
+    before = {weight: weight.detach().to("cpu", copy=True) for weight in weights}
     done = False
     try:
         yield
@@ -253,8 +302,8 @@ def _put_back_on_error(targets: Mapping[str, Target]) -> Iterator[None]:
     finally:
         if not done:
             with torch.no_grad():
-                for name, weight in before.items():
-                    targets[name].weight.copy_(weight)
+                for weight, values in before.items():
+                    weight.copy_(values)
 
 
 def _reconstruct_(
@@ -327,6 +376,7 @@ def prune(
         0.75
     """
     targets = resolve_targets(model, config)
+    structures = find_structures(model, config, targets)
     if hasattr(model, "peft_config"):
         logger.warning("The base weights are pruned. Merging trained adapters into them fills the zeros again.")
     if isinstance(dataloader, Iterator):
@@ -334,7 +384,7 @@ def prune(
             f"dataloader is a {type(dataloader).__name__}, which can be read once, and a cut may read the samples "
             "several times. Give a DataLoader or a list of batches."
         )
-    masks = MaskSet.from_zeros(model, targets) if config.hold_zeros else MaskSet()
+    masks = zeros_of(model, targets, structures) if config.hold_zeros else MaskSet()
     if config.round_sparsities:
         masks = cut_(
             model,
@@ -346,8 +396,9 @@ def prune(
             criterion=criterion,
             seed=seed,
             show_progress=True,
+            structures=structures,
         )
-    return sparsity_report(model, masks=masks)
+    return sparsity_report(model, config, masks=masks)
 
 
 def _score_inputs(target: Target, statistics: Statistics | None, seed: int = 0) -> ScoreInputs:
@@ -362,11 +413,12 @@ def _score_levels(
     sparsity: float,
     config: PruningConfig,
     criterion: Criterion | None,
+    structures: StructureSet,
 ) -> list[float]:
     """The sparsities on a cut's way, each leaving the same share of what the one before has left."""
     if config.score_steps == 1:
         return [sparsity]
-    before = _lowest_sparsity(targets, masks, config, effective_scope(config, criterion))
+    before = _lowest_sparsity(targets, masks, config, effective_scope(config, criterion), structures)
     share, steps = (1 - sparsity) / (1 - before), config.score_steps
     levels = [1 - (1 - before) * share ** (step / steps) for step in range(1, steps)]
     if isinstance(pattern := granularities.parse(config.granularity), Pattern):
@@ -374,9 +426,18 @@ def _score_levels(
     return [*(level for level in levels if before < level < sparsity), sparsity]
 
 
-def _lowest_sparsity(targets: Mapping[str, Target], masks: MaskSet, config: PruningConfig, scope: str) -> float:
+def _lowest_sparsity(
+    targets: Mapping[str, Target], masks: MaskSet, config: PruningConfig, scope: str, structures: StructureSet
+) -> float:
     """The lowest sparsity that masks leave possible: what competes by itself may have lost more than the rest."""
     final = config.round_sparsities[-1]
+    if structures:
+        kept, floors = kept_structures(structures, masks), [0.0]
+        own = config.sparsities_of({name: name for name in structures}, final)
+        for names, share in choosing.pools(structures, final, scope, own):
+            gone, total = count_structures({name: structures[name] for name in names}, kept)
+            floors += [gone / total * final / share] if share else []
+        return min(max(floors), final)
     own = _layer_sparsity(targets, final, config)
     lost = {name: masked_in(mask) / mask.numel() for name, mask in masks.items()}
     rest = [name for name in masks if name not in own]
@@ -428,11 +489,4 @@ def _pools(
 
 
 def _layer_sparsity(targets: Mapping[str, Target], sparsity: float, config: PruningConfig) -> dict[str, float]:
-    """The sparsity of each target that has its own, as far on its way as the round is."""
-    final = config.round_sparsities[-1]
-    progress = sparsity / final if final else 1.0
-    return {
-        name: own[0] * progress
-        for name, target in targets.items()
-        if (own := [v for pattern, v in config.own_sparsities.items() if re.fullmatch(pattern, target.module)])
-    }
+    return config.sparsities_of({name: target.module for name, target in targets.items()}, sparsity)

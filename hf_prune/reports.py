@@ -14,6 +14,8 @@ from torch import nn
 
 from .config import PruningConfig
 from .masks import masked_in
+from .structures.finding import find_structures
+from .structures.members import Structures, kept_structures, nonzeros, parameters_of
 from .targets import find_targets
 
 HISTORY_NAME = "pruning_history.json"
@@ -45,18 +47,44 @@ class ModuleSparsity:
 
 
 @dataclass(frozen=True)
+class RemovedStructures:
+    """One row of a `SparsityReport` of whole structures.
+
+    Attributes:
+        name: The module that they are in.
+        kind: "head", "neuron", "channel" or "layer".
+        zeros: Number of structures of which all is zero.
+        total: Number of structures.
+        masked: Number of structures of which a mask holds all at zero, None where no mask is known.
+    """
+
+    name: str
+    kind: str
+    zeros: int
+    total: int
+    masked: int | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the structures of which all is zero."""
+        return self.zeros / self.total
+
+
+@dataclass(frozen=True)
 class SparsityReport:
     """How sparse a model is. Prints as a table.
 
     Attributes:
-        modules: A row for each targeted weight.
+        modules: A row for each targeted weight; where whole structures go, for each parameter that they own a part of.
         model_zeros: Number of zeros among all parameters of the model.
         model_total: Number of all parameters of the model.
+        structures: A row for the structures of each place, where the granularity is one of structures.
     """
 
     modules: tuple[ModuleSparsity, ...]
     model_zeros: int
     model_total: int
+    structures: tuple[RemovedStructures, ...] = ()
 
     @property
     def zeros(self) -> int:
@@ -75,9 +103,15 @@ class SparsityReport:
         return sum(counts) if len(counts) == len(self.modules) else None
 
     @property
+    def units(self) -> str:
+        """What the granularity prunes, and `sparsity` is a fraction of: weights, or structures."""
+        return " and ".join(f"{kind}s" for kind in dict.fromkeys(row.kind for row in self.structures)) or "weights"
+
+    @property
     def sparsity(self) -> float:
-        """Fraction of the targeted weights that are zero."""
-        return self.zeros / max(self.total, 1)
+        """Fraction of the targeted weights that are zero; or of the structures, where whole ones go."""
+        rows = self.structures or self.modules
+        return sum(row.zeros for row in rows) / max(sum(row.total for row in rows), 1)
 
     @property
     def model_sparsity(self) -> float:
@@ -97,15 +131,24 @@ class SparsityReport:
             "modules": [
                 {**dataclasses.asdict(m), "shape": list(m.shape), "sparsity": m.sparsity} for m in self.modules
             ],
+            "structures": [{**dataclasses.asdict(row), "sparsity": row.sparsity} for row in self.structures],
         }
 
     def __str__(self) -> str:
-        rows = [["module", "shape", "zeros", "sparsity"]]
-        rows += [[m.name, " x ".join(map(str, m.shape)), f"{m.zeros:,}", f"{m.sparsity:.4f}"] for m in self.modules]
-        rows += [["targets", f"{self.total:,}", f"{self.zeros:,}", f"{self.sparsity:.4f}"]]
+        if self.structures:
+            rows = [["place", "structures", "zeros", "sparsity"]]
+            rows += [[s.name, f"{s.total:,} {s.kind}s", f"{s.zeros:,}", f"{s.sparsity:.4f}"] for s in self.structures]
+            zeros, total = (sum(getattr(s, name) for s in self.structures) for name in ("zeros", "total"))
+            rows += [[f"all {self.units}", f"{total:,}", f"{zeros:,}", f"{self.sparsity:.4f}"]]
+        else:
+            rows = [["module", "shape", "zeros", "sparsity"]]
+            rows += [
+                [m.name, " x ".join(map(str, m.shape)), f"{m.zeros:,}", f"{m.sparsity:.4f}"] for m in self.modules
+            ]
+            rows += [["targets", f"{self.total:,}", f"{self.zeros:,}", f"{self.sparsity:.4f}"]]
         rows += [["whole model", f"{self.model_total:,}", f"{self.model_zeros:,}", f"{self.model_sparsity:.4f}"]]
         table = _table(rows, rules=(1, len(rows) - 2))
-        beyond = 0 if self.masked is None else self.zeros - self.masked
+        beyond = 0 if self.masked is None or self.structures else self.zeros - self.masked
         if beyond > 0:
             table += f"\n{beyond:,} of the zeros are not pruned: they were zero before."
         elif beyond < 0:
@@ -121,17 +164,33 @@ def sparsity_report(
 
     Args:
         model: The model, unwrapped.
-        config: Its `target_modules` and `exclude_modules` say which weights are targets; the default ones if None.
+        config: Its `target_modules` and `exclude_modules` say which weights are targets, the default ones if None; its
+            granularity says whether structures are counted.
         masks: Masks by parameter name, to tell zeros that are held from others. The targets are then theirs.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: as `find_targets` does.
+        ValueError: as `find_targets` and `find_structures` do.
     """
-    patterns = (config.target_modules, config.exclude_modules) if config else ()
-    names = list(find_targets(model, *patterns)) if masks is None else list(masks)
+    structures: dict[str, Structures] = {}
+    names: Iterable[str] = masks or ()
+    if masks is None or config is not None:
+        targets = find_targets(model, *((config.target_modules, config.exclude_modules) if config else ()))
+        structures = find_structures(model, config, targets) if config else {}
+        names = masks or parameters_of(structures) or targets
+    alive, kept = (kept_structures(structures, values) for values in (nonzeros(structures), masks or {}))
+    places = tuple(
+        RemovedStructures(
+            name,
+            those.kind,
+            zeros=int((~alive[name]).sum()),
+            total=those.count,
+            masked=None if masks is None else int((~kept[name]).sum()),
+        )
+        for name, those in structures.items()
+    )
     zeros = {id(weight): weight.numel() - int(weight.count_nonzero()) for weight in model.parameters()}
     rows = []
     for name in names:
@@ -139,7 +198,8 @@ def sparsity_report(
         masked = None if masks is None else masked_in(masks[name])
         shape = tuple(weight.shape)
         rows.append(ModuleSparsity(name.removesuffix(".weight"), shape, zeros[id(weight)], weight.numel(), masked))
-    return SparsityReport(tuple(rows), sum(zeros.values()), sum(weight.numel() for weight in model.parameters()))
+    total = sum(weight.numel() for weight in model.parameters())
+    return SparsityReport(tuple(rows), sum(zeros.values()), total, places)
 
 
 @dataclass
@@ -151,9 +211,10 @@ class Round:
         step: Number of optimizer steps finished when the cut was made.
         asked: Sparsity asked for; None for round 0.
         reached: Sparsity of the masks after the cut.
-        masked: Number of weights masked away.
-        zeros: Number of targeted weights that are zero after the cut; above `masked` by those that are zero anyway.
-        total: Number of targeted weights.
+        masked: Number of weights masked away; of structures, where whole ones go.
+        zeros: Number of targeted weights that are zero after the cut, above `masked` by those that are zero anyway; of
+            structures of which all is zero, where whole ones go.
+        total: Number of targeted weights; of structures, where whole ones go.
         criterion: What scores the weights; in round 0 nothing did.
         after_cut: The metric right after the cut; None if nothing measured it.
         best: The best value of the metric in the round; None without an evaluation.

@@ -7,9 +7,8 @@ import time
 from torch import nn
 
 from .config import PruningConfig
-from .masks import MaskSet
 from .pacing import Even, Patience
-from .reports import PruningHistory, Round
+from .reports import PruningHistory, Round, SparsityReport
 from .weights import WeightsCopy
 
 logger = logging.getLogger(__name__)
@@ -66,14 +65,13 @@ class Rounds:
         """The sparsity that the next cut is to reach."""
         return self.config.round_sparsities[self.pacing.round]
 
-    def begin_(self, step: int, asked: float | None, masks: MaskSet, zeros: int, criterion: str) -> Round:
-        """Begins the next round with the masks of its cut.
+    def begin_(self, step: int, asked: float | None, report: SparsityReport, criterion: str) -> Round:
+        """Begins the next round after its cut.
 
         Args:
             step: Number of finished steps.
             asked: The sparsity that was asked for; None for round 0, the zeros that are held from the start.
-            masks: The masks after the cut.
-            zeros: Number of targeted weights that are zero after the cut.
+            report: How sparse the model is after the cut, with its masks.
             criterion: Name of what scored the weights.
 
         Returns:
@@ -82,7 +80,10 @@ class Rounds:
         self.count_seconds_()
         if asked is not None:
             self.pacing.cut_(step)
-        row = Round(self.pacing.round, step, asked, masks.sparsity, masks.masked, zeros, masks.total, criterion)
+        rows = report.structures or report.modules
+        zeros, total = sum(each.zeros for each in rows), sum(each.total for each in rows)
+        masked = sum(each.masked or 0 for each in rows)
+        row = Round(self.pacing.round, step, asked, masked / max(total, 1), masked, zeros, total, criterion)
         self.history.rounds.append(row)
         return row
 

@@ -19,6 +19,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
 
+import efficientnet
+import resnet
 import tinystories
 import vit
 from common.arguments import set_defaults, split_settings, task_and_flags
@@ -26,7 +28,7 @@ from common.dense import dense_model
 from common.tables import markdown, spread
 from hf_prune import PruningConfig, prune
 
-RECIPES = {"tinystories": tinystories, "vit": vit}
+RECIPES = {"tinystories": tinystories, "vit": vit, "resnet": resnet, "efficientnet": efficientnet}
 
 
 @dataclass

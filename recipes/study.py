@@ -31,6 +31,8 @@ from transformers import (
     set_seed,
 )
 
+import efficientnet
+import resnet
 import tinystories
 import vit
 from common.arguments import EVALUATIONS, set_defaults, task_and_flags
@@ -42,7 +44,7 @@ from common.grid import EVALUATIONS_OF_PATIENCE, QUICK, RATES, StudyArguments, c
 from common.task import Task
 from hf_prune import PruningTrainerCallback, sparsity_report
 
-RECIPES = {"tinystories": tinystories, "vit": vit}
+RECIPES = {"tinystories": tinystories, "vit": vit, "resnet": resnet, "efficientnet": efficientnet}
 BUDGET_FACTORS = (0.25, 0.5, 2)  # for the picture of metric against budget
 
 
@@ -118,7 +120,7 @@ def run_cell(cell: Cell) -> Result:
         test=test,
         dense_validation=dense_validation,
         dense_test=dense_test,
-        reached=sparsity_report(model).sparsity,
+        reached=pruning.history[-1].reached if pruning else sparsity_report(model).sparsity,
         seconds=time.monotonic() - began,
         history=pruning.history.to_dict() if pruning else None,
     )

@@ -1,0 +1,78 @@
+"""Costs: what a forward pass takes, measured."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .contexts import undisturbed
+from .samples import Batch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a forward pass of a model takes.
+
+    Attributes:
+        parameters: Number of parameters of the model.
+        flops: Number of floating-point operations in matrix products and convolutions, a multiplication and an
+            addition each counted as one.
+        seconds: Wall-clock time, median of several passes; with it compare only what was measured in turns.
+    """
+
+    parameters: int
+    flops: int
+    seconds: float
+
+
+@torch.no_grad()
+def measure_costs(models: Mapping[str, nn.Module], batch: Batch, turns: int = 10) -> dict[str, Cost]:
+    """Measures forward passes over a batch in evaluation mode, in turns: model by model, again and again.
+
+    Args:
+        models: Name → model, each unwrapped; left as they were.
+        batch: What the models are called with.
+        turns: How often each is timed, after one pass that is not.
+
+    Returns:
+        Name → cost.
+
+    Example:
+        >>> costs = measure_costs({"dense": nn.Linear(4, 3)}, {"input": torch.ones(2, 4)})
+        >>> costs["dense"].parameters, costs["dense"].flops
+        (15, 48)
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    flops: dict[str, int] = {}
+    with contextlib.ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(undisturbed(model, {}))
+        batches = {
+            name: send_to_device(dict(batch), next(model.parameters()).device) for name, model in models.items()
+        }
+        for name, model in models.items():
+            with FlopCounterMode(display=False) as counter:
+                model(**batches[name])
+            flops[name] = counter.get_total_flops()
+        for _ in range(turns):
+            for name, model in models.items():
+                seconds[name].append(_seconds_of(model, batches[name]))
+    return {
+        name: Cost(sum(p.numel() for p in model.parameters()), flops[name], statistics.median(seconds[name]))
+        for name, model in models.items()
+    }
+
+
+def _seconds_of(model: nn.Module, batch: Batch) -> float:
+    device = next(model.parameters()).device
+    start = time.perf_counter()
+    model(**batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,1 @@
+"""Structures: attention heads, neurons, channels and layers, found, removed and loaded again."""

@@ -1,0 +1,125 @@
+"""Channels of convolutional networks, by the dependency graph of torch-pruning.
+
+Source: Fang et al. 2023, "DepGraph: Towards Any Structural Pruning", arXiv 2301.12900.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..contexts import undisturbed
+from ..targets import Target
+from .families import FAMILIES
+from .members import NOBODY, Member, Structures
+
+_SIDE = 64  # Of the image with which a network is traced that does not say how large its images are.
+_LARGEST_SIDE = 256  # Networks of convolutions take images of any size; large ones only take time.
+
+
+def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: int) -> dict[str, Structures]:
+    """Finds the channels of a convolutional network that can be removed with equal outputs.
+
+    A channel goes through all layers that add up what they compute, or multiply it; what produces it and what reads it
+    are its members, normalizations included. Channels that a LayerNorm or GroupNorm reads across are left alone, and
+    so are those that a weight produces which may not be pruned.
+
+    Args:
+        model: The model, unwrapped.
+        targets: The weights that may be pruned.
+        multiple_of: The number of channels that remain is a multiple of this.
+
+    Returns:
+        The module that produces the channels, the first if there are several → channels.
+
+    Raises:
+        ModuleNotFoundError: if torch-pruning is not installed.
+        ValueError: if the model is no such network, or no channel can be removed.
+    """
+    if not is_convolutional(model):
+        raise ValueError(
+            f"channels are those of convolutional networks that take images, and {type(model).__name__} is none. "
+            "Choose granularity head, neuron, head+neuron or layer."
+        )
+    try:
+        from torch_pruning import DependencyGraph
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('channels need torch-pruning: pip install "hf_prune[cnn]".') from error
+    names = {module: name for name, module in model.named_modules()}
+    found: dict[str, Structures] = {}
+    with undisturbed(model, targets), torch.enable_grad():
+        # Times one, so that what ends in the output can be told from what another layer reads.
+        graph = DependencyGraph().build_dependency(
+            model, {"pixel_values": _image(model)}, output_transform=lambda output: output[0] * 1, verbose=False
+        )
+        for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
+            structures = _structures(graph, group, names, targets, multiple_of)
+            if structures is not None:
+                found[structures.name] = structures
+    if not found:
+        raise ValueError(
+            f"no channel of {type(model).__name__} can be removed: all are read across by a norm, or computed by "
+            "weights that are not targets."
+        )
+    return found
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether a model is a convolutional network that takes images."""
+    config = getattr(model, "config", None)
+    takes_images = getattr(model, "main_input_name", None) == "pixel_values" and hasattr(config, "num_channels")
+    convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    return takes_images and convolves and config.model_type not in FAMILIES  # type: ignore[union-attr]
+
+
+def _image(model: nn.Module) -> torch.Tensor:
+    """An image that a model takes."""
+    config: Any = model.config
+    side = min(getattr(config, "image_size", _SIDE), _LARGEST_SIDE)
+    weight = next(model.parameters())
+    return torch.zeros(1, config.num_channels, side, side, dtype=weight.dtype, device=weight.device)
+
+
+def _structures(
+    graph: Any, group: Any, names: Mapping[nn.Module, str], targets: Mapping[str, Target], multiple_of: int
+) -> Structures | None:
+    """The channels of a group; None if they cannot be removed."""
+    members: list[Member] = []
+    for item in group:
+        module = item.dep.target.module
+        if isinstance(module, nn.Parameter) or item.dep.target.type.name == "OUTPUT":
+            return None
+        if module not in names:
+            continue  # An operation, which owns nothing.
+        produces = graph.is_out_channel_pruning_fn(item.dep.handler)
+        owned = list(_members(module, names[module], produces, item.idxs, item.root_idxs))
+        if not owned or any(produces and m.parameter.ndim > 1 and m.name not in targets for m in owned):
+            return None
+        members += owned
+    root = group[0].dep.target.module
+    return Structures(names[root], "channel", len(group[0].idxs), tuple(members), multiple=multiple_of)
+
+
+def _members(
+    module: nn.Module, name: str, produces: bool, positions: list[int], owners: list[int]
+) -> Iterator[Member]:
+    """What a module has for each channel; nothing if it is of a kind that cannot lose channels."""
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        # A convolution that is depthwise has one kernel for each channel, whichever side is asked for.
+        depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1
+        if getattr(module, "groups", 1) > 1 and not depthwise:
+            return
+        axis = 0 if produces or depthwise else 1
+        yield _member(f"{name}.weight", module.weight, axis, positions, owners)
+        if module.bias is not None and axis == 0:
+            yield _member(f"{name}.bias", module.bias, 0, positions, owners)
+    elif isinstance(module, nn.BatchNorm2d) and module.affine:
+        yield _member(f"{name}.weight", module.weight, 0, positions, owners)
+        yield _member(f"{name}.bias", module.bias, 0, positions, owners)
+
+
+def _member(name: str, parameter: Any, axis: int, positions: list[int], owners: list[int]) -> Member:
+    owner = torch.full((parameter.shape[axis],), NOBODY)
+    owner[positions] = torch.tensor(owners)
+    return Member(name, parameter, axis, owner)

@@ -1,0 +1,286 @@
+"""Families: where the heads, neurons and layers of a model are.
+
+One more family is one more line in `FAMILIES`; a user's own comes with `describe_family`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention heads of a layer; under grouped-query attention a key-value head and the queries that read it.
+
+    Attributes:
+        module: The attention, as its path from the layer.
+        rows: Its projections to queries, keys and values → into how many parts the output of each is divided, within
+            each of which it goes head by head: 1, or 3 where the queries of all heads come first, then all keys, then
+            all values.
+        columns: Its output projection.
+        size: Its attribute that holds the width of a head.
+        attributes: Its attributes that go with the number of heads.
+        fields: Fields of the config that say how many heads there are: of queries, and of keys and values. Empty
+            where no config can say fewer heads than `hidden_size / size`.
+        fixed: Field of the config that has to be written down when `fields` change, since its default follows from
+            them: the width of a head.
+        tables: Its embeddings with a column for each head, where a layer has them; that layer stays.
+        is_shared: Whether the heads of all layers go together, because they share a position bias.
+    """
+
+    module: str
+    rows: Mapping[str, int]
+    columns: str
+    size: str = "head_dim"
+    attributes: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
+    fixed: str | None = None
+    tables: tuple[str, ...] = ()
+    is_shared: bool = False
+    kind = "head"
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """The neurons of a feed-forward network: what lies between its two matrices.
+
+    Attributes:
+        module: The network, as its path from the layer; empty if it is in the layer itself.
+        rows: The projections to neurons, gates included → parts, as for `Heads`.
+        columns: The projection back.
+        attributes: Its attributes that go with the number of neurons.
+        fields: Fields of the config that say how many neurons there are.
+    """
+
+    module: str
+    rows: Mapping[str, int]
+    columns: str
+    attributes: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
+    kind = "neuron"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers, one behind the other.
+
+    Attributes:
+        layers: The list of layers, as its path from the base model.
+        parts: What each layer is made of; of several that describe one module under the names of different versions
+            of Transformers, the one that is there counts.
+        fields: Fields of the config that say how many layers there are.
+        may_lose_layers: Whether a layer whose outputs are zero hands on its inputs as they are: not where a norm
+            comes behind the sum. Or the field of the config that says so.
+    """
+
+    layers: str
+    parts: tuple[Heads | Neurons, ...]
+    fields: tuple[str, ...] = ("num_hidden_layers",)
+    may_lose_layers: bool | str = True
+
+
+Family = tuple[Stack, ...]
+
+
+def _heads(module: str, projections: str, **others: Any) -> Heads:
+    """Heads whose queries, keys and values have a projection each; the last one is the output."""
+    *rows, columns = projections.split()
+    return Heads(module, dict.fromkeys(rows, 1), columns, **others)
+
+
+def _neurons(module: str, projections: str, *fields: str, **others: Any) -> Neurons:
+    """Neurons behind some projections; the last one is the projection back."""
+    *rows, columns = projections.split()
+    return Neurons(module, dict.fromkeys(rows, 1), columns, fields=fields, **others)
+
+
+_LLAMA: Family = (
+    Stack(
+        "layers",
+        (
+            _heads(
+                "self_attn",
+                "q_proj k_proj v_proj o_proj",
+                fields=("num_attention_heads", "num_key_value_heads"),
+                fixed="head_dim",
+            ),
+            _neurons("mlp", "gate_proj up_proj down_proj", "intermediate_size", attributes=("intermediate_size",)),
+        ),
+    ),
+)
+_BERT: Family = (
+    Stack(
+        "encoder.layer",
+        (
+            _heads(
+                "attention",
+                "self.query self.key self.value output.dense",
+                size="self.attention_head_size",
+                attributes=("self.num_attention_heads", "self.all_head_size"),
+            ),
+            _neurons("", "intermediate.dense output.dense", "intermediate_size"),
+        ),
+        may_lose_layers=False,
+    ),
+)
+_VIT: Family = (
+    Stack(
+        "layers",
+        (
+            _heads(
+                "attention",
+                "q_proj k_proj v_proj o_proj",
+                attributes=("num_attention_heads",),
+                fields=("num_attention_heads",),
+                fixed="head_dim",
+            ),
+            _neurons("mlp", "fc1 fc2", "intermediate_size"),
+        ),
+    ),
+)
+_DINOV2: Family = (
+    Stack(
+        "encoder.layer",
+        (
+            # The width of a head follows from the config in Transformers 5.17, and is a field of it in 5.23.
+            _heads("attention", "q_proj k_proj v_proj o_proj", attributes=("num_attention_heads",)),
+            _heads(
+                "attention",
+                "attention.query attention.key attention.value output.dense",
+                size="attention.attention_head_size",
+                attributes=("attention.num_attention_heads", "attention.all_head_size"),
+            ),
+            _neurons("mlp", "fc1 fc2"),
+            _neurons("mlp", "gate_proj up_proj down_proj"),
+            Neurons("mlp", {"weights_in": 2}, "weights_out"),
+        ),
+    ),
+)
+_T5_ATTENTION: dict[str, Any] = {
+    "size": "key_value_proj_dim",
+    "attributes": ("n_heads", "inner_dim"),
+    "fields": ("num_heads",),
+}
+_T5_FEED_FORWARD = (
+    *(_neurons(f"layer.{i}.DenseReluDense", "wi wo", "d_ff") for i in (1, 2)),
+    *(_neurons(f"layer.{i}.DenseReluDense", "wi_0 wi_1 wo", "d_ff") for i in (1, 2)),
+)
+_T5_SELF = _heads(
+    "layer.0.SelfAttention", "q k v o", tables=("relative_attention_bias",), is_shared=True, **_T5_ATTENTION
+)
+_T5_CROSS = _heads("layer.1.EncDecAttention", "q k v o", is_shared=True, **_T5_ATTENTION)
+_T5: Family = (
+    Stack("encoder.block", (_T5_SELF, *_T5_FEED_FORWARD), ("num_layers",)),
+    Stack("decoder.block", (_T5_SELF, _T5_CROSS, *_T5_FEED_FORWARD), ("num_decoder_layers",)),
+)
+
+
+def _bart(may_lose_layers: bool) -> Family:
+    """An encoder and a decoder, whose widths are fields of their own."""
+    projections, attributes = "q_proj k_proj v_proj out_proj", ("num_heads",)
+    own, cross = (_heads(name, projections, attributes=attributes) for name in ("self_attn", "encoder_attn"))
+    return tuple(
+        Stack(
+            f"{side}.layers",
+            (*attentions, _neurons("", "fc1 fc2", f"{side}_ffn_dim")),
+            (f"{side}_layers",),
+            may_lose_layers,
+        )
+        for side, attentions in (("encoder", (own,)), ("decoder", (own, cross)))
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt_neo": (
+        Stack(
+            "h",
+            (
+                _heads("attn.attention", "q_proj k_proj v_proj out_proj", attributes=("num_heads",)),
+                _neurons("mlp", "c_fc c_proj", "intermediate_size"),
+            ),
+            ("num_layers",),
+        ),
+    ),
+    "gpt2": (
+        Stack(
+            "h",
+            (
+                Heads("attn", {"c_attn": 3}, "c_proj", attributes=("num_heads", "split_size")),
+                Heads(
+                    "crossattention",
+                    {"q_attn": 1, "c_attn": 2},
+                    "c_proj",
+                    attributes=("num_heads", "split_size"),
+                ),
+                _neurons("mlp", "c_fc c_proj", "n_inner"),
+            ),
+            ("n_layer",),
+        ),
+    ),
+    "gpt_neox": (
+        Stack(
+            "layers",
+            (
+                _heads("attention", "query_key_value dense", size="head_size"),
+                _neurons("mlp", "dense_h_to_4h dense_4h_to_h", "intermediate_size"),
+            ),
+        ),
+    ),
+    "opt": (
+        Stack(
+            "decoder.layers",
+            (
+                _heads("self_attn", "q_proj k_proj v_proj out_proj", attributes=("num_heads",)),
+                _neurons("", "fc1 fc2", "ffn_dim"),
+            ),
+            may_lose_layers="do_layer_norm_before",
+        ),
+    ),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), _LLAMA),
+    **dict.fromkeys(("bert", "roberta"), _BERT),
+    "distilbert": (
+        Stack(
+            "transformer.layer",
+            (
+                _heads("attention", "q_lin k_lin v_lin out_lin", size="attention_head_size", attributes=("n_heads",)),
+                _neurons("ffn", "lin1 lin2", "hidden_dim"),
+            ),
+            ("n_layers",),
+            may_lose_layers=False,
+        ),
+    ),
+    **dict.fromkeys(("vit", "deit"), _VIT),
+    "dinov2": _DINOV2,
+    "t5": _T5,
+    "bart": _bart(may_lose_layers=False),
+    "whisper": _bart(may_lose_layers=True),
+}
+"""`model_type` of a config → where its structures are."""
+
+
+def describe_family(model_type: str, *stacks: Stack) -> None:
+    """Tells where the heads, neurons and layers of a family are that is not in the table.
+
+    Args:
+        model_type: `model_type` of its config.
+        stacks: Its stacks of layers.
+
+    Raises:
+        TypeError: if one of the stacks is something else.
+
+    Example:
+        >>> describe_family(
+        ...     "my_model",
+        ...     Stack(
+        ...         "layers",
+        ...         (
+        ...             Heads("attn", {"q": 1, "k": 1, "v": 1}, "o", size="head_dim", attributes=("num_heads",)),
+        ...             Neurons("mlp", {"up": 1}, "down", fields=("intermediate_size",)),
+        ...         ),
+        ...     ),
+        ... )
+    """
+    for stack in stacks:
+        if not isinstance(stack, Stack):
+            raise TypeError(f"a family is described by Stacks, got {type(stack).__name__}.")
+    FAMILIES[model_type] = stacks

@@ -1,0 +1,111 @@
+"""Finding: the structures that a config prunes in a model."""
+
+import re
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .. import granularities
+from ..config import PruningConfig
+from ..granularities import Structural
+from ..masks import MaskSet
+from ..targets import Target, find_targets
+from .channels import find_channels, is_convolutional
+from .choosing import choose, pools, require_attainable
+from .loading import can_say
+from .members import Structures, StructureSet, fields_of, kinds_of, masks_of_zeros
+from .places import find_in_family
+
+
+def find_structures(model: nn.Module, config: PruningConfig, targets: Mapping[str, Target]) -> dict[str, Structures]:
+    """Finds the structures that a config prunes, and checks that they can be pruned as far as it asks.
+
+    Args:
+        model: The model, unwrapped.
+        config: The pruning config.
+        targets: What `find_targets` found for it.
+
+    Returns:
+        Place → its structures, in the order of the layers; empty where the granularity is not one of structures.
+
+    Raises:
+        ValueError: as `find_in_family` does; if a pattern of `layer_sparsity` matches no place; if a sparsity would
+            empty a place; if the model carries adapters; or if `uniform` asks for what no config of the family says.
+    """
+    granularity = granularities.parse(config.granularity)
+    if not isinstance(granularity, Structural):
+        return {}
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"this {type(model).__name__} carries adapters, whose matrices are as wide as the layers that they stand "
+            "beside. Merge them first (merge_and_unload), or add them to the pruned model."
+        )
+    if granularity.kinds == ("channel",):
+        found = find_channels(model, targets, config.multiple_of)
+    elif is_convolutional(model):
+        raise ValueError(
+            f"{type(model).__name__} is a convolutional network and has no {config.granularity}s that are known. "
+            "Choose granularity channel."
+        )
+    else:
+        found = find_in_family(model, granularity.kinds, targets, config.multiple_of)
+    for pattern in config.own_sparsities:
+        if not any(re.fullmatch(pattern, name) for name in found):
+            raise ValueError(
+                f"layer_sparsity: {pattern!r} matches none of the places of structures, such as "
+                f"{next(iter(found))!r}. It has to match the whole name."
+            )
+    if config.uniform:
+        _require_uniform(model, config, granularity, found)
+    for final in config.round_sparsities[-1:]:
+        scope = "layer" if config.uniform else config.scope
+        for names, share in pools(found, final, scope, config.sparsities_of({name: name for name in found}, final)):
+            require_attainable({name: found[name] for name in names}, share, {})
+    return found
+
+
+def zeros_of(model: nn.Module, targets: Mapping[str, Target], structures: StructureSet) -> MaskSet:
+    """The masks of what is zero already, for `hold_zeros`.
+
+    Raises:
+        ValueError: if there are structures, and zeros that are not whole ones.
+    """
+    if not structures:
+        return MaskSet.from_zeros(model, targets)
+    masks = masks_of_zeros(structures)
+    for name, mask in masks.items():
+        if name in targets and bool(((targets[name].weight == 0) & mask).any()):
+            kinds = " or ".join(f"{kind}s" for kind in dict.fromkeys(those.kind for those in structures.values()))
+            raise ValueError(
+                f"the zeros of {targets[name].module!r} are not whole {kinds}. Start without hold_zeros, or choose "
+                "another granularity."
+            )
+    return masks
+
+
+def _require_uniform(model: nn.Module, config: PruningConfig, granularity: Structural, found: StructureSet) -> None:
+    """Requires that a config of the family can say what is left, and that all places lose as much."""
+    for kind in kinds_of(found):
+        places = {name: those for name, those in found.items() if those.kind == kind}
+        every, zero = ({n: each(those.count) for n, those in places.items()} for each in (torch.ones, torch.zeros))
+        kept = choose(places, zero, {n: k.bool() for n, k in every.items()}, config.round_sparsities[-1], "layer", {})
+        left = {name: int(each.sum()) for name, each in kept.items()}
+        fields = fields_of(places, left)
+        counted = {field for those in places.values() for field, _ in those.fields}
+        if not all(those.fields for those in places.values()) or not counted <= fields.keys():
+            raise ValueError(
+                f"uniform: no config of {type(model).__name__} can say fewer {kind}s. Leave uniform out: the shapes "
+                "are then recorded in the config, and load where hf_prune is imported."
+            )
+        if not can_say(cast(PreTrainedModel, model).config, fields):
+            said = ", ".join(f"{name}={value}" for name, value in fields.items())
+            raise ValueError(
+                f"uniform: no config of {type(model).__name__} can say {said}. Choose another sparsity, or leave "
+                "uniform out."
+            )
+    everywhere = find_in_family(model, granularity.kinds, find_targets(model), 1)
+    if left_out := [name for name in everywhere if name not in found]:
+        raise ValueError(f"uniform: {', '.join(map(repr, left_out))} would keep all. Leave uniform out, or prune all.")

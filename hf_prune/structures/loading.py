@@ -1,0 +1,205 @@
+"""Loading: shapes that no config of a family can say, recorded in `config.json` and read by `from_pretrained`.
+
+Transformers lets a library say what becomes of a model between its config and its weights: a quantization method. This
+one changes no weight, only shapes, and leaves an ordinary model behind. Importing hf_prune registers it.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights, no_tie_weights
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+METHOD = "hf_prune"
+# The whole numbers of modules that a file may set: the widths of layers, and numbers of heads and neurons. A family
+# that is described from outside adds its own.
+SIZES = {
+    *("in_features", "out_features", "nx", "nf", "in_channels", "out_channels", "groups"),
+    *("num_features", "num_embeddings", "embedding_dim"),
+    *("num_heads", "num_attention_heads", "n_heads", "all_head_size", "inner_dim", "split_size", "intermediate_size"),
+}
+Shapes = dict[str, list[int]]
+Attributes = dict[str, dict[str, int]]
+
+
+@register_quantization_config(METHOD)
+class ShapesConfig(QuantizationConfigMixin):
+    """What a model has that its config does not say.
+
+    Args:
+        shapes: Parameter or buffer → shape.
+        attributes: Module → its whole numbers.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+
+    def __init__(self, shapes: Shapes, attributes: Attributes, **others: object) -> None:
+        if unknown := sorted(set(others) - {"quant_method"}):
+            raise ValueError(
+                f"unknown key {', '.join(unknown)} beside the shapes of a pruned model. Was it saved by a newer "
+                "version of hf_prune?"
+            )
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.shapes = shapes
+        self.attributes = attributes
+        for name, shape in shapes.items():
+            if not isinstance(shape, list) or not shape or not all(_is_size(length) for length in shape):
+                raise ValueError(f"the recorded shape of {name!r} must be positive whole numbers, got {shape!r}.")
+        for name, values in attributes.items():
+            if not isinstance(values, dict) or not all(_is_size(value) for value in values.values()):
+                raise ValueError(f"the recorded sizes of {name!r} must be positive whole numbers, got {values!r}.")
+            if strange := sorted(set(values) - SIZES):
+                raise ValueError(f"the recorded sizes of {name!r} hold {', '.join(strange)}, which is none.")
+
+
+@register_quantizer(METHOD)
+class ShapesQuantizer(HfQuantizer):
+    """Gives a model that has no weights yet the shapes that were recorded."""
+
+    requires_calibration = False
+    quantization_config: ShapesConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        _apply_(model, self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.remove_quantization_config(model)  # It is no quantized model ...
+        model.config.quantization_config = self.quantization_config  # ... and is saved as it was.
+
+    @property
+    def is_trainable(self) -> bool:
+        """Its weights are ordinary ones."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Trainer asks for this before it trains."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Nothing stands in its way."""
+        return True
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """All that it needs is in the config."""
+        return True
+
+
+def can_say(config: PretrainedConfig, fields: Mapping[str, int]) -> bool:
+    """Whether a config of this family may have these values."""
+    try:
+        type(config).from_dict({**config.to_dict(), **fields})
+    except (ValueError, StrictDataclassError):
+        return False
+    return True
+
+
+def record_shapes_(model: PreTrainedModel) -> bool:
+    """Records in a model's config what the config does not say of it.
+
+    Returns:
+        Whether there was something to record; if not, the config is an ordinary one.
+    """
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    said = _built_from(model)
+    shapes = {name: list(tensor.shape) for name, tensor in _tensors(model)}
+    expected = {name: list(tensor.shape) for name, tensor in _tensors(said)}
+    sizes, expected_sizes = _sizes(model), _sizes(said)
+    attributes = {
+        name: {key: value for key, value in own.items() if expected_sizes[name].get(key) != value}
+        for name, own in sizes.items()
+    }
+    record = ShapesConfig(
+        {name: shape for name, shape in shapes.items() if expected[name] != shape},
+        {name: own for name, own in attributes.items() if own},
+    )
+    if record.shapes or record.attributes:
+        model.config.quantization_config = record
+        return True
+    return False
+
+
+def _built_from(model: PreTrainedModel) -> PreTrainedModel:
+    """What its config says that a model is, without weights."""
+    with torch.device("meta"), no_init_weights(), no_tie_weights():
+        return type(model)(copy.deepcopy(model.config))
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _sizes(model: nn.Module) -> Attributes:
+    return {
+        name: {key: value for key, value in vars(module).items() if key in SIZES and _is_size(value)}
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _apply_(model: PreTrainedModel, record: ShapesConfig) -> None:
+    """Gives a model on the meta device its recorded shapes.
+
+    Raises:
+        ValueError: if it has no such modules or tensors: it is another model.
+    """
+    for name, shape in record.shapes.items():
+        path, _, attribute = name.rpartition(".")
+        module = _find(model, path, name)
+        if module is None:
+            continue
+        tensor = getattr(module, attribute, None)
+        if not torch.is_tensor(tensor) or tensor.ndim != len(shape):
+            raise _other_model(model, name)
+        empty = tensor.new_empty(shape)
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        setattr(module, attribute, empty)
+    for name, values in record.attributes.items():
+        module = _find(model, name, name)
+        for key, value in values.items() if module is not None else ():
+            if not _is_size(vars(module).get(key)):
+                raise _other_model(model, f"{name}.{key}")
+            setattr(module, key, value)
+
+
+def _find(model: PreTrainedModel, path: str, name: str) -> nn.Module | None:
+    """A module by its name in the model that was saved, which may have had another head, or none.
+
+    Returns:
+        The module, or None if it belongs to a head that this model does not have.
+    """
+    prefix, base = model.base_model_prefix, model.base_model
+    candidates: list[tuple[nn.Module, str]] = [(model, path)]
+    if path == prefix or path.startswith(f"{prefix}."):
+        candidates.append((base, path.removeprefix(prefix).removeprefix(".")))  # From a model with a head.
+    candidates.append((base, path))  # From the base model.
+    for root, own in candidates:
+        try:
+            return root.get_submodule(own)
+        except AttributeError:
+            continue
+    if path.partition(".")[0] != prefix and base is model:
+        return None
+    raise _other_model(model, name)
+
+
+def _other_model(model: PreTrainedModel, name: str) -> ValueError:
+    return ValueError(
+        f"the recorded shapes are of another model: {type(model).__name__} has no {name!r} of that kind. Was it saved "
+        "by another version of Transformers?"
+    )

@@ -1,0 +1,174 @@
+"""What belongs to a structure: the slices of parameters that are pruned, and removed, together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..masks import MaskSet
+
+NOBODY = -1
+"""The owner of a position that belongs to no structure."""
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One parameter of which structures own slices.
+
+    Attributes:
+        name: The parameter's name in the model.
+        parameter: The parameter.
+        axis: The axis along which it is sliced.
+        owners: `[length of the axis]`, int64: the number of the structure that owns each position, or `NOBODY`.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    axis: int
+    owners: torch.Tensor
+
+    def pool(self, values: torch.Tensor, count: int) -> torch.Tensor:
+        """`values` of the parameter's shape → `[count]` sums over what each structure owns, float64, on the CPU."""
+        others = [axis for axis in range(values.ndim) if axis != self.axis]
+        slices = values.sum(others, dtype=torch.float64) if others else values.double()
+        # On the CPU: CUDA adds up in an order that changes from call to call.
+        return torch.zeros(count + 1, dtype=torch.float64).index_add_(0, self.owners + 1, slices.cpu())[1:]
+
+    def sizes(self, count: int) -> torch.Tensor:
+        """`[count]`, float64: how many elements of the parameter each structure owns."""
+        each = self.parameter.numel() // len(self.owners)
+        return torch.bincount(self.owners + 1, minlength=count + 1)[1:].double() * each
+
+    def kept_positions(self, kept: torch.Tensor) -> torch.Tensor:
+        """`[count]` bools → `[length of the axis]` bools: what is not owned by a structure that goes."""
+        return torch.cat([torch.ones(1, dtype=torch.bool), kept])[self.owners + 1]
+
+
+@dataclass(frozen=True, eq=False)
+class Structures:
+    """The structures of one kind in one place, such as the heads of a layer. They are numbered from 0.
+
+    Attributes:
+        name: The module that they are in.
+        kind: "head", "neuron", "channel" or "layer".
+        count: How many there are.
+        members: What they own.
+        multiple: How many remain is a multiple of this, or all.
+        stay: The numbers of those that cannot go.
+        attributes: `(module, attribute, number for each structure)` of what a module counts by them.
+        fields: `(field, number for each structure)` of what the model's config counts by them.
+        fixed: `(field, value)` of what has to be written into the config when the `fields` change.
+    """
+
+    name: str
+    kind: str
+    count: int
+    members: tuple[Member, ...]
+    multiple: int = 1
+    stay: tuple[int, ...] = ()
+    attributes: tuple[tuple[str, str, int], ...] = ()
+    fields: tuple[tuple[str, int], ...] = ()
+    fixed: tuple[tuple[str, int], ...] = ()
+
+    def steps(self, gone: int = 0) -> list[int]:
+        """How many may be gone, in rising order, from a number that is gone already.
+
+        Example:
+            >>> Structures("mlp", "neuron", 20, (), multiple=8).steps()
+            [0, 4, 12]
+        """
+        last = self.count - max(len(self.stay), 1)
+        widths = range(self.count // self.multiple * self.multiple, 0, -self.multiple)
+        steps = [self.count - width for width in widths if self.count - width <= last]
+        return sorted({gone, *(step for step in steps if step > gone)})
+
+    def kept_of(self, alive: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Which structures own something that is alive.
+
+        Args:
+            alive: Parameter → bools of its shape. Parameters that are missing are alive.
+
+        Returns:
+            `[count]` bools, False where all that a structure owns is dead.
+        """
+        kept = torch.zeros(self.count, dtype=torch.bool)
+        for member in self.members:
+            if member.name in alive:
+                kept |= member.pool(alive[member.name], self.count) > 0
+            else:
+                kept[member.owners[member.owners != NOBODY]] = True
+        return kept
+
+
+StructureSet = Mapping[str, Structures]
+"""Name → the structures of one place."""
+
+
+def kept_structures(structures: StructureSet, alive: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `Structures.kept_of` gives for each place."""
+    return {name: those.kept_of(alive) for name, those in structures.items()}
+
+
+def masks_of(structures: StructureSet, kept: Mapping[str, torch.Tensor]) -> MaskSet:
+    """The masks that keep some structures and prune all that the others own.
+
+    Args:
+        structures: The structures.
+        kept: Place → `[count]` bools.
+
+    Returns:
+        A mask for each parameter of which a structure owns something, on its device.
+    """
+    masks: dict[str, torch.Tensor] = {}
+    for name, those in structures.items():
+        for member in those.members:
+            if member.name not in masks:
+                masks[member.name] = torch.ones_like(member.parameter, dtype=torch.bool)
+            mask = masks[member.name]
+            shape = [-1 if axis == member.axis else 1 for axis in range(mask.ndim)]
+            mask &= member.kept_positions(kept[name]).to(mask.device).view(shape)
+    return MaskSet(masks)
+
+
+def masks_of_zeros(structures: StructureSet) -> MaskSet:
+    """The masks that prune the structures of which all is zero."""
+    return masks_of(structures, kept_structures(structures, nonzeros(structures)))
+
+
+def parameters_of(structures: StructureSet) -> dict[str, nn.Parameter]:
+    """The parameters of which structures own something, by name."""
+    return {member.name: member.parameter for those in structures.values() for member in those.members}
+
+
+def nonzeros(structures: StructureSet) -> dict[str, torch.Tensor]:
+    """Where the parameters are not zero of which structures own something, by name."""
+    return {name: parameter.detach() != 0 for name, parameter in parameters_of(structures).items()}
+
+
+def kinds_of(structures: StructureSet) -> list[str]:
+    """The kinds, each once."""
+    return list(dict.fromkeys(those.kind for those in structures.values()))
+
+
+def count_structures(structures: StructureSet, kept: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """How many are not kept, and how many there are."""
+    total = sum(those.count for those in structures.values())
+    return total - sum(int(kept[name].sum()) for name in structures), total
+
+
+def fields_of(structures: StructureSet, left: Mapping[str, int]) -> dict[str, int]:
+    """What the fields of a config are to say, those on which all places that they count agree.
+
+    Args:
+        structures: All places of each kind.
+        left: Place → how many of its structures are left.
+    """
+    numbers: dict[str, set[int]] = {}
+    for name, those in structures.items():
+        for field, each in those.fields:
+            numbers.setdefault(field, set()).add(each * left[name])
+        if those.fields:
+            for field, value in those.fixed:
+                numbers.setdefault(field, set()).add(value)
+    return {field: found.pop() for field, found in numbers.items() if len(found) == 1}

@@ -1,0 +1,259 @@
+"""Places: where a model of a known family has its heads, neurons and layers."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..targets import Target
+from .families import FAMILIES, Heads, Neurons, Stack
+from .members import Member, Structures, StructureSet, parameters_of
+
+_HOW_TO_ADD = (
+    'Describe it in a dozen lines: hf_prune.describe_family({!r}, Stack("layers", (Heads(...), Neurons(...)))); see '
+    "hf_prune.structures.families."
+)
+
+
+def find_in_family(
+    model: nn.Module, kinds: Collection[str], targets: Mapping[str, Target], multiple_of: int
+) -> dict[str, Structures]:
+    """Finds the structures of some kinds in a model.
+
+    Args:
+        model: The model, unwrapped.
+        kinds: Of "head", "neuron" and "layer".
+        targets: The weights that may be pruned; a structure is left alone that has a matrix which is none of them.
+        multiple_of: The number of neurons that remain in a layer is a multiple of this.
+
+    Returns:
+        Name → structures, in the order of the layers.
+
+    Raises:
+        ValueError: if the family is unknown, or does not look as described; if layers share weights; if the number
+            of query heads is no multiple of that of key-value heads; or if layers cannot be left out.
+    """
+    everything = {those.name: those for each in _stacks(model) for those in each.structures(kinds, multiple_of)}
+    _require_own_weights(everything)
+    found = {name: those for name, those in everything.items() if _matrices(model, those) <= targets.keys()}
+    if not found:
+        raise ValueError(f"no {' or '.join(kinds)} of {type(model).__name__} is left to prune.")
+    return found
+
+
+def may_lose_layers(model: nn.Module) -> bool:
+    """Whether whole layers of a model can be removed."""
+    return not any(stack.why_layers_stay() for stack in _stacks(model))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of a model, and its name."""
+
+    name: str
+    module: nn.Module
+
+    def get(self, *path: str) -> Any:
+        """What is at a path from the layer: a module, or one's attribute; None if there is nothing."""
+        found: Any = self.module
+        for name in _join(*path).split("."):
+            found = getattr(found, name, None)
+        return found
+
+    def has(self, part: Heads | Neurons) -> bool:
+        return all(self.get(part.module, path) is not None for path in (*part.rows, part.columns))
+
+    def tables(self, part: Heads | Neurons) -> list[str]:
+        """The paths of the embeddings with a column for each head that the layer has."""
+        paths = [_join(part.module, table) for table in part.tables] if isinstance(part, Heads) else []
+        return [path for path in paths if self.get(path) is not None]
+
+    def width(self, part: Heads | Neurons) -> int:
+        """How much goes into the output projection."""
+        columns = self.get(part.module, part.columns)
+        return int(columns.weight.shape[_input_axis(columns)])
+
+    def count(self, part: Heads | Neurons) -> int:
+        """Number of heads (of keys and values, where these are fewer), or of neurons.
+
+        Raises:
+            ValueError: if the heads of keys and values do not divide those of queries.
+        """
+        if isinstance(part, Neurons):
+            return self.width(part)
+        widths = {part.columns: self.width(part)}
+        for path, parts in part.rows.items():
+            row = self.get(part.module, path)
+            widths[path] = row.weight.shape[1 - _input_axis(row)] // parts
+        size = self.get(part.module, part.size)
+        count = min(widths.values()) // size
+        for path, width in widths.items():
+            if count == 0 or width % size or width // size % count:
+                raise ValueError(
+                    f"{_join(self.name, part.module, path)!r} is {width} wide, for {width // size} heads of width "
+                    f"{size}, which {count} key-value heads do not divide; whole groups cannot be removed."
+                )
+        return count
+
+    def members(self, part: Heads | Neurons, count: int) -> Iterator[Member]:
+        """The outputs of the projections with their biases, the inputs of the projection back, and the tables."""
+        for path, parts in part.rows.items():
+            row = self.get(part.module, path)
+            axis = 1 - _input_axis(row)
+            owners = _blocks(row.weight.shape[axis] // parts, count).repeat(parts)
+            name = _join(self.name, part.module, path)
+            yield Member(f"{name}.weight", row.weight, axis, owners)
+            if row.bias is not None:
+                yield Member(f"{name}.bias", row.bias, 0, owners)
+        columns = self.get(part.module, part.columns)
+        name, axis = _join(self.name, part.module, part.columns, "weight"), _input_axis(columns)
+        yield Member(name, columns.weight, axis, _blocks(self.width(part), count))
+        for path in self.tables(part):
+            weight = self.get(path).weight
+            yield Member(_join(self.name, path, "weight"), weight, 1, _blocks(weight.shape[1], count))
+
+    def attributes(self, part: Heads | Neurons, count: int) -> Iterator[tuple[str, str, int]]:
+        """The whole numbers that go with the structures: module, attribute, and how much of it each has."""
+        for path in part.attributes:
+            if (value := self.get(part.module, path)) is not None:
+                owner, _, attribute = _join(self.name, part.module, path).rpartition(".")
+                yield owner, attribute, value // count
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The layers of one stack of a model."""
+
+    stack: Stack
+    name: str
+    layers: Sequence[_Layer]
+    config: PretrainedConfig
+
+    def structures(self, kinds: Collection[str], multiple_of: int) -> Iterator[Structures]:
+        if "layer" in kinds:
+            yield self._whole()
+        for kind in ("head", "neuron"):
+            parts = [part for part in self.stack.parts if part.kind == kind and kind in kinds]
+            if parts and not any(layer.has(part) for layer in self.layers for part in parts):
+                raise ValueError(
+                    f"{self.name!r} has no {kind}s where this family has them; it looks otherwise in the installed "
+                    f"version of Transformers. {_HOW_TO_ADD.format(self.config.model_type)}"
+                )
+        for part in self.stack.parts:
+            owners = [layer for layer in self.layers if part.kind in kinds and layer.has(part)]
+            if isinstance(part, Heads) and part.is_shared and owners:
+                yield _of_part(part, owners, multiple_of, f"{self.name}.{part.module}")
+        for layer in self.layers:
+            for part in self.stack.parts:
+                is_shared = isinstance(part, Heads) and part.is_shared
+                if part.kind in kinds and layer.has(part) and not is_shared:
+                    yield _of_part(part, [layer], multiple_of, _join(layer.name, part.module))
+
+    def why_layers_stay(self) -> str | None:
+        """Why no layer can be removed; None if layers can."""
+        may = self.stack.may_lose_layers
+        if not (getattr(self.config, may) if isinstance(may, str) else may):
+            return "a norm comes behind each sum, so that a layer without outputs still changes what it hands on"
+        if getattr(self.config, "scale_attn_by_inverse_layer_idx", False):
+            return "attention is scaled by the number of its layer (scale_attn_by_inverse_layer_idx)"
+        return None
+
+    def _whole(self) -> Structures:
+        """The layers as structures; the one that makes what others read has to stay."""
+        if why := self.why_layers_stay():
+            raise ValueError(
+                f"layers of {self.name!r} cannot be removed: {why}. Choose granularity head, neuron or head+neuron."
+            )
+        members = [
+            Member(f"{layer.name}.{name}", parameter, 0, torch.full((len(parameter),), i))
+            for i, layer in enumerate(self.layers)
+            for name, parameter in layer.module.named_parameters()
+        ]
+        stay = [i for i, layer in enumerate(self.layers) if any(layer.tables(part) for part in self.stack.parts)]
+        fields = tuple((name, 1) for name in self.stack.fields)
+        return Structures(self.name, "layer", len(self.layers), tuple(members), stay=tuple(stay), fields=fields)
+
+
+def _of_part(part: Heads | Neurons, layers: Sequence[_Layer], multiple_of: int, name: str) -> Structures:
+    """The structures of a part of one layer, or of several that lose the same ones."""
+    counts = {layer.count(part) for layer in layers}
+    if len(counts) > 1:
+        raise ValueError(f"the layers of {name!r} share a position bias, and have {sorted(counts)} heads.")
+    count, first = counts.pop(), layers[0]
+    fields = [(field, 1) for field in part.fields]
+    fixed: tuple[tuple[str, int], ...] = ()
+    if isinstance(part, Heads):
+        size = first.get(part.module, part.size)
+        # The first field counts the heads of queries, of which each structure may have several.
+        fields[:1] = [(field, first.width(part) // size // count) for field in part.fields[:1]]
+        fixed = ((part.fixed, size),) if part.fixed is not None else ()
+    return Structures(
+        name,
+        part.kind,
+        count,
+        members=tuple(member for layer in layers for member in layer.members(part, count)),
+        multiple=multiple_of if isinstance(part, Neurons) else 1,
+        attributes=tuple(each for layer in layers for each in layer.attributes(part, count)),
+        fields=tuple(fields),
+        fixed=fixed,
+    )
+
+
+def _stacks(model: nn.Module) -> list[_Layers]:
+    """The stacks of a model, by the table."""
+    config: Any = getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"heads, neurons and layers are those of a Transformers model, got {type(model).__name__}.")
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"where the heads, neurons and layers of the family {config.model_type!r} are is not known. Known are "
+            f"{', '.join(FAMILIES)}. {_HOW_TO_ADD.format(config.model_type)}"
+        )
+    family, base = FAMILIES[config.model_type], model.base_model
+    prefix = model.base_model_prefix if base is not model else ""
+    found = []
+    for stack in family:
+        layers = _Layer(prefix, base).get(stack.layers)
+        if isinstance(layers, nn.ModuleList) and len(layers):
+            name = _join(prefix, stack.layers)
+            named = [_Layer(f"{name}.{i}", layer) for i, layer in enumerate(layers)]
+            found.append(_Layers(stack, name, named, config))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no layers where the family {config.model_type!r} has them "
+            f"({', '.join(stack.layers for stack in family)})."
+        )
+    return found
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _input_axis(module: nn.Module) -> int:
+    return 0 if isinstance(module, Conv1D) else 1
+
+
+def _blocks(length: int, count: int) -> torch.Tensor:
+    """`[length]` owners, if what structures own lies one behind the other."""
+    return torch.arange(length) // (length // count)
+
+
+def _matrices(model: nn.Module, structures: Structures) -> set[str]:
+    """The weights of projections of which structures own something."""
+    holders = ((member, model.get_submodule(member.name.rpartition(".")[0])) for member in structures.members)
+    return {m.name for m, holder in holders if m.parameter.ndim > 1 and isinstance(holder, (nn.Linear, Conv1D))}
+
+
+def _require_own_weights(found: StructureSet) -> None:
+    """Requires that no weight is in two places."""
+    names: dict[int, str] = {}
+    for name, parameter in parameters_of(found).items():
+        if (other := names.setdefault(id(parameter), name)) != name:
+            raise ValueError(
+                f"{other} and {name} are one tensor; structures of layers that share weights cannot be removed."
+            )

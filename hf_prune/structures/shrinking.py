@@ -1,0 +1,193 @@
+"""Shrinking: what is pruned as a whole is removed, and the model gets smaller."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..targets import find_targets
+from .channels import find_channels, is_convolutional
+from .loading import can_say, record_shapes_
+from .members import (
+    Structures,
+    StructureSet,
+    count_structures,
+    fields_of,
+    kept_structures,
+    kinds_of,
+    nonzeros,
+)
+from .places import find_in_family, may_lose_layers
+
+_LAYER_LISTS = ("layer_types", "attention_layers")  # Fields of a config with an entry for each layer.
+_LAYER_NUMBERS = ("layer_idx", "layer_id")
+# Where a module writes down the lengths of the axes of its weight.
+_WIDTHS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("out_features", "in_features"),
+    Conv1D: ("nx", "nf"),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+    nn.Conv2d: ("out_channels", "in_channels"),
+    nn.BatchNorm2d: ("num_features",),
+}
+
+
+def shrink(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = None) -> PreTrainedModel:
+    """Removes the structures that are pruned as a whole: heads, neurons, channels and layers.
+
+    The outputs stay what they are, up to rounding. The weights that remain are new tensors; an optimizer that was made
+    before holds the old ones. The model's config says what the model is now, as far as a config of its family can.
+    Everything else is recorded in it, and `from_pretrained` reads it where hf_prune has been imported.
+
+    Args:
+        model: The model, unwrapped; changed in place.
+        masks: Parameter → bool mask, True = kept, such as `PruningTrainerCallback.masks`; if None, what is not zero
+            is kept.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if no structure is pruned as a whole, if all in one place are, or if the family is unknown. The
+            model is then as it was.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hf_prune import PruningConfig, prune
+        >>> config = LlamaConfig(
+        ...     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> prune(model, PruningConfig(sparsity=0.5, granularity="head+neuron")).units
+        'heads and neurons'
+        >>> shrink(model).model.layers[0].mlp.down_proj.in_features
+        8
+    """
+    structures = find_removable(model)
+    kept = kept_structures(structures, nonzeros(structures) if masks is None else masks)
+    if count_structures(structures, kept)[0] == 0:
+        raise ValueError(
+            "there is nothing to remove: no head, neuron, channel or layer is pruned as a whole. Prune with "
+            "granularity head, neuron, head+neuron, channel or layer first."
+        )
+    remove_(model, structures, kept)
+    return model
+
+
+def find_removable(model: nn.Module) -> dict[str, Structures]:
+    """All structures that `shrink` can remove from a model."""
+    if is_convolutional(model):
+        return find_channels(model, find_targets(model, ".*"), multiple_of=1)
+    targets = find_targets(model)
+    structures = find_in_family(model, ("head", "neuron"), targets, multiple_of=1)
+    if may_lose_layers(model):
+        structures |= find_in_family(model, ("layer",), targets, multiple_of=1)
+    return structures
+
+
+@torch.no_grad()
+def remove_(model: PreTrainedModel, structures: StructureSet, kept: Mapping[str, torch.Tensor]) -> None:
+    """Removes structures from a model.
+
+    Args:
+        model: The model, unwrapped; changed in place.
+        structures: All its structures of each kind that goes.
+        kept: Place → `[count]` bools, False for what goes.
+
+    Raises:
+        ValueError: if nothing is left of a place. The model is then as it was.
+    """
+    layers = {name: those for name, those in structures.items() if those.kind == "layer"}
+    parts = {
+        name: those for name, those in structures.items() if name not in layers and not _goes_with(name, layers, kept)
+    }
+    for name, those in {**parts, **layers}.items():
+        if not kept[name].any() or not kept[name][list(those.stay)].all():
+            raise ValueError(
+                f"all {those.count} {those.kind}s of {name!r} are pruned, or one that cannot go; at least one has to "
+                "stay."
+            )
+    for name, those in parts.items():
+        if not kept[name].all():
+            _remove_parts_(model, those, kept[name])
+    _say_widths_(model, parts, kept)
+    for name, those in layers.items():
+        if not kept[name].all():
+            _remove_layers_(model, those, kept[name])
+    record_shapes_(model)
+
+
+def _goes_with(name: str, layers: StructureSet, kept: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a place lies in a layer that goes."""
+    gone = [f"{stack}.{int(i)}" for stack in layers for i in (~kept[stack]).nonzero()]
+    return any(name == layer or name.startswith(f"{layer}.") for layer in gone)
+
+
+def _remove_parts_(model: nn.Module, those: Structures, kept: torch.Tensor) -> None:
+    for member in those.members:
+        path, _, attribute = member.name.rpartition(".")
+        module, stay = model.get_submodule(path), member.kept_positions(kept).nonzero().flatten()
+        parameter = getattr(module, attribute)  # Maybe not the member's any more: it may have lost another axis.
+        values = parameter.detach().index_select(member.axis, stay.to(parameter.device))
+        setattr(module, attribute, nn.Parameter(values, requires_grad=parameter.requires_grad))
+        if attribute == "weight":
+            _set_widths_(module, member.axis, stay)
+    for path, attribute, each in those.attributes:
+        setattr(model.get_submodule(path), attribute, each * int(kept.sum()))
+
+
+def _set_widths_(module: nn.Module, axis: int, stay: torch.Tensor) -> None:
+    """What a module knows of the length of an axis of its weight."""
+    for kind, widths in _WIDTHS.items():
+        if isinstance(module, kind):
+            setattr(module, widths[axis], len(stay))
+    if isinstance(module, nn.Conv2d) and module.groups > 1:  # depthwise
+        module.groups = module.in_channels = len(stay)
+    if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+        for name in ("running_mean", "running_var"):
+            setattr(module, name, getattr(module, name).index_select(0, stay.to(module.weight.device)))
+
+
+def _say_widths_(model: PreTrainedModel, parts: StructureSet, kept: Mapping[str, torch.Tensor]) -> None:
+    """Writes into the config how many heads and neurons there are, as far as it can say it."""
+    for kind in kinds_of(parts):
+        places = {name: those for name, those in parts.items() if those.kind == kind}
+        fields = fields_of(places, {name: int(kept[name].sum()) for name in places})
+        if any(not kept[name].all() for name in places) and can_say(model.config, fields):
+            for config in _configs(model, model):
+                for field, value in fields.items():
+                    setattr(config, field, value)
+
+
+def _remove_layers_(model: PreTrainedModel, those: Structures, kept: torch.Tensor) -> None:
+    path, _, attribute = those.name.rpartition(".")
+    holder, stay = model.get_submodule(path), kept.nonzero().flatten().tolist()
+    layers = getattr(holder, attribute)
+    setattr(holder, attribute, nn.ModuleList(layers[i] for i in stay))
+    for i, layer in enumerate(getattr(holder, attribute)):
+        for module in layer.modules():
+            for number in _LAYER_NUMBERS:
+                if isinstance(getattr(module, number, None), int):
+                    setattr(module, number, i)
+    for config in _configs(model, holder):
+        for field in _LAYER_LISTS:
+            entries = getattr(config, field, None)
+            if isinstance(entries, list) and len(entries) == those.count:
+                entries = [entries[i] for i in stay]
+                if field == "attention_layers":  # Of GPT-Neo, which derives them.
+                    config.attention_types = [[[entry], 1] for entry in entries]
+                setattr(config, field, entries)
+        if hasattr(config, "stage_names"):  # Of a backbone, which gives the outputs of its last layer by default.
+            config.stage_names = config.stage_names[: len(stay) + 1]
+            config.set_output_features_output_indices(out_features=None, out_indices=None)
+        # The copy that the decoder of an encoder-decoder has calls its layers by the name of the encoder's.
+        own = () if config is model.config else tuple((f, 1) for f in ("num_layers",) if hasattr(config, f))
+        for field, _ in (*those.fields, *own):
+            setattr(config, field, len(stay))
+
+
+def _configs(model: PreTrainedModel, module: nn.Module) -> list[PretrainedConfig]:
+    """The config of a model, and the copies of it that modules below another one have."""
+    configs = [model.config, *(getattr(each, "config", None) for each in module.modules())]
+    return list({id(config): config for config in configs if isinstance(config, PretrainedConfig)}.values())

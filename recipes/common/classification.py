@@ -1,0 +1,93 @@
+"""Image classification: images in three splits, a processor, and a model that is pretrained or small."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    TrainingArguments,
+    ViTImageProcessorPil,
+)
+
+from common.dense import DenseArguments
+from common.images import ImageCollator, load_images
+from common.splits import SplitArguments, three_splits
+from common.task import Task
+from hf_prune.metrics import accuracy_metrics
+
+DEFAULTS = {
+    "metric_for_best_model": "accuracy",
+    "dense_steps": 1000,
+    "dense_patience": 10,
+    "remove_unused_columns": False,  # the collator makes the model's inputs from the columns of the dataset
+}
+SMALL_MODEL = {
+    "learning_rate": 1e-3,
+    "warmup_steps": 0.1,
+    "num_train_epochs": 20,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 128,
+}
+
+
+@dataclass
+class ScriptArguments(SplitArguments, DenseArguments):
+    """Which images, which model."""
+
+    dataset: str = field(
+        default="digits",
+        metadata={"help": "digits, a folder of images or IDX files, or a dataset of the Hub."},
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of a pretrained model; a small one if left out."}
+    )
+
+
+def classification_task(
+    script: ScriptArguments,
+    training: TrainingArguments,
+    small_model: Callable[[int, list[str]], PreTrainedModel],
+    side: int | None = None,
+) -> Task:
+    """Images in three splits, and the model that is to be pruned.
+
+    Args:
+        script: Which images, and which model.
+        training: Everything about the training.
+        small_model: Builds the model that is trained where no pretrained one is named, from the side of its images
+            and the names of the labels.
+        side: The side to which its images are brought; their own, at most 32, if None.
+    """
+    with training.main_process_first():  # so that the others find what `datasets` has cached
+        images = three_splits(load_images(script.dataset), script, training.seed)
+        labels = images["train"].features["label"].names
+        if script.model_name_or_path:
+            processor = AutoImageProcessor.from_pretrained(script.model_name_or_path, backend="pil")
+        else:
+            side = side or min(32, *images["train"][0]["image"].size) // 4 * 4
+            processor = ViTImageProcessorPil(size={"height": side, "width": side})
+
+    def make_model() -> PreTrainedModel:
+        if not script.model_name_or_path:
+            return small_model(processor.size["height"], labels)
+        return AutoModelForImageClassification.from_pretrained(
+            script.model_name_or_path,
+            dtype="float32",
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+            ignore_mismatched_sizes=True,
+        )
+
+    compute_metrics, preprocess_logits_for_metrics = accuracy_metrics()
+    trainer_kwargs = {
+        "train_dataset": images["train"],
+        "eval_dataset": images["validation"],
+        "data_collator": ImageCollator(processor),
+        "processing_class": processor,
+        "compute_metrics": compute_metrics,
+        "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+    }
+    return Task(make_model, False, trainer_kwargs, images["test"])

@@ -1,0 +1,62 @@
+"""Prunes an EfficientNet while it trains: by default a small one on digits, nothing to download.
+
+accelerate launch recipes/efficientnet.py
+accelerate launch recipes/efficientnet.py --sparsity 0.5 --granularity channel
+accelerate launch recipes/efficientnet.py --model_name_or_path google/efficientnet-b0 --dataset uoft-cs/cifar10 \
+    --num_train_epochs 3
+"""
+
+from transformers import EfficientNetConfig, EfficientNetForImageClassification, Trainer, TrainingArguments, set_seed
+
+from common.arguments import parse
+from common.classification import DEFAULTS as CLASSIFICATION
+from common.classification import SMALL_MODEL, ScriptArguments, classification_task
+from common.dense import dense_model
+from common.report import report
+from common.task import Task
+from hf_prune import PruningTrainerCallback
+
+DEFAULTS = {**CLASSIFICATION, "output_dir": "output/efficientnet"}
+PRUNING = {"sparsity": 0.9}
+STUDY = {"dense_steps": 1000, "budget": 75}
+
+
+def small_efficientnet(image_size: int, labels: list[str]) -> EfficientNetForImageClassification:
+    """An EfficientNet half as wide and half as deep as the smallest of its paper."""
+    return EfficientNetForImageClassification(
+        EfficientNetConfig(
+            image_size=image_size,
+            width_coefficient=0.5,
+            depth_coefficient=0.5,
+            hidden_dim=640,
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+        )
+    )
+
+
+def load_task(script: ScriptArguments, training: TrainingArguments) -> Task:
+    """Images in three splits, and the model that is to be pruned."""
+    return classification_task(script, training, small_efficientnet, side=32)
+
+
+def main() -> None:
+    """Images, dense model, pruning, report."""
+    script, pruning, training = parse(ScriptArguments, DEFAULTS, SMALL_MODEL, PRUNING)
+    set_seed(training.seed)
+    task = load_task(script, training)
+    model = dense_model(task, script, training)
+
+    callback = PruningTrainerCallback(pruning)
+    trainer = Trainer(model, training, callbacks=[callback], **task.trainer_kwargs)
+    callback.evaluate = trainer.evaluate
+    callback.log = trainer.log
+
+    dense_test = trainer.predict(task.test)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    report(trainer, callback, dense_test, trainer.predict(task.test))
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

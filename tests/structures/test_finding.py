@@ -1,0 +1,199 @@
+"""The structures that a config prunes, and what it cannot."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from hf_prune import PruningConfig, describe_family, prune, shrink, sparsity_report
+from hf_prune.structures.families import FAMILIES, Heads, Neurons, Stack
+from tests.structures.models import DECODER, GROUPED, build, logits_of, perturbed
+from tests.structures.test_shrinking import config_of
+
+
+def test_a_family_that_is_unknown():
+    model = transformers.OlmoForCausalLM(transformers.OlmoConfig(**DECODER))
+    with pytest.raises(ValueError, match=r"family 'olmo' are is not known. Known are gpt_neo,.*describe_family"):
+        prune(model, config_of("head"))
+
+
+def test_a_user_describes_a_family():
+    model = perturbed(transformers.OlmoForCausalLM(transformers.OlmoConfig(**DECODER)))
+    describe_family(
+        "olmo",
+        Stack(
+            "layers",
+            (
+                Heads("self_attn", {"q_proj": 1, "k_proj": 1, "v_proj": 1}, "o_proj"),
+                Neurons("mlp", {"gate_proj": 1, "up_proj": 1}, "down_proj", fields=("intermediate_size",)),
+            ),
+        ),
+    )
+    try:
+        prune(model, config_of("head+neuron"))
+        masked = logits_of(model)
+        shrink(model)
+        assert (logits_of(model) - masked).abs().max() < 1e-5
+    finally:
+        del FAMILIES["olmo"]
+
+
+def test_a_description_that_is_none():
+    with pytest.raises(TypeError, match="described by Stacks, got str"):
+        describe_family("my_model", "layers")
+
+
+def test_a_family_that_looks_otherwise(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "llama", (Stack("layers", (Neurons("mlp", {"up": 1}, "down"),)),))
+    with pytest.raises(ValueError, match="has no neurons where this family has them"):
+        prune(build("llama"), config_of("neuron"))
+    monkeypatch.setitem(FAMILIES, "llama", (Stack("blocks", ()),))
+    with pytest.raises(ValueError, match=r"has no layers where the family 'llama' has them \(blocks\)"):
+        prune(build("llama"), config_of("neuron"))
+
+
+def test_a_model_that_is_not_of_transformers():
+    with pytest.raises(ValueError, match="those of a Transformers model, got Sequential"):
+        prune(nn.Sequential(nn.Linear(4, 4)), config_of("head"))
+
+
+def test_key_value_heads_that_do_not_divide_the_heads():
+    model = build("llama")
+    layer = model.model.layers[1].self_attn
+    layer.q_proj = nn.Linear(24, 28, bias=False)
+    layer.o_proj = nn.Linear(28, 24, bias=False)
+    with pytest.raises(
+        ValueError, match=r"self_attn.* is 28 wide, for 7 heads of width 4, which 3 key-value heads do not"
+    ):
+        prune(model, config_of("head"))
+
+
+def test_layers_that_share_weights():
+    model = build("llama")
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    with pytest.raises(ValueError, match="are one tensor"):
+        prune(model, config_of("neuron"))
+
+
+@pytest.mark.parametrize("granularity", ["head", "head+neuron", "layer"])
+def test_a_sparsity_that_would_empty_a_layer(granularity):
+    with pytest.raises(ValueError, match=r"a sparsity of 0.97 would remove .* must stay in each place"):
+        prune(build("gpt_neo"), config_of(granularity, sparsity=0.97))
+
+
+def test_a_later_round_that_would_empty_a_layer_is_an_error_at_once(make_trainer):
+    from hf_prune import PruningTrainerCallback
+    from tests.structures.test_training import samples
+
+    model = build("gpt_neo")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = PruningConfig(sparsities=[0.25, 0.97], granularity="head")
+    with pytest.raises(ValueError, match="would remove"):
+        make_trainer(model, PruningTrainerCallback(config), train_dataset=samples(model)).train()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_with_adapters():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="carries adapters"):
+        prune(model, config_of("head"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"granularity": "head", "scope": "row"}, "scope must be auto or global or layer with granularity 'head'"),
+        ({"granularity": "head", "scope": "owl"}, "scope must be auto or global or layer"),
+        ({"granularity": "layer", "scope": "global"}, "scope must be auto with granularity 'layer'"),
+        ({"granularity": "head", "scope": "global", "uniform": True}, "scope must be auto or layer .* and uniform"),
+        ({"granularity": "layer", "layer_sparsity": {".*": 0.1}}, "layers are one pool"),
+        ({"granularity": "head", "uniform": True, "layer_sparsity": {".*": 0.1}}, "uniform removes the same"),
+        ({"granularity": "neuron", "multiple_of": 0}, "multiple_of must be at least 1, got 0"),
+        ({"multiple_of": 4}, "multiple_of is about structures, and granularity 'unstructured' has none"),
+        ({"uniform": True}, "uniform is about structures"),
+        ({"granularity": "2:4", "sparsity": None, "shrink_at_end": False}, "shrink_at_end is about structures"),
+        ({"granularity": "head", "criterion": "sparsegpt"}, "sparsegpt chooses weights one by one"),
+        ({"granularity": "heads"}, "or one of head, neuron, head\\+neuron, channel, layer; got 'heads'"),
+    ],
+)
+def test_a_config_that_contradicts_itself(fields, match):
+    with pytest.raises(ValueError, match=match):
+        PruningConfig(**{"sparsity": 0.5, **fields})
+
+
+def test_a_pattern_of_layer_sparsity_that_matches_no_place():
+    with pytest.raises(ValueError, match=r"matches none of the places of structures, such as 'model"):
+        prune(build("llama"), config_of("head", layer_sparsity={"mlp": 0.5}))
+
+
+def test_a_place_has_its_own_sparsity():
+    report = prune(build("llama"), config_of("neuron", layer_sparsity={r".*layers\.0\..*": 0.0}))
+    assert report.structures[0].zeros == 0
+    assert sum(row.zeros for row in report.structures) == 24
+
+
+def test_what_is_excluded_is_left_alone():
+    model = build("llama")
+    report = prune(model, config_of("head+neuron", exclude_modules=[r".*layers\.1\.self_attn.*", "down_proj"]))
+    assert [row.name for row in report.structures] == ["model.layers.0.self_attn", "model.layers.2.self_attn"]
+
+
+def test_zeros_are_held_as_whole_structures():
+    model = build("llama")
+    prune(model, config_of("head", sparsity=1 / 3))
+    again = prune(model, config_of("head", sparsity=2 / 3, hold_zeros=True))
+    assert sum(row.zeros for row in again.structures) == 6
+    prune(model, PruningConfig(sparsity=0.9, schedule="one_shot"))
+    with pytest.raises(ValueError, match="are not whole heads"):
+        prune(model, config_of("head", sparsity=2 / 3, hold_zeros=True))
+
+
+def test_the_report_counts_structures():
+    model = build("gpt_neo")
+    report = prune(model, config_of("head+neuron"))
+    assert report.sparsity == 0.5
+    assert report.units == "heads and neurons"
+    assert [(row.kind, row.total) for row in report.structures] == [("head", 4), ("neuron", 64)] * 3
+    assert "all heads and neurons" in str(report)
+    assert report.to_dict()["structures"][0]["kind"] == "head"
+    assert sparsity_report(model, config_of("head+neuron")).sparsity == 0.5
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher", "snip", "wanda", "random", "lamp"])
+def test_criteria_that_look_at_data_choose_structures_too(criterion):
+    from tests.structures.test_training import samples
+
+    model = build("llama")
+    rows = samples(model, 8)
+    batches = [{k: torch.stack([row[k] for row in rows[i : i + 4]]) for k in rows[0]} for i in (0, 4)]
+    config = config_of("head+neuron", criterion=criterion, score_steps=2, calibration_samples=8)
+    report = prune(model, config, batches)
+    assert report.sparsity == pytest.approx(0.5, abs=0.05)
+    masked = logits_of(model)
+    shrink(model)
+    assert (logits_of(model) - masked).abs().max() < 1e-5
+
+
+def test_grouped_queries_go_with_their_keys():
+    model = build("llama")
+    prune(model, config_of("head", sparsity=1 / 3, scope="layer"))
+    shrink(model)
+    attention = model.model.layers[0].self_attn
+    assert (attention.q_proj.out_features, attention.k_proj.out_features) == (16, 8)
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (4, 2)
+    assert GROUPED["num_attention_heads"] == 6
+
+
+def test_a_number_of_heads_that_no_config_can_say():
+    """A config of Llama wants the hidden size to be a multiple of the number of heads."""
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{**DECODER, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4})
+    )
+    with pytest.raises(ValueError, match=r"can say num_attention_heads=5, num_key_value_heads=5, head_dim=4. Choose"):
+        prune(model, config_of("head", sparsity=3 / 8, uniform=True))
+    prune(model, config_of("head", sparsity=3 / 8, scope="layer"))
+    masked = logits_of(model.eval())
+    shrink(model)
+    assert (logits_of(model) - masked).abs().max() < 1e-5
+    assert model.config.num_attention_heads == 8

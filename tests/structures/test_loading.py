@@ -1,0 +1,224 @@
+"""A shrunk model is loaded as any other, in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+from hf_prune import PruningConfig, prune, shrink
+from tests.structures.models import MODELS, build, inputs_of, logits_of
+from tests.structures.test_shrinking import IMPOSSIBLE, config_of
+from tests.structures.test_training import samples
+
+LOAD = """
+import copy, json, pathlib, sys, torch, transformers
+if {plain}:
+    sys.modules["hf_prune"] = None
+else:
+    import hf_prune
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    kind = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
+    # Copied, since the last bit of a product depends on where in the memory its factors begin.
+    model = copy.deepcopy(kind.from_pretrained(folder))
+    inputs = torch.load(folder / "inputs.pt")
+    with torch.no_grad():
+        torch.save(model(**inputs).logits, folder / "logits.pt")
+"""
+
+
+def load_elsewhere(folder, plain):
+    code = LOAD.format(plain=plain)
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    torch.save(inputs_of(model), folder / "inputs.pt")
+    return logits_of(model)
+
+
+def test_every_family_loads_in_a_fresh_process_to_the_last_bit(tmp_path):
+    expected = {}
+    for name in MODELS:
+        for granularity in ("head", "head+neuron", "layer"):
+            if (name, granularity) not in IMPOSSIBLE:
+                model = build(name)
+                prune(model, config_of(granularity, "auto"))
+                shrink(model)
+                folder = tmp_path / f"{name} {granularity}"
+                expected[folder] = save(model, folder)
+    load_elsewhere(tmp_path, plain=False)
+    for folder, logits in expected.items():
+        assert torch.equal(torch.load(folder / "logits.pt"), logits), folder.name
+
+
+# Families and granularities of which a config can say how many structures there are.
+SAYABLE = [
+    (name, granularity)
+    for name in MODELS
+    for granularity in ("head", "neuron", "layer")
+    if (name, granularity) not in IMPOSSIBLE
+    and not (granularity == "neuron" and name.startswith("dinov2"))
+    and (granularity != "head" or name.startswith(("llama", "mistral", "qwen", "gemma", "vit", "deit", "t5")))
+]
+
+
+def test_what_a_config_can_say_loads_where_hf_prune_is_not_installed(tmp_path):
+    expected = {}
+    for name, granularity in SAYABLE:
+        model = build(name)
+        uniform = {} if granularity == "layer" else {"uniform": True}
+        prune(model, config_of(granularity, **uniform))
+        shrink(model)
+        assert not hasattr(model.config, "quantization_config"), name
+        folder = tmp_path / f"{name} {granularity}"
+        expected[folder] = save(model, folder)
+    load_elsewhere(tmp_path, plain=True)
+    for folder, logits in expected.items():
+        assert torch.equal(torch.load(folder / "logits.pt"), logits), folder.name
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [
+        (name, granularity)
+        for name in MODELS
+        for granularity in ("head", "neuron")
+        if (name, granularity) not in SAYABLE
+    ],
+)
+def test_uniform_fails_early_where_no_config_can_say_it(name, granularity):
+    with pytest.raises(ValueError, match=f"no config of .* can say fewer {granularity}s"):
+        prune(build(name), config_of(granularity, uniform=True))
+
+
+def test_uniform_means_everywhere():
+    with pytest.raises(ValueError, match=r"uniform: 'model.layers.0.mlp' would keep all"):
+        prune(build("llama"), config_of("neuron", uniform=True, exclude_modules=[".*layers.0.mlp.*"]))
+
+
+@pytest.fixture
+def shrunk():
+    """A model whose shapes no config can say."""
+    model = build("gpt_neo")
+    prune(model, config_of("head+neuron"))
+    return shrink(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"device_map": "cpu"}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}, {"dtype": torch.bfloat16}],
+    ids=str,
+)
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "4KB"}], ids=["whole", "sharded"])
+def test_it_loads_in_every_way(shrunk, tmp_path, options, shards):
+    shrunk.save_pretrained(tmp_path, **shards)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or not shards
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    assert torch.equal(logits_of(loaded), logits_of(shrunk.to(options.get("dtype", torch.float32))))
+
+
+def test_it_loads_with_another_head_or_none(tmp_path):
+    model = build("bert")
+    prune(model, config_of("head+neuron"))
+    shrink(model).save_pretrained(tmp_path / "with")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "with")
+    inputs = inputs_of(model)
+    with torch.no_grad():
+        assert torch.equal(base(**inputs).last_hidden_state, model.bert(**inputs).last_hidden_state)
+    base.save_pretrained(tmp_path / "without")
+    other = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "without", num_labels=5)
+    with torch.no_grad():
+        ours, theirs = other.bert(**inputs), base(**inputs)
+    assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
+    assert other.classifier.weight.isfinite().all()
+
+
+def test_a_loaded_model_is_an_ordinary_one(shrunk, tmp_path, make_trainer):
+    shrunk.save_pretrained(tmp_path / "first")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    assert not getattr(loaded, "is_quantized", False)
+    assert loaded.half().dtype == torch.float16
+    assert loaded.float().dtype == torch.float32
+    make_trainer(loaded, train_dataset=samples(loaded)).train()
+    loaded.save_pretrained(tmp_path / "second")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "second")
+    assert torch.equal(logits_of(again), logits_of(loaded.eval()))
+
+
+def test_it_is_pruned_again(shrunk, tmp_path):
+    shrunk.save_pretrained(tmp_path / "first")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    before = loaded.num_parameters()
+    prune(loaded, PruningConfig(sparsity=0.3, schedule="one_shot", granularity="head+neuron", multiple_of=4))
+    shrink(loaded).save_pretrained(tmp_path / "second")
+    assert loaded.num_parameters() < before
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "second")
+    assert torch.equal(logits_of(again), logits_of(loaded))
+
+
+def test_adapters_go_on_top(shrunk):
+    peft = pytest.importorskip("peft")
+    logits = logits_of(shrunk)
+    adapted = peft.get_peft_model(shrunk, peft.LoraConfig(target_modules=["q_proj", "c_fc"]))
+    assert torch.equal(logits_of(adapted), logits)
+    merged = adapted.merge_and_unload()
+    assert torch.allclose(logits_of(merged), logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "gpt2", "llama", "gemma2", "t5", "bart", "whisper", "opt", "gpt_neox"])
+@pytest.mark.parametrize("granularity", ["head+neuron", "layer"])
+def test_it_generates_with_a_cache_as_without(name, granularity):
+    if (name, granularity) in IMPOSSIBLE:
+        return
+    model = build(name)
+    prune(model, config_of(granularity))
+    shrink(model)
+    inputs = {k: v for k, v in inputs_of(model).items() if not k.startswith("decoder_")}
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    assert torch.equal(
+        model.generate(**inputs, **options, use_cache=True), model.generate(**inputs, **options, use_cache=False)
+    )
+
+
+def test_a_method_on_top_is_an_error(shrunk, tmp_path):
+    shrunk.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="ShapesConfig"):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=transformers.QuantoConfig(weights="int8")
+        )
+
+
+def change_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda c: c["shapes"].update({"transformer.h.0.mlp.c_fc.weight": [4, 16]}), RuntimeError, "mismatched_sizes"),
+        (lambda c: c["shapes"].update({"transformer.h.7.mlp.c_fc.weight": [4, 16]}), ValueError, "of another model"),
+        (lambda c: c["shapes"].update({"transformer.h.0.mlp.c_fc.weight": [4]}), ValueError, "of another model"),
+        (lambda c: c["shapes"].update({"x": [0]}), ValueError, r"shape of 'x' must be positive whole numbers"),
+        (lambda c: c["shapes"].update({"x": "y"}), ValueError, r"shape of 'x' must be positive whole numbers"),
+        (lambda c: c["attributes"].update({"x": {"num_heads": "2"}}), ValueError, "must be positive whole numbers"),
+        (lambda c: c["attributes"].update({"x": {"forward": 2}}), ValueError, "forward, which is none"),
+        (
+            lambda c: c["attributes"].update({"transformer.h.0.mlp": {"num_heads": 2}}),
+            ValueError,
+            "has no 'transformer.h.0.mlp.num_heads'",
+        ),
+        (lambda c: c.update(later=1), ValueError, "unknown key later.*newer version"),
+    ],
+)
+def test_a_folder_whose_recorded_shapes_do_not_fit(shrunk, tmp_path, change, error, match):
+    shrunk.save_pretrained(tmp_path)
+    change_config(tmp_path, change)
+    with pytest.raises(error, match=match):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -1,0 +1,146 @@
+"""Structures while training: masked as a whole, and removed at the end."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+from hf_prune import PruningConfig, PruningHistory, PruningTrainerCallback, prune, shrink
+from tests.structures.models import build, logits_of
+
+
+def samples(model, size=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    tokens = [torch.randint(3, 60, (10,), generator=generator) for _ in range(size)]
+    if model.main_input_name == "pixel_values":
+        side = getattr(model.config, "image_size", 32)
+        images = torch.randn(size, model.config.num_channels, side, side, generator=generator).to(dtype)
+        return [{"pixel_values": image, "labels": torch.tensor(i % 3)} for i, image in enumerate(images)]
+    if "SequenceClassification" in type(model).__name__:
+        return [{"input_ids": ids, "labels": torch.tensor(i % 3)} for i, ids in enumerate(tokens)]
+    return [{"input_ids": ids, "labels": ids} for ids in tokens]
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+CONFIG = PruningConfig(sparsity=0.5, schedule="constant", rounds=2, granularity="head+neuron", multiple_of=4)
+
+
+class Watch(transformers.TrainerCallback):
+    """What is left of the structures of each place after each step."""
+
+    def __init__(self, pruning):
+        self.pruning, self.wrong = pruning, []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        for name, mask in self.pruning.masks.items():
+            parameter = model.get_parameter(name)
+            if (parameter[~mask] != 0).any() or (parameter.grad is not None and (parameter.grad[~mask] != 0).any()):
+                self.wrong.append((state.global_step, name))
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "llama", "bert", "vit", "t5", "whisper"])
+def test_whole_structures_are_held_and_removed_at_the_end(name, make_trainer):
+    model = without_dropout(build(name))
+    before = model.num_parameters()
+    pruning = PruningTrainerCallback(CONFIG)
+    watch = Watch(pruning)
+    dataset = samples(model)
+    if name == "whisper":
+        features = torch.randn(24, 4, 16)
+        dataset = [{"input_features": f, "labels": s["labels"]} for f, s in zip(features, dataset, strict=True)]
+    trainer = make_trainer(model, pruning, watch, train_dataset=dataset)
+    trainer.train()
+    assert watch.wrong == []
+    rounds = pruning.history
+    assert [row.masked for row in rounds] == [row.zeros for row in rounds]
+    assert rounds[-1].total == sum(those.count for those in pruning._structures.values())
+    assert rounds[0].masked < rounds[1].masked
+    assert trainer.model is model
+    assert model.num_parameters() < before
+    with pytest.raises(ValueError, match="shrunk at the end of the last"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch"])
+@pytest.mark.parametrize("name", ["gpt_neo", "gpt2", "llama", "bert", "vit"])
+def test_training_under_masks_is_training_what_is_left(name, optimizer, make_trainer):
+    """The oracle: a model that is shrunk before training, by the same masks."""
+    model = without_dropout(build(name, torch.float64))
+    small = copy.deepcopy(model)
+    config = PruningConfig(sparsity=0.5, schedule="one_shot", granularity="head+neuron", multiple_of=4)
+    prune(small, config)
+    shrink(small)
+    # Without it, AdamW would make steps of the rounding errors of gradients that are zero.
+    options = {"optim": optimizer, "max_grad_norm": 0.5, "weight_decay": 0.1, "adam_epsilon": 1e-3}
+    make_trainer(model, PruningTrainerCallback(config), train_dataset=samples(model), **options).train()
+    make_trainer(small, train_dataset=samples(small), **options).train()
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in small.named_parameters()}
+    for (n, ours), theirs in zip(model.named_parameters(), small.parameters(), strict=True):
+        assert (ours - theirs).abs().max() < 1e-8, n
+
+
+def test_masks_can_stay_masks(make_trainer):
+    model = build("gpt_neo")
+    before = model.num_parameters()
+    config = PruningConfig(sparsity=0.5, granularity="head", schedule="one_shot", shrink_at_end=False)
+    pruning = PruningTrainerCallback(config)
+    make_trainer(model, pruning, train_dataset=samples(model)).train()
+    assert model.num_parameters() == before
+    logits = logits_of(model.eval())
+    shrink(model, pruning.masks)
+    assert model.num_parameters() < before
+    assert (logits_of(model) - logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "vit"])
+def test_a_resumed_run_ends_as_an_undisturbed_one(name, make_trainer, tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    whole = build(name)
+    pruning = PruningTrainerCallback(CONFIG)
+    make_trainer(whole, pruning, train_dataset=samples(whole), **options).train()
+    for step in range(1, 7):
+        model = build(name)
+        resumed = PruningTrainerCallback(CONFIG)
+        trainer = make_trainer(model, resumed, train_dataset=samples(model), **options)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
+        assert [row.masked for row in resumed.history] == [row.masked for row in pruning.history]
+        for (n, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+            assert torch.equal(ours, theirs), (step, n)
+
+
+def test_what_is_saved_loads(make_trainer, tmp_path):
+    model = build("gpt_neo")
+    trainer = make_trainer(model, PruningTrainerCallback(CONFIG), train_dataset=samples(model))
+    trainer.train()
+    trainer.save_model()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits_of(loaded), logits_of(model.eval()))
+    assert PruningHistory.load(tmp_path / "out" / "pruning_history.json")[-1].reached == pytest.approx(0.5, abs=0.1)
+    assert PruningConfig.from_pretrained(tmp_path / "out") == CONFIG
+
+
+def test_the_best_model_comes_back_before_it_is_shrunk(make_trainer, tmp_path):
+    model = build("gpt_neo")
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(
+        model,
+        PruningTrainerCallback(CONFIG),
+        train_dataset=samples(model),
+        eval_dataset=samples(model, 8, 1),
+        load_best_model_at_end=True,
+        **options,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-5)

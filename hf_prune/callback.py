@@ -31,6 +31,7 @@ from .checkpoints import (
 )
 from .config import PruningConfig
 from .contexts import keep_random_state
+from .costs import measure_costs
 from .criteria import Criterion
 from .hooks import GradientHooks
 from .masks import MaskSet
@@ -308,15 +309,23 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 self.history.metric, ", ".join(sorted(self._metrics_seen)),
             )  # fmt: skip
         if self._structures and self.config.shrink_at_end and self.masks:
-            self._shrink(model, state)
+            self._shrink(model, args, kwargs.get("train_dataloader"))
+            self._say(self.history.savings(), state)
         if args.should_save:
             self._save_reports(Path(str(args.output_dir)))
 
-    def _shrink(self, model: PreTrainedModel, state: TrainerState) -> None:
-        before = model.num_parameters()
+    def _shrink(self, model: PreTrainedModel, args: TrainingArguments, dataloader: DataLoader[Any] | None) -> None:
+        """Removes what is masked as a whole, and measures what that saves."""
+        size, batch = args.train_batch_size, None
+        if dataloader is not None:
+            try:
+                batch = next(batches_of(dataloader, size * args.world_size, size, args.seed), None)
+            except ValueError as error:  # No reason to fail at the end of a training.
+                logger.warning("Without a batch only parameters are counted: %s", error)
+        costs = measure_costs({"masked": model}, batch)
         shrink(model, self.masks)
+        self.history.costs = {**costs, **measure_costs({"shrunk": model}, batch)}
         self._weights = {}  # They are no longer the model's.
-        self._say(f"Shrunk from {before:,} to {model.num_parameters():,} parameters.", state)
 
     # Rounds.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .contexts import undisturbed
@@ -22,22 +23,22 @@ class Cost:
     Attributes:
         parameters: Number of parameters of the model.
         flops: Number of floating-point operations in matrix products and convolutions, a multiplication and an
-            addition each counted as one.
-        seconds: Wall-clock time, median of several passes; with it compare only what was measured in turns.
+            addition each counted as one; None without a batch.
+        seconds: Wall-clock time, median of several passes; compare only what was measured in turns. None without a
+            batch.
     """
 
     parameters: int
-    flops: int
-    seconds: float
+    flops: int | None = None
+    seconds: float | None = None
 
 
-@torch.no_grad()
-def measure_costs(models: Mapping[str, nn.Module], batch: Batch, turns: int = 10) -> dict[str, Cost]:
+def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: int = 10) -> dict[str, Cost]:
     """Measures forward passes over a batch in evaluation mode, in turns: model by model, again and again.
 
     Args:
         models: Name → model, each unwrapped; left as they were.
-        batch: What the models are called with.
+        batch: What the models are called with; if None, only parameters are counted.
         turns: How often each is timed, after one pass that is not.
 
     Returns:
@@ -48,25 +49,27 @@ def measure_costs(models: Mapping[str, nn.Module], batch: Batch, turns: int = 10
         >>> costs["dense"].parameters, costs["dense"].flops
         (15, 48)
     """
+    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    if batch is None:
+        return {name: Cost(count) for name, count in parameters.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     flops: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
         for model in models.values():
             stack.enter_context(undisturbed(model, {}))
+        stack.enter_context(torch.no_grad())
         batches = {
             name: send_to_device(dict(batch), next(model.parameters()).device) for name, model in models.items()
         }
         for name, model in models.items():
-            with FlopCounterMode(display=False) as counter:
+            # Attention that is one operator is not counted on every device; its products are.
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 model(**batches[name])
             flops[name] = counter.get_total_flops()
         for _ in range(turns):
             for name, model in models.items():
                 seconds[name].append(_seconds_of(model, batches[name]))
-    return {
-        name: Cost(sum(p.numel() for p in model.parameters()), flops[name], statistics.median(seconds[name]))
-        for name, model in models.items()
-    }
+    return {name: Cost(parameters[name], flops[name], statistics.median(seconds[name])) for name in models}
 
 
 def _seconds_of(model: nn.Module, batch: Batch) -> float:

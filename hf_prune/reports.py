@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .config import PruningConfig
+from .costs import Cost
 from .masks import masked_in
 from .structures.finding import find_structures
 from .structures.members import Structures, kept_structures, nonzeros, parameters_of
@@ -263,6 +264,8 @@ class PruningHistory(Sequence[Round]):
         evaluations: `(step, value)` of each evaluation of the run, those right after a cut left out.
         rounds: The rounds.
         language_model: Whether the model generates text, so that the exponential of its loss is a perplexity.
+        costs: What a forward pass over a training batch takes with masked structures ("masked", as much as the dense
+            model) and without them ("shrunk"); empty if nothing was removed.
     """
 
     metric: str = "eval_loss"
@@ -273,6 +276,7 @@ class PruningHistory(Sequence[Round]):
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)
     language_model: bool = False
+    costs: dict[str, Cost] = field(default_factory=dict)
 
     @overload
     def __getitem__(self, index: int) -> Round: ...
@@ -307,7 +311,8 @@ class PruningHistory(Sequence[Round]):
         """The inverse of `to_dict`."""
         rounds = [Round(**row) for row in values["rounds"]]  # type: ignore[attr-defined]
         evaluations = [tuple(pair) for pair in values["evaluations"]]  # type: ignore[attr-defined]
-        return cls(**{**values, "rounds": rounds, "evaluations": evaluations})  # type: ignore[arg-type]
+        costs = {name: Cost(**cost) for name, cost in values["costs"].items()}  # type: ignore[attr-defined]
+        return cls(**{**values, "rounds": rounds, "evaluations": evaluations, "costs": costs})  # type: ignore[arg-type]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the history as JSON."""
@@ -344,9 +349,24 @@ class PruningHistory(Sequence[Round]):
         lines = [_table([list(columns), *zip(*columns.values(), strict=True)], rules=(1,))]
         if exponential:
             lines.append("* the exponential of a mean of batch means, not weighted by tokens")
+        if savings := self.savings():
+            lines.append(savings)
         if shortfall := self.shortfall():
             lines.append(shortfall)
         return "\n".join(lines)
+
+    def savings(self) -> str | None:
+        """A sentence that says what was saved where structures were removed; None if none were."""
+        if not self.costs:
+            return None
+        masked, shrunk = self.costs["masked"], self.costs["shrunk"]
+        sentence = f"Shrunk from {masked.parameters:,} to {shrunk.parameters:,} parameters"
+        if masked.flops is None or shrunk.flops is None or masked.seconds is None or shrunk.seconds is None:
+            return f"{sentence}."
+        return (
+            f"{sentence}, from {masked.flops / 1e9:.3g} to {shrunk.flops / 1e9:.3g} GFLOPs and from "
+            f"{1000 * masked.seconds:.3g} to {1000 * shrunk.seconds:.3g} ms for a batch."
+        )
 
     def shortfall(self) -> str | None:
         """A sentence that says by how much a run that has ended missed its target; None if it did not."""

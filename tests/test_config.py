@@ -294,7 +294,8 @@ UNKNOWN = {
     "scope": f"scope must be one of {', '.join(SCOPES)}; got ",
     "optimizer_state": r"optimizer_state must be one of mask, reset, keep; got ",
     "restore": r"restore must be one of best, last; got ",
-    "granularity": r"granularity must be unstructured, N:M \(such as 2:4\) or block:RxC \(such as block:4x4\); got ",
+    "granularity": r"granularity must be unstructured, N:M \(such as 2:4\), block:RxC \(such as block:4x4\) or one of "
+    r"head, neuron, head\+neuron, channel, layer; got ",
 }
 
 
@@ -457,7 +458,7 @@ def test_an_unknown_key_in_a_saved_config_is_an_error(tmp_path):
     path = tmp_path / CONFIG_NAME
     path.write_text(json.dumps({**json.loads(path.read_text()), "patient": 3, "amount": 0.5}))
     message = (
-        r"unknown key 'amount', 'patient' in a pruning config\. Known are sparsity, schedule, .*, hold_zeros\. "
+        r"unknown key 'amount', 'patient' in a pruning config\. Known are sparsity, schedule, .*, uniform\. "
         r"Was it saved by a newer version of hf_prune\?"
     )
     with pytest.raises(ValueError, match=message):

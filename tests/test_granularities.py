@@ -124,7 +124,10 @@ def test_a_block_without_an_area_is_an_error(text):
     ],
 )
 def test_an_unknown_granularity_is_an_error_that_lists_the_known(text):
-    expected = r"granularity must be unstructured, N:M \(such as 2:4\) or block:RxC \(such as block:4x4\); got "
+    expected = (
+        r"granularity must be unstructured, N:M \(such as 2:4\), block:RxC \(such as block:4x4\) or one of head, "
+        r"neuron, head\+neuron, channel, layer; got "
+    )
     with pytest.raises(ValueError, match=expected):
         parse(text)
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_prune import MaskSet, PruningConfig, PruningHistory
-from hf_prune.reports import Round
+from hf_prune import PruningConfig, PruningHistory, SparsityReport
+from hf_prune.reports import ModuleSparsity, Round
 from hf_prune.rounds import Rounds
 
 PATIENT = PruningConfig(sparsity=0.75, schedule="constant", rounds=3, patience=2, min_round_steps=1, end=100)
@@ -16,9 +16,13 @@ def start(config: PruningConfig = PATIENT, max_steps: int = 100) -> Rounds:
     return Rounds.plan(config, PruningHistory(asked=config.round_sparsities), max_steps)
 
 
+def pruned(masked: int, zeros: int | None = None) -> SparsityReport:
+    zeros = masked if zeros is None else zeros
+    return SparsityReport((ModuleSparsity("layer", (4,), zeros, 4, masked),), zeros, 4)
+
+
 def cut(rounds: Rounds, step: int) -> Round:
-    masks = MaskSet({"weight": torch.arange(4) > rounds.pacing.round})
-    return rounds.begin_(step, rounds.next_sparsity, masks, zeros=masks.masked, criterion="magnitude")
+    return rounds.begin_(step, rounds.next_sparsity, pruned(rounds.pacing.round + 1), criterion="magnitude")
 
 
 def weight(value: float) -> nn.Module:
@@ -76,7 +80,7 @@ def test_nothing_is_copied_where_nothing_is_to_come_back(changes):
 
 def test_zeros_that_are_held_before_the_first_round_have_no_patience():
     rounds, model = start(dataclasses.replace(PATIENT, begin=50, hold_zeros=True)), weight(1.0)
-    rounds.begin_(0, None, MaskSet({"weight": torch.arange(4) > 0}), zeros=1, criterion="magnitude")
+    rounds.begin_(0, None, pruned(1), criterion="magnitude")
     for step in range(1, 10):
         rounds.observe_(step, float(step), model)
     assert rounds.best is None
@@ -86,8 +90,7 @@ def test_zeros_that_are_held_before_the_first_round_have_no_patience():
 
 def test_a_round_begins_with_its_row_of_the_history():
     rounds = start()
-    masks = MaskSet({"weight": torch.arange(4) > 0})
-    row = rounds.begin_(0, 0.25, masks, zeros=2, criterion="random")
+    row = rounds.begin_(0, 0.25, pruned(1, zeros=2), criterion="random")
     assert rounds.history.rounds == [row]
     assert row == Round(1, 0, 0.25, 0.25, 1, 2, 4, "random")
     assert rounds.pacing.round == 1

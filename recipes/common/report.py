@@ -24,7 +24,8 @@ def report(
     history, folder = callback.history, Path(str(trainer.args.output_dir))
     metric = history.metric.removeprefix("eval_")
     results = {f"dense_{name}": value for name, value in (dense.metrics or {}).items()} | (pruned.metrics or {})
-    sparsity = sparsity_report(trainer.model, callback.config).sparsity
+    # Of what was removed no zeros are left to be counted.
+    sparsity = history[-1].reached if history.costs else sparsity_report(trainer.model, callback.config).sparsity
     trainer.save_model()
     trainer.save_metrics("test", results)
     if trainer.is_world_process_zero():

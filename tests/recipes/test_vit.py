@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
 
 import vit
+from common.images import ImageCollator
 from hf_prune import sparsity_report
 from tests.recipes.launch import ROUND, launch, oldest_checkpoint, report_in
 
@@ -37,7 +38,7 @@ def test_the_saved_model_is_the_one_that_was_tested(short_run: tuple[Path, str])
     model = AutoModelForImageClassification.from_pretrained(output).eval()
     processor = AutoImageProcessor.from_pretrained(output, backend="pil")
     test = vit.three_splits(vit.load_images("digits"), vit.SplitArguments(), seed=42)["test"]
-    batch = vit.ImageCollator(processor)(list(test))
+    batch = ImageCollator(processor)(list(test))
     with torch.no_grad():
         right = model(pixel_values=batch["pixel_values"]).logits.argmax(-1) == batch["labels"]
     assert f"pruned to sparsity 0.9000 {right.float().mean():.4f}" in printed
@@ -116,5 +117,5 @@ def test_the_small_model(side: int, patches: int) -> None:
     assert 0.15e6 < model.num_parameters() < 0.3e6
     assert model.config.id2label == {0: "cat", 1: "dog"}
     processor = ViTImageProcessorPil(size={"height": side, "width": side})
-    batch = vit.ImageCollator(processor)([{"image": Image.new("L", (50, 40)), "label": 1}])
+    batch = ImageCollator(processor)([{"image": Image.new("L", (50, 40)), "label": 1}])
     assert model(**batch).logits.shape == (1, 2)

@@ -68,6 +68,10 @@ def test_whole_structures_are_held_and_removed_at_the_end(name, make_trainer):
     assert rounds[0].masked < rounds[1].masked
     assert trainer.model is model
     assert model.num_parameters() < before
+    masked, shrunk = pruning.history.costs["masked"], pruning.history.costs["shrunk"]
+    assert (masked.parameters, shrunk.parameters) == (before, model.num_parameters())
+    assert 0 < shrunk.flops < masked.flops
+    assert f"Shrunk from {before:,} to {model.num_parameters():,} parameters" in str(pruning.history)
     with pytest.raises(ValueError, match="shrunk at the end of the last"):
         trainer.train()
 
@@ -126,7 +130,9 @@ def test_what_is_saved_loads(make_trainer, tmp_path):
     trainer.save_model()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits_of(loaded), logits_of(model.eval()))
-    assert PruningHistory.load(tmp_path / "out" / "pruning_history.json")[-1].reached == pytest.approx(0.5, abs=0.1)
+    history = PruningHistory.load(tmp_path / "out" / "pruning_history.json")
+    assert history[-1].reached == pytest.approx(0.5, abs=0.1)
+    assert history.costs["shrunk"].parameters == loaded.num_parameters()
     assert PruningConfig.from_pretrained(tmp_path / "out") == CONFIG
 
 

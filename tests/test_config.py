@@ -63,6 +63,14 @@ COMMANDS = [
         {"sparsity": 0.5, "restart_lr": True, "optimizer_state": "reset"},
     ),
     ("--hold_zeros", {"hold_zeros": True}),
+    (
+        "--sparsity 0.5 --granularity neuron --multiple_of 16 --shrink_at_end false --uniform",
+        {"sparsity": 0.5, "granularity": "neuron", "multiple_of": 16, "shrink_at_end": False, "uniform": True},
+    ),
+    (
+        "--sparsity 0.5 --granularity head+neuron --no_shrink_at_end",
+        {"sparsity": 0.5, "granularity": "head+neuron", "shrink_at_end": False},
+    ),
     ("--hold_zeros false --sparsity 0.5", {"hold_zeros": False, "sparsity": 0.5}),
 ]
 

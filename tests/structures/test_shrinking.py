@@ -31,7 +31,8 @@ def config_of(granularity, scope="auto", sparsity=0.5, **fields):
 
 
 def test_every_family_of_the_table_is_tested():
-    assert {MODELS[name]().config.model_type for name in MODELS} == set(FAMILIES)
+    described = {"my_model"}  # in the example of `describe_family`
+    assert {MODELS[name]().config.model_type for name in MODELS} == set(FAMILIES) - described
 
 
 @pytest.mark.parametrize(("name", "granularity"), IMPOSSIBLE)

@@ -15,6 +15,7 @@ from hf_prune import PruningConfig, PruningTrainerCallback, prune
 from hf_prune.criteria import CRITERIA
 from hf_prune.reconstruction import RECONSTRUCTIONS
 from tests.processes import on_two_processes
+from tests.structures.models import build as build_of_structures
 from tests.tiny import batch, build
 from tests.training import trainer_factory
 
@@ -30,7 +31,11 @@ CONFIGS = {
         )
         for name in ("taylor", "fisher", "wanda", "sparsegpt")
     },
-}
+    "structures": PruningConfig(
+        sparsity=0.5, schedule="geometric", rounds=3, end=6, criterion="fisher", granularity="head+neuron",
+        multiple_of=4, calibration_samples=11,
+    ),
+}  # fmt: skip
 EVEN = {"eval_steps": 3}
 OPTIONS = {
     "patience": {"eval_steps": 1, "learning_rate": 0.3, "max_steps": 30},  # so large that it soon gets worse
@@ -41,7 +46,7 @@ def train(folder: Path, batch_size: int, pacing: str) -> None:
     """Trains on whatever processes there are, and notes what came out of it."""
     from transformers import TrainerCallback
 
-    model = build("llama").double()
+    model = (build_of_structures if pacing == "structures" else build)("llama").double()
     norms: list[float] = []
 
     class Norm(TrainerCallback):
@@ -60,7 +65,8 @@ def train(folder: Path, batch_size: int, pacing: str) -> None:
         "world_size": trainer.args.world_size,
         "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else None,
         "masks": pruning.masks.digest(),
-        "pruned": pruning.masks.masked,
+        "pruned": pruning.history[-1].masked,
+        "parameters": model.num_parameters(),
         "norms": norms,
         "samples": [row.samples for row in pruning.history],
         "rounds": [(row.step, row.best_step, row.ended) for row in pruning.history],
@@ -87,7 +93,9 @@ def test_two_processes_prune_what_one_does(pacing, tmp_path):
     first, second = launch("two", 2, 2)
     assert (one["world_size"], first["world_size"], first["backend"]) == (1, 2, "gloo")
     assert first == second
-    assert first["pruned"] == one["pruned"] == round(0.8 * 4608)
+    # Of 9 heads of keys and values and 72 neurons.
+    assert first["pruned"] == one["pruned"] == (4 + 36 if pacing == "structures" else round(0.8 * 4608))
+    assert first["parameters"] == one["parameters"]
     assert first["masks"] == one["masks"]
     assert first["samples"] == one["samples"]
     assert first["rounds"] == one["rounds"]

@@ -222,3 +222,23 @@ def test_a_folder_whose_recorded_shapes_do_not_fit(shrunk, tmp_path, change, err
     change_config(tmp_path, change)
     with pytest.raises(error, match=match):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_it_trains_with_gradient_checkpointing(shrunk, tmp_path, make_trainer):
+    shrunk.save_pretrained(tmp_path / "shrunk")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shrunk")
+    make_trainer(loaded, train_dataset=samples(loaded), gradient_checkpointing=True).train()
+    make_trainer(shrunk, train_dataset=samples(shrunk)).train()
+    for ours, theirs in zip(loaded.parameters(), shrunk.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_it_trains_compiled(shrunk, tmp_path, make_trainer):
+    shrunk.save_pretrained(tmp_path / "shrunk")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shrunk")
+    trainer = make_trainer(loaded, train_dataset=samples(loaded), torch_compile=True)
+    trainer.train()
+    with torch.no_grad():
+        compiled = torch.compile(loaded.eval())(**inputs_of(loaded)).logits
+    assert torch.allclose(compiled, logits_of(loaded), atol=1e-5)

@@ -6,18 +6,21 @@ from .criteria import ScoreInputs
 from .masks import MaskSet
 from .pruning import prune
 from .reports import PruningHistory, SparsityReport, sparsity_report
-from .structures.families import describe_family
+from .structures.families import Heads, Neurons, Stack, describe_family
 from .structures.shrinking import shrink
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Heads",
     "MaskSet",
+    "Neurons",
     "PruningConfig",
     "PruningHistory",
     "PruningTrainerCallback",
     "ScoreInputs",
     "SparsityReport",
+    "Stack",
     "describe_family",
     "prune",
     "shrink",

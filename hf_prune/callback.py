@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,13 +50,16 @@ from .pruning import cut_, require_room, required_statistics, resolve_targets
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
 from .rounds import Rounds
 from .samples import batches_of
-from .structures.finding import find_structures, zeros_of
-from .structures.members import Structures
+from .structures.finding import find_structures, held_zeros, require_prunable, zeros_of
+from .structures.members import Structures, parameters_of
 from .structures.shrinking import shrink
 from .targets import Target
 from .weights import WeightsCopy
 
 logger = logging.getLogger(__name__)
+
+# Optimizers of models that were shrunk since, by whichever callback.
+_SPENT: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 class Finished(NamedTuple):
@@ -204,9 +208,14 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             require_evaluations(self.config, args, state)
         if isinstance(state.stateful_callbacks, dict) and state.global_step == 0:
             progress_of(state.stateful_callbacks)  # Raises if there is more than one.
-        _require_own_optimizer(now.model, now.optimizer)
+        if _unwrapped(now.optimizer) in _SPENT:
+            raise ValueError(
+                "the optimizer holds weights from before the model was shrunk at the end of the last train(). Make a "
+                "new Trainer for it."
+            )
         self._targets = resolve_targets(now.model, self.config)
         self._structures = find_structures(now.model, self.config, self._targets)
+        require_prunable(now.model, self.config, self._structures)
         self._weights = dict(now.model.named_parameters())
         self._hooks.release_(self._weights.values())  # What an interrupted run of another callback has left.
         self._tokens_seen = state.num_input_tokens_seen
@@ -308,8 +317,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 "No evaluation gave the metric %r, so the history has no values. There were %s.",
                 self.history.metric, ", ".join(sorted(self._metrics_seen)),
             )  # fmt: skip
-        if self._structures and self.config.shrink_at_end and self.masks:
+        if self._structures and self.config.shrink_at_end and self.masks.masked:
             self._shrink(model, args, kwargs.get("train_dataloader"))
+            _SPENT.add(_unwrapped(kwargs["optimizer"]))
             self._say(self.history.savings(), state)
         if args.should_save:
             self._save_reports(Path(str(args.output_dir)))
@@ -348,7 +358,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if isinstance(self._rounds.pacing, Patience):
             warn_of_few_evaluations(self._rounds.pacing, now.args, now.state)
         if self.config.hold_zeros:
-            self._adopt(zeros_of(now.model, self._targets, self._structures), None, now)
+            self._adopt(held_zeros(now.model, self._targets, self._structures), None, now)
             if not self.masks.masked:
                 logger.warning("hold_zeros found no zeros to hold.")
             require_room(self._targets, self.masks, self.config, self.criterion, self._structures)
@@ -374,6 +384,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         folders = [*named, checkpoint_folder(args, state)]
         self.masks, self._rounds.best, movement = recover_(
             model,
+            parameters_of(self._structures) or self._targets,
             functools.partial(zeros_of, model, self._targets, self._structures),
             progress,
             folders,
@@ -488,14 +499,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self.history.save(folder / HISTORY_NAME)
 
 
-def _require_own_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Requires that a trainer is not used again after its model was shrunk."""
-    own = {id(parameter) for parameter in model.parameters()}
-    if any(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"]):
-        raise ValueError(
-            "the optimizer holds other weights than the model: was the model shrunk at the end of the last train()? "
-            "Make a new Trainer for it."
-        )
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside of accelerate's, which is another one in each `train()`."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _require_supported(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypedDict, TypeGuard, TypeVar, cast
 
@@ -92,6 +92,7 @@ def require_same(progress: Progress, config: Mapping[str, object], criterion: st
 
 def recover_(
     model: nn.Module,
+    names: Collection[str],
     zeros: Callable[[], MaskSet],
     progress: Progress,
     folders: Iterable[Path],
@@ -102,7 +103,8 @@ def recover_(
 
     Args:
         model: The model with what Trainer has loaded, unwrapped; changed in place.
-        zeros: Gives the masks of what is zero in the model.
+        names: The parameters that have masks.
+        zeros: Gives the masks of what is zero in the model, for a checkpoint that has none.
         progress: What the trainer's state says.
         folders: Where the checkpoint may be.
         step: The trainer's step.
@@ -122,7 +124,7 @@ def recover_(
         raise ValueError(f"the weights of this {type(model).__name__} cannot be found to be resumed. {ELSEWHERE}")
     try:
         return Recovered(
-            _recover_masks(folder, progress["masks"], model, zeros),
+            _recover_masks(folder, progress["masks"], model, names, zeros),
             # The best weights may be those of the checkpoint itself.
             _recorded(
                 "best weights of the round are",
@@ -237,7 +239,13 @@ def _has_other_names_in_files(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     return isinstance(model, PreTrainedModel) and bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
-def _recover_masks(folder: Path | None, digest: str | None, model: nn.Module, zeros: Callable[[], MaskSet]) -> MaskSet:
+def _recover_masks(
+    folder: Path | None,
+    digest: str | None,
+    model: nn.Module,
+    names: Collection[str],
+    zeros: Callable[[], MaskSet],
+) -> MaskSet:
     """The masks of a digest: in the checkpoint, else in the zeros of the model.
 
     A run that is killed between the trainer's state and the masks leaves a checkpoint without the latter; unless a
@@ -245,9 +253,9 @@ def _recover_masks(folder: Path | None, digest: str | None, model: nn.Module, ze
     """
     if digest is None:
         return MaskSet()
-    expected = zeros()
-    for masks in (_load(MaskSet, folder, MASKS_NAME), expected):
-        if masks is not None and masks.digest() == digest and set(masks) == set(expected):
+    for find in (lambda: _load(MaskSet, folder, MASKS_NAME), zeros):
+        masks = find()
+        if masks is not None and masks.digest() == digest and set(masks) == set(names):
             masks = MaskSet({name: mask.to(model.get_parameter(name).device) for name, mask in masks.items()})
             if _are_zero(model, masks):
                 return masks

@@ -244,17 +244,25 @@ class PruningConfig:
                         f"{', '.join(granularities.STRUCTURES)}."
                     )
             return
-        allowed = (
-            ("auto",) if self.granularity == "layer" else ("auto", "layer" if self.uniform else "global", "layer")
-        )
+        allowed = ["auto"]
+        if self.granularity != "layer":
+            allowed += ["layer"] if self.uniform else ["global", "layer"]
         if self.scope not in allowed:
             raise ValueError(
-                f"scope must be {' or '.join(dict.fromkeys(allowed))} with granularity {self.granularity!r}"
-                f"{' and uniform' if self.uniform else ''}, got {self.scope!r}."
+                f"scope must be one of {', '.join(allowed)} with granularity {self.granularity!r}"
+                f"{' and uniform' if self.uniform else ''}; got {self.scope!r}."
             )
-        if self.layer_sparsity and (self.uniform or self.granularity == "layer"):
-            why = "uniform removes the same number everywhere" if self.uniform else "layers are one pool"
-            raise ValueError(f"layer_sparsity does not go with granularity {self.granularity!r} here: {why}.")
+        if self.layer_sparsity and self.uniform:
+            raise ValueError(
+                "layer_sparsity contradicts uniform, which removes the same number everywhere. Leave one of them out."
+            )
+        if self.layer_sparsity and self.granularity == "layer":
+            raise ValueError("layer_sparsity does not apply to granularity 'layer': all layers are one pool.")
+        if self.multiple_of != type(self).multiple_of and self.granularity in ("head", "layer"):
+            raise ValueError(
+                f"multiple_of is about neurons and channels, and granularity {self.granularity!r} has none. Leave it "
+                "out."
+            )
 
     def _check_reconstruction(self) -> None:
         if not isinstance(granularities.parse(self.granularity), (granularities.Unstructured, granularities.Pattern)):

@@ -22,8 +22,8 @@ class Cost:
 
     Attributes:
         parameters: Number of parameters of the model.
-        flops: Number of floating-point operations in matrix products and convolutions, a multiplication and an
-            addition each counted as one; None without a batch.
+        flops: Number of floating-point operations in matrix products and convolutions, two for each multiplication
+            that is added up; None without a batch.
         seconds: Wall-clock time, median of several passes; compare only what was measured in turns. None without a
             batch.
     """

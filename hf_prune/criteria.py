@@ -8,6 +8,7 @@ with `needs`.
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -48,7 +49,9 @@ Criterion = Callable[[ScoreInputs], torch.Tensor]
 cut with the same inputs and must give the same scores."""
 
 
-def needs(*statistics: str, scope: str = "global", pooling: str = "sum") -> Callable[[Criterion], Criterion]:
+def needs(
+    *statistics: str, scope: str = "global", pooling: Literal["sum", "norm"] = "sum"
+) -> Callable[[Criterion], Criterion]:
     """Declares which statistics a criterion reads, and what its scores are.
 
     Args:

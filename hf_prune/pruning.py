@@ -23,7 +23,7 @@ from .scopes import Pool, outlier_ratio, pools
 from .selection import drop_lowest, drop_lowest_of_each
 from .structures import choosing
 from .structures.choosing import choose
-from .structures.finding import find_structures, zeros_of
+from .structures.finding import find_structures, held_zeros, require_prunable
 from .structures.members import Structures, StructureSet, count_structures, kept_structures, masks_of, parameters_of
 from .targets import Target, find_targets
 
@@ -173,7 +173,9 @@ def next_masks(
 
     scope = scope or effective_scope(config, criterion)
     if isinstance(granularity, Structural):
-        found, pooling = structures or {}, pooling_of(score)
+        if not structures:
+            raise ValueError(f"granularity {config.granularity!r} needs the structures that find_structures gives.")
+        found, pooling = structures, pooling_of(score)
         values = {name: _structure_scores(those, targets, weight_scores, pooling) for name, those in found.items()}
         own = config.sparsities_of({name: name for name in found}, sparsity)
         return masks_of(found, choose(found, values, kept_structures(found, masks), sparsity, scope, own))
@@ -377,6 +379,7 @@ def prune(
     """
     targets = resolve_targets(model, config)
     structures = find_structures(model, config, targets)
+    require_prunable(model, config, structures)
     if hasattr(model, "peft_config"):
         logger.warning("The base weights are pruned. Merging trained adapters into them fills the zeros again.")
     if isinstance(dataloader, Iterator):
@@ -384,7 +387,7 @@ def prune(
             f"dataloader is a {type(dataloader).__name__}, which can be read once, and a cut may read the samples "
             "several times. Give a DataLoader or a list of batches."
         )
-    masks = zeros_of(model, targets, structures) if config.hold_zeros else MaskSet()
+    masks = held_zeros(model, targets, structures) if config.hold_zeros else MaskSet()
     if config.round_sparsities:
         masks = cut_(
             model,

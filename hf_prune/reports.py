@@ -48,7 +48,7 @@ class ModuleSparsity:
 
 
 @dataclass(frozen=True)
-class RemovedStructures:
+class StructureSparsity:
     """One row of a `SparsityReport` of whole structures.
 
     Attributes:
@@ -85,34 +85,37 @@ class SparsityReport:
     modules: tuple[ModuleSparsity, ...]
     model_zeros: int
     model_total: int
-    structures: tuple[RemovedStructures, ...] = ()
+    structures: tuple[StructureSparsity, ...] = ()
 
     @property
-    def zeros(self) -> int:
-        """Number of targeted weights that are zero."""
-        return sum(module.zeros for module in self.modules)
-
-    @property
-    def total(self) -> int:
-        """Number of targeted weights."""
-        return sum(module.total for module in self.modules)
-
-    @property
-    def masked(self) -> int | None:
-        """Number of targeted weights that a mask holds at zero, None where no mask is known."""
-        counts = [module.masked for module in self.modules if module.masked is not None]
-        return sum(counts) if len(counts) == len(self.modules) else None
+    def _rows(self) -> Sequence[ModuleSparsity | StructureSparsity]:
+        return self.structures or self.modules
 
     @property
     def units(self) -> str:
-        """What the granularity prunes, and `sparsity` is a fraction of: weights, or structures."""
+        """What is counted: weights, or structures where whole ones go."""
         return " and ".join(f"{kind}s" for kind in dict.fromkeys(row.kind for row in self.structures)) or "weights"
 
     @property
+    def zeros(self) -> int:
+        """Number of units that are zero."""
+        return sum(row.zeros for row in self._rows)
+
+    @property
+    def total(self) -> int:
+        """Number of units."""
+        return sum(row.total for row in self._rows)
+
+    @property
+    def masked(self) -> int | None:
+        """Number of units that a mask holds at zero, None where no mask is known."""
+        counts = [row.masked for row in self._rows if row.masked is not None]
+        return sum(counts) if len(counts) == len(self._rows) else None
+
+    @property
     def sparsity(self) -> float:
-        """Fraction of the targeted weights that are zero; or of the structures, where whole ones go."""
-        rows = self.structures or self.modules
-        return sum(row.zeros for row in rows) / max(sum(row.total for row in rows), 1)
+        """Fraction of the units that are zero."""
+        return self.zeros / max(self.total, 1)
 
     @property
     def model_sparsity(self) -> float:
@@ -139,8 +142,7 @@ class SparsityReport:
         if self.structures:
             rows = [["place", "structures", "zeros", "sparsity"]]
             rows += [[s.name, f"{s.total:,} {s.kind}s", f"{s.zeros:,}", f"{s.sparsity:.4f}"] for s in self.structures]
-            zeros, total = (sum(getattr(s, name) for s in self.structures) for name in ("zeros", "total"))
-            rows += [[f"all {self.units}", f"{total:,}", f"{zeros:,}", f"{self.sparsity:.4f}"]]
+            rows += [[f"all {self.units}", f"{self.total:,}", f"{self.zeros:,}", f"{self.sparsity:.4f}"]]
         else:
             rows = [["module", "shape", "zeros", "sparsity"]]
             rows += [
@@ -149,7 +151,7 @@ class SparsityReport:
             rows += [["targets", f"{self.total:,}", f"{self.zeros:,}", f"{self.sparsity:.4f}"]]
         rows += [["whole model", f"{self.model_total:,}", f"{self.model_zeros:,}", f"{self.model_sparsity:.4f}"]]
         table = _table(rows, rules=(1, len(rows) - 2))
-        beyond = 0 if self.masked is None or self.structures else self.zeros - self.masked
+        beyond = 0 if self.masked is None else self.zeros - self.masked
         if beyond > 0:
             table += f"\n{beyond:,} of the zeros are not pruned: they were zero before."
         elif beyond < 0:
@@ -176,14 +178,14 @@ def sparsity_report(
         ValueError: as `find_targets` and `find_structures` do.
     """
     structures: dict[str, Structures] = {}
-    names: Iterable[str] = masks or ()
+    names: Iterable[str] = () if masks is None else masks
     if masks is None or config is not None:
         targets = find_targets(model, *((config.target_modules, config.exclude_modules) if config else ()))
         structures = find_structures(model, config, targets) if config else {}
-        names = masks or parameters_of(structures) or targets
+        names = (parameters_of(structures) or targets) if masks is None else masks
     alive, kept = (kept_structures(structures, values) for values in (nonzeros(structures), masks or {}))
     places = tuple(
-        RemovedStructures(
+        StructureSparsity(
             name,
             those.kind,
             zeros=int((~alive[name]).sum()),
@@ -265,7 +267,7 @@ class PruningHistory(Sequence[Round]):
         rounds: The rounds.
         language_model: Whether the model generates text, so that the exponential of its loss is a perplexity.
         costs: What a forward pass over a training batch takes with masked structures ("masked", as much as the dense
-            model) and without them ("shrunk"); empty if nothing was removed.
+            model) and right afterwards without them ("shrunk"); empty if nothing was removed.
     """
 
     metric: str = "eval_loss"
@@ -311,7 +313,7 @@ class PruningHistory(Sequence[Round]):
         """The inverse of `to_dict`."""
         rounds = [Round(**row) for row in values["rounds"]]  # type: ignore[attr-defined]
         evaluations = [tuple(pair) for pair in values["evaluations"]]  # type: ignore[attr-defined]
-        costs = {name: Cost(**cost) for name, cost in values["costs"].items()}  # type: ignore[attr-defined]
+        costs = {name: Cost(**cost) for name, cost in values.get("costs", {}).items()}  # type: ignore[attr-defined]
         return cls(**{**values, "rounds": rounds, "evaluations": evaluations, "costs": costs})  # type: ignore[arg-type]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -361,12 +363,9 @@ class PruningHistory(Sequence[Round]):
             return None
         masked, shrunk = self.costs["masked"], self.costs["shrunk"]
         sentence = f"Shrunk from {masked.parameters:,} to {shrunk.parameters:,} parameters"
-        if masked.flops is None or shrunk.flops is None or masked.seconds is None or shrunk.seconds is None:
+        if masked.flops is None or shrunk.flops is None:
             return f"{sentence}."
-        return (
-            f"{sentence}, from {masked.flops / 1e9:.3g} to {shrunk.flops / 1e9:.3g} GFLOPs and from "
-            f"{1000 * masked.seconds:.3g} to {1000 * shrunk.seconds:.3g} ms for a batch."
-        )
+        return f"{sentence}, and from {masked.flops / 1e9:.3g} to {shrunk.flops / 1e9:.3g} GFLOPs for a batch."
 
     def shortfall(self) -> str | None:
         """A sentence that says by how much a run that has ended missed its target; None if it did not."""

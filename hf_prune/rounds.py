@@ -80,10 +80,8 @@ class Rounds:
         self.count_seconds_()
         if asked is not None:
             self.pacing.cut_(step)
-        rows = report.structures or report.modules
-        zeros, total = sum(each.zeros for each in rows), sum(each.total for each in rows)
-        masked = sum(each.masked or 0 for each in rows)
-        row = Round(self.pacing.round, step, asked, masked / max(total, 1), masked, zeros, total, criterion)
+        masked, total = report.masked or 0, report.total
+        row = Round(self.pacing.round, step, asked, masked / max(total, 1), masked, report.zeros, total, criterion)
         self.history.rounds.append(row)
         return row
 

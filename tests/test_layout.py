@@ -224,12 +224,15 @@ def test_the_public_names_are_there_and_the_package_holds_nothing_else():
 
 def test_the_public_names_are_those_of_the_design():
     assert set(hf_prune.__all__) == {
+        "Heads",
         "MaskSet",
+        "Neurons",
         "PruningConfig",
         "PruningHistory",
         "PruningTrainerCallback",
         "ScoreInputs",
         "SparsityReport",
+        "Stack",
         "describe_family",
         "prune",
         "shrink",

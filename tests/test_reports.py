@@ -404,3 +404,10 @@ def test_masks_that_are_not_applied_are_said():
     model = nn.Sequential(nn.Linear(4, 4))
     report = sparsity_report(model, masks={"0.weight": torch.zeros(4, 4, dtype=torch.bool)})
     assert "At least 16 masked weights are not zero. Set them to zero with MaskSet.apply_." in str(report)
+
+
+def test_a_history_of_an_earlier_version_is_read(tmp_path):
+    values = PruningHistory().to_dict()
+    del values["costs"]
+    (tmp_path / "history.json").write_text(json.dumps(values))
+    assert PruningHistory.load(tmp_path / "history.json").costs == {}

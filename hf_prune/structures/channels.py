@@ -11,7 +11,6 @@ from torch import nn
 
 from ..contexts import undisturbed
 from ..targets import Target
-from .families import FAMILIES
 from .members import NOBODY, Member, Structures
 
 _SIDE = 64  # Of the image with which a network is traced that does not say how large its images are.
@@ -66,11 +65,12 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
 
 
 def is_convolutional(model: nn.Module) -> bool:
-    """Whether a model is a convolutional network that takes images."""
-    config = getattr(model, "config", None)
-    takes_images = getattr(model, "main_input_name", None) == "pixel_values" and hasattr(config, "num_channels")
-    convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    return takes_images and convolves and config.model_type not in FAMILIES  # type: ignore[union-attr]
+    """Whether a model is a convolutional network that takes images, and attends to nothing."""
+    if getattr(model, "main_input_name", None) != "pixel_values" or not hasattr(model.config, "num_channels"):
+        return False
+    kinds = {type(module) for module in model.modules()}
+    attends = any("Attention" in kind.__name__ for kind in kinds)
+    return not attends and any(issubclass(kind, nn.Conv2d) for kind in kinds)
 
 
 def _image(model: nn.Module) -> torch.Tensor:

@@ -83,7 +83,7 @@ def require_attainable(places: StructureSet, sparsity: float, gone: Mapping[str,
     kind = next(iter(places.values())).kind
     where = repr(next(iter(places))) if len(places) == 1 else f"{len(places)} places"
     if asked > most + multiple / 2:
-        stays = f"{multiple} {kind}s, and a multiple of that," if multiple > 1 else f"one {kind}"
+        stays = f"a multiple of {multiple} {kind}s" if multiple > 1 else f"one {kind}"
         raise ValueError(
             f"a sparsity of {sparsity:g} would remove {asked} of the {total} {kind}s in {where}, and at most {most} "
             f"can go: at least {stays} must stay in each place. Take a lower sparsity"
@@ -95,6 +95,12 @@ def require_attainable(places: StructureSet, sparsity: float, gone: Mapping[str,
             "round. What is pruned stays pruned: take fewer rounds or a higher initial_sparsity, or start without "
             "hold_zeros."
         )
+
+
+def count_left(those: Structures, sparsity: float) -> int:
+    """How many of a place's structures are left at a sparsity, if it competes with no other."""
+    asked = round(sparsity * those.count)
+    return those.count - min(those.steps(), key=lambda gone: (abs(gone - asked), -gone))
 
 
 def _order(those: Structures, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

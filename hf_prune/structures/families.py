@@ -5,7 +5,7 @@ One more family is one more line in `FAMILIES`; a user's own comes with `describ
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Heads:
     fixed: str | None = None
     tables: tuple[str, ...] = ()
     is_shared: bool = False
-    kind = "head"
+    kind: ClassVar = "head"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Neurons:
     columns: str
     attributes: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
-    kind = "neuron"
+    kind: ClassVar = "neuron"
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,16 @@ class Stack:
         parts: What each layer is made of; of several that describe one module under the names of different versions
             of Transformers, the one that is there counts.
         fields: Fields of the config that say how many layers there are.
-        may_lose_layers: Whether a layer whose outputs are zero hands on its inputs as they are: not where a norm
-            comes behind the sum. Or the field of the config that says so.
+        norm_first: Whether norms come before the projections of a layer. Where one comes behind a sum, a layer whose
+            outputs are zero still changes what it hands on, and no layer can be removed.
+        norm_first_field: Field of the config that says so instead.
     """
 
     layers: str
     parts: tuple[Heads | Neurons, ...]
     fields: tuple[str, ...] = ("num_hidden_layers",)
-    may_lose_layers: bool | str = True
+    norm_first: bool = True
+    norm_first_field: str | None = None
 
 
 Family = tuple[Stack, ...]
@@ -120,7 +122,7 @@ _BERT: Family = (
             ),
             _neurons("", "intermediate.dense output.dense", "intermediate_size"),
         ),
-        may_lose_layers=False,
+        norm_first=False,
     ),
 )
 _VIT: Family = (
@@ -175,7 +177,7 @@ _T5: Family = (
 )
 
 
-def _bart(may_lose_layers: bool) -> Family:
+def _bart(norm_first: bool) -> Family:
     """An encoder and a decoder, whose widths are fields of their own."""
     projections, attributes = "q_proj k_proj v_proj out_proj", ("num_heads",)
     own, cross = (_heads(name, projections, attributes=attributes) for name in ("self_attn", "encoder_attn"))
@@ -184,7 +186,7 @@ def _bart(may_lose_layers: bool) -> Family:
             f"{side}.layers",
             (*attentions, _neurons("", "fc1 fc2", f"{side}_ffn_dim")),
             (f"{side}_layers",),
-            may_lose_layers,
+            norm_first,
         )
         for side, attentions in (("encoder", (own,)), ("decoder", (own, cross)))
     )
@@ -233,7 +235,7 @@ FAMILIES: dict[str, Family] = {
                 _heads("self_attn", "q_proj k_proj v_proj out_proj", attributes=("num_heads",)),
                 _neurons("", "fc1 fc2", "ffn_dim"),
             ),
-            may_lose_layers="do_layer_norm_before",
+            norm_first_field="do_layer_norm_before",
         ),
     ),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), _LLAMA),
@@ -246,20 +248,22 @@ FAMILIES: dict[str, Family] = {
                 _neurons("ffn", "lin1 lin2", "hidden_dim"),
             ),
             ("n_layers",),
-            may_lose_layers=False,
+            norm_first=False,
         ),
     ),
     **dict.fromkeys(("vit", "deit"), _VIT),
     "dinov2": _DINOV2,
     "t5": _T5,
-    "bart": _bart(may_lose_layers=False),
-    "whisper": _bart(may_lose_layers=True),
+    "bart": _bart(norm_first=False),
+    "whisper": _bart(norm_first=True),
 }
 """`model_type` of a config → where its structures are."""
 
 
 def describe_family(model_type: str, *stacks: Stack) -> None:
-    """Tells where the heads, neurons and layers of a family are that is not in the table.
+    """Tells where the heads, neurons and layers of a family are, in place of what was known of it.
+
+    What is recorded in a `config.json` needs it too where it is loaded.
 
     Args:
         model_type: `model_type` of its config.

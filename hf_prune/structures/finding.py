@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from typing import cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -14,14 +13,14 @@ from ..granularities import Structural
 from ..masks import MaskSet
 from ..targets import Target, find_targets
 from .channels import find_channels, is_convolutional
-from .choosing import choose, pools, require_attainable
+from .choosing import count_left, pools, require_attainable
 from .loading import can_say
 from .members import Structures, StructureSet, fields_of, kinds_of, masks_of_zeros
 from .places import find_in_family
 
 
 def find_structures(model: nn.Module, config: PruningConfig, targets: Mapping[str, Target]) -> dict[str, Structures]:
-    """Finds the structures that a config prunes, and checks that they can be pruned as far as it asks.
+    """Finds the structures that a config prunes.
 
     Args:
         model: The model, unwrapped.
@@ -32,8 +31,7 @@ def find_structures(model: nn.Module, config: PruningConfig, targets: Mapping[st
         Place → its structures, in the order of the layers; empty where the granularity is not one of structures.
 
     Raises:
-        ValueError: as `find_in_family` does; if a pattern of `layer_sparsity` matches no place; if a sparsity would
-            empty a place; if the model carries adapters; or if `uniform` asks for what no config of the family says.
+        ValueError: as `find_in_family` and `find_channels` do, or if the model carries adapters.
     """
     granularity = granularities.parse(config.granularity)
     if not isinstance(granularity, Structural):
@@ -52,33 +50,51 @@ def find_structures(model: nn.Module, config: PruningConfig, targets: Mapping[st
         )
     else:
         found = find_in_family(model, granularity.kinds, targets, config.multiple_of)
-    for pattern in config.own_sparsities:
-        if not any(re.fullmatch(pattern, name) for name in found):
-            raise ValueError(
-                f"layer_sparsity: {pattern!r} matches none of the places of structures, such as "
-                f"{next(iter(found))!r}. It has to match the whole name."
-            )
-    if config.uniform:
-        _require_uniform(model, config, granularity, found)
-    for final in config.round_sparsities[-1:]:
-        scope = "layer" if config.uniform else config.scope
-        for names, share in pools(found, final, scope, config.sparsities_of({name: name for name in found}, final)):
-            require_attainable({name: found[name] for name in names}, share, {})
     return found
 
 
-def zeros_of(model: nn.Module, targets: Mapping[str, Target], structures: StructureSet) -> MaskSet:
-    """The masks of what is zero already, for `hold_zeros`.
+def require_prunable(model: nn.Module, config: PruningConfig, structures: StructureSet) -> None:
+    """Requires that structures can be pruned as a config asks.
+
+    Args:
+        model: The model, unwrapped.
+        config: The pruning config.
+        structures: What `find_structures` found; may be empty.
 
     Raises:
-        ValueError: if there are structures, and zeros that are not whole ones.
+        ValueError: if a pattern of `layer_sparsity` matches no place, if the final sparsity would empty a place, or if
+            `uniform` asks for what no config of the family can say.
     """
-    if not structures:
-        return MaskSet.from_zeros(model, targets)
-    masks = masks_of_zeros(structures)
-    for name, mask in masks.items():
+    if not structures or not config.round_sparsities:
+        return
+    for pattern in config.own_sparsities:
+        if not any(re.fullmatch(pattern, name) for name in structures):
+            raise ValueError(
+                f"layer_sparsity: {pattern!r} matches none of the places of structures, such as "
+                f"{next(iter(structures))!r}. It has to match the whole name."
+            )
+    if config.uniform:
+        _require_uniform(model, config, structures)
+    final, scope = config.round_sparsities[-1], "layer" if config.uniform else config.scope
+    for names, share in pools(structures, final, scope, config.sparsities_of({n: n for n in structures}, final)):
+        require_attainable({name: structures[name] for name in names}, share, {})
+
+
+def zeros_of(model: nn.Module, targets: Mapping[str, Target], structures: StructureSet) -> MaskSet:
+    """The masks of what is zero: of weights, or of whole structures where there are some."""
+    return masks_of_zeros(structures) if structures else MaskSet.from_zeros(model, targets)
+
+
+def held_zeros(model: nn.Module, targets: Mapping[str, Target], structures: StructureSet) -> MaskSet:
+    """The masks that hold all zeros of the targets.
+
+    Raises:
+        ValueError: if whole structures are pruned, and zeros are in others.
+    """
+    masks = zeros_of(model, targets, structures)
+    for name, mask in masks.items() if structures else ():
         if name in targets and bool(((targets[name].weight == 0) & mask).any()):
-            kinds = " or ".join(f"{kind}s" for kind in dict.fromkeys(those.kind for those in structures.values()))
+            kinds = " or ".join(f"{kind}s" for kind in kinds_of(structures))
             raise ValueError(
                 f"the zeros of {targets[name].module!r} are not whole {kinds}. Start without hold_zeros, or choose "
                 "another granularity."
@@ -86,13 +102,11 @@ def zeros_of(model: nn.Module, targets: Mapping[str, Target], structures: Struct
     return masks
 
 
-def _require_uniform(model: nn.Module, config: PruningConfig, granularity: Structural, found: StructureSet) -> None:
+def _require_uniform(model: nn.Module, config: PruningConfig, structures: StructureSet) -> None:
     """Requires that a config of the family can say what is left, and that all places lose as much."""
-    for kind in kinds_of(found):
-        places = {name: those for name, those in found.items() if those.kind == kind}
-        every, zero = ({n: each(those.count) for n, those in places.items()} for each in (torch.ones, torch.zeros))
-        kept = choose(places, zero, {n: k.bool() for n, k in every.items()}, config.round_sparsities[-1], "layer", {})
-        left = {name: int(each.sum()) for name, each in kept.items()}
+    for kind in kinds_of(structures):
+        places = {name: those for name, those in structures.items() if those.kind == kind}
+        left = {name: count_left(those, config.round_sparsities[-1]) for name, those in places.items()}
         fields = fields_of(places, left)
         counted = {field for those in places.values() for field, _ in those.fields}
         if not all(those.fields for those in places.values()) or not counted <= fields.keys():
@@ -106,6 +120,6 @@ def _require_uniform(model: nn.Module, config: PruningConfig, granularity: Struc
                 f"uniform: no config of {type(model).__name__} can say {said}. Choose another sparsity, or leave "
                 "uniform out."
             )
-    everywhere = find_in_family(model, granularity.kinds, find_targets(model), 1)
-    if left_out := [name for name in everywhere if name not in found]:
+    everywhere = find_in_family(model, kinds_of(structures), find_targets(model), 1)
+    if left_out := [name for name in everywhere if name not in structures]:
         raise ValueError(f"uniform: {', '.join(map(repr, left_out))} would keep all. Leave uniform out, or prune all.")

@@ -13,17 +13,21 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights, no_tie_weights
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .families import FAMILIES
+
 METHOD = "hf_prune"
-# The whole numbers of modules that a file may set: the widths of layers, and numbers of heads and neurons. A family
-# that is described from outside adds its own.
-SIZES = {
-    *("in_features", "out_features", "nx", "nf", "in_channels", "out_channels", "groups"),
-    *("num_features", "num_embeddings", "embedding_dim"),
-    *("num_heads", "num_attention_heads", "n_heads", "all_head_size", "inner_dim", "split_size", "intermediate_size"),
+# Where modules write down the lengths of the axes of their weights.
+WIDTHS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("out_features", "in_features"),
+    Conv1D: ("nx", "nf"),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+    nn.Conv2d: ("out_channels", "in_channels"),
+    nn.BatchNorm2d: ("num_features",),
 }
 Shapes = dict[str, list[int]]
 Attributes = dict[str, dict[str, int]]
@@ -38,7 +42,8 @@ class ShapesConfig(QuantizationConfigMixin):
         attributes: Module → its whole numbers.
 
     Raises:
-        ValueError: if it is something else.
+        ValueError: if a shape or a size is not a positive whole number, a size is none that may be set, or a key is
+            unknown.
     """
 
     def __init__(self, shapes: Shapes, attributes: Attributes, **others: object) -> None:
@@ -56,8 +61,8 @@ class ShapesConfig(QuantizationConfigMixin):
         for name, values in attributes.items():
             if not isinstance(values, dict) or not all(_is_size(value) for value in values.values()):
                 raise ValueError(f"the recorded sizes of {name!r} must be positive whole numbers, got {values!r}.")
-            if strange := sorted(set(values) - SIZES):
-                raise ValueError(f"the recorded sizes of {name!r} hold {', '.join(strange)}, which is none.")
+            if strange := sorted(set(values) - size_names()):
+                raise ValueError(f"the recorded sizes of {name!r} hold {', '.join(strange)}, which may not be set.")
 
 
 @register_quantizer(METHOD)
@@ -71,6 +76,10 @@ class ShapesQuantizer(HfQuantizer):
         _apply_(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for name, shape in self.quantization_config.shapes.items():
+            module = _find(model, name.rpartition(".")[0], name)
+            if module is not None and list(getattr(module, name.rpartition(".")[2]).shape) != shape:
+                raise ValueError(f"the recorded shape of {name!r} is {shape}, and the weights have another one.")
         self.remove_quantization_config(model)  # It is no quantized model ...
         model.config.quantization_config = self.quantization_config  # ... and is saved as it was.
 
@@ -140,9 +149,17 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
+def size_names() -> set[str]:
+    """The whole numbers of modules that a file may set: widths, and what families count by heads and neurons."""
+    parts = [part for family in FAMILIES.values() for stack in family for part in stack.parts]
+    counted = {path.rpartition(".")[2] for part in parts for path in part.attributes}
+    return {"groups", *counted, *(width for widths in WIDTHS.values() for width in widths)}
+
+
 def _sizes(model: nn.Module) -> Attributes:
+    names = size_names()
     return {
-        name: {key: value for key, value in vars(module).items() if key in SIZES and _is_size(value)}
+        name: {key: value for key, value in vars(module).items() if key in names and _is_size(value)}
         for name, module in model.named_modules(remove_duplicate=False)
     }
 
@@ -160,7 +177,7 @@ def _apply_(model: PreTrainedModel, record: ShapesConfig) -> None:
     for name, shape in record.shapes.items():
         path, _, attribute = name.rpartition(".")
         module = _find(model, path, name)
-        if module is None:
+        if module is None:  # It belongs to a head that is not loaded.
             continue
         tensor = getattr(module, attribute, None)
         if not torch.is_tensor(tensor) or tensor.ndim != len(shape):

@@ -163,6 +163,9 @@ def fields_of(structures: StructureSet, left: Mapping[str, int]) -> dict[str, in
     Args:
         structures: All places of each kind.
         left: Place → how many of its structures are left.
+
+    Returns:
+        Field → value.
     """
     numbers: dict[str, set[int]] = {}
     for name, those in structures.items():

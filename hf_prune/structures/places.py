@@ -14,8 +14,8 @@ from .families import FAMILIES, Heads, Neurons, Stack
 from .members import Member, Structures, StructureSet, parameters_of
 
 _HOW_TO_ADD = (
-    'Describe it in a dozen lines: hf_prune.describe_family({!r}, Stack("layers", (Heads(...), Neurons(...)))); see '
-    "hf_prune.structures.families."
+    'Describe it in a dozen lines: describe_family({!r}, Stack("layers", (Heads(...), Neurons(...)))), all of which '
+    "hf_prune exports."
 )
 
 
@@ -155,15 +155,15 @@ class _Layers:
 
     def why_layers_stay(self) -> str | None:
         """Why no layer can be removed; None if layers can."""
-        may = self.stack.may_lose_layers
-        if not (getattr(self.config, may) if isinstance(may, str) else may):
+        field = self.stack.norm_first_field
+        if not (getattr(self.config, field) if field is not None else self.stack.norm_first):
             return "a norm comes behind each sum, so that a layer without outputs still changes what it hands on"
         if getattr(self.config, "scale_attn_by_inverse_layer_idx", False):
             return "attention is scaled by the number of its layer (scale_attn_by_inverse_layer_idx)"
         return None
 
     def _whole(self) -> Structures:
-        """The layers as structures; the one that makes what others read has to stay."""
+        """The layers as structures; the layer that makes the position bias for the others has to stay."""
         if why := self.why_layers_stay():
             raise ValueError(
                 f"layers of {self.name!r} cannot be removed: {why}. Choose granularity head, neuron or head+neuron."
@@ -210,8 +210,8 @@ def _stacks(model: nn.Module) -> list[_Layers]:
         raise ValueError(f"heads, neurons and layers are those of a Transformers model, got {type(model).__name__}.")
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"where the heads, neurons and layers of the family {config.model_type!r} are is not known. Known are "
-            f"{', '.join(FAMILIES)}. {_HOW_TO_ADD.format(config.model_type)}"
+            f"hf_prune does not know where the family {config.model_type!r} has its heads, neurons and layers. It "
+            f"knows {', '.join(FAMILIES)}. {_HOW_TO_ADD.format(config.model_type)}"
         )
     family, base = FAMILIES[config.model_type], model.base_model
     prefix = model.base_model_prefix if base is not model else ""

@@ -1,15 +1,14 @@
 """Shrinking: what is pruned as a whole is removed, and the model gets smaller."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..targets import find_targets
 from .channels import find_channels, is_convolutional
-from .loading import can_say, record_shapes_
+from .loading import WIDTHS, can_say, record_shapes_
 from .members import (
     Structures,
     StructureSet,
@@ -23,14 +22,6 @@ from .places import find_in_family, may_lose_layers
 
 _LAYER_LISTS = ("layer_types", "attention_layers")  # Fields of a config with an entry for each layer.
 _LAYER_NUMBERS = ("layer_idx", "layer_id")
-# Where a module writes down the lengths of the axes of its weight.
-_WIDTHS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("out_features", "in_features"),
-    Conv1D: ("nx", "nf"),
-    nn.Embedding: ("num_embeddings", "embedding_dim"),
-    nn.Conv2d: ("out_channels", "in_channels"),
-    nn.BatchNorm2d: ("num_features",),
-}
 
 
 def shrink(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = None) -> PreTrainedModel:
@@ -76,7 +67,18 @@ def shrink(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = No
 
 
 def find_removable(model: nn.Module) -> dict[str, Structures]:
-    """All structures that `shrink` can remove from a model."""
+    """Finds all structures that `shrink` can remove from a model.
+
+    Args:
+        model: The model, unwrapped.
+
+    Returns:
+        Place → its structures.
+
+    Raises:
+        ValueError: as `find_in_family` and `find_channels` do.
+        ModuleNotFoundError: as `find_channels` does.
+    """
     if is_convolutional(model):
         return find_channels(model, find_targets(model, ".*"), multiple_of=1)
     targets = find_targets(model)
@@ -92,7 +94,7 @@ def remove_(model: PreTrainedModel, structures: StructureSet, kept: Mapping[str,
 
     Args:
         model: The model, unwrapped; changed in place.
-        structures: All its structures of each kind that goes.
+        structures: Every place of each kind of which something goes: the fields of a config count them all.
         kept: Place → `[count]` bools, False for what goes.
 
     Raises:
@@ -103,11 +105,10 @@ def remove_(model: PreTrainedModel, structures: StructureSet, kept: Mapping[str,
         name: those for name, those in structures.items() if name not in layers and not _goes_with(name, layers, kept)
     }
     for name, those in {**parts, **layers}.items():
-        if not kept[name].any() or not kept[name][list(those.stay)].all():
-            raise ValueError(
-                f"all {those.count} {those.kind}s of {name!r} are pruned, or one that cannot go; at least one has to "
-                "stay."
-            )
+        if not kept[name].any():
+            raise ValueError(f"all {those.count} {those.kind}s of {name!r} are pruned; at least one has to stay.")
+        if not kept[name][list(those.stay)].all():
+            raise ValueError(f"{those.kind} {those.stay[0]} of {name!r} is pruned, and makes what the others read.")
     for name, those in parts.items():
         if not kept[name].all():
             _remove_parts_(model, those, kept[name])
@@ -139,7 +140,7 @@ def _remove_parts_(model: nn.Module, those: Structures, kept: torch.Tensor) -> N
 
 def _set_widths_(module: nn.Module, axis: int, stay: torch.Tensor) -> None:
     """What a module knows of the length of an axis of its weight."""
-    for kind, widths in _WIDTHS.items():
+    for kind, widths in WIDTHS.items():
         if isinstance(module, kind):
             setattr(module, widths[axis], len(stay))
     if isinstance(module, nn.Conv2d) and module.groups > 1:  # depthwise
@@ -171,20 +172,24 @@ def _remove_layers_(model: PreTrainedModel, those: Structures, kept: torch.Tenso
                 if isinstance(getattr(module, number, None), int):
                     setattr(module, number, i)
     for config in _configs(model, holder):
-        for field in _LAYER_LISTS:
-            entries = getattr(config, field, None)
-            if isinstance(entries, list) and len(entries) == those.count:
-                entries = [entries[i] for i in stay]
-                if field == "attention_layers":  # Of GPT-Neo, which derives them.
-                    config.attention_types = [[[entry], 1] for entry in entries]
-                setattr(config, field, entries)
-        if hasattr(config, "stage_names"):  # Of a backbone, which gives the outputs of its last layer by default.
-            config.stage_names = config.stage_names[: len(stay) + 1]
-            config.set_output_features_output_indices(out_features=None, out_indices=None)
-        # The copy that the decoder of an encoder-decoder has calls its layers by the name of the encoder's.
-        own = () if config is model.config else tuple((f, 1) for f in ("num_layers",) if hasattr(config, f))
-        for field, _ in (*those.fields, *own):
-            setattr(config, field, len(stay))
+        _say_layers_(config, those, stay)
+        if config is not model.config and hasattr(config, "num_layers"):  # So does a decoder of T5 call its own.
+            config.num_layers = len(stay)
+
+
+def _say_layers_(config: PretrainedConfig, those: Structures, stay: Sequence[int]) -> None:
+    """Writes into a config which layers there are."""
+    for field in _LAYER_LISTS:
+        entries = getattr(config, field, None)
+        if isinstance(entries, list) and len(entries) == those.count:
+            setattr(config, field, [entries[i] for i in stay])
+            if field == "attention_layers":  # Of GPT-Neo, which derives them.
+                config.attention_types = [[[entries[i]], 1] for i in stay]
+    if hasattr(config, "stage_names"):  # Of a backbone, which gives the outputs of its last layer by default.
+        config.stage_names = config.stage_names[: len(stay) + 1]
+        config.set_output_features_output_indices(out_features=None, out_indices=None)
+    for field, _ in those.fields:
+        setattr(config, field, len(stay))
 
 
 def _configs(model: PreTrainedModel, module: nn.Module) -> list[PretrainedConfig]:

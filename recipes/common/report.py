@@ -6,7 +6,7 @@ from accelerate import PartialState
 from transformers import Trainer
 from transformers.trainer_utils import PredictionOutput
 
-from hf_prune import PruningTrainerCallback, sparsity_report
+from hf_prune import PruningTrainerCallback
 
 
 def report(
@@ -24,8 +24,7 @@ def report(
     history, folder = callback.history, Path(str(trainer.args.output_dir))
     metric = history.metric.removeprefix("eval_")
     results = {f"dense_{name}": value for name, value in (dense.metrics or {}).items()} | (pruned.metrics or {})
-    # Of what was removed no zeros are left to be counted.
-    sparsity = history[-1].reached if history.costs else sparsity_report(trainer.model, callback.config).sparsity
+    sparsity = history[-1].reached if history else 0.0
     trainer.save_model()
     trainer.save_metrics("test", results)
     if trainer.is_world_process_zero():

@@ -122,7 +122,7 @@ def test_of_ties_the_first_go():
     ("structures", "sparsity", "match"),
     [
         (places(2, 2), 0.8, r"remove 3 of the 4 heads in 2 places, and at most 2 can go: at least one head must"),
-        (places(32, kind="neuron", multiple=8), 0.9, r"at least 8 neurons, and a multiple of that.*or multiple_of"),
+        (places(32, kind="neuron", multiple=8), 0.9, r"at least a multiple of 8 neurons must stay.*or multiple_of"),
         (places(12, kind="neuron", multiple=16), 0.9, r"at most 0 can go"),
         (places(2, kind="layer", stay=(0, 1)), 0.5, r"at most 0 can go"),
     ],

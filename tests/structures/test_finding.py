@@ -13,7 +13,9 @@ from tests.structures.test_shrinking import config_of
 
 def test_a_family_that_is_unknown():
     model = transformers.OlmoForCausalLM(transformers.OlmoConfig(**DECODER))
-    with pytest.raises(ValueError, match=r"family 'olmo' are is not known. Known are gpt_neo,.*describe_family"):
+    with pytest.raises(
+        ValueError, match=r"does not know where the family 'olmo' has its.* It knows gpt_neo,.*describe_family"
+    ):
         prune(model, config_of("head"))
 
 
@@ -103,14 +105,24 @@ def test_a_model_with_adapters():
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"granularity": "head", "scope": "row"}, "scope must be auto or global or layer with granularity 'head'"),
-        ({"granularity": "head", "scope": "owl"}, "scope must be auto or global or layer"),
-        ({"granularity": "layer", "scope": "global"}, "scope must be auto with granularity 'layer'"),
-        ({"granularity": "head", "scope": "global", "uniform": True}, "scope must be auto or layer .* and uniform"),
-        ({"granularity": "layer", "layer_sparsity": {".*": 0.1}}, "layers are one pool"),
-        ({"granularity": "head", "uniform": True, "layer_sparsity": {".*": 0.1}}, "uniform removes the same"),
+        ({"granularity": "head", "scope": "row"}, "scope must be one of auto, global, layer with granularity 'head'"),
+        ({"granularity": "head", "scope": "owl"}, "scope must be one of auto, global, layer"),
+        ({"granularity": "layer", "scope": "global"}, "scope must be one of auto with granularity 'layer'"),
+        (
+            {"granularity": "head", "scope": "global", "uniform": True},
+            "scope must be one of auto, layer with .* and uniform",
+        ),
+        ({"granularity": "layer", "layer_sparsity": {".*": 0.1}}, "all layers are one pool"),
+        (
+            {"granularity": "head", "uniform": True, "layer_sparsity": {".*": 0.1}},
+            "layer_sparsity contradicts uniform",
+        ),
         ({"granularity": "neuron", "multiple_of": 0}, "multiple_of must be at least 1, got 0"),
         ({"multiple_of": 4}, "multiple_of is about structures, and granularity 'unstructured' has none"),
+        (
+            {"granularity": "head", "multiple_of": 4},
+            "multiple_of is about neurons and channels, and granularity 'head'",
+        ),
         ({"uniform": True}, "uniform is about structures"),
         ({"granularity": "2:4", "sparsity": None, "shrink_at_end": False}, "shrink_at_end is about structures"),
         ({"granularity": "head", "criterion": "sparsegpt"}, "sparsegpt chooses weights one by one"),
@@ -197,3 +209,37 @@ def test_a_number_of_heads_that_no_config_can_say():
     shrink(model)
     assert (logits_of(model) - masked).abs().max() < 1e-5
     assert model.config.num_attention_heads == 8
+
+
+@pytest.mark.parametrize("granularity", ["head", "channel"])
+def test_a_vision_transformer_that_is_unknown_is_no_convolutional_network(granularity):
+    config = transformers.BeitConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
+    )
+    model = transformers.BeitForImageClassification(config)
+    match = {"head": "does not know where the family 'beit' has", "channel": "BeitForImageClassification is none"}
+    with pytest.raises(ValueError, match=match[granularity]):
+        prune(model, PruningConfig(sparsity=0.5, granularity=granularity))
+
+
+def test_a_report_does_not_judge_the_config():
+    model = build("gpt_neo")
+    config = config_of("head", sparsity=0.75)
+    prune(model, config)
+    shrink(model)
+    assert sparsity_report(model, config).sparsity == 0
+
+
+def test_uniform_with_nothing_to_prune():
+    model = build("llama")
+    prune(model, config_of("neuron"))
+    report = prune(model, PruningConfig(granularity="neuron", hold_zeros=True, uniform=True))
+    assert report.sparsity == 0.5
+
+
+def test_structures_have_to_be_given():
+    from hf_prune import MaskSet
+    from hf_prune.pruning import next_masks
+
+    with pytest.raises(ValueError, match="granularity 'head' needs the structures that find_structures gives"):
+        next_masks({}, MaskSet(), 0.5, config_of("head"))

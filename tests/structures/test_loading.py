@@ -208,7 +208,7 @@ def change_config(folder, change):
         (lambda c: c["shapes"].update({"x": [0]}), ValueError, r"shape of 'x' must be positive whole numbers"),
         (lambda c: c["shapes"].update({"x": "y"}), ValueError, r"shape of 'x' must be positive whole numbers"),
         (lambda c: c["attributes"].update({"x": {"num_heads": "2"}}), ValueError, "must be positive whole numbers"),
-        (lambda c: c["attributes"].update({"x": {"forward": 2}}), ValueError, "forward, which is none"),
+        (lambda c: c["attributes"].update({"x": {"forward": 2}}), ValueError, "forward, which may not be set"),
         (
             lambda c: c["attributes"].update({"transformer.h.0.mlp": {"num_heads": 2}}),
             ValueError,

@@ -25,9 +25,9 @@ CELLS = [
 
 
 def config_of(granularity, scope="auto", sparsity=0.5, **fields):
-    return PruningConfig(
-        sparsity=sparsity, schedule="one_shot", granularity=granularity, scope=scope, multiple_of=4, **fields
-    )
+    if "neuron" in granularity:
+        fields["multiple_of"] = 4
+    return PruningConfig(sparsity=sparsity, schedule="one_shot", granularity=granularity, scope=scope, **fields)
 
 
 def test_every_family_of_the_table_is_tested():

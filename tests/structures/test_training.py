@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from hf_prune import PruningConfig, PruningHistory, PruningTrainerCallback, prune, shrink
 from tests.structures.models import build, logits_of
@@ -72,7 +73,7 @@ def test_whole_structures_are_held_and_removed_at_the_end(name, make_trainer):
     assert (masked.parameters, shrunk.parameters) == (before, model.num_parameters())
     assert 0 < shrunk.flops < masked.flops
     assert f"Shrunk from {before:,} to {model.num_parameters():,} parameters" in str(pruning.history)
-    with pytest.raises(ValueError, match="shrunk at the end of the last"):
+    with pytest.raises(ValueError, match="before the model was shrunk at the end of the last"):
         trainer.train()
 
 
@@ -150,3 +151,34 @@ def test_the_best_model_comes_back_before_it_is_shrunk(make_trainer, tmp_path):
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-5)
+
+
+def test_a_kept_zero_does_not_stop_a_resumption(make_trainer, tmp_path):
+    model = build("gpt_neo")
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(model, PruningTrainerCallback(CONFIG), train_dataset=samples(model), **options).train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    weights = load_file(checkpoint / "model.safetensors")
+    for name in weights:
+        if name.endswith("c_fc.weight"):
+            weights[name][weights[name].abs() < weights[name].abs().median()] = 0
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    resumed = build("gpt_neo")
+    trainer = make_trainer(resumed, PruningTrainerCallback(CONFIG), train_dataset=samples(model), **options)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.num_parameters() == model.num_parameters()
+
+
+def test_a_run_that_removes_nothing_ends_well(make_trainer):
+    model = build("gpt_neo")
+    before = model.num_parameters()
+    config = PruningConfig(sparsity=0.01, schedule="one_shot", granularity="head")
+    make_trainer(model, PruningTrainerCallback(config), train_dataset=samples(model)).train()
+    assert model.num_parameters() == before
+
+
+def test_an_optimizer_may_hold_more_than_the_model(make_trainer):
+    model, extra = build("gpt_neo"), torch.nn.Parameter(torch.zeros(1))
+    trainer = make_trainer(model, PruningTrainerCallback(CONFIG), train_dataset=samples(model))
+    trainer.optimizer = torch.optim.SGD([*model.parameters(), extra], lr=1e-3)
+    trainer.train()

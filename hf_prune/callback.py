@@ -32,7 +32,7 @@ from .checkpoints import (
 )
 from .config import PruningConfig
 from .contexts import keep_random_state
-from .costs import measure_costs
+from .costs import Cost, measure_costs
 from .criteria import Criterion
 from .hooks import GradientHooks
 from .masks import MaskSet
@@ -326,15 +326,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 
     def _shrink(self, model: PreTrainedModel, args: TrainingArguments, dataloader: DataLoader[Any] | None) -> None:
         """Removes what is masked as a whole, and measures what that saves."""
-        size, batch = args.train_batch_size, None
-        if dataloader is not None:
-            try:
-                batch = next(batches_of(dataloader, size * args.world_size, size, args.seed), None)
-            except ValueError as error:  # No reason to fail at the end of a training.
-                logger.warning("Without a batch only parameters are counted: %s", error)
-        costs = measure_costs({"masked": model}, batch)
+        masked = _cost(model, dataloader, args)
         shrink(model, self.masks)
-        self.history.costs = {**costs, **measure_costs({"shrunk": model}, batch)}
+        self.history.costs = {"masked": masked, "shrunk": _cost(model, dataloader, args)}
         self._weights = {}  # They are no longer the model's.
 
     # Rounds.
@@ -497,6 +491,18 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def _save_reports(self, folder: Path) -> None:
         self.config.save_pretrained(folder)
         self.history.save(folder / HISTORY_NAME)
+
+
+def _cost(model: nn.Module, dataloader: DataLoader[Any] | None, args: TrainingArguments) -> Cost:
+    """What a forward pass over a training batch costs; a training that is over does not fail if nobody can tell."""
+    batch, size = None, args.train_batch_size
+    try:
+        if dataloader is not None:
+            batch = next(batches_of(dataloader, size * args.world_size, size, args.seed), None)
+        return measure_costs({"model": model}, batch)["model"]
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        logger.warning("Only parameters are counted, since the model cannot be called with a batch: %s", error)
+        return measure_costs({"model": model}, None)["model"]
 
 
 def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -76,7 +76,8 @@ def is_convolutional(model: nn.Module) -> bool:
 def _image(model: nn.Module) -> torch.Tensor:
     """An image that a model takes."""
     config: Any = model.config
-    side = min(getattr(config, "image_size", _SIDE), _LARGEST_SIDE)
+    size = getattr(config, "image_size", _SIDE)
+    side = min(size if isinstance(size, int) else max(size), _LARGEST_SIDE)
     weight = next(model.parameters())
     return torch.zeros(1, config.num_channels, side, side, dtype=weight.dtype, device=weight.device)
 

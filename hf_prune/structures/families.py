@@ -120,6 +120,12 @@ _BERT: Family = (
                 size="self.attention_head_size",
                 attributes=("self.num_attention_heads", "self.all_head_size"),
             ),
+            _heads(
+                "crossattention",
+                "self.query self.key self.value output.dense",
+                size="self.attention_head_size",
+                attributes=("self.num_attention_heads", "self.all_head_size"),
+            ),
             _neurons("", "intermediate.dense output.dense", "intermediate_size"),
         ),
         norm_first=False,

@@ -73,6 +73,12 @@ def require_prunable(model: nn.Module, config: PruningConfig, structures: Struct
                 f"layer_sparsity: {pattern!r} matches none of the places of structures, such as "
                 f"{next(iter(structures))!r}. It has to match the whole name."
             )
+    if config.round_sparsities[-1] > 0:
+        for kind in kinds_of(structures):
+            places = [those for those in structures.values() if those.kind == kind]
+            if all(len(those.steps()) == 1 for those in places):
+                few = "one" if places[0].multiple == 1 else f"{config.multiple_of} (multiple_of)"
+                raise ValueError(f"no {kind} of {type(model).__name__} can go: no place has more than {few}.")
     if config.uniform:
         _require_uniform(model, config, structures)
     final, scope = config.round_sparsities[-1], "layer" if config.uniform else config.scope

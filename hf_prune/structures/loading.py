@@ -5,6 +5,7 @@ one changes no weight, only shapes, and leaves an ordinary model behind. Importi
 """
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -77,7 +78,7 @@ class ShapesQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for name, shape in self.quantization_config.shapes.items():
-            module = _find(model, name.rpartition(".")[0], name)
+            module = _find(model, name.rpartition(".")[0])
             if module is not None and list(getattr(module, name.rpartition(".")[2]).shape) != shape:
                 raise ValueError(f"the recorded shape of {name!r} is {shape}, and the weights have another one.")
         self.remove_quantization_config(model)  # It is no quantized model ...
@@ -120,13 +121,15 @@ def record_shapes_(model: PreTrainedModel) -> bool:
     """
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    said = _built_from(model)
-    shapes = {name: list(tensor.shape) for name, tensor in _tensors(model)}
+    said = built_from(model.config, model)
+    # What the class does not build by itself, such as a head that its owner has put there, is no business of ours.
     expected = {name: list(tensor.shape) for name, tensor in _tensors(said)}
-    sizes, expected_sizes = _sizes(model), _sizes(said)
+    shapes = {name: list(tensor.shape) for name, tensor in _tensors(model) if name in expected}
+    sizes = _sizes(said)
     attributes = {
-        name: {key: value for key, value in own.items() if expected_sizes[name].get(key) != value}
-        for name, own in sizes.items()
+        name: {key: value for key, value in own.items() if sizes[name].get(key) != value}
+        for name, own in _sizes(model).items()
+        if name in sizes
     }
     record = ShapesConfig(
         {name: shape for name, shape in shapes.items() if expected[name] != shape},
@@ -138,10 +141,20 @@ def record_shapes_(model: PreTrainedModel) -> bool:
     return False
 
 
-def _built_from(model: PreTrainedModel) -> PreTrainedModel:
-    """What its config says that a model is, without weights."""
-    with torch.device("meta"), no_init_weights(), no_tie_weights():
-        return type(model)(copy.deepcopy(model.config))
+def built_from(config: PretrainedConfig, model: PreTrainedModel) -> PreTrainedModel:
+    """What a config says that a model is, without weights.
+
+    Raises:
+        ValueError: if the model's class needs more than a config.
+    """
+    try:
+        with torch.device("meta"), no_init_weights(), no_tie_weights():
+            return type(model)(copy.deepcopy(config))
+    except TypeError as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be built from its config alone ({error}), and so not be loaded either. "
+            "Shrink the model inside of it."
+        ) from error
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -169,15 +182,17 @@ def _is_size(value: object) -> bool:
 
 
 def _apply_(model: PreTrainedModel, record: ShapesConfig) -> None:
-    """Gives a model on the meta device its recorded shapes.
+    """Gives a model on the meta device its recorded shapes, as far as it has what they are of.
 
     Raises:
         ValueError: if it has no such modules or tensors: it is another model.
     """
+    if record.shapes and not any(_find(model, name.rpartition(".")[0]) for name in record.shapes):
+        raise _other_model(model, next(iter(record.shapes)))
     for name, shape in record.shapes.items():
         path, _, attribute = name.rpartition(".")
-        module = _find(model, path, name)
-        if module is None:  # It belongs to a head that is not loaded.
+        module = _find(model, path)
+        if module is None:
             continue
         tensor = getattr(module, attribute, None)
         if not torch.is_tensor(tensor) or tensor.ndim != len(shape):
@@ -187,32 +202,26 @@ def _apply_(model: PreTrainedModel, record: ShapesConfig) -> None:
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         setattr(module, attribute, empty)
     for name, values in record.attributes.items():
-        module = _find(model, name, name)
+        module = _find(model, name)
         for key, value in values.items() if module is not None else ():
             if not _is_size(vars(module).get(key)):
                 raise _other_model(model, f"{name}.{key}")
             setattr(module, key, value)
 
 
-def _find(model: PreTrainedModel, path: str, name: str) -> nn.Module | None:
+def _find(model: PreTrainedModel, path: str) -> nn.Module | None:
     """A module by its name in the model that was saved, which may have had another head, or none.
 
     Returns:
-        The module, or None if it belongs to a head that this model does not have.
+        The module, or None if it belongs to what this model does not have: another head, or an encoder.
     """
-    prefix, base = model.base_model_prefix, model.base_model
-    candidates: list[tuple[nn.Module, str]] = [(model, path)]
-    if path == prefix or path.startswith(f"{prefix}."):
-        candidates.append((base, path.removeprefix(prefix).removeprefix(".")))  # From a model with a head.
-    candidates.append((base, path))  # From the base model.
-    for root, own in candidates:
+    inner = path.partition(".")[2]  # Without the name of a base model, which another class calls otherwise.
+    for root, own in itertools.product((model, model.base_model), filter(None, (path, inner))):
         try:
             return root.get_submodule(own)
         except AttributeError:
             continue
-    if path.partition(".")[0] != prefix and base is model:
-        return None
-    raise _other_model(model, name)
+    return None
 
 
 def _other_model(model: PreTrainedModel, name: str) -> ValueError:

@@ -1,5 +1,6 @@
 """Places: where a model of a known family has its heads, neurons and layers."""
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ def find_in_family(
     Args:
         model: The model, unwrapped.
         kinds: Of "head", "neuron" and "layer".
-        targets: The weights that may be pruned; a structure is left alone that has a matrix which is none of them.
+        targets: The weights that may be pruned; a structure stays that has a matrix which is none of them.
         multiple_of: The number of neurons that remain in a layer is a multiple of this.
 
     Returns:
@@ -39,9 +40,19 @@ def find_in_family(
     """
     everything = {those.name: those for each in _stacks(model) for those in each.structures(kinds, multiple_of)}
     _require_own_weights(everything)
-    found = {name: those for name, those in everything.items() if _matrices(model, those) <= targets.keys()}
-    if not found:
-        raise ValueError(f"no {' or '.join(kinds)} of {type(model).__name__} is left to prune.")
+    found = {}
+    for name, those in everything.items():
+        others = [m for m in _matrices(model, those) if m.name not in targets]
+        if those.kind == "layer":
+            stay = sorted({*those.stay, *(int(m.owners[0]) for m in others)})
+            found[name] = dataclasses.replace(those, stay=tuple(stay))
+        elif not others:
+            found[name] = those
+    if all(len(those.stay) == those.count for those in found.values()):
+        raise ValueError(
+            f"no {' or '.join(kinds)} of {type(model).__name__} is left to prune. It is left alone if one of its "
+            "projections is no target."
+        )
     return found
 
 
@@ -160,6 +171,11 @@ class _Layers:
             return "a norm comes behind each sum, so that a layer without outputs still changes what it hands on"
         if getattr(self.config, "scale_attn_by_inverse_layer_idx", False):
             return "attention is scaled by the number of its layer (scale_attn_by_inverse_layer_idx)"
+        if getattr(self.config, "use_weighted_layer_sum", False):
+            return "a weight goes to each layer (use_weighted_layer_sum)"
+        # The last one is what a config of a backbone says by itself.
+        if list(getattr(self.config, "out_indices", None) or [len(self.layers)]) != [len(self.layers)]:
+            return "the outputs of layers are asked for by their numbers (out_indices)"
         return None
 
     def _whole(self) -> Structures:
@@ -243,10 +259,10 @@ def _blocks(length: int, count: int) -> torch.Tensor:
     return torch.arange(length) // (length // count)
 
 
-def _matrices(model: nn.Module, structures: Structures) -> set[str]:
+def _matrices(model: nn.Module, structures: Structures) -> list[Member]:
     """The weights of projections of which structures own something."""
     holders = ((member, model.get_submodule(member.name.rpartition(".")[0])) for member in structures.members)
-    return {m.name for m, holder in holders if m.parameter.ndim > 1 and isinstance(holder, (nn.Linear, Conv1D))}
+    return [m for m, holder in holders if m.parameter.ndim > 1 and isinstance(holder, (nn.Linear, Conv1D))]
 
 
 def _require_own_weights(found: StructureSet) -> None:

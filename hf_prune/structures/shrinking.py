@@ -1,6 +1,9 @@
 """Shrinking: what is pruned as a whole is removed, and the model gets smaller."""
 
+import copy
+import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..targets import find_targets
 from .channels import find_channels, is_convolutional
-from .loading import WIDTHS, can_say, record_shapes_
+from .loading import WIDTHS, built_from, can_say, record_shapes_
 from .members import (
     Structures,
     StructureSet,
@@ -17,8 +20,11 @@ from .members import (
     kept_structures,
     kinds_of,
     nonzeros,
+    parameters_of,
 )
 from .places import find_in_family, may_lose_layers
+
+logger = logging.getLogger(__name__)
 
 _LAYER_LISTS = ("layer_types", "attention_layers")  # Fields of a config with an entry for each layer.
 _LAYER_NUMBERS = ("layer_idx", "layer_id")
@@ -56,6 +62,12 @@ def shrink(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = No
         8
     """
     structures = find_removable(model)
+    for name, parameter in parameters_of(structures).items():
+        if masks is not None and name in masks and masks[name].shape != parameter.shape:
+            raise ValueError(
+                f"the mask of {name!r} has shape {tuple(masks[name].shape)}, the parameter {tuple(parameter.shape)}: "
+                "has the model been shrunk already?"
+            )
     kept = kept_structures(structures, nonzeros(structures) if masks is None else masks)
     if count_structures(structures, kept)[0] == 0:
         raise ValueError(
@@ -106,9 +118,14 @@ def remove_(model: PreTrainedModel, structures: StructureSet, kept: Mapping[str,
     }
     for name, those in {**parts, **layers}.items():
         if not kept[name].any():
-            raise ValueError(f"all {those.count} {those.kind}s of {name!r} are pruned; at least one has to stay.")
+            raise ValueError(
+                f"all {those.count} {those.kind}s of {name!r} are pruned; at least one has to stay. (A layer goes if "
+                "all its weights are zero.)"
+            )
         if not kept[name][list(those.stay)].all():
             raise ValueError(f"{those.kind} {those.stay[0]} of {name!r} is pruned, and makes what the others read.")
+    built_from(model.config, model)  # Else nothing could be recorded, and the model is still whole.
+    _own_configs_(model)
     for name, those in parts.items():
         if not kept[name].all():
             _remove_parts_(model, those, kept[name])
@@ -116,7 +133,27 @@ def remove_(model: PreTrainedModel, structures: StructureSet, kept: Mapping[str,
     for name, those in layers.items():
         if not kept[name].all():
             _remove_layers_(model, those, kept[name])
+    _forget_alignment_(model, parts | layers, kept)
     record_shapes_(model)
+
+
+def _own_configs_(model: PreTrainedModel) -> None:
+    """Gives a model configs of its own: others may have been built from the same ones, and stay as they are."""
+    copies: dict[int, PretrainedConfig] = {}
+    for module in model.modules():
+        if isinstance(config := getattr(module, "config", None), PretrainedConfig):
+            setattr(module, "config", copies.setdefault(id(config), copy.deepcopy(config)))  # noqa: B010
+
+
+def _forget_alignment_(model: PreTrainedModel, structures: StructureSet, kept: Mapping[str, torch.Tensor]) -> None:
+    """Whisper's timestamps of words come from some heads of its decoder, by their numbers."""
+    settings: Any = getattr(model, "generation_config", None)
+    changed = any(
+        "decoder" in name and those.kind != "neuron" and not kept[name].all() for name, those in structures.items()
+    )
+    if changed and getattr(settings, "alignment_heads", None):
+        settings.alignment_heads = None
+        logger.warning("alignment_heads of the generation config is dropped: the decoder's heads have other numbers.")
 
 
 def _goes_with(name: str, layers: StructureSet, kept: Mapping[str, torch.Tensor]) -> bool:

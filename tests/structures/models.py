@@ -82,6 +82,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**GROUPED)),
     "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**GROUPED, sliding_window=4)),
     "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**ENCODER)),
+    "bert with cross-attention": lambda: transformers.BertLMHeadModel(
+        transformers.BertConfig(**DECODER, is_decoder=True, add_cross_attention=True)
+    ),
     "roberta": lambda: transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**ENCODER)),
     "distilbert": lambda: transformers.DistilBertForSequenceClassification(
         transformers.DistilBertConfig(

@@ -1,5 +1,6 @@
 """A shrunk model is loaded as any other, in a process of its own."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 import transformers
 
 from hf_prune import PruningConfig, prune, shrink
+from hf_prune.structures import families
 from tests.structures.models import MODELS, build, inputs_of, logits_of
 from tests.structures.test_shrinking import IMPOSSIBLE, config_of
 from tests.structures.test_training import samples
@@ -203,7 +205,7 @@ def change_config(folder, change):
     ("change", "error", "match"),
     [
         (lambda c: c["shapes"].update({"transformer.h.0.mlp.c_fc.weight": [4, 16]}), RuntimeError, "mismatched_sizes"),
-        (lambda c: c["shapes"].update({"transformer.h.7.mlp.c_fc.weight": [4, 16]}), ValueError, "of another model"),
+        (lambda c: c.update(shapes={"model.layers.0.mlp.up_proj.weight": [4, 16]}), ValueError, "of another model"),
         (lambda c: c["shapes"].update({"transformer.h.0.mlp.c_fc.weight": [4]}), ValueError, "of another model"),
         (lambda c: c["shapes"].update({"x": [0]}), ValueError, r"shape of 'x' must be positive whole numbers"),
         (lambda c: c["shapes"].update({"x": "y"}), ValueError, r"shape of 'x' must be positive whole numbers"),
@@ -242,3 +244,36 @@ def test_it_trains_compiled(shrunk, tmp_path, make_trainer):
     with torch.no_grad():
         compiled = torch.compile(loaded.eval())(**inputs_of(loaded)).logits
     assert torch.allclose(compiled, logits_of(loaded), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("whisper", "WhisperForAudioClassification"),
+        ("bart", "BartForCausalLM"),
+        ("t5", "T5ForTokenClassification"),
+        ("t5", "T5EncoderModel"),
+        ("qwen3", "Qwen3ForQuestionAnswering"),
+    ],
+)
+def test_it_loads_into_other_classes_of_its_family(name, other, tmp_path):
+    model = build(name)
+    prune(model, config_of("head+neuron"))
+    shrink(model).save_pretrained(tmp_path)
+    loaded = getattr(transformers, other).from_pretrained(tmp_path)
+    ours = {parameter.shape for n, parameter in model.named_parameters() if "mlp" in n or "fc1" in n or ".wi" in n}
+    theirs = {parameter.shape for n, parameter in loaded.named_parameters() if "mlp" in n or "fc1" in n or ".wi" in n}
+    assert theirs <= ours
+
+
+def test_a_family_that_was_described_keeps_what_it_counts(tmp_path, monkeypatch):
+    family = families.FAMILIES["gpt_neo"]
+    heads, neurons = family[0].parts
+    counting = dataclasses.replace(heads, attributes=("num_heads", "embed_dim"))
+    monkeypatch.setitem(families.FAMILIES, "gpt_neo", (dataclasses.replace(family[0], parts=(counting, neurons)),))
+    model = build("gpt_neo")
+    prune(model, config_of("head"))
+    shrink(model).save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    widths = [layer.attn.attention.embed_dim for layer in model.transformer.h]
+    assert [layer.attn.attention.embed_dim for layer in loaded.transformer.h] == widths != [16, 16, 16]

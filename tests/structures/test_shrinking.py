@@ -2,18 +2,22 @@
 
 import pytest
 import torch
+import transformers
 
-from hf_prune import PruningConfig, prune, shrink
+from hf_prune import MaskSet, PruningConfig, prune, shrink
 from hf_prune.structures.families import FAMILIES
 from hf_prune.structures.members import kept_structures, nonzeros
 from hf_prune.structures.shrinking import find_removable
-from tests.structures.models import MODELS, build, logits_of
+from tests.structures.models import DECODER, MODELS, build, inputs_of, logits_of
 
 GRANULARITIES = ("head", "neuron", "head+neuron", "layer")
 SCOPES = ("global", "layer")
 # Cells that cannot be, with what the error says.
 IMPOSSIBLE = {
-    **{(name, "layer"): "a norm comes behind each sum" for name in ("bert", "roberta", "distilbert", "bart")},
+    **{
+        (name, "layer"): "a norm comes behind each sum"
+        for name in ("bert", "bert with cross-attention", "roberta", "distilbert", "bart")
+    },
 }
 CELLS = [
     (name, granularity, scope)
@@ -86,3 +90,130 @@ def test_planted_structures_are_the_ones_that_go(name, granularity):
         prune(model, config_of(kind, sparsity=gone[kind] / total[kind]))
     kept = kept_structures(removable, nonzeros(removable))
     assert {place: (~each).nonzero().flatten().tolist() for place, each in kept.items()} == planted
+
+
+def test_others_that_were_built_from_the_same_config_stay_as_they_are():
+    model = build("llama")
+    teacher = type(model)(model.config).eval()
+    logits = logits_of(teacher)
+    for granularity in ("layer", "head+neuron"):
+        prune(model, config_of(granularity))
+        shrink(model)
+    assert torch.equal(logits_of(teacher), logits)
+    assert teacher.config.num_hidden_layers == 3
+    assert model.config is model.model.config is not teacher.config
+
+
+def test_masks_from_before_are_told():
+    model = build("llama")
+    prune(model, config_of("neuron"))
+    masks = MaskSet.from_zeros(model, [f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)])
+    shrink(model)
+    with pytest.raises(ValueError, match=r"has shape .* has the model been shrunk already"):
+        shrink(model, masks)
+
+
+def test_nothing_is_pruned_as_a_whole():
+    model = build("llama")
+    prune(model, PruningConfig(sparsity=0.5))
+    with pytest.raises(ValueError, match="there is nothing to remove: no head, neuron, channel or layer"):
+        shrink(model)
+
+
+def test_all_of_a_place_is_pruned():
+    model = build("llama")
+    with torch.no_grad():
+        for parameter in model.model.layers[1].self_attn.parameters():
+            parameter.zero_()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"all 3 heads of 'model.layers.1.self_attn' are pruned.*all its weights are"):
+        shrink(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_class_that_needs_more_than_a_config_is_left_whole():
+    class Wide(transformers.BertPreTrainedModel):
+        def __init__(self, config, width):
+            super().__init__(config)
+            self.bert = transformers.BertModel(config)
+            self.head = torch.nn.Linear(16, width)
+
+    model = Wide(build("bert").config, 5)
+    prune(model, config_of("neuron"))
+    before = model.num_parameters()
+    with pytest.raises(ValueError, match=r"Wide cannot be built from its config alone.*Shrink the model inside of it"):
+        shrink(model)
+    assert model.num_parameters() == before
+    shrink(model.bert)
+    assert model.num_parameters() < before
+
+
+def test_a_head_that_its_owner_has_put_there_is_left_alone(tmp_path):
+    model = build("bert")
+    model.classifier = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    prune(model, config_of("head+neuron"))
+    masked = logits_of(model)
+    shrink(model).save_pretrained(tmp_path)
+    assert (logits_of(model) - masked).abs().max() < 1e-5
+    loaded = transformers.AutoModel.from_pretrained(tmp_path)
+    inputs = inputs_of(model)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).last_hidden_state, model.bert(**inputs).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [({"use_weighted_layer_sum": True}, "a weight goes to each layer"), ({"out_indices": [1, 3]}, "by their numbers")],
+)
+def test_layers_that_others_count_on_stay(changes, match):
+    if "out_indices" in changes:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
+        model = transformers.Dinov2Backbone(transformers.Dinov2Config(**sizes, **changes))
+    else:
+        model = build("whisper")
+        model.config.use_weighted_layer_sum = True
+    with pytest.raises(ValueError, match=match):
+        prune(model, config_of("layer"))
+
+
+def test_layers_that_are_excluded_stay():
+    model = build("llama")
+    prune(model, config_of("layer", sparsity=2 / 3, exclude_modules=[r".*layers\.1\.mlp.*"]))
+    first = model.model.layers[1].mlp.up_proj.weight.clone()
+    shrink(model)
+    assert len(model.model.layers) == 1
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, first)
+
+
+def test_alignment_heads_of_whisper_are_dropped(caplog):
+    model = build("whisper")
+    model.generation_config.alignment_heads = [[2, 3], [1, 2]]
+    prune(model, config_of("neuron"))
+    shrink(model)
+    assert model.generation_config.alignment_heads
+    prune(model, config_of("head"))
+    shrink(model)
+    assert model.generation_config.alignment_heads is None
+    assert "alignment_heads of the generation config is dropped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "match"),
+    [
+        (
+            lambda: transformers.GemmaForCausalLM(
+                transformers.GemmaConfig(**{**DECODER, "num_key_value_heads": 1, "head_dim": 4})
+            ),
+            config_of("head", uniform=True),
+            "no head of GemmaForCausalLM can go: no place has more than one",
+        ),
+        (
+            lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**DECODER, "intermediate_size": 8})),
+            PruningConfig(sparsity=0.5, granularity="neuron", scope="layer"),
+            r"no neuron of LlamaForCausalLM can go: no place has more than 8 \(multiple_of\)",
+        ),
+    ],
+)
+def test_nothing_can_go(model, config, match):
+    with pytest.raises(ValueError, match=match):
+        prune(model(), config)

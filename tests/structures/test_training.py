@@ -182,3 +182,22 @@ def test_an_optimizer_may_hold_more_than_the_model(make_trainer):
     trainer = make_trainer(model, PruningTrainerCallback(CONFIG), train_dataset=samples(model))
     trainer.optimizer = torch.optim.SGD([*model.parameters(), extra], lr=1e-3)
     trainer.train()
+
+
+class Pairs(transformers.Trainer):
+    """Calls its model in a way of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return (model(input_ids=inputs["a"]).logits - model(input_ids=inputs["b"]).logits).square().mean()
+
+
+def test_a_model_that_is_called_in_a_way_of_its_own(make_trainer, caplog):
+    model = build("gpt_neo")
+    before = model.num_parameters()
+    pairs = [{"a": row["input_ids"], "b": row["input_ids"].flip(0)} for row in samples(model)]
+    pruning = PruningTrainerCallback(CONFIG)
+    make_trainer(model, pruning, cls=Pairs, train_dataset=pairs, remove_unused_columns=False).train()
+    assert model.num_parameters() < before
+    assert pruning.history.costs["shrunk"].flops is None
+    assert "Only parameters are counted" in caplog.text
+    assert str(pruning.history).endswith("parameters.")

@@ -6,15 +6,11 @@ accelerate launch recipes/efficientnet.py --model_name_or_path google/efficientn
     --num_train_epochs 3
 """
 
-from transformers import EfficientNetConfig, EfficientNetForImageClassification, Trainer, TrainingArguments, set_seed
+from transformers import EfficientNetConfig, EfficientNetForImageClassification, TrainingArguments
 
-from common.arguments import parse
 from common.classification import DEFAULTS as CLASSIFICATION
-from common.classification import SMALL_MODEL, ScriptArguments, classification_task
-from common.dense import dense_model
-from common.report import report
+from common.classification import SMALL_MODEL, ScriptArguments, classification_task, prune_classifier
 from common.task import Task
-from hf_prune import PruningTrainerCallback
 
 DEFAULTS = {**CLASSIFICATION, "output_dir": "output/efficientnet"}
 PRUNING = {"sparsity": 0.9}
@@ -37,26 +33,9 @@ def small_efficientnet(image_size: int, labels: list[str]) -> EfficientNetForIma
 
 def load_task(script: ScriptArguments, training: TrainingArguments) -> Task:
     """Images in three splits, and the model that is to be pruned."""
+    # Larger than digits are, because the network halves them five times.
     return classification_task(script, training, small_efficientnet, side=32)
 
 
-def main() -> None:
-    """Images, dense model, pruning, report."""
-    script, pruning, training = parse(ScriptArguments, DEFAULTS, SMALL_MODEL, PRUNING)
-    set_seed(training.seed)
-    task = load_task(script, training)
-    model = dense_model(task, script, training)
-
-    callback = PruningTrainerCallback(pruning)
-    trainer = Trainer(model, training, callbacks=[callback], **task.trainer_kwargs)
-    callback.evaluate = trainer.evaluate
-    callback.log = trainer.log
-
-    dense_test = trainer.predict(task.test)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    report(trainer, callback, dense_test, trainer.predict(task.test))
-    trainer.accelerator.end_training()
-
-
 if __name__ == "__main__":
-    main()
+    prune_classifier(load_task, DEFAULTS, SMALL_MODEL, PRUNING)

@@ -1,4 +1,4 @@
-"""Prunes an image classifier while it trains: by default a small ViT on handwritten digits, nothing to download.
+"""Prunes a ViT while it trains: by default a small ViT on handwritten digits, nothing to download.
 
 accelerate launch recipes/vit.py
 accelerate launch recipes/vit.py --sparsity 0.8 --schedule one_shot
@@ -7,15 +7,11 @@ accelerate launch recipes/vit.py --model_name_or_path google/vit-base-patch16-22
     --dataset uoft-cs/cifar10 --num_train_epochs 3
 """
 
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
-from common.arguments import parse
 from common.classification import DEFAULTS as CLASSIFICATION
-from common.classification import SMALL_MODEL, ScriptArguments, classification_task
-from common.dense import dense_model
-from common.report import report
+from common.classification import SMALL_MODEL, ScriptArguments, classification_task, prune_classifier
 from common.task import Task
-from hf_prune import PruningTrainerCallback
 
 DEFAULTS = {**CLASSIFICATION, "output_dir": "output/vit"}
 PRUNING = {"sparsity": 0.9}
@@ -43,23 +39,5 @@ def load_task(script: ScriptArguments, training: TrainingArguments) -> Task:
     return classification_task(script, training, small_vit)
 
 
-def main() -> None:
-    """Images, dense model, pruning, report."""
-    script, pruning, training = parse(ScriptArguments, DEFAULTS, SMALL_MODEL, PRUNING)
-    set_seed(training.seed)
-    task = load_task(script, training)
-    model = dense_model(task, script, training)
-
-    callback = PruningTrainerCallback(pruning)
-    trainer = Trainer(model, training, callbacks=[callback], **task.trainer_kwargs)
-    callback.evaluate = trainer.evaluate
-    callback.log = trainer.log
-
-    dense_test = trainer.predict(task.test)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    report(trainer, callback, dense_test, trainer.predict(task.test))
-    trainer.accelerator.end_training()
-
-
 if __name__ == "__main__":
-    main()
+    prune_classifier(load_task, DEFAULTS, SMALL_MODEL, PRUNING)

@@ -1,20 +1,26 @@
 """Image classification: images in three splits, a processor, and a model that is pretrained or small."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedModel,
+    Trainer,
     TrainingArguments,
     ViTImageProcessorPil,
+    set_seed,
 )
 
-from common.dense import DenseArguments
+from common.arguments import parse
+from common.dense import DenseArguments, dense_model
 from common.images import ImageCollator, load_images
+from common.report import report
 from common.splits import SplitArguments, three_splits
 from common.task import Task
+from hf_prune import PruningTrainerCallback
 from hf_prune.metrics import accuracy_metrics
 
 DEFAULTS = {
@@ -59,6 +65,9 @@ def classification_task(
         small_model: Builds the model that is trained where no pretrained one is named, from the side of its images
             and the names of the labels.
         side: The side to which its images are brought; their own, at most 32, if None.
+
+    Returns:
+        The task.
     """
     with training.main_process_first():  # so that the others find what `datasets` has cached
         images = three_splits(load_images(script.dataset), script, training.seed)
@@ -91,3 +100,26 @@ def classification_task(
         "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
     }
     return Task(make_model, False, trainer_kwargs, images["test"])
+
+
+def prune_classifier(
+    load_task: Callable[[ScriptArguments, TrainingArguments], Task],
+    defaults: Mapping[str, Any],
+    small_model_defaults: Mapping[str, Any],
+    pruning_defaults: Mapping[str, Any],
+) -> None:
+    """Images, dense model, pruning, report: a recipe from its command line to its end."""
+    script, pruning, training = parse(ScriptArguments, defaults, small_model_defaults, pruning_defaults)
+    set_seed(training.seed)
+    task = load_task(script, training)
+    model = dense_model(task, script, training)
+
+    callback = PruningTrainerCallback(pruning)
+    trainer = Trainer(model, training, callbacks=[callback], **task.trainer_kwargs)
+    callback.evaluate = trainer.evaluate
+    callback.log = trainer.log
+
+    dense_test = trainer.predict(task.test)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    report(trainer, callback, dense_test, trainer.predict(task.test))
+    trainer.accelerator.end_training()

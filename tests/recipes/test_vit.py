@@ -1,4 +1,5 @@
 import gzip
+import runpy
 import struct
 import sys
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["vit.py", "--use_cpu", "--dense_dir=dense", *flags])
     with pytest.raises(ValueError, match=message):
-        vit.main()
+        runpy.run_path(vit.__file__, run_name="__main__")
     assert list(tmp_path.rglob("*.safetensors")) == []
 
 

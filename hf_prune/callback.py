@@ -50,8 +50,8 @@ from .pruning import cut_, require_room, required_statistics, resolve_targets
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
 from .rounds import Rounds
 from .samples import batches_of
-from .structures.finding import find_structures, held_zeros, require_prunable, zeros_of
-from .structures.members import Structures, parameters_of
+from .structures.finding import find_places, held_zeros, require_prunable, zeros_of
+from .structures.members import Place, parameters_of
 from .structures.shrinking import shrink
 from .targets import Target
 from .weights import WeightsCopy
@@ -149,7 +149,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def _start_clean(self) -> None:
         self.masks = MaskSet()
         self._targets: dict[str, Target] = {}
-        self._structures: dict[str, Structures] = {}
+        self._places: dict[str, Place] = {}
         self._weights: dict[str, nn.Parameter] = {}
         self._hooks = GradientHooks()
         self._run_id = uuid.uuid4().hex
@@ -214,8 +214,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 "new Trainer for it."
             )
         self._targets = resolve_targets(now.model, self.config)
-        self._structures = find_structures(now.model, self.config, self._targets)
-        require_prunable(now.model, self.config, self._structures)
+        self._places = find_places(now.model, self.config, self._targets)
+        require_prunable(now.model, self.config, self._places)
         self._weights = dict(now.model.named_parameters())
         self._hooks.release_(self._weights.values())  # What an interrupted run of another callback has left.
         self._tokens_seen = state.num_input_tokens_seen
@@ -317,7 +317,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 "No evaluation gave the metric %r, so the history has no values. There were %s.",
                 self.history.metric, ", ".join(sorted(self._metrics_seen)),
             )  # fmt: skip
-        if self._structures and self.config.shrink_at_end and self.masks.masked:
+        if self._places and self.config.shrink_at_end and self.masks.masked:
             self._shrink(model, args, kwargs.get("train_dataloader"))
             _SPENT.add(_unwrapped(kwargs["optimizer"]))
             self._say(self.history.savings(), state)
@@ -352,10 +352,10 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if isinstance(self._rounds.pacing, Patience):
             warn_of_few_evaluations(self._rounds.pacing, now.args, now.state)
         if self.config.hold_zeros:
-            self._adopt(held_zeros(now.model, self._targets, self._structures), None, now)
+            self._adopt(held_zeros(now.model, self._targets, self._places), None, now)
             if not self.masks.masked:
                 logger.warning("hold_zeros found no zeros to hold.")
-            require_room(self._targets, self.masks, self.config, self.criterion, self._structures)
+            require_room(self._targets, self.masks, self.config, self.criterion, self._places)
         self._cut_if_due(now)
 
     def _resume(self, now: Moment) -> None:
@@ -378,8 +378,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         folders = [*named, checkpoint_folder(args, state)]
         self.masks, self._rounds.best, movement = recover_(
             model,
-            parameters_of(self._structures) or self._targets,
-            functools.partial(zeros_of, model, self._targets, self._structures),
+            parameters_of(self._places) or self._targets,
+            functools.partial(zeros_of, model, self._targets, self._places),
             progress,
             folders,
             state.global_step,
@@ -416,7 +416,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             criterion=self.criterion,
             seed=args.seed,
             show_progress=state.is_world_process_zero and not args.disable_tqdm,
-            structures=self._structures,
+            places=self._places,
         )
         self._adopt(masks, asked, now)
         if pacing.round == len(self.config.round_sparsities):

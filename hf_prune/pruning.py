@@ -23,8 +23,8 @@ from .scopes import Pool, outlier_ratio, pools
 from .selection import drop_lowest, drop_lowest_of_each
 from .structures import choosing
 from .structures.choosing import choose
-from .structures.finding import find_structures, held_zeros, require_prunable
-from .structures.members import Structures, StructureSet, count_structures, kept_structures, masks_of, parameters_of
+from .structures.finding import find_places, held_zeros, require_prunable
+from .structures.members import Place, Places, count_gone, kept_in, masks_of, parameters_of
 from .targets import Target, find_targets
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def require_room(
     masks: MaskSet,
     config: PruningConfig,
     criterion: Criterion | None = None,
-    structures: StructureSet | None = None,
+    places: Places | None = None,
 ) -> None:
     """Tries the first cut of a config on masks that are there: if they leave it no room, now is the time to say so.
 
@@ -96,7 +96,7 @@ def require_room(
         targets: What `resolve_targets` found.
         masks: The masks so far.
         config: The pruning config.
-        structures: What `find_structures` found.
+        places: What `find_places` found.
         criterion: A criterion in place of the config's.
 
     Raises:
@@ -109,7 +109,7 @@ def require_room(
     scope = effective_scope(config, criterion)
     first = config.round_sparsities[0]
     scope = "global" if scope == "owl" else scope
-    next_masks(targets, masks, first, config, criterion=magnitude, scope=scope, structures=structures)
+    next_masks(targets, masks, first, config, criterion=magnitude, scope=scope, places=places)
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ def next_masks(
     scope: str | None = None,
     seed: int = 0,
     statistics: Statistics | None = None,
-    structures: StructureSet | None = None,
+    places: Places | None = None,
 ) -> MaskSet:
     """Scores, selects and masks once; the model is not touched.
 
@@ -137,7 +137,7 @@ def next_masks(
         scope: A scope in place of the effective one.
         seed: For criteria that draw random numbers.
         statistics: What the criterion has declared to need.
-        structures: What `find_structures` found.
+        places: What `find_places` found.
 
     Returns:
         A mask for each target; where whole structures go, for all that belongs to one.
@@ -173,12 +173,12 @@ def next_masks(
 
     scope = scope or effective_scope(config, criterion)
     if isinstance(granularity, Structural):
-        if not structures:
-            raise ValueError(f"granularity {config.granularity!r} needs the structures that find_structures gives.")
-        found, pooling = structures, pooling_of(score)
-        values = {name: _structure_scores(those, targets, weight_scores, pooling) for name, those in found.items()}
+        if not places:
+            raise ValueError(f"granularity {config.granularity!r} needs the structures that find_places gives.")
+        found, pooling = places, pooling_of(score)
+        values = {name: _place_scores(place, targets, weight_scores, pooling) for name, place in found.items()}
         own = config.sparsities_of({name: name for name in found}, sparsity)
-        return masks_of(found, choose(found, values, kept_structures(found, masks), sparsity, scope, own))
+        return masks_of(found, choose(found, values, kept_in(found, masks), sparsity, scope, own))
 
     def group_scores(target: Target) -> torch.Tensor:
         return granularity.pool(weight_scores(target), target)
@@ -212,7 +212,7 @@ def cut_(
     criterion: Criterion | None = None,
     seed: int = 0,
     show_progress: bool = False,
-    structures: StructureSet | None = None,
+    places: Places | None = None,
 ) -> MaskSet:
     """One round's cut: masks that reach a sparsity, in `config.score_steps` steps, and zeroes what they prune.
 
@@ -229,7 +229,7 @@ def cut_(
         criterion: A criterion in place of the config's.
         seed: For criteria that draw random numbers.
         show_progress: Whether a long calibration shows how far it is.
-        structures: What `find_structures` found.
+        places: What `find_places` found.
 
     Returns:
         A mask for each target; where whole structures go, for all that belongs to one.
@@ -258,11 +258,11 @@ def cut_(
         samples = config.calibration_samples
         return {**known, **calibrate(model, targets, batches(), missing, samples, show_progress=show_progress)}
 
-    changed = [target.weight for target in targets.values()] + list(parameters_of(structures or {}).values())
+    changed = [target.weight for target in targets.values()] + list(parameters_of(places or {}).values())
     with _put_back_on_error(changed) if reconstructs or config.score_steps > 1 else contextlib.nullcontext():
         if reconstructs and batches is not None:
             return _reconstruct_(model, targets, masks, sparsity, config, gather(), batches(), show_progress)
-        for level in _score_levels(targets, masks, sparsity, config, criterion, structures or {}):
+        for level in _score_levels(targets, masks, sparsity, config, criterion, places or {}):
             masks = next_masks(
                 targets,
                 masks,
@@ -271,25 +271,25 @@ def cut_(
                 criterion=criterion,
                 seed=seed,
                 statistics=gather(),
-                structures=structures,
+                places=places,
             )
             masks.apply_(model)
     return masks
 
 
-def _structure_scores(
-    those: Structures,
+def _place_scores(
+    place: Place,
     targets: Mapping[str, Target],
     weight_scores: Callable[[Target], torch.Tensor],
     pooling: str,
 ) -> torch.Tensor:
     """`[count]` scores of structures, float64: the sum of those of their weights, or the root of their mean square."""
-    total, sizes = torch.zeros(2, those.count, dtype=torch.float64)
-    for member in those.members:
+    total, sizes = torch.zeros(2, place.count, dtype=torch.float64)
+    for member in place.members:
         if member.name in targets:
             scores = weight_scores(targets[member.name])
-            total += member.pool(scores.double().square() if pooling == "norm" else scores, those.count)
-            sizes += member.sizes(those.count)
+            total += member.pool(scores.double().square() if pooling == "norm" else scores, place.count)
+            sizes += member.sizes(place.count)
     return (total / sizes).sqrt() if pooling == "norm" else total
 
 
@@ -378,8 +378,8 @@ def prune(
         0.75
     """
     targets = resolve_targets(model, config)
-    structures = find_structures(model, config, targets)
-    require_prunable(model, config, structures)
+    places = find_places(model, config, targets)
+    require_prunable(model, config, places)
     if hasattr(model, "peft_config"):
         logger.warning("The base weights are pruned. Merging trained adapters into them fills the zeros again.")
     if isinstance(dataloader, Iterator):
@@ -387,7 +387,7 @@ def prune(
             f"dataloader is a {type(dataloader).__name__}, which can be read once, and a cut may read the samples "
             "several times. Give a DataLoader or a list of batches."
         )
-    masks = held_zeros(model, targets, structures) if config.hold_zeros else MaskSet()
+    masks = held_zeros(model, targets, places) if config.hold_zeros else MaskSet()
     if config.round_sparsities:
         masks = cut_(
             model,
@@ -399,7 +399,7 @@ def prune(
             criterion=criterion,
             seed=seed,
             show_progress=True,
-            structures=structures,
+            places=places,
         )
     return sparsity_report(model, config, masks=masks)
 
@@ -416,12 +416,12 @@ def _score_levels(
     sparsity: float,
     config: PruningConfig,
     criterion: Criterion | None,
-    structures: StructureSet,
+    places: Places,
 ) -> list[float]:
     """The sparsities on a cut's way, each leaving the same share of what the one before has left."""
     if config.score_steps == 1:
         return [sparsity]
-    before = _lowest_sparsity(targets, masks, config, effective_scope(config, criterion), structures)
+    before = _lowest_sparsity(targets, masks, config, effective_scope(config, criterion), places)
     share, steps = (1 - sparsity) / (1 - before), config.score_steps
     levels = [1 - (1 - before) * share ** (step / steps) for step in range(1, steps)]
     if isinstance(pattern := granularities.parse(config.granularity), Pattern):
@@ -430,15 +430,15 @@ def _score_levels(
 
 
 def _lowest_sparsity(
-    targets: Mapping[str, Target], masks: MaskSet, config: PruningConfig, scope: str, structures: StructureSet
+    targets: Mapping[str, Target], masks: MaskSet, config: PruningConfig, scope: str, places: Places
 ) -> float:
     """The lowest sparsity that masks leave possible: what competes by itself may have lost more than the rest."""
     final = config.round_sparsities[-1]
-    if structures:
-        kept, floors = kept_structures(structures, masks), [0.0]
-        own = config.sparsities_of({name: name for name in structures}, final)
-        for names, share in choosing.pools(structures, final, scope, own):
-            gone, total = count_structures({name: structures[name] for name in names}, kept)
+    if places:
+        kept, floors = kept_in(places, masks), [0.0]
+        own = config.sparsities_of({name: name for name in places}, final)
+        for names, share in choosing.pools(places, final, scope, own):
+            gone, total = count_gone({name: places[name] for name in names}, kept)
             floors += [gone / total * final / share] if share else []
         return min(max(floors), final)
     own = _layer_sparsity(targets, final, config)

@@ -15,8 +15,8 @@ from torch import nn
 from .config import PruningConfig
 from .costs import Cost
 from .masks import masked_in
-from .structures.finding import find_structures
-from .structures.members import Structures, kept_structures, nonzeros, parameters_of
+from .structures.finding import find_places
+from .structures.members import Place, kept_in, nonzeros, parameters_of
 from .targets import find_targets
 
 HISTORY_NAME = "pruning_history.json"
@@ -175,24 +175,24 @@ def sparsity_report(
         The report.
 
     Raises:
-        ValueError: as `find_targets` and `find_structures` do.
+        ValueError: as `find_targets` and `find_places` do.
     """
-    structures: dict[str, Structures] = {}
+    places: dict[str, Place] = {}
     names: Iterable[str] = () if masks is None else masks
     if masks is None or config is not None:
         targets = find_targets(model, *((config.target_modules, config.exclude_modules) if config else ()))
-        structures = find_structures(model, config, targets) if config else {}
-        names = (parameters_of(structures) or targets) if masks is None else masks
-    alive, kept = (kept_structures(structures, values) for values in (nonzeros(structures), masks or {}))
-    places = tuple(
+        places = find_places(model, config, targets) if config else {}
+        names = (parameters_of(places) or targets) if masks is None else masks
+    alive, kept = (kept_in(places, values) for values in (nonzeros(places), masks or {}))
+    rows_of_places = tuple(
         StructureSparsity(
             name,
-            those.kind,
+            place.kind,
             zeros=int((~alive[name]).sum()),
-            total=those.count,
+            total=place.count,
             masked=None if masks is None else int((~kept[name]).sum()),
         )
-        for name, those in structures.items()
+        for name, place in places.items()
     )
     zeros = {id(weight): weight.numel() - int(weight.count_nonzero()) for weight in model.parameters()}
     rows = []
@@ -202,7 +202,7 @@ def sparsity_report(
         shape = tuple(weight.shape)
         rows.append(ModuleSparsity(name.removesuffix(".weight"), shape, zeros[id(weight)], weight.numel(), masked))
     total = sum(weight.numel() for weight in model.parameters())
-    return SparsityReport(tuple(rows), sum(zeros.values()), total, places)
+    return SparsityReport(tuple(rows), sum(zeros.values()), total, rows_of_places)
 
 
 @dataclass

@@ -11,13 +11,13 @@ from torch import nn
 
 from ..contexts import undisturbed
 from ..targets import Target
-from .members import NOBODY, Member, Structures
+from .members import NOBODY, Member, Place
 
 _SIDE = 64  # Of the image with which a network is traced that does not say how large its images are.
 _LARGEST_SIDE = 256  # Networks of convolutions take images of any size; large ones only take time.
 
 
-def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: int) -> dict[str, Structures]:
+def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: int) -> dict[str, Place]:
     """Finds the channels of a convolutional network that can be removed with equal outputs.
 
     A channel goes through all layers that add up what they compute, or multiply it; what produces it and what reads it
@@ -46,16 +46,16 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('channels need torch-pruning: pip install "hf_prune[cnn]".') from error
     names = {module: name for name, module in model.named_modules()}
-    found: dict[str, Structures] = {}
+    found: dict[str, Place] = {}
     with undisturbed(model, targets), torch.enable_grad():
         # Times one, so that what ends in the output can be told from what another layer reads.
         graph = DependencyGraph().build_dependency(
             model, {"pixel_values": _image(model)}, output_transform=lambda output: output[0] * 1, verbose=False
         )
         for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
-            structures = _structures(graph, group, names, targets, multiple_of)
-            if structures is not None:
-                found[structures.name] = structures
+            places = _places(graph, group, names, targets, multiple_of)
+            if places is not None:
+                found[places.name] = places
     if not found:
         raise ValueError(
             f"no channel of {type(model).__name__} can be removed: all are read across by a norm, or computed by "
@@ -82,9 +82,9 @@ def _image(model: nn.Module) -> torch.Tensor:
     return torch.zeros(1, config.num_channels, side, side, dtype=weight.dtype, device=weight.device)
 
 
-def _structures(
+def _places(
     graph: Any, group: Any, names: Mapping[nn.Module, str], targets: Mapping[str, Target], multiple_of: int
-) -> Structures | None:
+) -> Place | None:
     """The channels of a group; None if they cannot be removed."""
     members: list[Member] = []
     for item in group:
@@ -99,7 +99,7 @@ def _structures(
             return None
         members += owned
     root = group[0].dep.target.module
-    return Structures(names[root], "channel", len(group[0].idxs), tuple(members), multiple=multiple_of)
+    return Place(names[root], "channel", len(group[0].idxs), tuple(members), multiple=multiple_of)
 
 
 def _members(

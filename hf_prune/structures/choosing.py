@@ -5,11 +5,11 @@ from collections.abc import Mapping
 
 import torch
 
-from .members import Structures, StructureSet, kinds_of
+from .members import Place, Places, kinds_of
 
 
 def choose(
-    structures: StructureSet,
+    places: Places,
     scores: Mapping[str, torch.Tensor],
     kept: Mapping[str, torch.Tensor],
     sparsity: float,
@@ -23,7 +23,7 @@ def choose(
     nearest to what was asked for that can be reached in this order.
 
     Args:
-        structures: The structures.
+        places: Where they are.
         scores: Place → `[count]` scores, higher = keep.
         kept: Place → `[count]` bools; what is False there is gone already, and counts.
         sparsity: Fraction of the structures of each kind that are to be gone, in `[0, 1)`.
@@ -36,28 +36,26 @@ def choose(
     Raises:
         ValueError: if a score is NaN, if more is gone already, or if a place would be emptied.
     """
-    for name in structures:
+    for name in places:
         if nan := int(scores[name].isnan().sum()):
-            raise ValueError(f"{nan} of the {structures[name].count} scores of {name!r} are NaN.")
+            raise ValueError(f"{nan} of the {places[name].count} scores of {name!r} are NaN.")
     result: dict[str, torch.Tensor] = {}
-    for names, share in pools(structures, sparsity, scope, own):
-        places = {name: structures[name] for name in names}
+    for names, share in pools(places, sparsity, scope, own):
+        pool = {name: places[name] for name in names}
         gone = {name: int((~kept[name]).sum()) for name in names}
-        require_attainable(places, share, gone)
-        orders = {name: _order(places[name], scores[name], kept[name]) for name in names}
-        asked = round(share * sum(those.count for those in places.values()))
-        for name, quota in _quotas(places, asked, gone, scores, orders).items():
+        require_attainable(pool, share, gone)
+        orders = {name: _order(pool[name], scores[name], kept[name]) for name in names}
+        asked = round(share * sum(place.count for place in pool.values()))
+        for name, quota in _quotas(pool, asked, gone, scores, orders).items():
             result[name] = torch.ones_like(kept[name]).scatter_(0, orders[name][:quota], False)
-    return {name: result[name] for name in structures}
+    return {name: result[name] for name in places}
 
 
-def pools(
-    structures: StructureSet, sparsity: float, scope: str, own: Mapping[str, float]
-) -> list[tuple[list[str], float]]:
+def pools(places: Places, sparsity: float, scope: str, own: Mapping[str, float]) -> list[tuple[list[str], float]]:
     """The places that compete with each other, and the share of each pool that is to be gone."""
-    result = [([name], own[name]) for name in structures if name in own]
-    for kind in kinds_of(structures):
-        names = [name for name, those in structures.items() if those.kind == kind and name not in own]
+    result = [([name], own[name]) for name in places if name in own]
+    for kind in kinds_of(places):
+        names = [name for name, place in places.items() if place.kind == kind and name not in own]
         if scope == "layer" and kind != "layer":  # Layers are one pool.
             result += [([name], sparsity) for name in names]
         elif names:
@@ -65,7 +63,7 @@ def pools(
     return result
 
 
-def require_attainable(places: StructureSet, sparsity: float, gone: Mapping[str, int]) -> None:
+def require_attainable(places: Places, sparsity: float, gone: Mapping[str, int]) -> None:
     """Requires that a sparsity of places that compete can be reached, up to half a step.
 
     Args:
@@ -76,10 +74,10 @@ def require_attainable(places: StructureSet, sparsity: float, gone: Mapping[str,
     Raises:
         ValueError: if it would empty a place, or if more is gone already.
     """
-    total = sum(those.count for those in places.values())
+    total = sum(place.count for place in places.values())
     asked, least = round(sparsity * total), sum(gone.values())
-    most = sum(those.steps(gone.get(name, 0))[-1] for name, those in places.items())
-    multiple = max(those.multiple for those in places.values())
+    most = sum(place.levels(gone.get(name, 0))[-1] for name, place in places.items())
+    multiple = max(place.multiple for place in places.values())
     kind = next(iter(places.values())).kind
     where = repr(next(iter(places))) if len(places) == 1 else f"{len(places)} places"
     if asked > most + multiple / 2:
@@ -97,22 +95,22 @@ def require_attainable(places: StructureSet, sparsity: float, gone: Mapping[str,
         )
 
 
-def count_left(those: Structures, sparsity: float) -> int:
+def count_left(place: Place, sparsity: float) -> int:
     """How many of a place's structures are left at a sparsity, if it competes with no other."""
-    asked = round(sparsity * those.count)
-    return those.count - min(those.steps(), key=lambda gone: (abs(gone - asked), -gone))
+    asked = round(sparsity * place.count)
+    return place.count - min(place.levels(), key=lambda gone: (abs(gone - asked), -gone))
 
 
-def _order(those: Structures, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def _order(place: Place, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The numbers of the structures, those first that go first: what is gone, then by score; what stays is last."""
     group = kept.int()
-    group[list(those.stay)] = 2
+    group[list(place.stay)] = 2
     by_score = scores.argsort(stable=True)
     return by_score[group[by_score].argsort(stable=True)]
 
 
 def _quotas(
-    places: StructureSet,
+    places: Places,
     asked: int,
     gone: Mapping[str, int],
     scores: Mapping[str, torch.Tensor],
@@ -121,8 +119,8 @@ def _quotas(
     """How many go of each place, what is gone included."""
     quotas, total = dict(gone), sum(gone.values())
     steps = []
-    for name, those in places.items():
-        ranked, levels = scores[name][orders[name]], those.steps(gone[name])
+    for name, place in places.items():
+        ranked, levels = scores[name][orders[name]], place.levels(gone[name])
         steps += [(float(ranked[a:b].mean()), name, b) for a, b in itertools.pairwise(levels)]
     # Python sorts stably: of equal scores the first place goes first.
     for _, name, level in sorted(steps, key=lambda step: step[0]):

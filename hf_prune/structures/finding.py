@@ -15,11 +15,11 @@ from ..targets import Target, find_targets
 from .channels import find_channels, is_convolutional
 from .choosing import count_left, pools, require_attainable
 from .loading import can_say
-from .members import Structures, StructureSet, fields_of, kinds_of, masks_of_zeros
+from .members import Place, Places, fields_of, kinds_of, masks_of_zeros
 from .places import find_in_family
 
 
-def find_structures(model: nn.Module, config: PruningConfig, targets: Mapping[str, Target]) -> dict[str, Structures]:
+def find_places(model: nn.Module, config: PruningConfig, targets: Mapping[str, Target]) -> dict[str, Place]:
     """Finds the structures that a config prunes.
 
     Args:
@@ -53,54 +53,54 @@ def find_structures(model: nn.Module, config: PruningConfig, targets: Mapping[st
     return found
 
 
-def require_prunable(model: nn.Module, config: PruningConfig, structures: StructureSet) -> None:
+def require_prunable(model: nn.Module, config: PruningConfig, places: Places) -> None:
     """Requires that structures can be pruned as a config asks.
 
     Args:
         model: The model, unwrapped.
         config: The pruning config.
-        structures: What `find_structures` found; may be empty.
+        places: What `find_places` found; may be empty.
 
     Raises:
         ValueError: if a pattern of `layer_sparsity` matches no place, if the final sparsity would empty a place, or if
             `uniform` asks for what no config of the family can say.
     """
-    if not structures or not config.round_sparsities:
+    if not places or not config.round_sparsities:
         return
     for pattern in config.own_sparsities:
-        if not any(re.fullmatch(pattern, name) for name in structures):
+        if not any(re.fullmatch(pattern, name) for name in places):
             raise ValueError(
                 f"layer_sparsity: {pattern!r} matches none of the places of structures, such as "
-                f"{next(iter(structures))!r}. It has to match the whole name."
+                f"{next(iter(places))!r}. It has to match the whole name."
             )
     if config.round_sparsities[-1] > 0:
-        for kind in kinds_of(structures):
-            places = [those for those in structures.values() if those.kind == kind]
-            if all(len(those.steps()) == 1 for those in places):
-                few = "one" if places[0].multiple == 1 else f"{config.multiple_of} (multiple_of)"
+        for kind in kinds_of(places):
+            of_kind = [place for place in places.values() if place.kind == kind]
+            if all(len(place.levels()) == 1 for place in of_kind):
+                few = "one" if of_kind[0].multiple == 1 else f"{config.multiple_of} (multiple_of)"
                 raise ValueError(f"no {kind} of {type(model).__name__} can go: no place has more than {few}.")
     if config.uniform:
-        _require_uniform(model, config, structures)
+        _require_uniform(model, config, places)
     final, scope = config.round_sparsities[-1], "layer" if config.uniform else config.scope
-    for names, share in pools(structures, final, scope, config.sparsities_of({n: n for n in structures}, final)):
-        require_attainable({name: structures[name] for name in names}, share, {})
+    for names, share in pools(places, final, scope, config.sparsities_of({n: n for n in places}, final)):
+        require_attainable({name: places[name] for name in names}, share, {})
 
 
-def zeros_of(model: nn.Module, targets: Mapping[str, Target], structures: StructureSet) -> MaskSet:
+def zeros_of(model: nn.Module, targets: Mapping[str, Target], places: Places) -> MaskSet:
     """The masks of what is zero: of weights, or of whole structures where there are some."""
-    return masks_of_zeros(structures) if structures else MaskSet.from_zeros(model, targets)
+    return masks_of_zeros(places) if places else MaskSet.from_zeros(model, targets)
 
 
-def held_zeros(model: nn.Module, targets: Mapping[str, Target], structures: StructureSet) -> MaskSet:
+def held_zeros(model: nn.Module, targets: Mapping[str, Target], places: Places) -> MaskSet:
     """The masks that hold all zeros of the targets.
 
     Raises:
         ValueError: if whole structures are pruned, and zeros are in others.
     """
-    masks = zeros_of(model, targets, structures)
-    for name, mask in masks.items() if structures else ():
+    masks = zeros_of(model, targets, places)
+    for name, mask in masks.items() if places else ():
         if name in targets and bool(((targets[name].weight == 0) & mask).any()):
-            kinds = " or ".join(f"{kind}s" for kind in kinds_of(structures))
+            kinds = " or ".join(f"{kind}s" for kind in kinds_of(places))
             raise ValueError(
                 f"the zeros of {targets[name].module!r} are not whole {kinds}. Start without hold_zeros, or choose "
                 "another granularity."
@@ -108,14 +108,14 @@ def held_zeros(model: nn.Module, targets: Mapping[str, Target], structures: Stru
     return masks
 
 
-def _require_uniform(model: nn.Module, config: PruningConfig, structures: StructureSet) -> None:
-    """Requires that a config of the family can say what is left, and that all places lose as much."""
-    for kind in kinds_of(structures):
-        places = {name: those for name, those in structures.items() if those.kind == kind}
-        left = {name: count_left(those, config.round_sparsities[-1]) for name, those in places.items()}
-        fields = fields_of(places, left)
-        counted = {field for those in places.values() for field, _ in those.fields}
-        if not all(those.fields for those in places.values()) or not counted <= fields.keys():
+def _require_uniform(model: nn.Module, config: PruningConfig, places: Places) -> None:
+    """Requires that a config of the family can say what is left, and that all of_kind lose as much."""
+    for kind in kinds_of(places):
+        of_kind = {name: place for name, place in places.items() if place.kind == kind}
+        left = {name: count_left(place, config.round_sparsities[-1]) for name, place in of_kind.items()}
+        fields = fields_of(of_kind, left)
+        counted = {field for place in of_kind.values() for field, _ in place.fields}
+        if not all(place.fields for place in of_kind.values()) or not counted <= fields.keys():
             raise ValueError(
                 f"uniform: no config of {type(model).__name__} can say fewer {kind}s. Leave uniform out: the shapes "
                 "are then recorded in the config, and load where hf_prune is imported."
@@ -126,6 +126,6 @@ def _require_uniform(model: nn.Module, config: PruningConfig, structures: Struct
                 f"uniform: no config of {type(model).__name__} can say {said}. Choose another sparsity, or leave "
                 "uniform out."
             )
-    everywhere = find_in_family(model, kinds_of(structures), find_targets(model), 1)
-    if left_out := [name for name in everywhere if name not in structures]:
+    everywhere = find_in_family(model, kinds_of(places), find_targets(model), 1)
+    if left_out := [name for name in everywhere if name not in places]:
         raise ValueError(f"uniform: {', '.join(map(repr, left_out))} would keep all. Leave uniform out, or prune all.")

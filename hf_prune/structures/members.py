@@ -46,7 +46,7 @@ class Member:
 
 
 @dataclass(frozen=True, eq=False)
-class Structures:
+class Place:
     """The structures of one kind in one place, such as the heads of a layer. They are numbered from 0.
 
     Attributes:
@@ -71,58 +71,67 @@ class Structures:
     fields: tuple[tuple[str, int], ...] = ()
     fixed: tuple[tuple[str, int], ...] = ()
 
-    def steps(self, gone: int = 0) -> list[int]:
+    def levels(self, gone: int = 0) -> list[int]:
         """How many may be gone, in rising order, from a number that is gone already.
 
         Example:
-            >>> Structures("mlp", "neuron", 20, (), multiple=8).steps()
+            >>> Place("mlp", "neuron", 20, (), multiple=8).levels()
             [0, 4, 12]
         """
         last = self.count - max(len(self.stay), 1)
         widths = range(self.count // self.multiple * self.multiple, 0, -self.multiple)
-        steps = [self.count - width for width in widths if self.count - width <= last]
-        return sorted({gone, *(step for step in steps if step > gone)})
+        levels = [self.count - width for width in widths if self.count - width <= last]
+        return sorted({gone, *(level for level in levels if level > gone)})
 
-    def kept_of(self, alive: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Which structures own something that is alive.
+    def kept_of(self, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Which structures masks keep something of.
 
         Args:
-            alive: Parameter → bools of its shape. Parameters that are missing are alive.
+            masks: Parameter → bool mask of its shape, True = kept. Of parameters that are missing all is kept.
 
         Returns:
-            `[count]` bools, False where all that a structure owns is dead.
+            `[count]` bools, False where nothing is kept of a structure.
+
+        Raises:
+            ValueError: if a mask has another shape.
         """
         kept = torch.zeros(self.count, dtype=torch.bool)
         for member in self.members:
-            if member.name in alive:
-                kept |= member.pool(alive[member.name], self.count) > 0
+            if member.name in masks:
+                shape = masks[member.name].shape
+                if shape != member.parameter.shape:
+                    raise ValueError(
+                        f"the mask of {member.name!r} has shape {tuple(shape)}, the parameter "
+                        f"{tuple(member.parameter.shape)}: has the model been shrunk already?"
+                    )
+                kept |= member.pool(masks[member.name], self.count) > 0
             else:
                 kept[member.owners[member.owners != NOBODY]] = True
         return kept
 
 
-StructureSet = Mapping[str, Structures]
+Places = Mapping[str, Place]
 """Name → the structures of one place."""
 
 
-def kept_structures(structures: StructureSet, alive: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `Structures.kept_of` gives for each place."""
-    return {name: those.kept_of(alive) for name, those in structures.items()}
+def kept_in(places: Places, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `Place.kept_of` gives for each place."""
+    return {name: place.kept_of(masks) for name, place in places.items()}
 
 
-def masks_of(structures: StructureSet, kept: Mapping[str, torch.Tensor]) -> MaskSet:
+def masks_of(places: Places, kept: Mapping[str, torch.Tensor]) -> MaskSet:
     """The masks that keep some structures and prune all that the others own.
 
     Args:
-        structures: The structures.
+        places: Where they are.
         kept: Place → `[count]` bools.
 
     Returns:
         A mask for each parameter of which a structure owns something, on its device.
     """
     masks: dict[str, torch.Tensor] = {}
-    for name, those in structures.items():
-        for member in those.members:
+    for name, place in places.items():
+        for member in place.members:
             if member.name not in masks:
                 masks[member.name] = torch.ones_like(member.parameter, dtype=torch.bool)
             mask = masks[member.name]
@@ -131,47 +140,47 @@ def masks_of(structures: StructureSet, kept: Mapping[str, torch.Tensor]) -> Mask
     return MaskSet(masks)
 
 
-def masks_of_zeros(structures: StructureSet) -> MaskSet:
+def masks_of_zeros(places: Places) -> MaskSet:
     """The masks that prune the structures of which all is zero."""
-    return masks_of(structures, kept_structures(structures, nonzeros(structures)))
+    return masks_of(places, kept_in(places, nonzeros(places)))
 
 
-def parameters_of(structures: StructureSet) -> dict[str, nn.Parameter]:
+def parameters_of(places: Places) -> dict[str, nn.Parameter]:
     """The parameters of which structures own something, by name."""
-    return {member.name: member.parameter for those in structures.values() for member in those.members}
+    return {member.name: member.parameter for place in places.values() for member in place.members}
 
 
-def nonzeros(structures: StructureSet) -> dict[str, torch.Tensor]:
+def nonzeros(places: Places) -> dict[str, torch.Tensor]:
     """Where the parameters are not zero of which structures own something, by name."""
-    return {name: parameter.detach() != 0 for name, parameter in parameters_of(structures).items()}
+    return {name: parameter.detach() != 0 for name, parameter in parameters_of(places).items()}
 
 
-def kinds_of(structures: StructureSet) -> list[str]:
+def kinds_of(places: Places) -> list[str]:
     """The kinds, each once."""
-    return list(dict.fromkeys(those.kind for those in structures.values()))
+    return list(dict.fromkeys(place.kind for place in places.values()))
 
 
-def count_structures(structures: StructureSet, kept: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+def count_gone(places: Places, kept: Mapping[str, torch.Tensor]) -> tuple[int, int]:
     """How many are not kept, and how many there are."""
-    total = sum(those.count for those in structures.values())
-    return total - sum(int(kept[name].sum()) for name in structures), total
+    total = sum(place.count for place in places.values())
+    return total - sum(int(kept[name].sum()) for name in places), total
 
 
-def fields_of(structures: StructureSet, left: Mapping[str, int]) -> dict[str, int]:
+def fields_of(places: Places, left: Mapping[str, int]) -> dict[str, int]:
     """What the fields of a config are to say, those on which all places that they count agree.
 
     Args:
-        structures: All places of each kind.
+        places: All of each kind.
         left: Place → how many of its structures are left.
 
     Returns:
         Field → value.
     """
     numbers: dict[str, set[int]] = {}
-    for name, those in structures.items():
-        for field, each in those.fields:
+    for name, place in places.items():
+        for field, each in place.fields:
             numbers.setdefault(field, set()).add(each * left[name])
-        if those.fields:
-            for field, value in those.fixed:
+        if place.fields:
+            for field, value in place.fixed:
                 numbers.setdefault(field, set()).add(value)
     return {field: found.pop() for field, found in numbers.items() if len(found) == 1}

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..targets import Target
 from .families import FAMILIES, Heads, Neurons, Stack
-from .members import Member, Structures, StructureSet, parameters_of
+from .members import Member, Place, Places, parameters_of
 
 _HOW_TO_ADD = (
     'Describe it in a dozen lines: describe_family({!r}, Stack("layers", (Heads(...), Neurons(...)))), all of which '
@@ -22,7 +22,7 @@ _HOW_TO_ADD = (
 
 def find_in_family(
     model: nn.Module, kinds: Collection[str], targets: Mapping[str, Target], multiple_of: int
-) -> dict[str, Structures]:
+) -> dict[str, Place]:
     """Finds the structures of some kinds in a model.
 
     Args:
@@ -38,17 +38,17 @@ def find_in_family(
         ValueError: if the family is unknown, or does not look as described; if layers share weights; if the number
             of query heads is no multiple of that of key-value heads; or if layers cannot be left out.
     """
-    everything = {those.name: those for each in _stacks(model) for those in each.structures(kinds, multiple_of)}
+    everything = {place.name: place for each in _stacks(model) for place in each.places(kinds, multiple_of)}
     _require_own_weights(everything)
     found = {}
-    for name, those in everything.items():
-        others = [m for m in _matrices(model, those) if m.name not in targets]
-        if those.kind == "layer":
-            stay = sorted({*those.stay, *(int(m.owners[0]) for m in others)})
-            found[name] = dataclasses.replace(those, stay=tuple(stay))
+    for name, place in everything.items():
+        others = [m for m in _matrices(model, place) if m.name not in targets]
+        if place.kind == "layer":
+            stay = sorted({*place.stay, *(int(m.owners[0]) for m in others)})
+            found[name] = dataclasses.replace(place, stay=tuple(stay))
         elif not others:
-            found[name] = those
-    if all(len(those.stay) == those.count for those in found.values()):
+            found[name] = place
+    if all(len(place.stay) == place.count for place in found.values()):
         raise ValueError(
             f"no {' or '.join(kinds)} of {type(model).__name__} is left to prune. It is left alone if one of its "
             "projections is no target."
@@ -144,7 +144,7 @@ class _Layers:
     layers: Sequence[_Layer]
     config: PretrainedConfig
 
-    def structures(self, kinds: Collection[str], multiple_of: int) -> Iterator[Structures]:
+    def places(self, kinds: Collection[str], multiple_of: int) -> Iterator[Place]:
         if "layer" in kinds:
             yield self._whole()
         for kind in ("head", "neuron"):
@@ -178,7 +178,7 @@ class _Layers:
             return "the outputs of layers are asked for by their numbers (out_indices)"
         return None
 
-    def _whole(self) -> Structures:
+    def _whole(self) -> Place:
         """The layers as structures; the layer that makes the position bias for the others has to stay."""
         if why := self.why_layers_stay():
             raise ValueError(
@@ -191,10 +191,10 @@ class _Layers:
         ]
         stay = [i for i, layer in enumerate(self.layers) if any(layer.tables(part) for part in self.stack.parts)]
         fields = tuple((name, 1) for name in self.stack.fields)
-        return Structures(self.name, "layer", len(self.layers), tuple(members), stay=tuple(stay), fields=fields)
+        return Place(self.name, "layer", len(self.layers), tuple(members), stay=tuple(stay), fields=fields)
 
 
-def _of_part(part: Heads | Neurons, layers: Sequence[_Layer], multiple_of: int, name: str) -> Structures:
+def _of_part(part: Heads | Neurons, layers: Sequence[_Layer], multiple_of: int, name: str) -> Place:
     """The structures of a part of one layer, or of several that lose the same ones."""
     counts = {layer.count(part) for layer in layers}
     if len(counts) > 1:
@@ -207,7 +207,7 @@ def _of_part(part: Heads | Neurons, layers: Sequence[_Layer], multiple_of: int, 
         # The first field counts the heads of queries, of which each structure may have several.
         fields[:1] = [(field, first.width(part) // size // count) for field in part.fields[:1]]
         fixed = ((part.fixed, size),) if part.fixed is not None else ()
-    return Structures(
+    return Place(
         name,
         part.kind,
         count,
@@ -259,13 +259,13 @@ def _blocks(length: int, count: int) -> torch.Tensor:
     return torch.arange(length) // (length // count)
 
 
-def _matrices(model: nn.Module, structures: Structures) -> list[Member]:
+def _matrices(model: nn.Module, places: Place) -> list[Member]:
     """The weights of projections of which structures own something."""
-    holders = ((member, model.get_submodule(member.name.rpartition(".")[0])) for member in structures.members)
+    holders = ((member, model.get_submodule(member.name.rpartition(".")[0])) for member in places.members)
     return [m for m, holder in holders if m.parameter.ndim > 1 and isinstance(holder, (nn.Linear, Conv1D))]
 
 
-def _require_own_weights(found: StructureSet) -> None:
+def _require_own_weights(found: Places) -> None:
     """Requires that no weight is in two places."""
     names: dict[int, str] = {}
     for name, parameter in parameters_of(found).items():

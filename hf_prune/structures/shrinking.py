@@ -13,14 +13,13 @@ from ..targets import find_targets
 from .channels import find_channels, is_convolutional
 from .loading import WIDTHS, built_from, can_say, record_shapes_
 from .members import (
-    Structures,
-    StructureSet,
-    count_structures,
+    Place,
+    Places,
+    count_gone,
     fields_of,
-    kept_structures,
+    kept_in,
     kinds_of,
     nonzeros,
-    parameters_of,
 )
 from .places import find_in_family, may_lose_layers
 
@@ -61,24 +60,18 @@ def shrink(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = No
         >>> shrink(model).model.layers[0].mlp.down_proj.in_features
         8
     """
-    structures = find_removable(model)
-    for name, parameter in parameters_of(structures).items():
-        if masks is not None and name in masks and masks[name].shape != parameter.shape:
-            raise ValueError(
-                f"the mask of {name!r} has shape {tuple(masks[name].shape)}, the parameter {tuple(parameter.shape)}: "
-                "has the model been shrunk already?"
-            )
-    kept = kept_structures(structures, nonzeros(structures) if masks is None else masks)
-    if count_structures(structures, kept)[0] == 0:
+    places = find_removable(model)
+    kept = kept_in(places, nonzeros(places) if masks is None else masks)
+    if count_gone(places, kept)[0] == 0:
         raise ValueError(
             "there is nothing to remove: no head, neuron, channel or layer is pruned as a whole. Prune with "
             "granularity head, neuron, head+neuron, channel or layer first."
         )
-    remove_(model, structures, kept)
+    remove_(model, places, kept)
     return model
 
 
-def find_removable(model: nn.Module) -> dict[str, Structures]:
+def find_removable(model: nn.Module) -> dict[str, Place]:
     """Finds all structures that `shrink` can remove from a model.
 
     Args:
@@ -94,45 +87,45 @@ def find_removable(model: nn.Module) -> dict[str, Structures]:
     if is_convolutional(model):
         return find_channels(model, find_targets(model, ".*"), multiple_of=1)
     targets = find_targets(model)
-    structures = find_in_family(model, ("head", "neuron"), targets, multiple_of=1)
+    places = find_in_family(model, ("head", "neuron"), targets, multiple_of=1)
     if may_lose_layers(model):
-        structures |= find_in_family(model, ("layer",), targets, multiple_of=1)
-    return structures
+        places |= find_in_family(model, ("layer",), targets, multiple_of=1)
+    return places
 
 
 @torch.no_grad()
-def remove_(model: PreTrainedModel, structures: StructureSet, kept: Mapping[str, torch.Tensor]) -> None:
+def remove_(model: PreTrainedModel, places: Places, kept: Mapping[str, torch.Tensor]) -> None:
     """Removes structures from a model.
 
     Args:
         model: The model, unwrapped; changed in place.
-        structures: Every place of each kind of which something goes: the fields of a config count them all.
+        places: Every place of each kind of which something goes: the fields of a config count them all.
         kept: Place → `[count]` bools, False for what goes.
 
     Raises:
         ValueError: if nothing is left of a place. The model is then as it was.
     """
-    layers = {name: those for name, those in structures.items() if those.kind == "layer"}
+    layers = {name: place for name, place in places.items() if place.kind == "layer"}
     parts = {
-        name: those for name, those in structures.items() if name not in layers and not _goes_with(name, layers, kept)
+        name: place for name, place in places.items() if name not in layers and not _goes_with(name, layers, kept)
     }
-    for name, those in {**parts, **layers}.items():
+    for name, place in {**parts, **layers}.items():
         if not kept[name].any():
             raise ValueError(
-                f"all {those.count} {those.kind}s of {name!r} are pruned; at least one has to stay. (A layer goes if "
+                f"all {place.count} {place.kind}s of {name!r} are pruned; at least one has to stay. (A layer goes if "
                 "all its weights are zero.)"
             )
-        if not kept[name][list(those.stay)].all():
-            raise ValueError(f"{those.kind} {those.stay[0]} of {name!r} is pruned, and makes what the others read.")
+        if not kept[name][list(place.stay)].all():
+            raise ValueError(f"{place.kind} {place.stay[0]} of {name!r} is pruned, and makes what the others read.")
     built_from(model.config, model)  # Else nothing could be recorded, and the model is still whole.
     _own_configs_(model)
-    for name, those in parts.items():
+    for name, place in parts.items():
         if not kept[name].all():
-            _remove_parts_(model, those, kept[name])
+            _remove_parts_(model, place, kept[name])
     _say_widths_(model, parts, kept)
-    for name, those in layers.items():
+    for name, place in layers.items():
         if not kept[name].all():
-            _remove_layers_(model, those, kept[name])
+            _remove_layers_(model, place, kept[name])
     _forget_alignment_(model, parts | layers, kept)
     record_shapes_(model)
 
@@ -145,25 +138,25 @@ def _own_configs_(model: PreTrainedModel) -> None:
             setattr(module, "config", copies.setdefault(id(config), copy.deepcopy(config)))  # noqa: B010
 
 
-def _forget_alignment_(model: PreTrainedModel, structures: StructureSet, kept: Mapping[str, torch.Tensor]) -> None:
+def _forget_alignment_(model: PreTrainedModel, places: Places, kept: Mapping[str, torch.Tensor]) -> None:
     """Whisper's timestamps of words come from some heads of its decoder, by their numbers."""
     settings: Any = getattr(model, "generation_config", None)
     changed = any(
-        "decoder" in name and those.kind != "neuron" and not kept[name].all() for name, those in structures.items()
+        "decoder" in name and place.kind != "neuron" and not kept[name].all() for name, place in places.items()
     )
     if changed and getattr(settings, "alignment_heads", None):
         settings.alignment_heads = None
         logger.warning("alignment_heads of the generation config is dropped: the decoder's heads have other numbers.")
 
 
-def _goes_with(name: str, layers: StructureSet, kept: Mapping[str, torch.Tensor]) -> bool:
+def _goes_with(name: str, layers: Places, kept: Mapping[str, torch.Tensor]) -> bool:
     """Whether a place lies in a layer that goes."""
     gone = [f"{stack}.{int(i)}" for stack in layers for i in (~kept[stack]).nonzero()]
     return any(name == layer or name.startswith(f"{layer}.") for layer in gone)
 
 
-def _remove_parts_(model: nn.Module, those: Structures, kept: torch.Tensor) -> None:
-    for member in those.members:
+def _remove_parts_(model: nn.Module, place: Place, kept: torch.Tensor) -> None:
+    for member in place.members:
         path, _, attribute = member.name.rpartition(".")
         module, stay = model.get_submodule(path), member.kept_positions(kept).nonzero().flatten()
         parameter = getattr(module, attribute)  # Maybe not the member's any more: it may have lost another axis.
@@ -171,7 +164,7 @@ def _remove_parts_(model: nn.Module, those: Structures, kept: torch.Tensor) -> N
         setattr(module, attribute, nn.Parameter(values, requires_grad=parameter.requires_grad))
         if attribute == "weight":
             _set_widths_(module, member.axis, stay)
-    for path, attribute, each in those.attributes:
+    for path, attribute, each in place.attributes:
         setattr(model.get_submodule(path), attribute, each * int(kept.sum()))
 
 
@@ -187,10 +180,10 @@ def _set_widths_(module: nn.Module, axis: int, stay: torch.Tensor) -> None:
             setattr(module, name, getattr(module, name).index_select(0, stay.to(module.weight.device)))
 
 
-def _say_widths_(model: PreTrainedModel, parts: StructureSet, kept: Mapping[str, torch.Tensor]) -> None:
+def _say_widths_(model: PreTrainedModel, parts: Places, kept: Mapping[str, torch.Tensor]) -> None:
     """Writes into the config how many heads and neurons there are, as far as it can say it."""
     for kind in kinds_of(parts):
-        places = {name: those for name, those in parts.items() if those.kind == kind}
+        places = {name: place for name, place in parts.items() if place.kind == kind}
         fields = fields_of(places, {name: int(kept[name].sum()) for name in places})
         if any(not kept[name].all() for name in places) and can_say(model.config, fields):
             for config in _configs(model, model):
@@ -198,8 +191,8 @@ def _say_widths_(model: PreTrainedModel, parts: StructureSet, kept: Mapping[str,
                     setattr(config, field, value)
 
 
-def _remove_layers_(model: PreTrainedModel, those: Structures, kept: torch.Tensor) -> None:
-    path, _, attribute = those.name.rpartition(".")
+def _remove_layers_(model: PreTrainedModel, place: Place, kept: torch.Tensor) -> None:
+    path, _, attribute = place.name.rpartition(".")
     holder, stay = model.get_submodule(path), kept.nonzero().flatten().tolist()
     layers = getattr(holder, attribute)
     setattr(holder, attribute, nn.ModuleList(layers[i] for i in stay))
@@ -209,23 +202,23 @@ def _remove_layers_(model: PreTrainedModel, those: Structures, kept: torch.Tenso
                 if isinstance(getattr(module, number, None), int):
                     setattr(module, number, i)
     for config in _configs(model, holder):
-        _say_layers_(config, those, stay)
+        _say_layers_(config, place, stay)
         if config is not model.config and hasattr(config, "num_layers"):  # So does a decoder of T5 call its own.
             config.num_layers = len(stay)
 
 
-def _say_layers_(config: PretrainedConfig, those: Structures, stay: Sequence[int]) -> None:
+def _say_layers_(config: PretrainedConfig, place: Place, stay: Sequence[int]) -> None:
     """Writes into a config which layers there are."""
     for field in _LAYER_LISTS:
         entries = getattr(config, field, None)
-        if isinstance(entries, list) and len(entries) == those.count:
+        if isinstance(entries, list) and len(entries) == place.count:
             setattr(config, field, [entries[i] for i in stay])
             if field == "attention_layers":  # Of GPT-Neo, which derives them.
                 config.attention_types = [[[entries[i]], 1] for i in stay]
     if hasattr(config, "stage_names"):  # Of a backbone, which gives the outputs of its last layer by default.
         config.stage_names = config.stage_names[: len(stay) + 1]
         config.set_output_features_output_indices(out_features=None, out_indices=None)
-    for field, _ in those.fields:
+    for field, _ in place.fields:
         setattr(config, field, len(stay))
 
 

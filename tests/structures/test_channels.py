@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_prune import PruningConfig, PruningTrainerCallback, prune, shrink
 from hf_prune.structures.channels import find_channels
-from hf_prune.structures.members import kept_structures, nonzeros
+from hf_prune.structures.members import kept_in, nonzeros
 from hf_prune.structures.shrinking import find_removable
 from hf_prune.targets import find_targets
 from tests.structures.models import logits_of, perturbed
@@ -92,7 +92,7 @@ def test_planted_channels_are_the_ones_that_go(name):
                 shape = [-1 if axis == member.axis else 1 for axis in range(member.parameter.ndim)]
                 member.parameter.mul_(factor.view(shape))
     prune(model, config_of(sparsity=sum(map(len, planted.values())) / total))
-    kept = kept_structures(channels, nonzeros(channels))
+    kept = kept_in(channels, nonzeros(channels))
     assert {place: (~each).nonzero().flatten().tolist() for place, each in kept.items()} == planted
 
 

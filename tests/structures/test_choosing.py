@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from hf_prune.structures.choosing import choose, require_attainable
-from hf_prune.structures.members import Structures
+from hf_prune.structures.members import Place
 
 
 def places(*counts, kind="head", multiple=1, stay=()):
-    return {f"{kind} {i}": Structures(f"{kind} {i}", kind, n, (), multiple, stay) for i, n in enumerate(counts)}
+    return {f"{kind} {i}": Place(f"{kind} {i}", kind, n, (), multiple, stay) for i, n in enumerate(counts)}
 
 
 def scores_of(structures, seed=0):

@@ -241,5 +241,5 @@ def test_structures_have_to_be_given():
     from hf_prune import MaskSet
     from hf_prune.pruning import next_masks
 
-    with pytest.raises(ValueError, match="granularity 'head' needs the structures that find_structures gives"):
+    with pytest.raises(ValueError, match="granularity 'head' needs the structures that find_places gives"):
         next_masks({}, MaskSet(), 0.5, config_of("head"))

@@ -6,7 +6,7 @@ import transformers
 
 from hf_prune import MaskSet, PruningConfig, prune, shrink
 from hf_prune.structures.families import FAMILIES
-from hf_prune.structures.members import kept_structures, nonzeros
+from hf_prune.structures.members import kept_in, nonzeros
 from hf_prune.structures.shrinking import find_removable
 from tests.structures.models import DECODER, MODELS, build, inputs_of, logits_of
 
@@ -88,7 +88,7 @@ def test_planted_structures_are_the_ones_that_go(name, granularity):
     gone = {kind: sum(len(planted[p]) for p, those in removable.items() if those.kind == kind) for kind in kinds}
     for kind in kinds:
         prune(model, config_of(kind, sparsity=gone[kind] / total[kind]))
-    kept = kept_structures(removable, nonzeros(removable))
+    kept = kept_in(removable, nonzeros(removable))
     assert {place: (~each).nonzero().flatten().tolist() for place, each in kept.items()} == planted
 
 

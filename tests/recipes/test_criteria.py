@@ -38,7 +38,7 @@ def test_every_criterion_is_measured_at_every_level(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "usage: criteria.py {tinystories,vit}"),
+        ((), "usage: criteria.py {tinystories,vit,resnet,efficientnet}"),
         (("vit", "--criteria", "hessian"), "criterion must be one of magnitude"),
         (("vit", "--levels", "80"), "Did you mean 0.8?"),
         (("vit", "--criteria", "fisher+steps=8"), "steps"),

@@ -74,7 +74,7 @@ def test_a_study_that_is_killed_goes_on_and_finds_the_same(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "usage: study.py {tinystories,vit}"),
+        ((), "usage: study.py {tinystories,vit,resnet,efficientnet}"),
         (("vit", "--variants", "half"), "variants must be of default, equal, short, patience; got 'half'"),
     ],
 )

@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
 
 import vit
-from common.images import ImageCollator
+from common.images import ImageCollator, load_images
+from common.splits import SplitArguments, three_splits
 from hf_prune import sparsity_report
 from tests.recipes.launch import ROUND, launch, oldest_checkpoint, report_in
 
@@ -38,7 +39,7 @@ def test_the_saved_model_is_the_one_that_was_tested(short_run: tuple[Path, str])
     output = folder / "output" / "vit"
     model = AutoModelForImageClassification.from_pretrained(output).eval()
     processor = AutoImageProcessor.from_pretrained(output, backend="pil")
-    test = vit.three_splits(vit.load_images("digits"), vit.SplitArguments(), seed=42)["test"]
+    test = three_splits(load_images("digits"), SplitArguments(), seed=42)["test"]
     batch = ImageCollator(processor)(list(test))
     with torch.no_grad():
         right = model(pixel_values=batch["pixel_values"]).logits.argmax(-1) == batch["labels"]

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 import uuid
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,11 +31,13 @@ from .checkpoints import (
 )
 from .config import PruningConfig
 from .contexts import keep_random_state
-from .costs import Cost, measure_costs
+from .costs import measure_cost_if_possible
 from .criteria import Criterion
+from .finished import Finished
 from .hooks import GradientHooks
 from .masks import MaskSet
 from .monitor import (
+    Monitor,
     as_number,
     improves_as_it_rises,
     metric_name,
@@ -44,31 +45,26 @@ from .monitor import (
     warn_of_few_evaluations,
 )
 from .movement import Movement
-from .optimizers import cut_state_, require_restartable, restart_lr_, undo_restart_lr_
+from .optimizers import (
+    cut_state_,
+    require_in_service,
+    require_restartable,
+    restart_lr_,
+    retire,
+    undo_restart_lr_,
+)
 from .pacing import Even, Patience
-from .pruning import cut_, require_room, required_statistics, resolve_targets
+from .pruning import cut_, require_room
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
+from .resolving import required_statistics, resolve_targets
 from .rounds import Rounds
-from .samples import batches_of
+from .samples import Batch, batches_of
 from .structures.finding import find_places, held_zeros, require_prunable, zeros_of
 from .structures.members import Place, parameters_of
 from .structures.shrinking import shrink
 from .targets import Target
-from .weights import WeightsCopy
 
 logger = logging.getLogger(__name__)
-
-# Optimizers of models that were shrunk since, by whichever callback.
-_SPENT: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-
-
-class Finished(NamedTuple):
-    """A run that was over when it was resumed."""
-
-    step: int
-    epoch: float | None
-    tokens: int
-    weights: WeightsCopy
 
 
 class Moment(NamedTuple):
@@ -158,7 +154,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._training = False
         self._finished: Finished | None = None
         self._resumed_at: int | None = None
-        self._metrics_seen: set[str] = set()
+        self._monitor = Monitor("")
         self._tokens_seen = 0
         self._movement: Movement | None = None
 
@@ -208,11 +204,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             require_evaluations(self.config, args, state)
         if isinstance(state.stateful_callbacks, dict) and state.global_step == 0:
             progress_of(state.stateful_callbacks)  # Raises if there is more than one.
-        if _unwrapped(now.optimizer) in _SPENT:
-            raise ValueError(
-                "the optimizer holds weights from before the model was shrunk at the end of the last train(). Make a "
-                "new Trainer for it."
-            )
+        require_in_service(now.optimizer)
         self._targets = resolve_targets(now.model, self.config)
         self._places = find_places(now.model, self.config, self._targets)
         require_prunable(now.model, self.config, self._places)
@@ -229,7 +221,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cuts if a round begins here: after what Trainer evaluated and saved at the end of the step before."""
-        self._require_metric()
+        if self.config.patience:
+            self._monitor.require_metric()
         if not self._hooks.are_on(self._weights, self.masks):
             self._hooks.hold_(self._weights, self.masks)
         self._cut_if_due(Moment.of(args, state, kwargs))
@@ -252,7 +245,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Counts what the round costs."""
         if self._finished is not None:
-            self._stay_over(state, control)
+            self._finished.stay_over_(state, control)
             return
         tokens, self._tokens_seen = state.num_input_tokens_seen - self._tokens_seen, state.num_input_tokens_seen
         batch_size = state.train_batch_size or args.train_batch_size  # The former is what auto_find_batch_size found.
@@ -267,7 +260,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Lets nothing happen in a run that was over when it was resumed."""
         if self._finished is not None:
-            self._stay_over(state, control)
+            self._finished.stay_over_(state, control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -276,7 +269,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if not self._training:
             return
         metrics, metric = kwargs["metrics"], self.history.metric
-        self._metrics_seen |= {key for key in metrics if key.startswith("eval_")}
+        self._monitor.note_(metrics)
         # With `eval_on_start`, a resumed run evaluates where the run before it would not have.
         if metric in metrics and state.global_step != self._resumed_at:
             self._rounds.observe_(state.global_step, as_number(metric, metrics[metric]), kwargs["model"])
@@ -312,29 +305,37 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self.masks.apply_(model)
         if shortfall := self.history.shortfall():
             logger.warning("%s", shortfall)
-        if self._lacks_metric:
+        if self._monitor.lacks_metric:
             logger.warning(
                 "No evaluation gave the metric %r, so the history has no values. There were %s.",
-                self.history.metric, ", ".join(sorted(self._metrics_seen)),
+                self._monitor.metric, self._monitor.names,
             )  # fmt: skip
         if self._places and self.config.shrink_at_end and self.masks.masked:
             self._shrink(model, args, kwargs.get("train_dataloader"))
-            _SPENT.add(_unwrapped(kwargs["optimizer"]))
+            retire(kwargs["optimizer"])
             self._say(self.history.savings(), state)
         if args.should_save:
             self._save_reports(Path(str(args.output_dir)))
 
     def _shrink(self, model: PreTrainedModel, args: TrainingArguments, dataloader: DataLoader[Any] | None) -> None:
         """Removes what is masked as a whole, and measures what that saves."""
-        masked = _cost(model, dataloader, args)
+        size = args.train_batch_size
+
+        def draw_batch() -> Batch | None:
+            if dataloader is None:
+                return None
+            return next(batches_of(dataloader, size * args.world_size, size, args.seed), None)
+
+        masked = measure_cost_if_possible(model, draw_batch)
         shrink(model, self.masks)
-        self.history.costs = {"masked": masked, "shrunk": _cost(model, dataloader, args)}
+        self.history.costs = {"masked": masked, "shrunk": measure_cost_if_possible(model, draw_batch)}
         self._weights = {}  # They are no longer the model's.
 
     # Rounds.
 
     def _begin(self, now: Moment) -> None:
         metric = metric_name(self.config, now.args)
+        self._monitor = Monitor(metric)
         history = PruningHistory(
             metric,
             greater_is_better=improves_as_it_rises(metric, now.args),
@@ -366,6 +367,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         pacing = (Patience if self.config.patience else Even)(**progress["pacing"])  # type: ignore[arg-type]
         pacing.resize_(state.max_steps, state.global_step)
         self._rounds = Rounds(self.config, pacing, PruningHistory.from_dict(progress["history"]))
+        self._monitor = Monitor(self.history.metric)
         self._resumed_at = state.global_step
         if progress["lr_start"] is not None:
             # Without the scheduler's file, as with `save_only_model`, Trainer begins its schedule anew, and so do we.
@@ -390,9 +392,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if self.masks:
             self._hooks.hold_(self._weights, self.masks)
         if pacing.is_run_over(state.global_step):
-            self._finished = Finished(
-                state.global_step, state.epoch, state.num_input_tokens_seen, WeightsCopy.of(model)
-            )
+            self._finished = Finished.of(state, model)
 
     def _cut_if_due(self, now: Moment) -> None:
         args, state, pacing = now.args, now.state, self._rounds.pacing
@@ -400,7 +400,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             return
         if not self.history and self.evaluate is not None:
             self.history.dense = self._measure("dense", args)
-            self._require_metric()
+            if self.config.patience:
+                self._monitor.require_metric()
         self._say(self._rounds.end_(pacing.why_round_ends(state.global_step), now.model), state)
         asked, samples, batches = self._rounds.next_sparsity, self.config.calibration_samples, None
         if now.dataloader is not None:
@@ -429,27 +430,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if self._rounds.pacing.is_run_over(state.global_step):
             control.should_training_stop = True
 
-    def _stay_over(self, state: TrainerState, control: TrainerControl) -> None:
-        """Trainer takes one more step when it resumes a run that was over: it is not counted, and undone later."""
-        assert self._finished is not None
-        step, epoch, tokens, _ = self._finished
-        state.global_step, state.epoch, state.num_input_tokens_seen = step, epoch, tokens  # type: ignore[assignment]
-        control.should_log = control.should_evaluate = control.should_save = False
-        control.should_training_stop = True
-
-    @property
-    def _lacks_metric(self) -> bool:
-        """Whether there were evaluations, and none gave the metric."""
-        return bool(self._metrics_seen) and self.history.metric not in self._metrics_seen
-
-    def _require_metric(self) -> None:
-        # Not as soon as an evaluation lacks it: with several evaluation datasets, another one may have it.
-        if self.config.patience and self._lacks_metric:
-            raise ValueError(
-                f"patience follows {self.history.metric!r}, but the evaluation gives "
-                f"{', '.join(sorted(self._metrics_seen))}. Set metric in the config to one of them."
-            )
-
     def _adopt(self, masks: MaskSet, asked: float | None, now: Moment) -> None:
         """Holds masks from here on, writes the round down and measures it."""
         model, state = now.model, now.state
@@ -471,8 +451,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             self.log(entry)
         else:
             state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
-        if self.evaluate is not None:
-            row.after_cut = self._measure("after_cut", now.args)
+        row.after_cut = self._measure("after_cut", now.args)
 
     @staticmethod
     def _say(sentence: str | None, state: TrainerState) -> None:
@@ -481,33 +460,15 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             logger.log(logging.INFO if state.is_world_process_zero else logging.DEBUG, "%s", sentence)
 
     def _measure(self, prefix: str, args: TrainingArguments) -> float | None:
-        """The metric now, under a prefix of its own: nobody takes it for an evaluation of the run."""
-        assert self.evaluate is not None
+        """The metric now; None if nobody measures it."""
+        if self.evaluate is None:
+            return None
         with keep_random_state(args.device):
-            metrics = self.evaluate(metric_key_prefix=prefix)
-        self._metrics_seen |= {key.replace(prefix, "eval", 1) for key in metrics if key.startswith(prefix)}
-        return metrics.get(self.history.metric.replace("eval", prefix, 1))
+            return self._monitor.measure(self.evaluate, prefix)
 
     def _save_reports(self, folder: Path) -> None:
         self.config.save_pretrained(folder)
         self.history.save(folder / HISTORY_NAME)
-
-
-def _cost(model: nn.Module, dataloader: DataLoader[Any] | None, args: TrainingArguments) -> Cost:
-    """What a forward pass over a training batch costs; a training that is over does not fail if nobody can tell."""
-    batch, size = None, args.train_batch_size
-    try:
-        if dataloader is not None:
-            batch = next(batches_of(dataloader, size * args.world_size, size, args.seed), None)
-        return measure_costs({"model": model}, batch)["model"]
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        logger.warning("Only parameters are counted, since the model cannot be called with a batch: %s", error)
-        return measure_costs({"model": model}, None)["model"]
-
-
-def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside of accelerate's, which is another one in each `train()`."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _require_supported(model: nn.Module) -> None:

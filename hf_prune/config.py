@@ -7,11 +7,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import get_args, get_origin, get_type_hints
+from typing import get_type_hints
 
 from . import granularities, schedules
 from .criteria import CRITERIA
@@ -19,6 +18,7 @@ from .optimizers import OPTIMIZER_STATES
 from .reconstruction import RECONSTRUCTIONS
 from .scopes import SCOPES
 from .targets import is_regex
+from .values import require_fraction, require_kind, require_regex
 
 CONFIG_NAME = "pruning_config.json"
 RESTORE = ("best", "last")
@@ -196,17 +196,17 @@ class PruningConfig:
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             value = list(value) if isinstance(value, tuple) else copy.copy(value)  # The caller's own may change later.
-            _require_kind(name, value, hint)
+            require_kind(name, value, hint)
             object.__setattr__(self, name, value)
         if self.sparsity is not None:
-            _require_fraction("sparsity", self.sparsity)
+            require_fraction("sparsity", self.sparsity)
         for value in self.sparsities or []:
-            _require_fraction("each of sparsities", value)
+            require_fraction("each of sparsities", value)
         for pattern, value in self.own_sparsities.items():
             if not isinstance(pattern, str):
                 raise ValueError(f"layer_sparsity must map regular expressions to sparsities, got {pattern!r}.")
-            _require_fraction(f"layer_sparsity[{pattern!r}]", value)
-            _require_regex("layer_sparsity", pattern)
+            require_fraction(f"layer_sparsity[{pattern!r}]", value)
+            require_regex("layer_sparsity", pattern)
         self._check_patterns()
         for name in ("calibration_samples", "score_steps", "multiple_of"):
             if (value := getattr(self, name)) < 1:
@@ -285,7 +285,7 @@ class PruningConfig:
                 if not isinstance(pattern, str):
                     raise ValueError(f"{name} must hold names or regular expressions, got {pattern!r}.")
                 if isinstance(patterns, str) or is_regex(pattern):
-                    _require_regex(name, pattern)
+                    require_regex(name, pattern)
 
     def _check_begin_and_end(self) -> None:
         if not 0 <= self.begin < math.inf:
@@ -338,22 +338,39 @@ class PruningConfig:
         assert not isinstance(self.layer_sparsity, str)  # `__post_init__` has read it.
         return dict(self.layer_sparsity or {})
 
-    def sparsities_of(self, modules: Mapping[str, str], sparsity: float) -> dict[str, float]:
-        """The sparsity of each module that `layer_sparsity` gives its own, as far on its way as a round is.
+    def sparsities_of(self, names: Iterable[str], sparsity: float) -> dict[str, float]:
+        """The sparsities that `layer_sparsity` gives, as far on their way as a round is.
 
         Args:
-            modules: Anything → name of its module. What has no sparsity of its own is left out.
+            names: Names of modules, or of places of structures.
             sparsity: The sparsity of the round.
 
         Returns:
-            The keys of `modules` → their sparsity.
+            Those that have a sparsity of their own → it.
         """
         progress = sparsity / self.round_sparsities[-1] if self.round_sparsities[-1] else 1.0
         return {
             name: own[0] * progress
-            for name, module in modules.items()
-            if (own := [value for pattern, value in self.own_sparsities.items() if re.fullmatch(pattern, module)])
+            for name in names
+            if (own := [value for pattern, value in self.own_sparsities.items() if re.fullmatch(pattern, name)])
         }
+
+    def require_matches(self, names: Collection[str], what: str) -> None:
+        """Requires that each pattern of `layer_sparsity` matches something.
+
+        Args:
+            names: Names of modules, or of places of structures.
+            what: What they are, for the message.
+
+        Raises:
+            ValueError: if one matches none.
+        """
+        for pattern in self.own_sparsities:
+            if not any(re.fullmatch(pattern, name) for name in names):
+                raise ValueError(
+                    f"layer_sparsity: {pattern!r} matches none of the {what}, such as {next(iter(names))!r}. It has "
+                    "to match the whole name."
+                )
 
     def _resolve_rounds(self) -> list[float]:
         given = [n for n in ("rounds", "initial_sparsity") if getattr(self, n) is not None]
@@ -456,30 +473,6 @@ class PruningConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{path} does not hold a pruning config, but {values!r}.")
         return cls.from_dict(values)
-
-
-def _require_kind(name: str, value: object, hint: object) -> None:
-    kinds = [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
-    # Whole numbers pass for fractions, but True and False do not pass for numbers.
-    allowed = [*kinds, int] if float in kinds else kinds
-    if not isinstance(value, tuple(allowed)) or isinstance(value, bool) != (bool in kinds):
-        words = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
-        raise ValueError(f"{name} must be {words}, got {value!r}.")
-
-
-def _require_fraction(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}.")
-    if not 0 <= value < 1:
-        hint = f" Did you mean {value / 100:g}?" if 1 < value < 100 else ""
-        raise ValueError(f"{name} must be in [0, 1), got {value}.{hint}")
-
-
-def _require_regex(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name}: {pattern!r} is not a regular expression ({error}).") from error
 
 
 def _parse_layer_sparsity(text: str) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """Costs: what a forward pass takes, measured."""
 
 import contextlib
+import logging
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .contexts import undisturbed
 from .samples import Batch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,23 @@ def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: i
             for name, model in models.items():
                 seconds[name].append(_seconds_of(model, batches[name]))
     return {name: Cost(parameters[name], flops[name], statistics.median(seconds[name])) for name in models}
+
+
+def measure_cost_if_possible(model: nn.Module, draw_batch: Callable[[], Batch | None]) -> Cost:
+    """Measures a forward pass, or counts parameters alone, with a warning, where the model cannot be called.
+
+    Args:
+        model: The model, unwrapped; left as it was.
+        draw_batch: Gives a batch, or None if there is none.
+
+    Returns:
+        The cost.
+    """
+    try:
+        return measure_costs({"model": model}, draw_batch())["model"]
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        logger.warning("Only parameters are counted, since the model cannot be called with a batch: %s", error)
+        return measure_costs({"model": model}, None)["model"]
 
 
 def _seconds_of(model: nn.Module, batch: Batch) -> float:

@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+POOLINGS = ("sum", "norm")
+
 
 @dataclass(frozen=True)
 class ScoreInputs:
@@ -63,6 +65,9 @@ def needs(
     Returns:
         A decorator that notes them at the function.
 
+    Raises:
+        ValueError: if there is no such pooling.
+
     Example:
         >>> @needs("gradient")
         ... def sensitivity(inputs):
@@ -70,6 +75,8 @@ def needs(
         >>> needs_of(sensitivity)
         ('gradient',)
     """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}.")
 
     def declare(criterion: Criterion) -> Criterion:
         criterion.needs, criterion.scope, criterion.pooling = statistics, scope, pooling  # type: ignore[attr-defined]

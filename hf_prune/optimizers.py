@@ -1,6 +1,7 @@
-"""What a cut does to the optimizer: the moments of its parameters, and the learning rate."""
+"""What a cut does to the optimizer: the moments of its parameters, and the learning rate; and what shrinking does."""
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -8,6 +9,9 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 OPTIMIZER_STATES = ("mask", "reset", "keep")
+
+# Those of models that were shrunk since.
+_RETIRED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 @torch.no_grad()
@@ -78,6 +82,29 @@ def undo_restart_lr_(scheduler: LRScheduler) -> None:
     """Undoes `restart_lr_`, so that a scheduler that is used again begins as its owner made it."""
     if isinstance(scheduler, LambdaLR):
         scheduler.lr_lambdas = [_of_the_run(function) for function in scheduler.lr_lambdas]
+
+
+def retire(optimizer: torch.optim.Optimizer) -> None:
+    """Notes that the weights of an optimizer are no longer the model's."""
+    _RETIRED.add(_unwrapped(optimizer))
+
+
+def require_in_service(optimizer: torch.optim.Optimizer) -> None:
+    """Requires an optimizer that was not retired.
+
+    Raises:
+        ValueError: if it was.
+    """
+    if _unwrapped(optimizer) in _RETIRED:
+        raise ValueError(
+            "the optimizer holds weights from before the model was shrunk at the end of the last train(). Make a new "
+            "Trainer for it."
+        )
+
+
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside of accelerate's, which is another one in each `train()`."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _restarted(schedule: Callable[[int], float], start: int, stretch: float, step: int) -> float:

@@ -11,7 +11,9 @@ from hf_prune.criteria import (
     fisher,
     lamp,
     magnitude,
+    needs,
     needs_of,
+    pooling_of,
     random,
     scope_of,
     snip,
@@ -172,3 +174,10 @@ def test_what_was_not_declared_is_an_error_that_says_how():
 def test_every_need_is_a_statistic_and_every_scope_is_known(name):
     assert set(needs_of(CRITERIA[name])) <= {*STATISTICS, "movement"}
     assert scope_of(CRITERIA[name]) in SCOPES
+
+
+def test_what_the_score_of_a_structure_is_has_two_ways():
+    assert {name for name, criterion in CRITERIA.items() if pooling_of(criterion) == "norm"} == {"magnitude"}
+    assert pooling_of(lambda inputs: inputs.weight) == "sum"
+    with pytest.raises(ValueError, match=r"pooling must be one of sum, norm; got 'mean'\."):
+        needs(pooling="mean")

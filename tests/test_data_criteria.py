@@ -12,8 +12,9 @@ from transformers import Trainer, default_data_collator
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, ScoreInputs, prune
 from hf_prune.calibration import STATISTICS
 from hf_prune.criteria import CRITERIA, needs, needs_of
-from hf_prune.pruning import cut_, effective_scope, resolve_targets
+from hf_prune.pruning import cut_
 from hf_prune.reconstruction import RECONSTRUCTIONS
+from hf_prune.resolving import effective_scope, resolve_targets
 from tests.test_resume import STEPS, forget_after, outcome, start
 from tests.tiny import batch, build
 from tests.training import trainer_factory

@@ -35,6 +35,7 @@ ORDER = [
     "reads",
     "stages",
     "reconstruction",
+    "values",
     "config",
     "structures.members",
     "structures.choosing",
@@ -47,10 +48,14 @@ ORDER = [
     "costs",
     "reports",
     "metrics",
+    "resolving",
+    "scoring",
+    "levels",
     "pruning",
     "weights",
     "movement",
     "rounds",
+    "finished",
     "checkpoints",
     "monitor",
     "callback",
@@ -62,8 +67,6 @@ OPTIONAL = ("evaluate", "peft", "matplotlib", "torch_pruning", "datasets")
 NARROWING = {
     ("config", "own_sparsities"),
     ("pruning", "_reconstruct_"),
-    ("callback", "_measure"),
-    ("callback", "_stay_over"),
 }
 
 TABLE = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")

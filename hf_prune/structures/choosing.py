@@ -40,7 +40,7 @@ def choose(
         if nan := int(scores[name].isnan().sum()):
             raise ValueError(f"{nan} of the {places[name].count} scores of {name!r} are NaN.")
     result: dict[str, torch.Tensor] = {}
-    for names, share in pools(places, sparsity, scope, own):
+    for names, share in shares(places, sparsity, scope, own):
         pool = {name: places[name] for name in names}
         gone = {name: int((~kept[name]).sum()) for name in names}
         require_attainable(pool, share, gone)
@@ -51,7 +51,7 @@ def choose(
     return {name: result[name] for name in places}
 
 
-def pools(places: Places, sparsity: float, scope: str, own: Mapping[str, float]) -> list[tuple[list[str], float]]:
+def shares(places: Places, sparsity: float, scope: str, own: Mapping[str, float]) -> list[tuple[list[str], float]]:
     """The places that compete with each other, and the share of each pool that is to be gone."""
     result = [([name], own[name]) for name in places if name in own]
     for kind in kinds_of(places):

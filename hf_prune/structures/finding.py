@@ -1,6 +1,5 @@
 """Finding: the structures that a config prunes in a model."""
 
-import re
 from collections.abc import Mapping
 from typing import cast
 
@@ -13,7 +12,7 @@ from ..granularities import Structural
 from ..masks import MaskSet
 from ..targets import Target, find_targets
 from .channels import find_channels, is_convolutional
-from .choosing import count_left, pools, require_attainable
+from .choosing import count_left, require_attainable, shares
 from .loading import can_say
 from .members import Place, Places, fields_of, kinds_of, masks_of_zeros
 from .places import find_in_family
@@ -42,15 +41,13 @@ def find_places(model: nn.Module, config: PruningConfig, targets: Mapping[str, T
             "beside. Merge them first (merge_and_unload), or add them to the pruned model."
         )
     if granularity.kinds == ("channel",):
-        found = find_channels(model, targets, config.multiple_of)
-    elif is_convolutional(model):
+        return find_channels(model, targets, config.multiple_of)
+    if is_convolutional(model):
         raise ValueError(
             f"{type(model).__name__} is a convolutional network and has no {config.granularity}s that are known. "
             "Choose granularity channel."
         )
-    else:
-        found = find_in_family(model, granularity.kinds, targets, config.multiple_of)
-    return found
+    return find_in_family(model, granularity.kinds, targets, config.multiple_of)
 
 
 def require_prunable(model: nn.Module, config: PruningConfig, places: Places) -> None:
@@ -67,12 +64,7 @@ def require_prunable(model: nn.Module, config: PruningConfig, places: Places) ->
     """
     if not places or not config.round_sparsities:
         return
-    for pattern in config.own_sparsities:
-        if not any(re.fullmatch(pattern, name) for name in places):
-            raise ValueError(
-                f"layer_sparsity: {pattern!r} matches none of the places of structures, such as "
-                f"{next(iter(places))!r}. It has to match the whole name."
-            )
+    config.require_matches(places, "places of structures")
     if config.round_sparsities[-1] > 0:
         for kind in kinds_of(places):
             of_kind = [place for place in places.values() if place.kind == kind]
@@ -82,7 +74,7 @@ def require_prunable(model: nn.Module, config: PruningConfig, places: Places) ->
     if config.uniform:
         _require_uniform(model, config, places)
     final, scope = config.round_sparsities[-1], "layer" if config.uniform else config.scope
-    for names, share in pools(places, final, scope, config.sparsities_of({n: n for n in places}, final)):
+    for names, share in shares(places, final, scope, config.sparsities_of(places, final)):
         require_attainable({name: places[name] for name in names}, share, {})
 
 
@@ -109,7 +101,7 @@ def held_zeros(model: nn.Module, targets: Mapping[str, Target], places: Places) 
 
 
 def _require_uniform(model: nn.Module, config: PruningConfig, places: Places) -> None:
-    """Requires that a config of the family can say what is left, and that all of_kind lose as much."""
+    """Requires that a config of the family can say what is left, and that all places lose as much."""
     for kind in kinds_of(places):
         of_kind = {name: place for name, place in places.items() if place.kind == kind}
         left = {name: count_left(place, config.round_sparsities[-1]) for name, place in of_kind.items()}

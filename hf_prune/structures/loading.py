@@ -113,12 +113,8 @@ def can_say(config: PretrainedConfig, fields: Mapping[str, int]) -> bool:
     return True
 
 
-def record_shapes_(model: PreTrainedModel) -> bool:
-    """Records in a model's config what the config does not say of it.
-
-    Returns:
-        Whether there was something to record; if not, the config is an ordinary one.
-    """
+def record_shapes_(model: PreTrainedModel) -> None:
+    """Records in a model's config what the config does not say of it; leaves an ordinary one if it says all."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     said = built_from(model.config, model)
@@ -137,8 +133,6 @@ def record_shapes_(model: PreTrainedModel) -> bool:
     )
     if record.shapes or record.attributes:
         model.config.quantization_config = record
-        return True
-    return False
 
 
 def built_from(config: PretrainedConfig, model: PreTrainedModel) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -112,6 +113,9 @@ class Place:
 
 Places = Mapping[str, Place]
 """Name → the structures of one place."""
+
+NO_PLACES: Places = MappingProxyType({})
+"""Where no structures are pruned, but weights."""
 
 
 def kept_in(places: Places, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,70 @@
+"""Resolving: what a config, and a criterion in place of its own, mean for a model."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from . import granularities
+from .config import PruningConfig
+from .criteria import CRITERIA, Criterion, fisher, needs_of, scope_of, wanda
+from .granularities import Pattern, Structural
+from .reconstruction import RECONSTRUCTIONS
+from .targets import Target, find_targets
+
+
+def resolve_targets(model: nn.Module, config: PruningConfig) -> dict[str, Target]:
+    """Finds the targets of a config in a model and checks that the config can prune them.
+
+    Args:
+        model: The model, unwrapped.
+        config: The pruning config.
+
+    Returns:
+        Parameter name → target.
+
+    Raises:
+        ValueError: as `find_targets` does, if the granularity does not fit a shape, or if a pattern of
+            `layer_sparsity` matches no target.
+    """
+    targets = find_targets(model, config.target_modules, config.exclude_modules)
+    granularity = granularities.parse(config.granularity)
+    granularity.check(targets.values())
+    if not isinstance(granularity, Structural):
+        config.require_matches([target.module for target in targets.values()], "targets")
+    return targets
+
+
+def own_sparsities(targets: Mapping[str, Target], sparsity: float, config: PruningConfig) -> dict[str, float]:
+    """The sparsities of the targets that `layer_sparsity` gives their own, as far on their way as a round is."""
+    of_modules = config.sparsities_of({target.module for target in targets.values()}, sparsity)
+    return {name: of_modules[target.module] for name, target in targets.items() if target.module in of_modules}
+
+
+def effective_scope(config: PruningConfig, criterion: Criterion | None = None) -> str:
+    """The scope of a config, or what "auto" means for its criterion, or for another one in place of it."""
+    if config.scope != "auto":
+        return config.scope
+    granularity = granularities.parse(config.granularity)
+    if isinstance(granularity, Structural):
+        return "layer" if config.uniform else "global"
+    if reconstructs(config, criterion):
+        return "layer" if isinstance(granularity, Pattern) else "global"  # A pattern says how sparse each layer is.
+    return scope_of(criterion or CRITERIA[config.criterion])
+
+
+def required_statistics(config: PruningConfig, criterion: Criterion | None = None) -> tuple[str, ...]:
+    """What has to be gathered for a cut by a config, or by another criterion in place of its own."""
+    scope = effective_scope(config, criterion)
+    names: list[str] = []
+    if not reconstructs(config, criterion):
+        names += needs_of(criterion or CRITERIA[config.criterion])
+    elif scope == "global":
+        names += needs_of(fisher)
+    if scope == "owl":
+        names += needs_of(wanda)
+    return tuple(dict.fromkeys(names))
+
+
+def reconstructs(config: PruningConfig, criterion: Criterion | None = None) -> bool:
+    """Whether a cut by a config also changes the weights that it keeps."""
+    return criterion is None and config.criterion in RECONSTRUCTIONS

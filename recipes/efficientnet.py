@@ -25,6 +25,10 @@ def small_efficientnet(image_size: int, labels: list[str]) -> EfficientNetForIma
             width_coefficient=0.5,
             depth_coefficient=0.5,
             hidden_dim=640,
+            # From 0.02, the default, signals are lost on their way through the epsilon of batch norms, and nothing is
+            # learnt; and running statistics of a momentum of 0.99 are those of the last batch.
+            initializer_range=0.1,
+            batch_norm_momentum=0.1,
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
         )

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +31,9 @@ from .checkpoints import (
 )
 from .config import PruningConfig
 from .contexts import keep_random_state
-from .costs import measure_cost_if_possible
+from .costs import measure_cost_or_parameters
 from .criteria import Criterion
-from .finished import Finished
+from .finished import FinishedRun
 from .hooks import GradientHooks
 from .masks import MaskSet
 from .monitor import (
@@ -47,7 +47,7 @@ from .monitor import (
 from .movement import Movement
 from .optimizers import (
     cut_state_,
-    require_in_service,
+    require_not_retired,
     require_restartable,
     restart_lr_,
     retire,
@@ -152,9 +152,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._rounds = Rounds(self.config, Even([], 0), PruningHistory())
         self._lr_start: int | None = None
         self._training = False
-        self._finished: Finished | None = None
+        self._finished: FinishedRun | None = None
         self._resumed_at: int | None = None
-        self._monitor = Monitor("")
+        self._monitor = Monitor()
         self._tokens_seen = 0
         self._movement: Movement | None = None
 
@@ -204,7 +204,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             require_evaluations(self.config, args, state)
         if isinstance(state.stateful_callbacks, dict) and state.global_step == 0:
             progress_of(state.stateful_callbacks)  # Raises if there is more than one.
-        require_in_service(now.optimizer)
+        require_not_retired(now.optimizer)
         self._targets = resolve_targets(now.model, self.config)
         self._places = find_places(now.model, self.config, self._targets)
         require_prunable(now.model, self.config, self._places)
@@ -221,8 +221,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cuts if a round begins here: after what Trainer evaluated and saved at the end of the step before."""
-        if self.config.patience:
-            self._monitor.require_metric()
+        if self.config.patience:  # Not as soon as an evaluation lacks it: another evaluation dataset may have it.
+            self._monitor.require(self.history.metric)
         if not self._hooks.are_on(self._weights, self.masks):
             self._hooks.hold_(self._weights, self.masks)
         self._cut_if_due(Moment.of(args, state, kwargs))
@@ -305,10 +305,10 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self.masks.apply_(model)
         if shortfall := self.history.shortfall():
             logger.warning("%s", shortfall)
-        if self._monitor.lacks_metric:
+        if self._monitor.lacks(self.history.metric):
             logger.warning(
                 "No evaluation gave the metric %r, so the history has no values. There were %s.",
-                self._monitor.metric, self._monitor.names,
+                self.history.metric, ", ".join(sorted(self._monitor.seen)),
             )  # fmt: skip
         if self._places and self.config.shrink_at_end and self.masks.masked:
             self._shrink(model, args, kwargs.get("train_dataloader"))
@@ -319,23 +319,16 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 
     def _shrink(self, model: PreTrainedModel, args: TrainingArguments, dataloader: DataLoader[Any] | None) -> None:
         """Removes what is masked as a whole, and measures what that saves."""
-        size = args.train_batch_size
-
-        def draw_batch() -> Batch | None:
-            if dataloader is None:
-                return None
-            return next(batches_of(dataloader, size * args.world_size, size, args.seed), None)
-
-        masked = measure_cost_if_possible(model, draw_batch)
+        batches = _batches(dataloader, args.train_batch_size * args.world_size, args)
+        masked = measure_cost_or_parameters(model, batches)
         shrink(model, self.masks)
-        self.history.costs = {"masked": masked, "shrunk": measure_cost_if_possible(model, draw_batch)}
+        self.history.costs = {"masked": masked, "shrunk": measure_cost_or_parameters(model, batches)}
         self._weights = {}  # They are no longer the model's.
 
     # Rounds.
 
     def _begin(self, now: Moment) -> None:
         metric = metric_name(self.config, now.args)
-        self._monitor = Monitor(metric)
         history = PruningHistory(
             metric,
             greater_is_better=improves_as_it_rises(metric, now.args),
@@ -367,7 +360,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         pacing = (Patience if self.config.patience else Even)(**progress["pacing"])  # type: ignore[arg-type]
         pacing.resize_(state.max_steps, state.global_step)
         self._rounds = Rounds(self.config, pacing, PruningHistory.from_dict(progress["history"]))
-        self._monitor = Monitor(self.history.metric)
         self._resumed_at = state.global_step
         if progress["lr_start"] is not None:
             # Without the scheduler's file, as with `save_only_model`, Trainer begins its schedule anew, and so do we.
@@ -392,27 +384,25 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if self.masks:
             self._hooks.hold_(self._weights, self.masks)
         if pacing.is_run_over(state.global_step):
-            self._finished = Finished.of(state, model)
+            self._finished = FinishedRun.of(state, model)
 
     def _cut_if_due(self, now: Moment) -> None:
         args, state, pacing = now.args, now.state, self._rounds.pacing
         if not pacing.is_due(state.global_step):
             return
-        if not self.history and self.evaluate is not None:
+        if not self.history and self.evaluate is not None:  # Else Trainer may have measured it already.
             self.history.dense = self._measure("dense", args)
             if self.config.patience:
-                self._monitor.require_metric()
+                self._monitor.require(self.history.metric)
         self._say(self._rounds.end_(pacing.why_round_ends(state.global_step), now.model), state)
-        asked, samples, batches = self._rounds.next_sparsity, self.config.calibration_samples, None
-        if now.dataloader is not None:
-            batches = functools.partial(batches_of, now.dataloader, samples, args.train_batch_size, args.seed)
+        asked = self._rounds.next_sparsity
         masks = cut_(
             now.model,
             self._targets,
             self.masks,
             asked,
             self.config,
-            batches=batches,
+            batches=_batches(now.dataloader, self.config.calibration_samples, args),
             statistics=None if self._movement is None else {"movement": self._movement.tensors},
             criterion=self.criterion,
             seed=args.seed,
@@ -464,11 +454,20 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if self.evaluate is None:
             return None
         with keep_random_state(args.device):
-            return self._monitor.measure(self.evaluate, prefix)
+            return self._monitor.measure_(self.history.metric, self.evaluate, prefix)
 
     def _save_reports(self, folder: Path) -> None:
         self.config.save_pretrained(folder)
         self.history.save(folder / HISTORY_NAME)
+
+
+def _batches(
+    dataloader: DataLoader[Any] | None, samples: int, args: TrainingArguments
+) -> Callable[[], Iterator[Batch]] | None:
+    """What draws batches of training samples, so many of all processes together; None where there are no data."""
+    if dataloader is None:
+        return None
+    return functools.partial(batches_of, dataloader, samples, args.train_batch_size, args.seed)
 
 
 def _require_supported(model: nn.Module) -> None:

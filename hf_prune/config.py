@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import get_type_hints
 
 from . import granularities, schedules
+from .checks import require_fraction, require_kind, require_regex
 from .criteria import CRITERIA
 from .optimizers import OPTIMIZER_STATES
 from .reconstruction import RECONSTRUCTIONS
 from .scopes import SCOPES
 from .targets import is_regex
-from .values import require_fraction, require_kind, require_regex
 
 CONFIG_NAME = "pruning_config.json"
 RESTORE = ("best", "last")
@@ -339,14 +339,14 @@ class PruningConfig:
         return dict(self.layer_sparsity or {})
 
     def sparsities_of(self, names: Iterable[str], sparsity: float) -> dict[str, float]:
-        """The sparsities that `layer_sparsity` gives, as far on their way as a round is.
+        """The sparsity in a round of each name that `layer_sparsity` matches: as far on its way to its final one.
 
         Args:
             names: Names of modules, or of places of structures.
             sparsity: The sparsity of the round.
 
         Returns:
-            Those that have a sparsity of their own → it.
+            Name → sparsity. What no pattern matches is left out.
         """
         progress = sparsity / self.round_sparsities[-1] if self.round_sparsities[-1] else 1.0
         return {
@@ -355,7 +355,7 @@ class PruningConfig:
             if (own := [value for pattern, value in self.own_sparsities.items() if re.fullmatch(pattern, name)])
         }
 
-    def require_matches(self, names: Collection[str], what: str) -> None:
+    def require_layer_sparsity_matches(self, names: Collection[str], what: str) -> None:
         """Requires that each pattern of `layer_sparsity` matches something.
 
         Args:
@@ -363,13 +363,13 @@ class PruningConfig:
             what: What they are, for the message.
 
         Raises:
-            ValueError: if one matches none.
+            ValueError: if a pattern matches none of them.
         """
         for pattern in self.own_sparsities:
             if not any(re.fullmatch(pattern, name) for name in names):
                 raise ValueError(
                     f"layer_sparsity: {pattern!r} matches none of the {what}, such as {next(iter(names))!r}. It has "
-                    "to match the whole name."
+                    "to match a whole name."
                 )
 
     def _resolve_rounds(self) -> list[float]:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -75,20 +75,22 @@ def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: i
     return {name: Cost(parameters[name], flops[name], statistics.median(seconds[name])) for name in models}
 
 
-def measure_cost_if_possible(model: nn.Module, draw_batch: Callable[[], Batch | None]) -> Cost:
-    """Measures a forward pass, or counts parameters alone, with a warning, where the model cannot be called.
+def measure_cost_or_parameters(model: nn.Module, batches: Callable[[], Iterable[Batch]] | None) -> Cost:
+    """Measures a forward pass over the first batch, or counts parameters alone, with a warning, where it fails.
 
     Args:
         model: The model, unwrapped; left as it was.
-        draw_batch: Gives a batch, or None if there is none.
+        batches: Gives batches, anew at each call; None if there are none.
 
     Returns:
         The cost.
     """
+    # A training that is over does not fail because nobody can tell what its model costs, drawing a batch included.
     try:
-        return measure_costs({"model": model}, draw_batch())["model"]
+        batch = None if batches is None else next(iter(batches()), None)
+        return measure_costs({"model": model}, batch)["model"]
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        logger.warning("Only parameters are counted, since the model cannot be called with a batch: %s", error)
+        logger.warning("Only parameters are counted, since no forward pass could be measured: %s", error)
         return measure_costs({"model": model}, None)["model"]
 
 

@@ -8,11 +8,12 @@ with `needs`.
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-POOLINGS = ("sum", "norm")
+Pooling = Literal["sum", "norm"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,7 @@ Criterion = Callable[[ScoreInputs], torch.Tensor]
 cut with the same inputs and must give the same scores."""
 
 
-def needs(
-    *statistics: str, scope: str = "global", pooling: Literal["sum", "norm"] = "sum"
-) -> Callable[[Criterion], Criterion]:
+def needs(*statistics: str, scope: str = "global", pooling: Pooling = "sum") -> Callable[[Criterion], Criterion]:
     """Declares which statistics a criterion reads, and what its scores are.
 
     Args:
@@ -95,8 +94,8 @@ def scope_of(criterion: Criterion) -> str:
     return getattr(criterion, "scope", "global")
 
 
-def pooling_of(criterion: Criterion) -> str:
-    """What the score of a structure is by a criterion: "sum" or "norm" of those of its weights."""
+def pooling_of(criterion: Criterion) -> Pooling:
+    """What the score of a structure is by a criterion, as `needs` says."""
     return getattr(criterion, "pooling", "sum")
 
 

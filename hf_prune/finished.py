@@ -9,12 +9,12 @@ from .weights import WeightsCopy
 
 
 @dataclass(frozen=True)
-class Finished:
-    """Where a run ended. Trainer takes one more step when it resumes it, which neither counts nor remains.
+class FinishedRun:
+    """Where a run ended. When it is resumed, Trainer takes one more step, which is neither counted nor kept.
 
     Attributes:
         step: Number of finished steps.
-        epoch: As Trainer counts them.
+        epoch: Number of finished epochs, in fractions; None if Trainer does not know.
         tokens: Number of input tokens seen.
         weights: The weights at the end.
     """
@@ -25,8 +25,8 @@ class Finished:
     weights: WeightsCopy
 
     @classmethod
-    def of(cls, state: TrainerState, model: nn.Module) -> "Finished":
-        """A run that is over now."""
+    def of(cls, state: TrainerState, model: nn.Module) -> "FinishedRun":
+        """Notes where a run is that is over, and copies its weights."""
         return cls(state.global_step, state.epoch, state.num_input_tokens_seen, WeightsCopy.of(model))
 
     def stay_over_(self, state: TrainerState, control: TrainerControl) -> None:

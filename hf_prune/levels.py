@@ -1,4 +1,4 @@
-"""Levels: the sparsities through which a cut goes on its way."""
+"""Levels: the sparsities at which a cut scores anew, one for each of `config.score_steps`."""
 
 from collections.abc import Mapping
 
@@ -7,36 +7,44 @@ from .config import PruningConfig
 from .criteria import Criterion
 from .granularities import Pattern
 from .masks import MaskSet, masked_in
-from .resolving import effective_scope, own_sparsities
-from .structures.choosing import shares
+from .resolving import effective_scope, sparsities_of_targets
+from .structures.choosing import pools_of
 from .structures.members import Places, count_gone, kept_in
 from .targets import Target
 
 
-def score_levels(
+def levels_of(
     targets: Mapping[str, Target],
-    places: Places,
     masks: MaskSet,
     sparsity: float,
     config: PruningConfig,
-    criterion: Criterion | None = None,
+    criterion: Criterion | None,
+    places: Places,
 ) -> list[float]:
     """The sparsities on a cut's way, each leaving the same share of what the one before has left.
 
+    For N:M they are those of the nearest patterns, each once.
+
     Args:
         targets: What `resolve_targets` found.
-        places: What `find_places` found.
         masks: The masks so far.
         sparsity: Absolute sparsity to reach, in `[0, 1)`.
         config: Its `score_steps` says how many at most.
         criterion: A criterion in place of the config's.
+        places: What `find_places` found.
 
     Returns:
         Rising, the last is `sparsity`.
     """
     if config.score_steps == 1:
         return [sparsity]
-    before = _lowest_sparsity(targets, places, masks, config, effective_scope(config, criterion))
+    final, scope = config.round_sparsities[-1], effective_scope(config, criterion)
+    if places:
+        floors = _floors_of_places(places, masks, final, config, scope)
+    else:
+        floors = _floors_of_weights(targets, masks, final, config, scope)
+    # No pool can get back what it has lost.
+    before = min(max(floors, default=0.0), final)
     share, steps = (1 - sparsity) / (1 - before), config.score_steps
     levels = [1 - (1 - before) * share ** (step / steps) for step in range(1, steps)]
     if isinstance(pattern := granularities.parse(config.granularity), Pattern):
@@ -44,29 +52,21 @@ def score_levels(
     return [*(level for level in levels if before < level < sparsity), sparsity]
 
 
-def _lowest_sparsity(
-    targets: Mapping[str, Target], places: Places, masks: MaskSet, config: PruningConfig, scope: str
-) -> float:
-    """The lowest sparsity that masks leave possible: what competes by itself may have lost more than the rest."""
-    final = config.round_sparsities[-1]
-    floors = _floors_of_places(places, masks, config, scope) if places else _floors(targets, masks, config, scope)
-    return min(max(floors, default=0.0), final)
-
-
-def _floors_of_places(places: Places, masks: MaskSet, config: PruningConfig, scope: str) -> list[float]:
-    """The lowest sparsity of each pool of structures."""
-    final, kept = config.round_sparsities[-1], kept_in(places, masks)
-    floors = []
-    for names, share in shares(places, final, scope, config.sparsities_of(places, final)):
+def _floors_of_places(places: Places, masks: MaskSet, final: float, config: PruningConfig, scope: str) -> list[float]:
+    """The lowest sparsity that a cut can still ask for, by each pool of structures."""
+    kept, floors = kept_in(places, masks), []
+    for names, share in pools_of(places, final, scope, config.sparsities_of(places, final)):
         gone, total = count_gone({name: places[name] for name in names}, kept)
-        floors += [gone / total * final / share] if share else []
+        if share:
+            floors.append(gone / total * final / share)  # A pool is at `share` when the cut is at `final`.
     return floors
 
 
-def _floors(targets: Mapping[str, Target], masks: MaskSet, config: PruningConfig, scope: str) -> list[float]:
-    """The lowest sparsity of each pool of weights."""
-    final = config.round_sparsities[-1]
-    own = own_sparsities(targets, final, config)
+def _floors_of_weights(
+    targets: Mapping[str, Target], masks: MaskSet, final: float, config: PruningConfig, scope: str
+) -> list[float]:
+    """The lowest sparsity that a cut can still ask for, by each pool of weights."""
+    own = sparsities_of_targets(targets, final, config)
     lost = {name: masked_in(mask) / mask.numel() for name, mask in masks.items()}
     rest = [name for name in masks if name not in own]
     floors = [lost[name] * final / own[name] for name in lost if own.get(name)]

@@ -1,4 +1,4 @@
-"""Which metric a run follows, which way it improves, and whether Trainer will give it."""
+"""Which metric a run follows, which way it improves, and whether evaluations give it."""
 
 import logging
 import math
@@ -17,43 +17,44 @@ FALLING = {
 """A metric with one of these words in its name (`eval_word_error_rate`) improves as it falls, unless the training
 arguments say otherwise; and so does one whose name ends in "loss", as Trainer has it."""
 
-_PREFIX = "eval_"
 logger = logging.getLogger(__name__)
 
 
 class Monitor:
-    """What evaluations have given, and whether the metric that a run follows is among it.
-
-    Args:
-        metric: As `metric_name` gives it.
+    """Which metrics evaluations have given.
 
     Attributes:
-        metric: As given.
-        seen: The metrics that there were.
+        seen: Their names.
     """
 
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
+    def __init__(self) -> None:
         self.seen: set[str] = set()
-
-    @property
-    def lacks_metric(self) -> bool:
-        """Whether there were evaluations, and none gave the metric."""
-        return bool(self.seen) and self.metric not in self.seen
-
-    @property
-    def names(self) -> str:
-        """The metrics that there were, for a message."""
-        return ", ".join(sorted(self.seen))
 
     def note_(self, metrics: Iterable[str]) -> None:
         """Notes what an evaluation has given."""
-        self.seen |= {name for name in metrics if name.startswith(_PREFIX)}
+        self.seen |= {name for name in metrics if name.startswith("eval_")}
 
-    def measure(self, evaluate: Callable[..., Mapping[str, float]], prefix: str) -> float | None:
-        """The metric now, under a prefix of its own: nobody takes it for an evaluation of the run.
+    def lacks(self, metric: str) -> bool:
+        """Whether there were evaluations, and none gave a metric."""
+        return bool(self.seen) and metric not in self.seen
+
+    def require(self, metric: str) -> None:
+        """Requires that an evaluation gave the metric that patience follows, if there was one.
+
+        Raises:
+            ValueError: if none gave it.
+        """
+        if self.lacks(metric):
+            raise ValueError(
+                f"patience follows {metric!r}, but the evaluation gives {', '.join(sorted(self.seen))}. Set metric in "
+                "the config to one of them."
+            )
+
+    def measure_(self, metric: str, evaluate: Callable[..., Mapping[str, float]], prefix: str) -> float | None:
+        """Measures a metric under a prefix of its own, so that nobody takes it for an evaluation of the run.
 
         Args:
+            metric: As `metric_name` gives it.
             evaluate: `trainer.evaluate`.
             prefix: In place of `eval`.
 
@@ -61,22 +62,8 @@ class Monitor:
             Its value; None if the evaluation does not give it.
         """
         metrics = evaluate(metric_key_prefix=prefix)
-        self.note_(name.replace(f"{prefix}_", _PREFIX, 1) for name in metrics if name.startswith(f"{prefix}_"))
-        return metrics.get(self.metric.replace(_PREFIX, f"{prefix}_", 1))
-
-    def require_metric(self) -> None:
-        """Requires the metric, where rounds wait for it.
-
-        Not as soon as an evaluation lacks it: with several evaluation datasets, another one may have it.
-
-        Raises:
-            ValueError: if no evaluation gave it.
-        """
-        if self.lacks_metric:
-            raise ValueError(
-                f"patience follows {self.metric!r}, but the evaluation gives {self.names}. Set metric in the config "
-                "to one of them."
-            )
+        self.seen |= {name.replace(prefix, "eval", 1) for name in metrics if name.startswith(prefix)}
+        return metrics.get(metric.replace("eval", prefix, 1))
 
 
 def metric_name(config: PruningConfig, args: TrainingArguments) -> str:
@@ -158,7 +145,7 @@ def as_number(metric: str, value: object) -> float:
 
 def _prefixed(name: str) -> str:
     """The name under which Trainer reports a metric."""
-    return _PREFIX + name.removeprefix(_PREFIX)
+    return "eval_" + name.removeprefix("eval_")
 
 
 def _steps_between_evaluations(args: TrainingArguments, state: TrainerState) -> float:

@@ -1,4 +1,4 @@
-"""What a cut does to the optimizer: the moments of its parameters, and the learning rate; and what shrinking does."""
+"""Optimizers: what a cut does to their moments and learning rate, and which have lost their weights by shrinking."""
 
 import functools
 import weakref
@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 OPTIMIZER_STATES = ("mask", "reset", "keep")
 
-# Those of models that were shrunk since.
+# Optimizers whose model was shrunk. For the whole process: another callback may be given one of them.
 _RETIRED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
@@ -89,7 +89,7 @@ def retire(optimizer: torch.optim.Optimizer) -> None:
     _RETIRED.add(_unwrapped(optimizer))
 
 
-def require_in_service(optimizer: torch.optim.Optimizer) -> None:
+def require_not_retired(optimizer: torch.optim.Optimizer) -> None:
     """Requires an optimizer that was not retired.
 
     Raises:

@@ -11,13 +11,13 @@ from torch import nn
 from . import granularities
 from .calibration import STATISTICS, Statistics, calibrate
 from .config import PruningConfig
-from .criteria import CRITERIA, Criterion, fisher, magnitude, pooling_of, wanda
+from .criteria import CRITERIA, Criterion, fisher, magnitude, wanda
 from .granularities import Pattern, Structural
-from .levels import score_levels
+from .levels import levels_of
 from .masks import MaskSet, masked_in
 from .reconstruction import Quota, reconstruct_
 from .reports import SparsityReport, sparsity_report
-from .resolving import effective_scope, own_sparsities, reconstructs, required_statistics, resolve_targets
+from .resolving import effective_scope, is_reconstruction, required_statistics, resolve_targets, sparsities_of_targets
 from .samples import Batch
 from .scopes import Pool, outlier_ratio, pools
 from .scoring import require_finite_weights, score_inputs, structure_scores, weight_scores
@@ -95,34 +95,31 @@ def next_masks(
         TypeError: if the criterion gives something that is not a tensor.
     """
     granularity = granularities.parse(config.granularity)
-    score = criterion or CRITERIA[config.criterion]
+    chosen = criterion or CRITERIA[config.criterion]
     require_finite_weights(targets.values())
 
-    def scores_of(name: str) -> torch.Tensor:
-        return weight_scores(targets[name], score, statistics, seed)
+    def scores_of(target: Target) -> torch.Tensor:
+        return weight_scores(target, chosen, statistics, seed)
 
     if isinstance(granularity, Pattern):
         pattern = granularity.at(sparsity)
-        return MaskSet({n: pattern.keep(scores_of(n), masks.get(n), t) for n, t in targets.items()})
+        return MaskSet({n: pattern.keep(scores_of(t), masks.get(n), t) for n, t in targets.items()})
 
     scope = scope or effective_scope(config, criterion)
     if isinstance(granularity, Structural):
         if not places:
             raise ValueError(f"granularity {config.granularity!r} needs the structures that find_places gives.")
-        values = {
-            name: structure_scores(place, lambda name: scores_of(name) if name in targets else None, pooling_of(score))
-            for name, place in places.items()
-        }
+        values = {name: structure_scores(p, targets, chosen, statistics, seed) for name, p in places.items()}
         own = config.sparsities_of(places, sparsity)
         return masks_of(places, choose(places, values, kept_in(places, masks), sparsity, scope, own))
 
     def group_scores(target: Target) -> torch.Tensor:
-        return granularity.pool(scores_of(target.name), target)
+        return granularity.pool(scores_of(target), target)
 
     kept = {name: granularity.pool_mask(mask, targets[name]) for name, mask in masks.items()}
     group_masks: dict[str, torch.Tensor] = {}
     if scope == "row":
-        own = own_sparsities(targets, sparsity, config)
+        own = sparsities_of_targets(targets, sparsity, config)
         for name, target in targets.items():
             rows = granularity.to_rows(group_scores(target), target)
             before = granularity.to_rows(kept[name], target) if name in kept else None
@@ -174,7 +171,7 @@ def cut_(
         ValueError, TypeError: as `next_masks` and `calibrate` do, or if the criterion looks at data and there are
             none. The weights are then as they were.
     """
-    rebuilds, known = reconstructs(config, criterion), statistics or {}
+    reconstructs, known = is_reconstruction(config, criterion), statistics or {}
     missing = [name for name in required_statistics(config, criterion) if name not in known]
     who = f"the criterion {config.criterion if criterion is None else criterion!r}"
     if unknown := [name for name in missing if name not in STATISTICS]:
@@ -182,7 +179,7 @@ def cut_(
             f"{who} needs {', '.join(unknown)}, which nobody gathers here. A calibration gathers "
             f"{', '.join(STATISTICS)}; PruningTrainerCallback also movement."
         )
-    if batches is None and (missing or rebuilds):
+    if batches is None and (missing or reconstructs):
         raise ValueError(
             f"{who} with scope {config.scope!r} looks at data ({', '.join(missing) or 'what goes into each layer'}). "
             "Give a dataloader of calibration samples."
@@ -195,10 +192,10 @@ def cut_(
         return {**known, **calibrate(model, targets, batches(), missing, samples, show_progress=show_progress)}
 
     changed = [target.weight for target in targets.values()] + list(parameters_of(places).values())
-    with _put_back_on_error(changed) if rebuilds or config.score_steps > 1 else contextlib.nullcontext():
-        if rebuilds and batches is not None:
+    with _put_back_on_error(changed) if reconstructs or config.score_steps > 1 else contextlib.nullcontext():
+        if reconstructs and batches is not None:
             return _reconstruct_(model, targets, masks, sparsity, config, gather(), batches(), show_progress)
-        for level in score_levels(targets, places, masks, sparsity, config, criterion):
+        for level in levels_of(targets, masks, sparsity, config, criterion, places):
             masks = next_masks(
                 targets,
                 masks,
@@ -342,6 +339,6 @@ def _pools(
         scope,
         shapes={name: target.layer_shape for name, target in targets.items()},
         dropped={name: masked_in(kept[name]) if name in kept else 0 for name in targets},
-        layer_sparsity=own_sparsities(targets, sparsity, config),
+        layer_sparsity=sparsities_of_targets(targets, sparsity, config),
         outlier_ratios=ratios,
     )

@@ -1,4 +1,4 @@
-"""Resolving: what a config, and a criterion in place of its own, mean for a model."""
+"""Resolving: what a config means once "auto", a criterion in place of its own, and a model's modules are filled in."""
 
 from collections.abc import Mapping
 
@@ -30,12 +30,12 @@ def resolve_targets(model: nn.Module, config: PruningConfig) -> dict[str, Target
     granularity = granularities.parse(config.granularity)
     granularity.check(targets.values())
     if not isinstance(granularity, Structural):
-        config.require_matches([target.module for target in targets.values()], "targets")
+        config.require_layer_sparsity_matches([target.module for target in targets.values()], "targeted modules")
     return targets
 
 
-def own_sparsities(targets: Mapping[str, Target], sparsity: float, config: PruningConfig) -> dict[str, float]:
-    """The sparsities of the targets that `layer_sparsity` gives their own, as far on their way as a round is."""
+def sparsities_of_targets(targets: Mapping[str, Target], sparsity: float, config: PruningConfig) -> dict[str, float]:
+    """The sparsity in this round of each target that `layer_sparsity` names, by parameter name."""
     of_modules = config.sparsities_of({target.module for target in targets.values()}, sparsity)
     return {name: of_modules[target.module] for name, target in targets.items() if target.module in of_modules}
 
@@ -47,7 +47,7 @@ def effective_scope(config: PruningConfig, criterion: Criterion | None = None) -
     granularity = granularities.parse(config.granularity)
     if isinstance(granularity, Structural):
         return "layer" if config.uniform else "global"
-    if reconstructs(config, criterion):
+    if is_reconstruction(config, criterion):
         return "layer" if isinstance(granularity, Pattern) else "global"  # A pattern says how sparse each layer is.
     return scope_of(criterion or CRITERIA[config.criterion])
 
@@ -56,7 +56,7 @@ def required_statistics(config: PruningConfig, criterion: Criterion | None = Non
     """What has to be gathered for a cut by a config, or by another criterion in place of its own."""
     scope = effective_scope(config, criterion)
     names: list[str] = []
-    if not reconstructs(config, criterion):
+    if not is_reconstruction(config, criterion):
         names += needs_of(criterion or CRITERIA[config.criterion])
     elif scope == "global":
         names += needs_of(fisher)
@@ -65,6 +65,6 @@ def required_statistics(config: PruningConfig, criterion: Criterion | None = Non
     return tuple(dict.fromkeys(names))
 
 
-def reconstructs(config: PruningConfig, criterion: Criterion | None = None) -> bool:
-    """Whether a cut by a config also changes the weights that it keeps."""
+def is_reconstruction(config: PruningConfig, criterion: Criterion | None = None) -> bool:
+    """Whether a cut is by a method of `RECONSTRUCTIONS`, which also changes the weights that it keeps."""
     return criterion is None and config.criterion in RECONSTRUCTIONS

@@ -1,12 +1,12 @@
-"""Scoring: what a criterion says of weights and of whole structures, and what it must not do."""
+"""Scoring: what a criterion says of weights and of whole structures, checked."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from .calibration import Statistics
-from .criteria import Criterion, ScoreInputs
+from .criteria import Criterion, ScoreInputs, pooling_of
 from .structures.members import Place
 from .targets import Target
 
@@ -38,20 +38,22 @@ def weight_scores(target: Target, criterion: Criterion, statistics: Statistics |
     return scores
 
 
-def structure_scores(place: Place, scores_of: Callable[[str], torch.Tensor | None], pooling: str) -> torch.Tensor:
-    """Scores of the structures in a place.
-
-    Args:
-        place: The place.
-        scores_of: Name of a parameter → scores of its weights; None if they do not count.
-        pooling: "sum" of the scores of a structure's weights, or their "norm", the root of their mean square.
+def structure_scores(
+    place: Place, targets: Mapping[str, Target], criterion: Criterion, statistics: Statistics | None, seed: int
+) -> torch.Tensor:
+    """Scores of the structures in a place: those of their weights that are targets, pooled as the criterion declares.
 
     Returns:
         `[count]`, float64.
+
+    Raises:
+        ValueError, TypeError: as `weight_scores` does.
     """
+    pooling = pooling_of(criterion)
     total, sizes = torch.zeros(2, place.count, dtype=torch.float64)
     for member in place.members:
-        if (scores := scores_of(member.name)) is not None:
+        if member.name in targets:
+            scores = weight_scores(targets[member.name], criterion, statistics, seed)
             total += member.pool(scores.double().square() if pooling == "norm" else scores, place.count)
             sizes += member.sizes(place.count)
     return (total / sizes).sqrt() if pooling == "norm" else total
@@ -59,10 +61,10 @@ def structure_scores(place: Place, scores_of: Callable[[str], torch.Tensor | Non
 
 @torch.no_grad()
 def require_finite_weights(targets: Iterable[Target]) -> None:
-    """Requires that every weight is a number.
+    """Requires that every weight is finite.
 
     Raises:
-        ValueError: if one is not; the message names the first tensor.
+        ValueError: if one is not; the message names the first tensor that has others.
     """
     for target in targets:
         # One pass that makes no temporary: a NaN is both extremes, an infinity one of them.

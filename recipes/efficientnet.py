@@ -25,8 +25,9 @@ def small_efficientnet(image_size: int, labels: list[str]) -> EfficientNetForIma
             width_coefficient=0.5,
             depth_coefficient=0.5,
             hidden_dim=640,
-            # From 0.02, the default, signals are lost on their way through the epsilon of batch norms, and nothing is
-            # learnt; and running statistics of a momentum of 0.99 are those of the last batch.
+            # Weights as small as the default's 0.02 give activations that vanish beside the epsilon of batch norms:
+            # nothing is learnt. The momentum is the share of the new batch: at 0.99, the default, running statistics
+            # would be those of the last batch.
             initializer_range=0.1,
             batch_norm_momentum=0.1,
             id2label=dict(enumerate(labels)),

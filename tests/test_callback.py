@@ -636,7 +636,7 @@ def test_samples_are_those_of_the_batch_size_that_fits(make_trainer):
             dict(granularity="3:5", sparsity=None),
             "3:5 needs in_features divisible by 5; 'model.layers.0.self_attn.q_p",
         ),
-        (dict(layer_sparsity={"x": 0.5}), "layer_sparsity: 'x' matches none of the targets"),
+        (dict(layer_sparsity={"x": 0.5}), "layer_sparsity: 'x' matches none of the targeted modules"),
     ],
 )
 def test_bad_input_is_an_error_before_training(config, message, make_trainer):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_prune.costs import measure_costs
+from hf_prune.costs import Cost, measure_cost_or_parameters, measure_costs
 from tests.tiny import build
 
 
@@ -59,3 +59,28 @@ def test_models_are_left_as_they_were():
     with pytest.raises(TypeError, match="nothing"):
         measure_costs({"resnet": model.resnet.embedder}, {"nothing": torch.ones(1)})
     assert model.training
+
+
+def test_the_first_batch_is_measured():
+    cost = measure_cost_or_parameters(nn.Linear(4, 3), lambda: iter([{"input": torch.ones(2, 4)}, {}]))
+    assert (cost.parameters, cost.flops) == (15, 2 * 2 * 4 * 3)
+
+
+def test_where_there_is_no_batch_parameters_are_counted(caplog):
+    assert measure_cost_or_parameters(nn.Linear(4, 3), None) == Cost(15)
+    assert measure_cost_or_parameters(nn.Linear(4, 3), lambda: []) == Cost(15)
+    assert not caplog.records
+
+
+def fail():
+    raise ValueError("the file is gone")
+
+
+@pytest.mark.parametrize(
+    ("batches", "why"),
+    [(lambda: [{"input": torch.ones(2, 5)}], "shapes cannot be multiplied"), (fail, "the file is gone")],
+)
+def test_what_cannot_be_measured_is_said(caplog, batches, why):
+    assert measure_cost_or_parameters(nn.Linear(4, 3), batches) == Cost(15)
+    assert "Only parameters are counted, since no forward pass could be measured" in caplog.text
+    assert why in caplog.text

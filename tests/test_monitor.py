@@ -8,6 +8,7 @@ from transformers import TrainerState, TrainingArguments
 from hf_prune import PruningConfig
 from hf_prune.monitor import (
     FALLING,
+    Monitor,
     as_number,
     improves_as_it_rises,
     metric_name,
@@ -133,3 +134,27 @@ def test_none_is_nan_and_the_rest_is_an_error():
     for value in ("high", [1.0, 2.0], {}):
         with pytest.raises(ValueError, match="the metric 'eval_loss' must be a number, got"):
             as_number("eval_loss", value)
+
+
+def test_a_metric_lacks_when_evaluations_gave_others():
+    monitor = Monitor()
+    assert not monitor.lacks("eval_accuracy")  # There were none yet.
+    monitor.note_(["eval_loss", "epoch"])
+    assert monitor.seen == {"eval_loss"}
+    assert monitor.lacks("eval_accuracy")
+    with pytest.raises(ValueError, match=r"follows 'eval_accuracy', but the evaluation gives eval_loss\. Set metric"):
+        monitor.require("eval_accuracy")
+    monitor.note_(["eval_accuracy"])
+    monitor.require("eval_accuracy")
+
+
+def test_a_measurement_has_a_prefix_of_its_own():
+    monitor, asked = Monitor(), []
+
+    def evaluate(metric_key_prefix):
+        asked.append(metric_key_prefix)
+        return {f"{metric_key_prefix}_loss": 2.5, "epoch": 1.0}
+
+    assert monitor.measure_("eval_loss", evaluate, "after_cut") == 2.5
+    assert monitor.measure_("eval_accuracy", evaluate, "dense") is None
+    assert (asked, monitor.seen) == (["after_cut", "dense"], {"eval_loss"})

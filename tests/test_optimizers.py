@@ -1,8 +1,10 @@
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 
-from hf_prune.optimizers import cut_state_, restart_lr_, undo_restart_lr_
+from hf_prune.optimizers import cut_state_, require_not_retired, restart_lr_, retire, undo_restart_lr_
 
 
 def scheduler_of(kind: str, steps: int, warmup: int, rates=(1e-2, 1e-3)) -> torch.optim.lr_scheduler.LambdaLR:
@@ -84,3 +86,13 @@ def test_what_becomes_of_the_state(kind, how):
         masked = value * mask if how == "mask" and value.shape == mask.shape else value
         assert torch.equal(optimizer.state[pruned][name], masked)
     assert all(torch.equal(optimizer.state[other][name], value) for name, value in before[other].items())
+
+
+def test_an_optimizer_is_retired_in_whichever_wrapper():
+    old, new = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]) for _ in range(2))
+    Accelerator(cpu=True)  # Its wrappers ask what kind of machine they are on.
+    retire(AcceleratedOptimizer(old))
+    for optimizer in (old, AcceleratedOptimizer(old)):
+        with pytest.raises(ValueError, match=r"weights from before the model was shrunk .* Make a new Trainer"):
+            require_not_retired(optimizer)
+    require_not_retired(AcceleratedOptimizer(new))

@@ -226,7 +226,7 @@ def test_layer_sparsity_leaves_the_rest_to_compete():
 
 
 def test_layer_sparsity_that_matches_nothing_is_an_error():
-    with pytest.raises(ValueError, match=r"layer_sparsity: 'nothing' matches none of the targets, such as 'model\."):
+    with pytest.raises(ValueError, match=r"'nothing' matches none of the targeted modules, such as 'model\."):
         prune(build("llama"), PruningConfig(sparsity=0.5, layer_sparsity={"nothing": 0.3}))
 
 

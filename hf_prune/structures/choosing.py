@@ -40,7 +40,7 @@ def choose(
         if nan := int(scores[name].isnan().sum()):
             raise ValueError(f"{nan} of the {places[name].count} scores of {name!r} are NaN.")
     result: dict[str, torch.Tensor] = {}
-    for names, share in shares(places, sparsity, scope, own):
+    for names, share in pools_of(places, sparsity, scope, own):
         pool = {name: places[name] for name in names}
         gone = {name: int((~kept[name]).sum()) for name in names}
         require_attainable(pool, share, gone)
@@ -51,8 +51,18 @@ def choose(
     return {name: result[name] for name in places}
 
 
-def shares(places: Places, sparsity: float, scope: str, own: Mapping[str, float]) -> list[tuple[list[str], float]]:
-    """The places that compete with each other, and the share of each pool that is to be gone."""
+def pools_of(places: Places, sparsity: float, scope: str, own: Mapping[str, float]) -> list[tuple[list[str], float]]:
+    """Divides places into pools, whose structures compete with each other.
+
+    Args:
+        places: The places.
+        sparsity: Fraction of the structures that is to be gone, in `[0, 1)`.
+        scope: "global" (a pool for each kind) or "layer" (a pool for each place; whole layers are one all the same).
+        own: Place → its own sparsity. These have a pool each.
+
+    Returns:
+        The names of the places in each pool, and the fraction of its structures that is to be gone.
+    """
     result = [([name], own[name]) for name in places if name in own]
     for kind in kinds_of(places):
         names = [name for name, place in places.items() if place.kind == kind and name not in own]

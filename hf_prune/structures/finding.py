@@ -10,9 +10,10 @@ from .. import granularities
 from ..config import PruningConfig
 from ..granularities import Structural
 from ..masks import MaskSet
+from ..resolving import effective_scope
 from ..targets import Target, find_targets
 from .channels import find_channels, is_convolutional
-from .choosing import count_left, require_attainable, shares
+from .choosing import count_left, pools_of, require_attainable
 from .loading import can_say
 from .members import Place, Places, fields_of, kinds_of, masks_of_zeros
 from .places import find_in_family
@@ -64,7 +65,7 @@ def require_prunable(model: nn.Module, config: PruningConfig, places: Places) ->
     """
     if not places or not config.round_sparsities:
         return
-    config.require_matches(places, "places of structures")
+    config.require_layer_sparsity_matches(places, "places of structures")
     if config.round_sparsities[-1] > 0:
         for kind in kinds_of(places):
             of_kind = [place for place in places.values() if place.kind == kind]
@@ -73,8 +74,8 @@ def require_prunable(model: nn.Module, config: PruningConfig, places: Places) ->
                 raise ValueError(f"no {kind} of {type(model).__name__} can go: no place has more than {few}.")
     if config.uniform:
         _require_uniform(model, config, places)
-    final, scope = config.round_sparsities[-1], "layer" if config.uniform else config.scope
-    for names, share in shares(places, final, scope, config.sparsities_of(places, final)):
+    final, scope = config.round_sparsities[-1], effective_scope(config)
+    for names, share in pools_of(places, final, scope, config.sparsities_of(places, final)):
         require_attainable({name: places[name] for name in names}, share, {})
 
 
@@ -101,7 +102,7 @@ def held_zeros(model: nn.Module, targets: Mapping[str, Target], places: Places) 
 
 
 def _require_uniform(model: nn.Module, config: PruningConfig, places: Places) -> None:
-    """Requires that a config of the family can say what is left, and that all places lose as much."""
+    """Requires that a config of the family can say what is left, and that all places of a kind lose as many."""
     for kind in kinds_of(places):
         of_kind = {name: place for name, place in places.items() if place.kind == kind}
         left = {name: count_left(place, config.round_sparsities[-1]) for name, place in of_kind.items()}

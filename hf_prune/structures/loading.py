@@ -114,7 +114,7 @@ def can_say(config: PretrainedConfig, fields: Mapping[str, int]) -> bool:
 
 
 def record_shapes_(model: PreTrainedModel) -> None:
-    """Records in a model's config what the config does not say of it; leaves an ordinary one if it says all."""
+    """Records in a model's config the shapes that it does not say. If it says all, it stays an ordinary one."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     said = built_from(model.config, model)

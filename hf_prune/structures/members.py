@@ -115,7 +115,7 @@ Places = Mapping[str, Place]
 """Name → the structures of one place."""
 
 NO_PLACES: Places = MappingProxyType({})
-"""Where no structures are pruned, but weights."""
+"""No places: weights are pruned, not structures."""
 
 
 def kept_in(places: Places, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

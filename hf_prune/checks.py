@@ -1,4 +1,4 @@
-"""Values: what a field of a config may hold."""
+"""Checks: what a field of a config may hold."""
 
 import re
 from types import NoneType
@@ -6,7 +6,7 @@ from typing import get_args, get_origin
 
 
 def require_kind(name: str, value: object, hint: object) -> None:
-    """Requires that a value is of the kind that an annotation says, as far as it says it without its items.
+    """Requires the type that an annotation names. What a list or dict holds is not looked at.
 
     Raises:
         ValueError: if it is not.

@@ -204,7 +204,7 @@ def change_config(folder, change):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        (  # Transformers raises, or, up to 5.17, hands the weights on for us to see.
+        (  # Transformers raises, or, as 5.17 does, hands the weights on for us to see.
             lambda c: c["shapes"].update({"transformer.h.0.mlp.c_fc.weight": [4, 16]}),
             (RuntimeError, ValueError),
             r"mismatched_sizes|c_fc\.weight' is \[4, 16\], and the weights have another one",

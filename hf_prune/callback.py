@@ -30,7 +30,7 @@ from .checkpoints import (
     require_same,
 )
 from .config import PruningConfig
-from .contexts import keep_random_state
+from .contexts import keep_random_state, whole_on_error
 from .costs import measure_cost_or_parameters
 from .criteria import Criterion
 from .finished import FinishedRun
@@ -311,18 +311,34 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 self.history.metric, ", ".join(sorted(self._monitor.seen)),
             )  # fmt: skip
         if self._places and self.config.shrink_at_end and self.masks.masked:
-            self._shrink(model, args, kwargs.get("train_dataloader"))
-            retire(kwargs["optimizer"])
-            self._say(self.history.savings(), state)
+            try:
+                self._shrink(model, args, kwargs.get("train_dataloader"))
+            except (RuntimeError, ValueError) as error:  # What was trained must not be lost for it.
+                logger.error("The model was not shrunk, and its pruned structures stay as zeros: %s", error)
+            else:
+                retire(kwargs["optimizer"])
+                self._say(self.history.savings(), state)
         if args.should_save:
             self._save_reports(Path(str(args.output_dir)))
 
     def _shrink(self, model: PreTrainedModel, args: TrainingArguments, dataloader: DataLoader[Any] | None) -> None:
-        """Removes what is masked as a whole, and measures what that saves."""
+        """Removes what is masked as a whole, and measures what that saves.
+
+        Raises:
+            ValueError, RuntimeError: if it cannot be removed, or the model could be called before and cannot be called
+                without it. It is then as it was.
+        """
         batches = _batches(dataloader, args.train_batch_size * args.world_size, args)
         masked = measure_cost_or_parameters(model, batches)
-        shrink(model, self.masks)
-        self.history.costs = {"masked": masked, "shrunk": measure_cost_or_parameters(model, batches)}
+        with whole_on_error(model):
+            shrink(model, self.masks)
+            shrunk = measure_cost_or_parameters(model, batches)
+            if masked.flops is not None and shrunk.flops is None:
+                raise ValueError(
+                    f"without them {type(model).__name__} cannot be called any more. Does describe_family name all "
+                    "that goes with a head or a neuron?"
+                )
+        self.history.costs = {"masked": masked, "shrunk": shrunk}
         self._weights = {}  # They are no longer the model's.
 
     # Rounds.

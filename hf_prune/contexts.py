@@ -52,6 +52,25 @@ def undisturbed(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[Non
             weight.requires_grad_(wanted)
 
 
+@contextlib.contextmanager
+def whole_on_error(model: nn.Module) -> Iterator[None]:
+    """If what is done in it fails, the model has the modules, tensors and attributes that it had.
+
+    For what replaces them. What is changed in place stays changed.
+    """
+    before = {module: dict(vars(module)) for module in model.modules()}
+    for attributes in before.values():
+        attributes.update({name: dict(attributes[name]) for name in ("_modules", "_parameters", "_buffers")})
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        for module, attributes in before.items() if not done else ():
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
 class _State:
     """Buffers of a module, and the attributes that go with them, as the length up to which a rotary embedding is."""
 

@@ -130,12 +130,17 @@ def find_targets(
 
     Raises:
         ValueError: if a pattern matches nothing, nothing is left to prune, or a weight cannot be pruned because it is
-            quantized or computed from other parameters.
+            quantized, offloaded, or computed from other parameters.
     """
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             f"the weights of this {type(model).__name__} are quantized; pruning needs floating-point weights. "
             "Load the model without quantization_config, prune it, and quantize the result."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"weights of this {type(model).__name__} are not in memory (meta device): were they offloaded by a "
+            "device_map? Load the model whole, on one device."
         )
     candidates = list(_candidates(model))
     included, excluded = _expressions(target_modules), _expressions(exclude_modules)

@@ -232,3 +232,10 @@ def test_heads_and_embeddings_by_name(name, is_target):
         place = place.get_submodule(parent)
     place.add_module(last, nn.Linear(4, 4))
     assert (f"{name}.weight" in find_targets(model)) == is_target
+
+
+def test_weights_that_are_not_in_memory_are_an_error():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"not in memory \(meta device\).* Load the model whole"):
+        find_targets(model)

@@ -3,11 +3,13 @@
 Source: Fang et al. 2023, "DepGraph: Towards Any Structural Pruning", arXiv 2301.12900.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ..contexts import undisturbed
 from ..targets import Target
@@ -47,11 +49,15 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
         raise ModuleNotFoundError('channels need torch-pruning: pip install "hf_prune[cnn]".') from error
     names = {module: name for name, module in model.named_modules()}
     found: dict[str, Place] = {}
-    with undisturbed(model, targets), torch.enable_grad():
-        # Times one, so that what ends in the output can be told from what another layer reads.
+    with undisturbed(model, targets), torch.enable_grad(), _calls_of(model) as called:
         graph = DependencyGraph().build_dependency(
-            model, {"pixel_values": _image(model)}, output_transform=lambda output: output[0] * 1, verbose=False
+            model, {"pixel_values": _image(model)}, output_transform=_outputs, verbose=False
         )
+        if strangers := [names[module] for module in called if module not in graph.module2node]:
+            raise ValueError(
+                f"channels of {type(model).__name__} cannot be followed: {strangers[0]!r} computes what is in none of "
+                "its outputs."
+            )
         for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
             places = _places(graph, group, names, targets, multiple_of)
             if places is not None:
@@ -71,6 +77,24 @@ def is_convolutional(model: nn.Module) -> bool:
     kinds = {type(module) for module in model.modules()}
     attends = any("Attention" in kind.__name__ for kind in kinds)
     return not attends and any(issubclass(kind, nn.Conv2d) for kind in kinds)
+
+
+@contextlib.contextmanager
+def _calls_of(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """Notes which layers are called that read channels."""
+    called: set[nn.Module] = set()
+    readers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))]
+    hooks = [module.register_forward_hook(lambda module, *_: called.add(module)) for module in readers]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _outputs(output: Any) -> list[torch.Tensor]:
+    """All outputs, times one, so that what ends in them can be told from what another layer reads."""
+    return [value * 1 for value in tree_leaves(dict(output)) if torch.is_tensor(value) and value.requires_grad]
 
 
 def _image(model: nn.Module) -> torch.Tensor:

@@ -82,7 +82,7 @@ class ShapesQuantizer(HfQuantizer):
             if module is not None and list(getattr(module, name.rpartition(".")[2]).shape) != shape:
                 raise ValueError(f"the recorded shape of {name!r} is {shape}, and the weights have another one.")
         self.remove_quantization_config(model)  # It is no quantized model ...
-        model.config.quantization_config = self.quantization_config  # ... and is saved as it was.
+        model.config.quantization_config = self.quantization_config.to_dict()  # ... and is saved as it was.
 
     @property
     def is_trainable(self) -> bool:
@@ -132,7 +132,7 @@ def record_shapes_(model: PreTrainedModel) -> None:
         {name: own for name, own in attributes.items() if own},
     )
     if record.shapes or record.attributes:
-        model.config.quantization_config = record
+        model.config.quantization_config = record.to_dict()  # As it is in a config that was read from a file.
 
 
 def built_from(config: PretrainedConfig, model: PreTrainedModel) -> PreTrainedModel:

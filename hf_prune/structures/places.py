@@ -56,11 +56,6 @@ def find_in_family(
     return found
 
 
-def may_lose_layers(model: nn.Module) -> bool:
-    """Whether whole layers of a model can be removed."""
-    return not any(stack.why_layers_stay() for stack in _stacks(model))
-
-
 @dataclass(frozen=True)
 class _Layer:
     """One layer of a model, and its name."""
@@ -85,8 +80,22 @@ class _Layer:
 
     def width(self, part: Heads | Neurons) -> int:
         """How much goes into the output projection."""
-        columns = self.get(part.module, part.columns)
+        columns = self.projection(part, part.columns)
         return int(columns.weight.shape[_input_axis(columns)])
+
+    def projection(self, part: Heads | Neurons, path: str) -> nn.Linear | Conv1D:
+        """A projection of a part.
+
+        Raises:
+            ValueError: if it is of a kind whose axes are not known.
+        """
+        found = self.get(part.module, path)
+        if not isinstance(found, (nn.Linear, Conv1D)):
+            raise ValueError(
+                f"{_join(self.name, part.module, path)!r} is described as a projection, and is a "
+                f"{type(found).__name__}. Name one that is nn.Linear or Conv1D."
+            )
+        return found
 
     def count(self, part: Heads | Neurons) -> int:
         """Number of heads (of keys and values, where these are fewer), or of neurons.
@@ -98,9 +107,13 @@ class _Layer:
             return self.width(part)
         widths = {part.columns: self.width(part)}
         for path, parts in part.rows.items():
-            row = self.get(part.module, path)
+            row = self.projection(part, path)
             widths[path] = row.weight.shape[1 - _input_axis(row)] // parts
         size = self.get(part.module, part.size)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"{_join(self.name, part.module, part.size)!r} is described as the width of a head, and is {size!r}."
+            )
         count = min(widths.values()) // size
         for path, width in widths.items():
             if count == 0 or width % size or width // size % count:
@@ -143,6 +156,7 @@ class _Layers:
     name: str
     layers: Sequence[_Layer]
     config: PretrainedConfig
+    configs: Sequence[PretrainedConfig]
 
     def places(self, kinds: Collection[str], multiple_of: int) -> Iterator[Place]:
         if "layer" in kinds:
@@ -173,6 +187,9 @@ class _Layers:
             return "attention is scaled by the number of its layer (scale_attn_by_inverse_layer_idx)"
         if getattr(self.config, "use_weighted_layer_sum", False):
             return "a weight goes to each layer (use_weighted_layer_sum)"
+        fields = self.stack.fields
+        if not any(getattr(config, name, None) == len(self.layers) for config in self.configs for name in fields):
+            return f"no config says in {' or '.join(fields)} (Stack.fields) that there are {len(self.layers)}"
         # The last one is what a config of a backbone says by itself.
         if list(getattr(self.config, "out_indices", None) or [len(self.layers)]) != [len(self.layers)]:
             return "the outputs of layers are asked for by their numbers (out_indices)"
@@ -223,7 +240,10 @@ def _stacks(model: nn.Module) -> list[_Layers]:
     """The stacks of a model, by the table."""
     config: Any = getattr(model, "config", None)
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"heads, neurons and layers are those of a Transformers model, got {type(model).__name__}.")
+        raise ValueError(
+            f"heads, neurons and layers are those of a Transformers model, got {type(model).__name__}. If it has one "
+            "inside of it, give that."
+        )
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"hf_prune does not know where the family {config.model_type!r} has its heads, neurons and layers. It "
@@ -237,13 +257,21 @@ def _stacks(model: nn.Module) -> list[_Layers]:
         if isinstance(layers, nn.ModuleList) and len(layers):
             name = _join(prefix, stack.layers)
             named = [_Layer(f"{name}.{i}", layer) for i, layer in enumerate(layers)]
-            found.append(_Layers(stack, name, named, config))
+            found.append(_Layers(stack, name, named, config, _configs_around(model, name)))
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no layers where the family {config.model_type!r} has them "
             f"({', '.join(stack.layers for stack in family)})."
         )
     return found
+
+
+def _configs_around(model: nn.Module, path: str) -> list[PretrainedConfig]:
+    """The configs of a model, of the module at a path in it, and of all that are between them."""
+    names = path.split(".")
+    around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
+    configs = [getattr(module, "config", None) for module in around]
+    return [config for config in configs if isinstance(config, PretrainedConfig)]
 
 
 def _join(*parts: str) -> str:

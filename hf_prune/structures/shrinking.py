@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..contexts import whole_on_error
 from ..targets import find_targets
 from .channels import find_channels, is_convolutional
 from .loading import WIDTHS, built_from, can_say, record_shapes_
@@ -21,7 +22,7 @@ from .members import (
     kinds_of,
     nonzeros,
 )
-from .places import find_in_family, may_lose_layers
+from .places import find_in_family
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ def shrink(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = No
 
     The outputs stay what they are, up to rounding. The weights that remain are new tensors; an optimizer that was made
     before holds the old ones. The model's config says what the model is now, as far as a config of its family can.
-    Everything else is recorded in it, and `from_pretrained` reads it where hf_prune has been imported.
+    Everything else is recorded in it, and `from_pretrained` reads it where hf_prune has been imported. A model that is
+    a part of another one no longer shares its config with it: save it, and load it, by itself.
 
     Args:
         model: The model, unwrapped; changed in place.
@@ -72,7 +74,7 @@ def shrink(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = No
 
 
 def find_removable(model: nn.Module) -> dict[str, Place]:
-    """Finds all structures that `shrink` can remove from a model.
+    """Finds all structures that `shrink` can remove from a model, of all kinds that can be removed from it.
 
     Args:
         model: The model, unwrapped.
@@ -81,15 +83,21 @@ def find_removable(model: nn.Module) -> dict[str, Place]:
         Place → its structures.
 
     Raises:
-        ValueError: as `find_in_family` and `find_channels` do.
+        ValueError: as `find_in_family` and `find_channels` do, if there is no such kind.
         ModuleNotFoundError: as `find_channels` does.
     """
     if is_convolutional(model):
         return find_channels(model, find_targets(model, ".*"), multiple_of=1)
-    targets = find_targets(model)
-    places = find_in_family(model, ("head", "neuron"), targets, multiple_of=1)
-    if may_lose_layers(model):
-        places |= find_in_family(model, ("layer",), targets, multiple_of=1)
+    targets, errors = find_targets(model), []
+    places: dict[str, Place] = {}
+    for kind in ("head", "neuron", "layer"):
+        try:
+            places |= find_in_family(model, (kind,), targets, multiple_of=1)
+        except ValueError as error:  # What cannot be removed cannot have been pruned, and the other kinds can.
+            logger.debug("No %s is removed: %s", kind, error)
+            errors.append(error)
+    if not places:
+        raise errors[0]
     return places
 
 
@@ -117,25 +125,28 @@ def remove_(model: PreTrainedModel, places: Places, kept: Mapping[str, torch.Ten
             )
         if not kept[name][list(place.stay)].all():
             raise ValueError(f"{place.kind} {place.stay[0]} of {name!r} is pruned, and makes what the others read.")
-    built_from(model.config, model)  # Else nothing could be recorded, and the model is still whole.
+    built_from(model.config, model)  # Else nothing could be recorded.
+    with whole_on_error(model):
+        _remove_(model, parts, layers, kept)
+
+
+def _remove_(model: PreTrainedModel, parts: Places, layers: Places, kept: Mapping[str, torch.Tensor]) -> None:
     _own_configs_(model)
-    for name, place in parts.items():
-        if not kept[name].all():
-            _remove_parts_(model, place, kept[name])
+    _remove_parts_(model, {name: place for name, place in parts.items() if not kept[name].all()}, kept)
     _say_widths_(model, parts, kept)
     for name, place in layers.items():
         if not kept[name].all():
             _remove_layers_(model, place, kept[name])
-    _forget_alignment_(model, parts | layers, kept)
     record_shapes_(model)
+    _forget_alignment_(model, {**parts, **layers}, kept)
 
 
 def _own_configs_(model: PreTrainedModel) -> None:
     """Gives a model configs of its own: others may have been built from the same ones, and stay as they are."""
-    copies: dict[int, PretrainedConfig] = {}
+    copies: dict[int, Any] = {}  # What one config holds of another, as of its text part, it goes on holding.
     for module in model.modules():
         if isinstance(config := getattr(module, "config", None), PretrainedConfig):
-            setattr(module, "config", copies.setdefault(id(config), copy.deepcopy(config)))  # noqa: B010
+            setattr(module, "config", copy.deepcopy(config, copies))  # noqa: B010
 
 
 def _forget_alignment_(model: PreTrainedModel, places: Places, kept: Mapping[str, torch.Tensor]) -> None:
@@ -155,17 +166,24 @@ def _goes_with(name: str, layers: Places, kept: Mapping[str, torch.Tensor]) -> b
     return any(name == layer or name.startswith(f"{layer}.") for layer in gone)
 
 
-def _remove_parts_(model: nn.Module, place: Place, kept: torch.Tensor) -> None:
-    for member in place.members:
-        path, _, attribute = member.name.rpartition(".")
-        module, stay = model.get_submodule(path), member.kept_positions(kept).nonzero().flatten()
-        parameter = getattr(module, attribute)  # Maybe not the member's any more: it may have lost another axis.
-        values = parameter.detach().index_select(member.axis, stay.to(parameter.device))
+def _remove_parts_(model: nn.Module, parts: Places, kept: Mapping[str, torch.Tensor]) -> None:
+    # Several places may own positions of one axis, as of a layer that reads what others have put side by side.
+    positions: dict[tuple[str, int], torch.Tensor] = {}
+    for name, place in parts.items():
+        for member in place.members:
+            own = member.kept_positions(kept[name])
+            positions[member.name, member.axis] = positions.get((member.name, member.axis), own) & own
+    for (parameter_name, axis), stays in positions.items():
+        path, _, attribute = parameter_name.rpartition(".")
+        module, stay = model.get_submodule(path), stays.nonzero().flatten()
+        parameter = getattr(module, attribute)  # Not the member's any more if it has lost another axis.
+        values = parameter.detach().index_select(axis, stay.to(parameter.device))
         setattr(module, attribute, nn.Parameter(values, requires_grad=parameter.requires_grad))
         if attribute == "weight":
-            _set_widths_(module, member.axis, stay)
-    for path, attribute, each in place.attributes:
-        setattr(model.get_submodule(path), attribute, each * int(kept.sum()))
+            _set_widths_(module, axis, stay)
+    for name, place in parts.items():
+        for path, attribute, each in place.attributes:
+            setattr(model.get_submodule(path), attribute, each * int(kept[name].sum()))
 
 
 def _set_widths_(module: nn.Module, axis: int, stay: torch.Tensor) -> None:
@@ -187,8 +205,7 @@ def _say_widths_(model: PreTrainedModel, parts: Places, kept: Mapping[str, torch
         fields = fields_of(places, {name: int(kept[name].sum()) for name in places})
         if any(not kept[name].all() for name in places) and can_say(model.config, fields):
             for config in _configs(model, model):
-                for field, value in fields.items():
-                    setattr(config, field, value)
+                _set_fields_(config, fields)
 
 
 def _remove_layers_(model: PreTrainedModel, place: Place, kept: torch.Tensor) -> None:
@@ -218,8 +235,14 @@ def _say_layers_(config: PretrainedConfig, place: Place, stay: Sequence[int]) ->
     if hasattr(config, "stage_names"):  # Of a backbone, which gives the outputs of its last layer by default.
         config.stage_names = config.stage_names[: len(stay) + 1]
         config.set_output_features_output_indices(out_features=None, out_indices=None)
-    for field, _ in place.fields:
-        setattr(config, field, len(stay))
+    _set_fields_(config, {field: len(stay) for field, _ in place.fields})
+
+
+def _set_fields_(config: PretrainedConfig, fields: Mapping[str, int]) -> None:
+    """Sets fields that belong together in a config that has some of them: of several parts, each has its own."""
+    if any(hasattr(config, field) for field in fields):
+        for field, value in fields.items():
+            setattr(config, field, value)
 
 
 def _configs(model: PreTrainedModel, module: nn.Module) -> list[PretrainedConfig]:

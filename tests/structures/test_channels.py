@@ -19,6 +19,23 @@ from tests.structures.test_training import samples, without_dropout
 
 IMAGES = {"num_channels": 1, "num_labels": 3}
 NETWORKS = {
+    "hgnet, which puts channels side by side": lambda: transformers.HGNetV2ForImageClassification(
+        transformers.HGNetV2Config(
+            embedding_size=16,
+            hidden_sizes=[32, 64],
+            depths=[1, 1],
+            stem_channels=[1, 8, 16],
+            stage_in_channels=[16, 32],
+            stage_mid_channels=[8, 8],
+            stage_out_channels=[32, 64],
+            stage_num_blocks=[1, 1],
+            stage_downsample=[False, True],
+            stage_light_block=[False, False],
+            stage_kernel_size=[3, 3],
+            stage_numb_of_layers=[2, 2],
+            **IMAGES,
+        )
+    ),
     "resnet": lambda: transformers.ResNetForImageClassification(
         transformers.ResNetConfig(
             embedding_size=8, hidden_sizes=[8, 16, 24], depths=[2, 2, 1], layer_type="basic", **IMAGES
@@ -214,3 +231,11 @@ def test_all_that_a_user_excludes_is_left_alone():
     report = prune(model, config_of(exclude_modules=[".*stages.1.*"]))
     assert 0 < len(report.structures) < before
     assert not any("stages.1" in row.name for row in report.structures)
+
+
+def test_what_ends_in_no_output_is_an_error():
+    model = transformers.MobileNetV2ForSemanticSegmentation(
+        transformers.MobileNetV2Config(image_size=32, depth_multiplier=0.25, num_labels=3)
+    )
+    with pytest.raises(ValueError, match=r"'mobilenet_v2\.conv_1x1.*' computes what is in none of its outputs"):
+        prune(model, config_of())

@@ -243,3 +243,23 @@ def test_structures_have_to_be_given():
 
     with pytest.raises(ValueError, match="granularity 'head' needs the structures that find_places gives"):
         next_masks({}, MaskSet(), 0.5, config_of("head"))
+
+
+@pytest.mark.parametrize(
+    ("part", "match"),
+    [
+        (
+            Heads("self_attn", {"q_proj": 1, "k_proj": 1, "v_proj": 1}, "o_proj", size="nothing"),
+            r"'model\.layers\.0\.self_attn\.nothing' is described as the width of a head, and is None",
+        ),
+        (
+            Neurons("", {"mlp": 1}, "self_attn"),
+            r"'model\.layers\.0\.self_attn' is described as a projection, and is a Ol",
+        ),
+    ],
+)
+def test_a_description_that_is_wrong(monkeypatch, part, match):
+    monkeypatch.setitem(FAMILIES, "olmo", (Stack("layers", (part,)),))
+    model = transformers.OlmoForCausalLM(transformers.OlmoConfig(**DECODER))
+    with pytest.raises(ValueError, match=match):
+        prune(model, PruningConfig(sparsity=0.5, granularity=part.kind))

@@ -281,3 +281,14 @@ def test_a_family_that_was_described_keeps_what_it_counts(tmp_path, monkeypatch)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     widths = [layer.attn.attention.embed_dim for layer in model.transformer.h]
     assert [layer.attn.attention.embed_dim for layer in loaded.transformer.h] == widths != [16, 16, 16]
+
+
+def test_the_config_of_a_shrunk_model_is_one_to_load_with(tmp_path):
+    model = build("llama")
+    prune(model, PruningConfig(sparsity=0.34, granularity="neuron", multiple_of=4))
+    shrink(model)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path, config=model.config)
+    assert (logits_of(loaded) - logits_of(model)).abs().max() < 1e-6
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path, config=loaded.config)
+    assert (logits_of(again) - logits_of(model)).abs().max() < 1e-6

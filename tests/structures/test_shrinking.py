@@ -5,10 +5,10 @@ import torch
 import transformers
 
 from hf_prune import MaskSet, PruningConfig, prune, shrink
-from hf_prune.structures.families import FAMILIES
+from hf_prune.structures.families import FAMILIES, Neurons, Stack
 from hf_prune.structures.members import kept_in, nonzeros
 from hf_prune.structures.shrinking import find_removable
-from tests.structures.models import DECODER, MODELS, build, inputs_of, logits_of
+from tests.structures.models import DECODER, MODELS, T5, build, inputs_of, logits_of, perturbed
 
 GRANULARITIES = ("head", "neuron", "head+neuron", "layer")
 SCOPES = ("global", "layer")
@@ -217,3 +217,87 @@ def test_alignment_heads_of_whisper_are_dropped(caplog):
 def test_nothing_can_go(model, config, match):
     with pytest.raises(ValueError, match=match):
         prune(model(), config)
+
+
+def one_layer_t5():
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**{**T5, "num_layers": 1, "num_decoder_layers": 1})
+    )
+
+
+def llama_with_a_shared_norm():
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.input_layernorm = model.model.layers[0].input_layernorm
+    return model
+
+
+def llama_with_shared_attention():
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn = model.model.layers[0].self_attn
+    return model
+
+
+@pytest.mark.parametrize("make", [one_layer_t5, llama_with_a_shared_norm, llama_with_shared_attention])
+def test_neurons_go_where_heads_or_layers_cannot(make):
+    model = perturbed(make()).double()
+    prune(model, config_of("neuron", multiple_of=4))
+    masked, before = logits_of(model), model.num_parameters()
+    shrink(model)
+    assert model.num_parameters() < before
+    assert (logits_of(model) - masked).abs().max() < 1e-12
+
+
+def test_neurons_go_when_a_second_round_finds_one_layer_left():
+    model = build("t5")
+    for granularity, sparsity in (("layer", 2 / 3), ("neuron", 0.5)):
+        prune(model, config_of(granularity, sparsity=sparsity))
+        shrink(model)
+    assert len(model.encoder.block) == len(model.decoder.block) == 1
+
+
+def clip():
+    torch.manual_seed(0)
+    side = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.CLIPConfig(
+        text_config={**side, "vocab_size": 60, "max_position_embeddings": 16},
+        vision_config={**side, "image_size": 8, "patch_size": 4},
+        projection_dim=8,
+    )
+    return perturbed(transformers.CLIPModel(config))
+
+
+def describe_clip(monkeypatch, **fields):
+    neurons = (Neurons("mlp", {"fc1": 1}, "fc2", fields=("intermediate_size",)),)
+    stacks = tuple(Stack(f"{side}_model.encoder.layers", neurons, **fields) for side in ("text", "vision"))
+    monkeypatch.setitem(FAMILIES, "clip", stacks)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "neuron"])
+def test_configs_inside_of_a_config_say_what_is_left(tmp_path, monkeypatch, granularity):
+    describe_clip(monkeypatch)
+    model = clip()
+    prune(model, config_of(granularity, sparsity=1 / 3, scope="auto" if granularity == "layer" else "layer"))
+    shrink(model)
+    assert model.config.text_config is model.text_model.config
+    assert model.config.text_config.num_hidden_layers == len(model.text_model.encoder.layers)
+    assert not hasattr(model.config, "num_hidden_layers")
+    model.save_pretrained(tmp_path)
+    loaded = transformers.CLIPModel.from_pretrained(tmp_path)
+    assert {n: p.shape for n, p in loaded.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    images, tokens = torch.randn(2, 3, 8, 8), torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        outputs = [each(input_ids=tokens, pixel_values=images).logits_per_image for each in (model, loaded)]
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-5
+
+
+def test_layers_that_no_config_counts_stay(monkeypatch):
+    describe_clip(monkeypatch, fields=("depth",))
+    with pytest.raises(ValueError, match=r"no config says in depth \(Stack\.fields\) that there are 3"):
+        prune(clip(), config_of("layer"))
+
+
+def test_a_model_that_is_compiled_is_given_without_its_wrapper():
+    with pytest.raises(ValueError, match=r"got OptimizedModule\. If it has one inside of it, give that"):
+        shrink(torch.compile(build("llama")))

@@ -8,7 +8,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from hf_prune import PruningConfig, PruningHistory, PruningTrainerCallback, prune, shrink
-from tests.structures.models import build, logits_of
+from hf_prune.structures.families import FAMILIES, Neurons, Stack
+from tests.structures.models import DECODER, build, logits_of
 
 
 def samples(model, size=24, seed=0):
@@ -201,3 +202,22 @@ def test_a_model_that_is_called_in_a_way_of_its_own(make_trainer, caplog):
     assert pruning.history.costs["shrunk"].flops is None
     assert "Only parameters are counted" in caplog.text
     assert str(pruning.history).endswith("parameters.")
+
+
+def test_a_family_that_was_described_in_part_leaves_a_model_that_works(make_trainer, monkeypatch, caplog):
+    part = Neurons("mlp", {"up_proj": 1}, "down_proj")  # The gate goes with it.
+    monkeypatch.setitem(FAMILIES, "olmo", (Stack("layers", (part,)),))
+    model = transformers.OlmoForCausalLM(transformers.OlmoConfig(**DECODER))
+    before = model.num_parameters()
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.5, granularity="neuron", multiple_of=4))
+    trainer = make_trainer(model, pruning, train_dataset=samples(model))
+    trainer.train()
+    assert "The model was not shrunk, and its pruned structures stay as zeros" in caplog.text
+    assert "OlmoForCausalLM cannot be called any more. Does describe_family" in caplog.text
+    assert model.num_parameters() == before
+    assert not hasattr(model.config, "quantization_config")
+    assert pruning.history.costs == {}
+    assert logits_of(model).isfinite().all()
+    trainer.train()  # Its optimizer is still the model's.
+    layer = model.model.layers[0].mlp.up_proj
+    assert bool((layer.weight == 0).all(1).any())

@@ -292,3 +292,14 @@ def test_the_config_of_a_shrunk_model_is_one_to_load_with(tmp_path):
     assert (logits_of(loaded) - logits_of(model)).abs().max() < 1e-6
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path, config=loaded.config)
     assert (logits_of(again) - logits_of(model)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("granularity", ["head", "head+neuron"])
+def test_prefix_tuning_goes_on_top_where_all_layers_have_as_many_heads(granularity):
+    peft = pytest.importorskip("peft")
+    model = build("llama")
+    prune(model, PruningConfig(sparsity=0.5, granularity=granularity, uniform=True))
+    shrink(model)
+    adapted = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with torch.no_grad():
+        assert adapted(**inputs_of(model)).logits.isfinite().all()

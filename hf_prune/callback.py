@@ -54,6 +54,7 @@ from .optimizers import (
     undo_restart_lr_,
 )
 from .pacing import Even, Patience
+from .processes import require_agreement
 from .pruning import cut_, require_room
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
 from .resolving import required_statistics, resolve_targets
@@ -439,6 +440,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def _adopt(self, masks: MaskSet, asked: float | None, now: Moment) -> None:
         """Holds masks from here on, writes the round down and measures it."""
         model, state = now.model, now.state
+        if now.args.world_size > 1:
+            require_agreement(masks.digests(), "a mask")
         self.masks = masks
         cut_state_(now.optimizer, self.config.optimizer_state, {self._weights[n]: m for n, m in masks.items()})
         self._hooks.hold_(self._weights, masks)

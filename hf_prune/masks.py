@@ -124,6 +124,10 @@ class MaskSet(Mapping[str, torch.Tensor]):
             sha.update(_pack(self[name]).tobytes())
         return sha.hexdigest()
 
+    def digests(self) -> dict[str, str]:
+        """The digest of each mask by itself."""
+        return {name: MaskSet({name: mask}).digest() for name, mask in self.items()}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the masks as safetensors, one bit a weight; the file appears whole or not at all."""
         packed = {name: torch.from_numpy(_pack(mask)) for name, mask in self.items()}

@@ -1,5 +1,6 @@
 """What several processes know together."""
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -29,6 +30,26 @@ def gather_from_processes(value: Value) -> list[Value]:
     gathered: list[Value] = [value] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, value)
     return gathered
+
+
+def require_agreement(values: Mapping[str, object], what: str) -> None:
+    """Requires that all processes have the same values. All of them call it.
+
+    Args:
+        values: Name → value.
+        what: What they are, for the message.
+
+    Raises:
+        ValueError: on all processes, if one has another value than the first; the message names the first such value.
+    """
+    first, *others = gather_from_processes(dict(values))
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            name = next(name for name in first | other if first.get(name) != other.get(name))
+            raise ValueError(
+                f"process {rank} has {what} of {name!r} other than process 0. What decides it must be the same "
+                "everywhere: the weights, the seed, and what a criterion computes."
+            )
 
 
 def _are_several() -> bool:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_prune import PruningConfig, PruningTrainerCallback, prune
+from hf_prune import PruningConfig, PruningTrainerCallback, ScoreInputs, prune
 from hf_prune.criteria import CRITERIA
 from hf_prune.reconstruction import RECONSTRUCTIONS
 from tests.processes import on_two_processes
@@ -172,6 +172,31 @@ def test_processes_whose_samples_go_to_other_experts_prune_what_one_does(tmp_pat
             assert torch.equal(first[name], second[name]), config
             assert torch.equal(first[name] == 0, weights == 0), config
             assert torch.allclose(first[name], weights, rtol=1e-9, atol=1e-12), config
+
+
+def train_apart(rank: int, folder: Path) -> str:
+    """What is said if a criterion scores one tensor otherwise on the second process."""
+    model = build("llama")
+    odd = [name for name, _ in model.named_parameters() if name.endswith("up_proj.weight")][-1]
+
+    def criterion(inputs: ScoreInputs) -> torch.Tensor:
+        scores = inputs.weight.abs()
+        return -scores if rank == 1 and inputs.name == odd else scores
+
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.5, scope="layer"), criterion=criterion)
+    trainer = trainer_factory(folder)(model, pruning, train_dataset=batch(model, 8), max_steps=1)
+    assert trainer.args.world_size == 2
+    assert torch.distributed.get_backend() == "gloo"
+    with pytest.raises(ValueError, match="process 1 has a mask of") as caught:
+        trainer.train()
+    return str(caught.value)
+
+
+@pytest.mark.multiprocess
+def test_masks_that_differ_are_an_error_on_every_process(tmp_path):
+    first, second = on_two_processes(train_apart, tmp_path, tmp_path)
+    assert first == second
+    assert "'model.layers.1.mlp.up_proj.weight' other than process 0" in first
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 The order is total: by value (`−0.0` equals `0.0`), ties by position (tensor by tensor, each in its row-major order).
 Floating-point numbers are mapped to integers that sort alike, and the k-th lowest integer is found from its highest
 16 bits down, with one histogram of 65,536 counts for each 16 bits, until few enough are left to be sorted. Beyond the
-scores of one tensor at a time and these few this needs no memory that grows with the model.
+scores of one tensor at a time and these few this needs no memory that grows with the model. Histograms of shards add
+up: processes that have a shard of each tensor find the same integer, and tell each other how often they have it.
 """
 
 import functools
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from .masks import masked_in
+from .processes import gather_from_processes, rank_and_size, sum_over_processes_
 
 Scores = Mapping[str, Callable[[], torch.Tensor]]
 """Name → a function that gives the scores of that tensor. It is called once for each pass and must give the same
@@ -28,7 +30,9 @@ _SORTED_SHARE = 1 / 64  # The largest share of the scores that is sorted, which 
 _CHUNK = 1 << 20  # Elements worked on at a time: bounds the temporaries, which are several times larger than scores.
 
 
-def drop_lowest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+def drop_lowest(
+    scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None = None, *, sharded: bool = False
+) -> dict[str, torch.Tensor]:
     """Drops the `k` lowest of all scores together.
 
     Args:
@@ -37,9 +41,11 @@ def drop_lowest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None 
         k: How many to drop, those in `kept` that are dropped already included.
         kept: Name → bool tensor of the same shape; what is False there ranks below every score, so that it is
             dropped first. Names may be missing.
+        sharded: Whether each process has a shard of every tensor, maybe an empty one: the first process the first
+            rows, and so on. All of them call this, with their shards of `scores` and `kept`, the same names and `k`.
 
     Returns:
-        Name → bool tensor of the scores' shape, True = kept, with exactly `k` False in all.
+        Name → bool tensor of the scores' shape, True = kept, with exactly `k` False in all; if sharded, in all shards.
 
     Raises:
         ValueError: if a score is NaN (the message names the tensor), or `k` is negative or above the number of
@@ -50,7 +56,7 @@ def drop_lowest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None 
         >>> drop_lowest({"a": lambda: a, "b": lambda: b}, k=3)
         {'a': tensor([ True, False]), 'b': tensor([False, False])}
     """
-    ranking = _Ranking(scores, kept or {})
+    ranking = _Ranking(scores, kept or {}, sharded)
     if not 0 <= k <= ranking.total:
         raise ValueError(f"k must be in [0, {ranking.total}], the number of scores; got {k}.")
     prefix, shift, inside, left = _bin_of_kth_lowest(ranking, k)
@@ -58,8 +64,9 @@ def drop_lowest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None 
     masks = {n: torch.empty(s, dtype=torch.bool, device=ranking.devices[n]) for n, s in ranking.shapes.items()}
     keys, places = torch.empty(2, inside if shift else 0, dtype=torch.int64)
     filled, ends = 0, []
+    ties = ranking.ties_to_drop(prefix, left) if sharded else {}
     for name in masks:
-        mask = masks[name].view(-1)
+        mask, left = masks[name].view(-1), ties.get(name, left)
         for chunk, key in ranking.keys(name):
             digits = key >> shift if shift else key
             torch.ge(digits, prefix, out=mask[chunk])
@@ -77,7 +84,7 @@ def drop_lowest(scores: Scores, k: int, kept: Mapping[str, torch.Tensor] | None 
     keep = torch.ones_like(keys, dtype=torch.bool).scatter_(0, keys.argsort(stable=True)[:left], False)
     for mask, start, end in zip(masks.values(), [0, *ends], ends, strict=False):
         mask.view(-1)[places[start:end].to(mask.device)] = keep[start:end].to(mask.device)
-    dropped = sum(masked_in(mask) for mask in masks.values())
+    dropped = ranking.sum(torch.tensor(sum(masked_in(mask) for mask in masks.values()))).item()
     if dropped != k:
         raise _other_scores(f"{dropped} instead of {k} were dropped")
     return masks
@@ -149,13 +156,14 @@ class _Ranking:
     Attributes:
         shapes: The shape of each tensor.
         devices: Its device.
+        sharded: Whether these are shards, and what is counted is counted in all of them.
         total: Number of scores.
         bits: Number of bits of a key.
         histogram: Number of keys that begin with each 16 bits, in their order.
     """
 
-    def __init__(self, scores: Scores, kept: Mapping[str, torch.Tensor]) -> None:
-        self._scores, self._kept = scores, kept
+    def __init__(self, scores: Scores, kept: Mapping[str, torch.Tensor], sharded: bool) -> None:
+        self._scores, self._kept, self.sharded = scores, kept, sharded
         self._dtypes: set[torch.dtype] = set()
         self._positive: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
@@ -163,7 +171,25 @@ class _Ranking:
         self.histogram = self.histogram_within(None)
         if len(self._dtypes) > 1:  # The first ones were not yet compared in the dtype that holds them all.
             self.histogram = self.histogram_within(None)
-        self.total = sum(shape.numel() for shape in self.shapes.values())
+        self.total = int(self.sum(torch.tensor(sum(shape.numel() for shape in self.shapes.values()))))
+
+    def sum(self, count: torch.Tensor) -> torch.Tensor:
+        """A count, over all shards."""
+        if not self.sharded:
+            return count
+        device = next(iter(self.devices.values()), count.device)  # Some backends add up on their own device only.
+        return sum_over_processes_(count.to(device)).cpu()
+
+    def ties_to_drop(self, key: int, left: int) -> dict[str, int]:
+        """How many of equal keys go from each tensor of this process, if so many of all go, the first by position."""
+        counts = {name: sum(int((keys == key).sum()) for _, keys in self.keys(name)) for name in self._scores}
+        rank, shares = rank_and_size()[0], {}
+        everywhere = gather_from_processes(counts)
+        for name in counts:
+            before = sum(each[name] for each in everywhere[:rank])
+            shares[name] = min(max(left - before, 0), counts[name])
+            left = max(left - sum(each[name] for each in everywhere), 0)
+        return shares
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -216,7 +242,7 @@ class _Ranking:
                 else:
                     digit = (key[(key >> (shift + 16)) == prefix] >> shift) & 0xFFFF
                 histogram += torch.bincount(digit, minlength=1 << 16).cpu()
-        return histogram
+        return self.sum(histogram)
 
 
 class _Bin(NamedTuple):
@@ -249,7 +275,7 @@ def _bin_of_kth_lowest(ranking: _Ranking, k: int) -> _Bin:
         inside = int(histogram[found])
         k -= int(up_to[found]) - inside
         prefix += found
-        if shift == 0 or inside <= ranking.total * _SORTED_SHARE:
+        if shift == 0 or (not ranking.sharded and inside <= ranking.total * _SORTED_SHARE):
             return _Bin(prefix, shift, inside, k)
         shift -= 16
         histogram = ranking.histogram_within(prefix, shift)

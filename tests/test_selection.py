@@ -6,6 +6,7 @@ import torch
 
 from hf_prune import selection
 from hf_prune.selection import drop_lowest
+from tests.processes import on_two_processes
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -161,3 +162,49 @@ def test_scores_that_are_others_when_asked_again_are_an_error(again, k, message)
     given = itertools.chain([torch.tensor([1.0, 2.0, 3.0, 4.0])], itertools.repeat(again))
     with pytest.raises(ValueError, match=message):
         drop_lowest({"a": lambda: next(given)}, k)
+
+
+def whole_tensors() -> dict[str, dict[str, torch.Tensor]]:
+    """For each kind of numbers and dtype: tensors of which two processes have uneven shards, and of one none."""
+    torch.manual_seed(0)
+    return {
+        f"{kind}, {dtype}": {str(shape): change(torch.randn(shape)).to(dtype) for shape in SHAPES}
+        for kind, change in KINDS.items()
+        for dtype in DTYPES
+    }
+
+
+def in_shards(tensors: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """What a process has: of the first dimension the first half, rounded up, or the rest."""
+    halves = {name: (len(tensor) + 1) // 2 for name, tensor in tensors.items()}
+    return {n: t[: halves[n]] if rank == 0 else t[halves[n] :] for n, t in tensors.items()}
+
+
+def kept_before(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A tenth is gone before."""
+    return {name: torch.arange(t.numel()).view(t.shape) % 10 != 3 for name, t in tensors.items()}
+
+
+def select_from_shards(rank: int) -> dict[str, dict[str, torch.Tensor]]:
+    found = {}
+    for label, tensors in whole_tensors().items():
+        shards, kept = in_shards(tensors, rank), in_shards(kept_before(tensors), rank)
+        for share in (0, 0.01, 0.3, 0.5, 0.9, 1):
+            k = round(share * sum(t.numel() for t in tensors.values()))
+            scores = {name: lambda t=t: t for name, t in shards.items()}
+            found[f"{label}, {k}"] = drop_lowest(scores, k, kept, sharded=True)
+    return found
+
+
+@pytest.mark.multiprocess
+def test_of_shards_go_what_goes_of_whole_tensors(tmp_path):
+    first, second = on_two_processes(select_from_shards, tmp_path)
+    assert in_shards(whole_tensors()["signed, torch.float32"], 1)["(1,)"].numel() == 0
+    for label, tensors in whole_tensors().items():
+        cases = [case for case in first if case.startswith(f"{label}, ")]
+        assert len(cases) == 6
+        for case in cases:
+            scores = {name: lambda t=t: t for name, t in tensors.items()}
+            whole = drop_lowest(scores, int(case.split(", ")[-1]), kept_before(tensors))
+            for name, mask in whole.items():
+                assert torch.equal(torch.cat([first[case][name], second[case][name]]), mask), (case, name)

@@ -4,17 +4,11 @@ import dataclasses
 import functools
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
-import torch
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -36,6 +30,7 @@ from .criteria import Criterion
 from .finished import FinishedRun
 from .hooks import GradientHooks
 from .masks import MaskSet
+from .moments import Moment
 from .monitor import (
     Monitor,
     as_number,
@@ -59,31 +54,12 @@ from .pruning import cut_, require_room
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
 from .resolving import required_statistics, resolve_targets
 from .rounds import Rounds
-from .samples import Batch, batches_of
 from .structures.finding import find_places, held_zeros, require_prunable, zeros_of
 from .structures.members import Place, parameters_of
 from .structures.shrinking import shrink
 from .targets import Target
 
 logger = logging.getLogger(__name__)
-
-
-class Moment(NamedTuple):
-    """What Trainer hands to an event that may lead to a cut."""
-
-    args: TrainingArguments
-    state: TrainerState
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
-    dataloader: DataLoader[Any] | None
-
-    @classmethod
-    def of(cls, args: TrainingArguments, state: TrainerState, given: Mapping[str, Any]) -> "Moment":
-        """From the arguments of an event."""
-        return cls(
-            args, state, given["model"], given["optimizer"], given["lr_scheduler"], given.get("train_dataloader")
-        )
 
 
 class PruningTrainerCallback(TrainerCallback, ExportableState):
@@ -121,7 +97,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     Raises:
         TypeError: if `config` is not a `PruningConfig`, or `criterion` not a function.
         ValueError: from `trainer.train()`, if the config does not fit the model, the run or the checkpoint, if scores
-            or what a calibration gathers are not finite, or if the model carries adapters or sharded parameters.
+            or what a calibration gathers are not finite, if the model carries adapters or sharded parameters, or if it
+            was evaluated before `train()` where there are several processes.
 
     Example:
         >>> callback = PruningTrainerCallback(PruningConfig(sparsity=0.8))
@@ -198,7 +175,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._hooks.release_(self._weights.values())
         undo_restart_lr_(now.scheduler)
         self._start_clean()
-        _require_supported(now.model)
+        now.require_supported()
         if self.config.restart_lr:
             require_restartable(now.scheduler)
         if self.config.patience:
@@ -313,7 +290,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             )  # fmt: skip
         if self._places and self.config.shrink_at_end and self.masks.masked:
             try:
-                self._shrink(model, args, kwargs.get("train_dataloader"))
+                self._shrink(Moment.of(args, state, kwargs))
             except (RuntimeError, ValueError) as error:  # What was trained must not be lost for it.
                 logger.error("The model was not shrunk, and its pruned structures stay as zeros: %s", error)
             else:
@@ -322,14 +299,15 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if args.should_save:
             self._save_reports(Path(str(args.output_dir)))
 
-    def _shrink(self, model: PreTrainedModel, args: TrainingArguments, dataloader: DataLoader[Any] | None) -> None:
+    def _shrink(self, now: Moment) -> None:
         """Removes what is masked as a whole, and measures what that saves.
 
         Raises:
             ValueError, RuntimeError: if it cannot be removed, or the model could be called before and cannot be called
                 without it. It is then as it was.
         """
-        batches = _batches(dataloader, args.train_batch_size * args.world_size, args)
+        model = cast(PreTrainedModel, now.model)  # Others have no structures to find.
+        batches = now.batches(now.args.train_batch_size * now.args.world_size)
         masked = measure_cost_or_parameters(model, batches)
         with whole_on_error(model):
             shrink(model, self.masks)
@@ -419,7 +397,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             self.masks,
             asked,
             self.config,
-            batches=_batches(now.dataloader, self.config.calibration_samples, args),
+            batches=now.batches(self.config.calibration_samples),
             statistics=None if self._movement is None else {"movement": self._movement.tensors},
             criterion=self.criterion,
             seed=args.seed,
@@ -478,28 +456,3 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def _save_reports(self, folder: Path) -> None:
         self.config.save_pretrained(folder)
         self.history.save(folder / HISTORY_NAME)
-
-
-def _batches(
-    dataloader: DataLoader[Any] | None, samples: int, args: TrainingArguments
-) -> Callable[[], Iterator[Batch]] | None:
-    """What draws batches of training samples, so many of all processes together; None where there are no data."""
-    if dataloader is None:
-        return None
-    return functools.partial(batches_of, dataloader, samples, args.train_batch_size, args.seed)
-
-
-def _require_supported(model: nn.Module) -> None:
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            f"this {type(model).__name__} carries adapters: its checkpoints hold no base weights, and merging would "
-            "fill their zeros. Merge the adapters first (merge_and_unload), or prune before adding them."
-        )
-    kind = PartialState().distributed_type
-    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM) or any(
-        isinstance(parameter, DTensor) for parameter in model.parameters()
-    ):
-        raise ValueError(
-            f"the model's parameters are sharded ({kind.value}); PruningTrainerCallback needs them whole on each "
-            "process. Train on one process or with DistributedDataParallel."
-        )

@@ -24,7 +24,7 @@ from transformers import (
 
 from common.arguments import parse
 from common.dense import DenseArguments, dense_model
-from common.report import report
+from common.report import predict_apart, report
 from common.splits import SplitArguments, three_splits
 from common.task import Task
 from common.text import continue_text, cut_blocks, load_texts
@@ -131,7 +131,7 @@ def main() -> None:
 
     tokenizer = task.trainer_kwargs["processing_class"]
     prompt = " ".join(tokenizer.decode(task.test[0]["input_ids"]).split()[:8])
-    dense_test, dense_story = trainer.predict(task.test), continue_text(model, tokenizer, prompt)
+    dense_test, dense_story = predict_apart(model, training, task), continue_text(model, tokenizer, prompt)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report(trainer, callback, dense_test, trainer.predict(task.test))
     story = continue_text(model, tokenizer, prompt)

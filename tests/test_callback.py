@@ -748,14 +748,6 @@ def test_weights_that_are_unfrozen_in_mid_round_are_held(make_trainer):
     assert sparsity_report(model).zeros == round(0.8 * 4608)
 
 
-def test_adapters_are_refused(make_trainer):
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
-    trainer = make_trainer(model, PruningTrainerCallback(FOUR_ROUNDS))
-    with pytest.raises(ValueError, match=r"carries adapters: its checkpoints hold no base weights"):
-        trainer.train()
-
-
 def test_measuring_leaves_every_random_state_alone(make_trainer):
     def train(measure: bool) -> dict:
         model = build("llama")

@@ -58,6 +58,7 @@ ORDER = [
     "finished",
     "checkpoints",
     "monitor",
+    "moments",
     "callback",
 ]
 PACKAGES = ["__init__", "structures.__init__"]

@@ -17,7 +17,7 @@ from transformers import (
 from common.arguments import parse
 from common.dense import DenseArguments, dense_model
 from common.images import ImageCollator, load_images
-from common.report import report
+from common.report import predict_apart, report
 from common.splits import SplitArguments, three_splits
 from common.task import Task
 from hf_prune import PruningTrainerCallback
@@ -119,7 +119,7 @@ def prune_classifier(
     callback.evaluate = trainer.evaluate
     callback.log = trainer.log
 
-    dense_test = trainer.predict(task.test)
+    dense_test = predict_apart(model, training, task)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report(trainer, callback, dense_test, trainer.predict(task.test))
     trainer.accelerator.end_training()

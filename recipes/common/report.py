@@ -1,12 +1,23 @@
 """What a recipe prints and saves at the end."""
 
+import copy
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
+from common.task import Task
 from hf_prune import PruningTrainerCallback
+
+
+def predict_apart(model: PreTrainedModel, training: TrainingArguments, task: Task) -> PredictionOutput:
+    """What `Trainer.predict` gives on the test split, before the training of the model.
+
+    It is a copy that predicts: a Trainer that has predicted is not to train on several processes, as accelerate then
+    takes the model for prepared and leaves its gradients apart.
+    """
+    return Trainer(copy.deepcopy(model), training, **task.trainer_kwargs).predict(task.test)
 
 
 def report(
@@ -17,8 +28,8 @@ def report(
     Args:
         trainer: The trainer, after training.
         callback: The callback that pruned.
-        dense: What `trainer.predict` gave on the test split before training.
-        pruned: The same after training.
+        dense: What `predict_apart` gave before training.
+        pruned: What `trainer.predict` gave on the test split after training.
     """
     assert trainer.model is not None
     history, folder = callback.history, Path(str(trainer.args.output_dir))

@@ -1,0 +1,79 @@
+"""Moments: what Trainer hands to an event that may lead to a cut."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from transformers import TrainerState, TrainingArguments
+
+from .samples import Batch, batches_of
+
+
+class Moment(NamedTuple):
+    """What Trainer hands to an event that may lead to a cut.
+
+    Attributes:
+        args: The training arguments.
+        state: The trainer's state.
+        model: The model, unwrapped.
+        optimizer: The optimizer.
+        scheduler: The learning rate's schedule.
+        dataloader: The training data of this process; None where Trainer does not hand them out.
+    """
+
+    args: TrainingArguments
+    state: TrainerState
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    dataloader: DataLoader[Any] | None
+
+    @classmethod
+    def of(cls, args: TrainingArguments, state: TrainerState, given: Mapping[str, Any]) -> "Moment":
+        """From the arguments of an event."""
+        return cls(
+            args, state, given["model"], given["optimizer"], given["lr_scheduler"], given.get("train_dataloader")
+        )
+
+    def batches(self, samples: int) -> Callable[[], Iterator[Batch]] | None:
+        """What draws batches of training samples, so many of all processes together; None where there are no data."""
+        if self.dataloader is None:
+            return None
+        return functools.partial(batches_of, self.dataloader, samples, self.args.train_batch_size, self.args.seed)
+
+    def require_supported(self) -> None:
+        """Requires a training whose masks hold.
+
+        Raises:
+            ValueError: if the model carries adapters or sharded parameters, or its gradients will not be averaged
+                over the processes.
+        """
+        kind = type(self.model).__name__
+        if hasattr(self.model, "peft_config"):
+            raise ValueError(
+                f"this {kind} carries adapters: its checkpoints hold no base weights, and merging would "
+                "fill their zeros. Merge the adapters first (merge_and_unload), or prune before adding them."
+            )
+        distributed = PartialState().distributed_type
+        if distributed in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM) or any(
+            isinstance(parameter, DTensor) for parameter in self.model.parameters()
+        ):
+            raise ValueError(
+                f"the model's parameters are sharded ({distributed.value}); PruningTrainerCallback needs them whole "
+                "on each process. Train on one process or with DistributedDataParallel."
+            )
+        # accelerate marks what it hands out: with several processes the wrapper, and the model itself only if it was
+        # prepared for evaluation alone. Then it finds it marked, and wraps it no more.
+        if self.args.world_size > 1 and getattr(self.model, "_is_accelerate_prepared", False):
+            raise ValueError(
+                f"evaluate() or predict() came before train(): accelerate takes this {kind} for prepared, and would "
+                f"train it on each of the {self.args.world_size} processes apart. Evaluate a copy of the model with "
+                "a Trainer of its own, or load the model again."
+            )

@@ -1,0 +1,49 @@
+"""Moments: in which trainings masks hold."""
+
+from pathlib import Path
+
+import pytest
+import torch.distributed
+
+from hf_prune import PruningConfig, PruningTrainerCallback
+from tests.processes import on_two_processes
+from tests.tiny import batch, build
+from tests.training import trainer_factory
+
+HALF = PruningConfig(sparsity=0.5)
+
+
+def test_adapters_are_refused(make_trainer):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    trainer = make_trainer(model, PruningTrainerCallback(HALF))
+    with pytest.raises(ValueError, match=r"carries adapters: its checkpoints hold no base weights"):
+        trainer.train()
+
+
+def evaluate_and_train(rank: int, folder: Path) -> str:
+    """What is said to a model that was evaluated and is then trained on."""
+    make_trainer = trainer_factory(folder)
+    model = build("llama")
+    trainer = make_trainer(model, PruningTrainerCallback(HALF), train_dataset=batch(model, 8), max_steps=1)
+    assert trainer.args.world_size == 2
+    assert torch.distributed.get_backend() == "gloo"
+    trainer.evaluate(batch(model, 8))
+    with pytest.raises(ValueError, match=r"evaluate\(\) or predict\(\) came before train\(\)") as caught:
+        trainer.train()
+    return str(caught.value)
+
+
+@pytest.mark.multiprocess
+def test_a_model_that_was_evaluated_is_refused_where_it_would_be_trained_apart(tmp_path):
+    first, second = on_two_processes(evaluate_and_train, tmp_path, tmp_path)
+    assert first == second
+    assert "on each of the 2 processes apart" in first
+
+
+def test_one_process_may_evaluate_first(make_trainer):
+    pruning = PruningTrainerCallback(HALF)
+    trainer = make_trainer(build("llama"), pruning)
+    trainer.evaluate()
+    trainer.train()
+    assert pruning.history[-1].reached == 0.5

@@ -52,7 +52,9 @@ Criterion = Callable[[ScoreInputs], torch.Tensor]
 cut with the same inputs and must give the same scores."""
 
 
-def needs(*statistics: str, scope: str = "global", pooling: Pooling = "sum") -> Callable[[Criterion], Criterion]:
+def needs(
+    *statistics: str, scope: str = "global", pooling: Pooling = "sum", elementwise: bool = False
+) -> Callable[[Criterion], Criterion]:
     """Declares which statistics a criterion reads, and what its scores are.
 
     Args:
@@ -60,6 +62,8 @@ def needs(*statistics: str, scope: str = "global", pooling: Pooling = "sum") -> 
         scope: What `scope="auto"` means for it.
         pooling: What the score of a head, neuron, channel or layer is: the "sum" of those of its weights, as for
             what the loss changes by, or their "norm", `√(mean of squares)`, which does not grow with their number.
+        elementwise: Whether the score of a weight is computed from this weight and what broadcasts to it alone. Each
+            process then scores its own rows of a sharded weight; else the weight is gathered on all of them.
 
     Returns:
         A decorator that notes them at the function.
@@ -79,6 +83,7 @@ def needs(*statistics: str, scope: str = "global", pooling: Pooling = "sum") -> 
 
     def declare(criterion: Criterion) -> Criterion:
         criterion.needs, criterion.scope, criterion.pooling = statistics, scope, pooling  # type: ignore[attr-defined]
+        criterion.elementwise = elementwise  # type: ignore[attr-defined]
         return criterion
 
     return declare
@@ -99,7 +104,12 @@ def pooling_of(criterion: Criterion) -> Pooling:
     return getattr(criterion, "pooling", "sum")
 
 
-@needs(pooling="norm")
+def is_elementwise(criterion: Criterion) -> bool:
+    """Whether a criterion scores each weight by itself, as `needs` says."""
+    return getattr(criterion, "elementwise", False)
+
+
+@needs(pooling="norm", elementwise=True)
 def magnitude(inputs: ScoreInputs) -> torch.Tensor:
     """Large weights matter: `|w|`.
 
@@ -141,7 +151,7 @@ def random(inputs: ScoreInputs) -> torch.Tensor:
     return torch.rand(inputs.weight.shape, generator=generator).to(inputs.weight.device)
 
 
-@needs("gradient")
+@needs("gradient", elementwise=True)
 def taylor(inputs: ScoreInputs) -> torch.Tensor:
     """What the loss changes by, to first order, when the weight is zeroed: `|w · ∂L/∂w|`.
 
@@ -161,7 +171,7 @@ def taylor(inputs: ScoreInputs) -> torch.Tensor:
     return (inputs.weight * inputs["gradient"]).abs()
 
 
-@needs("squared_gradient")
+@needs("squared_gradient", elementwise=True)
 def fisher(inputs: ScoreInputs) -> torch.Tensor:
     """What the loss changes by, to second order, by the diagonal empirical Fisher information: `w² · E[g²] / 2`.
 
@@ -186,7 +196,7 @@ def fisher(inputs: ScoreInputs) -> torch.Tensor:
     return weight.square() * inputs["squared_gradient"] / 2
 
 
-@needs("movement")
+@needs("movement", elementwise=True)
 def movement(inputs: ScoreInputs) -> torch.Tensor:
     """Weights that training moves away from zero matter, however small they are: `−Σ w · ∂L/∂w` over its steps.
 
@@ -205,7 +215,7 @@ def movement(inputs: ScoreInputs) -> torch.Tensor:
     return inputs["movement"]
 
 
-@needs("input_norm", scope="row")
+@needs("input_norm", scope="row", elementwise=True)
 def wanda(inputs: ScoreInputs) -> torch.Tensor:
     """A weight matters as much as what it is multiplied with: `|w_ij| · ‖x_j‖₂`, compared within a row.
 
@@ -225,7 +235,7 @@ def wanda(inputs: ScoreInputs) -> torch.Tensor:
     return inputs.weight.abs() * inputs["input_norm"]
 
 
-@needs("gradient")
+@needs("gradient", elementwise=True)
 def snip(inputs: ScoreInputs) -> torch.Tensor:
     """Connection sensitivity: `|∂L/∂c|` of a gate `c = 1` on each weight, which is `|w · ∂L/∂w|`.
 

@@ -20,6 +20,10 @@ class Unstructured:
 
     group_size = 1
 
+    def shape_of_groups(self, target: Target) -> torch.Size:
+        """The shape of what there is one of for each group."""
+        return target.weight.shape
+
     def check(self, targets: Iterable[Target]) -> None:
         """Any shape will do."""
 
@@ -58,6 +62,11 @@ class Block:
     def group_size(self) -> int:
         """Weights in a block."""
         return self.rows * self.columns
+
+    def shape_of_groups(self, target: Target) -> torch.Size:
+        """The shape of what there is one of for each group."""
+        rows = target.weight.numel() // target.in_features
+        return torch.Size([rows // self.rows, target.in_features // self.columns])
 
     def check(self, targets: Iterable[Target]) -> None:
         """Requires that blocks tile every target.

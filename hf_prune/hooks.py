@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .masks import mask_
+from .shards import own
 
 # By parameter, shared by all: a run takes away what an interrupted one has left on its model.
 _HOOKS = WeakTensorKeyDictionary()
@@ -47,4 +48,4 @@ def _trainable(weights: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Te
 def _mask_gradient(owner: weakref.ref[GradientHooks], mask: torch.Tensor, parameter: torch.Tensor) -> None:
     # Optimizers that step inside the backward pass may have taken the gradient away already.
     if owner() is not None and parameter.grad is not None:
-        mask_(parameter.grad, mask)
+        mask_(own(parameter.grad), own(mask))

@@ -8,6 +8,7 @@ from .criteria import Criterion
 from .granularities import Pattern
 from .masks import MaskSet, masked_in
 from .resolving import effective_scope, sparsities_of_targets
+from .shards import whole
 from .structures.choosing import pools_of
 from .structures.members import Places, count_gone, kept_in
 from .targets import Target
@@ -71,7 +72,7 @@ def _floors_of_weights(
     rest = [name for name in masks if name not in own]
     floors = [lost[name] * final / own[name] for name in lost if own.get(name)]
     if scope == "row":
-        rows = [targets[name].to_rows(masks[name]).flatten(0, 1) for name in rest]
+        rows = [targets[name].to_rows(whole(masks[name])).flatten(0, 1) for name in rest]
         floors += [float(1 - each.float().mean(1).min()) for each in rows]
     elif scope == "layer":
         floors += [lost[name] for name in rest]

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .files import save_tensors
+from .processes import sum_over_processes_
+from .shards import is_sharded, own, whole
 from .targets import find_targets
 
 _FORMAT = "hf_prune.masks"
@@ -22,7 +24,8 @@ _PIECE = 2**20  # weights that are multiplied at once
 class MaskSet(Mapping[str, torch.Tensor]):
     """Bool masks by parameter name, True = kept; one byte a weight, bit-packed on disk.
 
-    The weights of the model stay ordinary parameters: nothing is renamed, wrapped or added to its `state_dict`.
+    The weights of the model stay ordinary parameters: nothing is renamed, wrapped or added to its `state_dict`. Masks
+    of sharded parameters are sharded as these are; what looks at all of them is then called by all processes.
 
     Args:
         masks: Name of a parameter in the unwrapped model → bool tensor of the parameter's shape.
@@ -94,7 +97,8 @@ class MaskSet(Mapping[str, torch.Tensor]):
                 )
             parameters.append(parameter)
         for parameter, mask in zip(parameters, self.values(), strict=True):
-            mask_(parameter, mask.to(parameter.device))
+            held = own(parameter)
+            mask_(held, own(mask).to(held.device))
 
     @classmethod
     @torch.no_grad()
@@ -166,14 +170,17 @@ def mask_(tensor: torch.Tensor, mask: torch.Tensor) -> None:
 
 
 def masked_in(mask: torch.Tensor) -> int:
-    """Number of weights that a mask prunes."""
+    """Number of weights that a mask prunes; of a sharded one, on all processes together."""
+    held = own(mask)
     # NumPy counts bools several times faster than torch does.
-    kept = np.count_nonzero(mask.numpy()) if mask.is_cpu else mask.count_nonzero()
+    kept = np.count_nonzero(held.numpy()) if held.is_cpu else held.count_nonzero()
+    if is_sharded(mask):
+        kept = sum_over_processes_(torch.tensor(int(kept), device=held.device))
     return mask.numel() - int(kept)
 
 
 def _pack(mask: torch.Tensor) -> np.ndarray:
-    return np.packbits(mask.cpu().numpy())
+    return np.packbits(whole(mask).cpu().numpy())
 
 
 def _unpack(packed: torch.Tensor, shape: list[int]) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What several processes know together."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -30,6 +31,30 @@ def gather_from_processes(value: Value) -> list[Value]:
     gathered: list[Value] = [value] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, value)
     return gathered
+
+
+@contextlib.contextmanager
+def failing_together(together: bool = True) -> Iterator[None]:
+    """If what is done in it fails on one process, it fails on all: else the others would wait for it for ever.
+
+    Nothing that is done in it may wait for other processes.
+
+    Args:
+        together: Whether the processes do it together; if not, this does nothing.
+
+    Raises:
+        Exception: that of the first process on which it fails, on all of them.
+    """
+    if not together:
+        yield
+        return
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if first := next((each for each in gather_from_processes(error) if each is not None), None):
+        raise first from error
 
 
 def require_agreement(values: Mapping[str, object], what: str) -> None:

@@ -11,21 +11,30 @@ from torch import nn
 from . import granularities
 from .calibration import STATISTICS, Statistics, calibrate
 from .config import PruningConfig
-from .criteria import CRITERIA, Criterion, fisher, magnitude, wanda
+from .criteria import CRITERIA, Criterion, fisher, is_elementwise, magnitude, wanda
 from .granularities import Pattern, Structural
 from .levels import levels_of
 from .masks import MaskSet, masked_in
+from .processes import failing_together
 from .reconstruction import Quota, reconstruct_
 from .reports import SparsityReport, sparsity_report
-from .resolving import effective_scope, is_reconstruction, required_statistics, resolve_targets, sparsities_of_targets
+from .resolving import (
+    effective_scope,
+    is_reconstruction,
+    require_whole_where_needed,
+    required_statistics,
+    resolve_targets,
+    sparsities_of_targets,
+)
 from .samples import Batch
 from .scopes import Pool, outlier_ratio, pools
 from .scoring import require_finite_weights, score_inputs, structure_scores, weight_scores
-from .selection import drop_lowest, drop_lowest_of_each
+from .selection import check_scores, drop_lowest, drop_lowest_of_each
+from .shards import from_own, own, reshard_, shard, whole
 from .structures.choosing import choose
 from .structures.finding import find_places, held_zeros, require_prunable
 from .structures.members import NO_PLACES, Places, kept_in, masks_of, parameters_of
-from .targets import Target
+from .targets import Target, are_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -96,41 +105,79 @@ def next_masks(
     """
     granularity = granularities.parse(config.granularity)
     chosen = criterion or CRITERIA[config.criterion]
+    sharded = are_sharded(targets.values())
     require_finite_weights(targets.values())
 
     def scores_of(target: Target) -> torch.Tensor:
         return weight_scores(target, chosen, statistics, seed)
 
+    def masks_of_rows(mask_of: Callable[[Target, torch.Tensor | None], torch.Tensor], are_own: bool) -> MaskSet:
+        """Masks of which each row is decided alone: by the process that holds it, if its inputs are all there."""
+        found = {}
+        for name, target in targets.items():
+            seen = target.own() if are_own and target.axes[-1] != 0 else target.whole()
+            before = seen.fit(masks[name]) if name in masks else None
+            with failing_together(seen.rows is not None):
+                mask = mask_of(seen, before)
+            found[name] = shard(mask, target.weight) if seen.rows is None else from_own(mask, target.weight)
+        return MaskSet(found)
+
     if isinstance(granularity, Pattern):
         pattern = granularity.at(sparsity)
-        return MaskSet({n: pattern.keep(scores_of(t), masks.get(n), t) for n, t in targets.items()})
+        return masks_of_rows(lambda seen, mask: pattern.keep(scores_of(seen), mask, seen), is_elementwise(chosen))
 
     scope = scope or effective_scope(config, criterion)
     if isinstance(granularity, Structural):
         if not places:
             raise ValueError(f"granularity {config.granularity!r} needs the structures that find_places gives.")
         values = {name: structure_scores(p, targets, chosen, statistics, seed) for name, p in places.items()}
-        own = config.sparsities_of(places, sparsity)
-        return masks_of(places, choose(places, values, kept_in(places, masks), sparsity, scope, own))
+        sparsities = config.sparsities_of(places, sparsity)
+        return masks_of(places, choose(places, values, kept_in(places, masks), sparsity, scope, sparsities))
+
+    are_own = is_elementwise(chosen) and granularity.group_size == 1
+    if scope == "row":
+        sparsities = sparsities_of_targets(targets, sparsity, config)
+
+        def mask_of(seen: Target, before: torch.Tensor | None) -> torch.Tensor:
+            rows = granularity.to_rows(granularity.pool(scores_of(seen), seen), seen)
+            if before is not None:
+                before = granularity.to_rows(granularity.pool_mask(before, seen), seen)
+            drop = round(sparsities.get(seen.name, sparsity) * rows.shape[1])
+            dropped = drop_lowest_of_each(seen.name, rows, drop, before)
+            return granularity.spread(granularity.from_rows(dropped, seen), seen)
+
+        return masks_of_rows(mask_of, are_own)
 
     def group_scores(target: Target) -> torch.Tensor:
-        return granularity.pool(scores_of(target), target)
+        """Of the groups whose turn it is on this process."""
+        seen = target.own() if are_own else target.whole()
+        scores = granularity.pool(scores_of(seen), seen)
+        if seen.rows is None and sharded:
+            check_scores(target.name, scores)  # While all processes have all of them.
+            return own(shard(scores, target.weight))
+        return scores
 
-    kept = {name: granularity.pool_mask(mask, targets[name]) for name, mask in masks.items()}
+    def pooled(mask: torch.Tensor, target: Target) -> torch.Tensor:
+        """Mask of the weights → of the groups, sharded where it was."""
+        if granularity.group_size == 1:
+            return granularity.pool_mask(mask, target)
+        return shard(granularity.pool_mask(whole(mask), target), target.weight)
+
+    def spread(mask: torch.Tensor, target: Target) -> torch.Tensor:
+        """Mask of the groups of this process → of the weights, sharded where these are."""
+        of_groups = from_own(mask, target.weight, granularity.shape_of_groups(target))
+        if granularity.group_size == 1:
+            return granularity.spread(of_groups, target)
+        return shard(granularity.spread(whole(of_groups), target), target.weight)
+
+    kept = {name: pooled(mask, targets[name]) for name, mask in masks.items()}
+    kept_here = {name: own(mask) for name, mask in kept.items()}
     group_masks: dict[str, torch.Tensor] = {}
-    if scope == "row":
-        own = sparsities_of_targets(targets, sparsity, config)
-        for name, target in targets.items():
-            rows = granularity.to_rows(group_scores(target), target)
-            before = granularity.to_rows(kept[name], target) if name in kept else None
-            drop = round(own.get(name, sparsity) * rows.shape[1])
-            group_masks[name] = granularity.from_rows(drop_lowest_of_each(name, rows, drop, before), target)
-    else:
-        sizes = {name: target.weight.numel() // granularity.group_size for name, target in targets.items()}
-        for pool in _pools(targets, kept, sizes, sparsity, scope, config, statistics):
-            scores = {name: functools.partial(group_scores, targets[name]) for name in pool.names}
-            group_masks |= drop_lowest(scores, pool.drop, kept)
-    return MaskSet({name: granularity.spread(group_masks[name], target) for name, target in targets.items()})
+    sizes = {name: target.weight.numel() // granularity.group_size for name, target in targets.items()}
+    for pool in _pools(targets, kept, sizes, sparsity, scope, config, statistics):
+        scores = {name: functools.partial(group_scores, targets[name]) for name in pool.names}
+        group_masks |= drop_lowest(scores, pool.drop, kept_here, sharded=sharded)
+    return MaskSet({name: spread(group_masks[name], target) for name, target in targets.items()})
 
 
 def cut_(
@@ -171,6 +218,8 @@ def cut_(
         ValueError, TypeError: as `next_masks` and `calibrate` do, or if the criterion looks at data and there are
             none. The weights are then as they were.
     """
+    reshard_(model)
+    require_whole_where_needed(targets.values(), config, criterion)
     reconstructs, known = is_reconstruction(config, criterion), statistics or {}
     missing = [name for name in required_statistics(config, criterion) if name not in known]
     who = f"the criterion {config.criterion if criterion is None else criterion!r}"
@@ -211,9 +260,9 @@ def cut_(
 
 
 @contextlib.contextmanager
-def _put_back_on_error(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+def _put_back_on_error(weights: Iterable[torch.Tensor]) -> Iterator[None]:
     """If what is done in it fails, the weights are as they were."""
-    before = {weight: weight.detach().to("cpu", copy=True) for weight in weights}
+    before = {weight: own(weight.detach()).to("cpu", copy=True) for weight in weights}
     done = False
     try:
         yield
@@ -222,7 +271,7 @@ def _put_back_on_error(weights: Iterable[nn.Parameter]) -> Iterator[None]:
         if not done:
             with torch.no_grad():
                 for weight, values in before.items():
-                    weight.copy_(values)
+                    own(weight).copy_(values)
 
 
 def _reconstruct_(
@@ -272,7 +321,8 @@ def prune(
     does.
 
     Args:
-        model: The model, unwrapped; of a `PeftModel` the base weights are pruned.
+        model: The model, unwrapped; of a `PeftModel` the base weights are pruned. If FSDP2 has sharded it, all
+            processes call this.
         config: The pruning config; of its rounds only the last counts.
         dataloader: Batches with the samples along the first dimension of their tensors, for criteria and scopes that
             look at data; of these the first `config.calibration_samples` samples are read, maybe several times.
@@ -294,6 +344,7 @@ def prune(
         >>> prune(model, PruningConfig(sparsity=0.75)).sparsity
         0.75
     """
+    reshard_(model)
     targets = resolve_targets(model, config)
     places = find_places(model, config, targets)
     require_prunable(model, config, places)

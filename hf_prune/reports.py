@@ -15,6 +15,8 @@ from torch import nn
 from .config import PruningConfig
 from .costs import Cost
 from .masks import masked_in
+from .processes import sum_over_processes_
+from .shards import is_sharded, own
 from .structures.finding import find_places
 from .structures.members import Place, kept_in, nonzeros, parameters_of
 from .targets import find_targets
@@ -194,7 +196,7 @@ def sparsity_report(
         )
         for name, place in places.items()
     )
-    zeros = {id(weight): weight.numel() - int(weight.count_nonzero()) for weight in model.parameters()}
+    zeros = _zeros_of(list(model.parameters()))
     rows = []
     for name in names:
         weight = model.get_parameter(name)
@@ -203,6 +205,16 @@ def sparsity_report(
         rows.append(ModuleSparsity(name.removesuffix(".weight"), shape, zeros[id(weight)], weight.numel(), masked))
     total = sum(weight.numel() for weight in model.parameters())
     return SparsityReport(tuple(rows), sum(zeros.values()), total, rows_of_places)
+
+
+def _zeros_of(weights: Sequence[torch.Tensor]) -> dict[int, int]:
+    """The number of zeros of each tensor, by its id; of sharded ones on all processes together."""
+    counts = torch.tensor([own(weight).numel() - int(own(weight).count_nonzero()) for weight in weights])
+    sharded = torch.tensor([is_sharded(weight) for weight in weights])
+    if sharded.any():
+        everywhere = sum_over_processes_(counts.to(own(weights[0]).device)).cpu()
+        counts = torch.where(sharded, everywhere, counts)
+    return {id(weight): count for weight, count in zip(weights, counts.tolist(), strict=True)}
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Resolving: what a config means once "auto", a criterion in place of its own, and a model's modules are filled in."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -9,7 +9,7 @@ from .config import PruningConfig
 from .criteria import CRITERIA, Criterion, fisher, needs_of, scope_of, wanda
 from .granularities import Pattern, Structural
 from .reconstruction import RECONSTRUCTIONS
-from .targets import Target, find_targets
+from .targets import Target, are_sharded, find_targets
 
 
 def resolve_targets(model: nn.Module, config: PruningConfig) -> dict[str, Target]:
@@ -63,6 +63,30 @@ def required_statistics(config: PruningConfig, criterion: Criterion | None = Non
     if scope == "owl":
         names += needs_of(wanda)
     return tuple(dict.fromkeys(names))
+
+
+def require_whole_where_needed(
+    targets: Iterable[Target], config: PruningConfig, criterion: Criterion | None = None
+) -> None:
+    """Requires whole weights for what cannot be computed of sharded ones.
+
+    Raises:
+        ValueError: if the targets are sharded, and the config prunes structures, reconstructs or looks at data.
+    """
+    if not are_sharded(targets):
+        return
+    if isinstance(granularities.parse(config.granularity), Structural):
+        what = f"granularity {config.granularity!r}"
+    elif is_reconstruction(config, criterion):
+        what = f"criterion {config.criterion!r}"
+    elif names := required_statistics(config, criterion):
+        what = f"what the criterion or scope looks at ({', '.join(names)})"
+    else:
+        return
+    raise ValueError(
+        f"{what} needs whole weights, and FSDP has sharded them. Prune unstructured, N:M or in blocks by magnitude, "
+        "random, lamp or a function of your own; or train with DistributedDataParallel."
+    )
 
 
 def is_reconstruction(config: PruningConfig, criterion: Criterion | None = None) -> bool:

@@ -1,19 +1,20 @@
 """Scoring: what a criterion says of weights and of whole structures, checked."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
 from .calibration import Statistics
 from .criteria import Criterion, ScoreInputs, pooling_of
+from .processes import failing_together
 from .structures.members import Place
-from .targets import Target
+from .targets import Target, are_sharded
 
 
 def score_inputs(target: Target, statistics: Statistics | None, seed: int = 0) -> ScoreInputs:
-    """What a criterion is told of a target."""
-    own = {name: values[target.name] for name, values in (statistics or {}).items()}
+    """What a criterion is told of a target, or of the rows that it holds."""
+    own = {name: target.fit(values[target.name]) for name, values in (statistics or {}).items()}
     return ScoreInputs(target.name, target.weight.detach(), seed, own)
 
 
@@ -60,18 +61,19 @@ def structure_scores(
 
 
 @torch.no_grad()
-def require_finite_weights(targets: Iterable[Target]) -> None:
+def require_finite_weights(targets: Collection[Target]) -> None:
     """Requires that every weight is finite.
 
     Raises:
         ValueError: if one is not; the message names the first tensor that has others.
     """
-    for target in targets:
-        # One pass that makes no temporary: a NaN is both extremes, an infinity one of them.
-        low, high = target.weight.aminmax() if target.weight.numel() else (0.0, 0.0)
-        if not (math.isfinite(low) and math.isfinite(high)):
-            count = target.weight.numel() - int(target.weight.isfinite().sum())
-            raise ValueError(
-                f"{count} of the {target.weight.numel()} weights of {target.name!r} are NaN or infinite. "
-                "Has training diverged?"
-            )
+    held = {target.name: target.own().weight for target in targets}
+    with failing_together(are_sharded(targets)):
+        for name, weight in held.items():
+            # One pass that makes no temporary: a NaN is both extremes, an infinity one of them.
+            low, high = weight.aminmax() if weight.numel() else (0.0, 0.0)
+            if not (math.isfinite(low) and math.isfinite(high)):
+                count = weight.numel() - int(weight.isfinite().sum())
+                raise ValueError(
+                    f"{count} of the {weight.numel()} weights of {name!r} are NaN or infinite. Has training diverged?"
+                )

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from .masks import masked_in
-from .processes import gather_from_processes, rank_and_size, sum_over_processes_
+from .processes import failing_together, gather_from_processes, rank_and_size, sum_over_processes_
 
 Scores = Mapping[str, Callable[[], torch.Tensor]]
 """Name → a function that gives the scores of that tensor. It is called once for each pass and must give the same
@@ -168,6 +168,10 @@ class _Ranking:
         self._positive: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
         self.devices: dict[str, torch.device] = {}
+        if sharded:
+            with failing_together():
+                for name in scores:
+                    next(self.keys(name), None)
         self.histogram = self.histogram_within(None)
         if len(self._dtypes) > 1:  # The first ones were not yet compared in the dtype that holds them all.
             self.histogram = self.histogram_within(None)

@@ -273,11 +273,11 @@ def _later(passes: Sequence[Sequence[_Use]]) -> dict[str, frozenset[str]]:
     return {name: frozenset(after[name] - before[name]) for name in after}
 
 
-def _targets_in(module: nn.Module, names: Mapping[nn.Parameter, str]) -> frozenset[str]:
+def _targets_in(module: nn.Module, names: Mapping[torch.Tensor, str]) -> frozenset[str]:
     return frozenset(names[parameter] for parameter in module.parameters() if parameter in names)
 
 
-def _blocks_of(model: nn.Module, names: Mapping[nn.Parameter, str]) -> list[nn.Module]:
+def _blocks_of(model: nn.Module, names: Mapping[torch.Tensor, str]) -> list[nn.Module]:
     """The innermost elements of module lists that hold targets."""
 
     def lists_in(module: nn.Module) -> list[nn.Module]:
@@ -287,7 +287,7 @@ def _blocks_of(model: nn.Module, names: Mapping[nn.Parameter, str]) -> list[nn.M
     return [element for element in elements if _targets_in(element, names) and not lists_in(element)]
 
 
-def _parts_of(block: nn.Module, names: Mapping[nn.Parameter, str]) -> list[nn.Module]:
+def _parts_of(block: nn.Module, names: Mapping[torch.Tensor, str]) -> list[nn.Module]:
     """The modules in a block that hold several of its targets, but not all; the outermost of those that hold the same.
 
     The output of a single target is larger, or soon made again.

@@ -1,5 +1,6 @@
 """Targets: which parameters of a model are pruned, and how each one is read as a matrix."""
 
+import dataclasses
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from .shards import is_sharded, own, require_by_rows, rows_held, whole
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +33,18 @@ class Target:
 
     Attributes:
         name: The parameter's name in the model.
-        weight: The parameter itself.
+        weight: The parameter itself, or what `own` or `whole` has made of it.
         axes: The permutation of its axes under which it reads `[…, out, in]`.
         parts: The number of equal parts of its rows that have inputs of their own: fused experts, or the groups of a
             convolution.
+        rows: Which rows of the parameter the weight holds, if they are the process's own; None if all.
     """
 
     name: str
-    weight: nn.Parameter
+    weight: torch.Tensor
     axes: tuple[int, ...]
     parts: int = 1
+    rows: slice | None = None
 
     @property
     def module(self) -> str:
@@ -48,6 +53,22 @@ class Target:
         A layer that peft has wrapped goes by its own name, without the `base_layer` behind it.
         """
         return self.name.removesuffix(".weight").removesuffix(f".{_WRAPPED}")
+
+    def own(self) -> "Target":
+        """The rows of a sharded parameter that this process holds, as one part; a whole one as it is."""
+        if not is_sharded(self.weight):
+            return self
+        return dataclasses.replace(self, weight=own(self.weight.detach()), parts=1, rows=rows_held(self.weight))
+
+    def whole(self) -> "Target":
+        """All rows of a sharded parameter, gathered by all processes; a whole one as it is."""
+        return dataclasses.replace(self, weight=whole(self.weight.detach())) if is_sharded(self.weight) else self
+
+    def fit(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` that broadcast with the parameter → those that go with the rows which the weight holds."""
+        if self.rows is None:
+            return whole(values)
+        return own(values) if is_sharded(values) or len(values) == 1 else values[self.rows]
 
     @property
     def offset(self) -> int:
@@ -166,6 +187,10 @@ def find_targets(
         )
     for target in targets.values():
         _require_prunable(target)
+        require_by_rows(target.name, target.weight)
+    if len({is_sharded(target.weight) for target in targets.values()}) > 1:
+        odd = next(target.name for target in targets.values() if not is_sharded(target.weight))
+        raise ValueError(f"{odd!r} is whole on each process, and other targets are sharded. Shard all, or exclude it.")
     return targets
 
 
@@ -190,6 +215,11 @@ def _candidates(model: nn.Module) -> Iterator[Target]:
             for name, parameter in module.named_parameters(prefix, recurse=False):
                 if parameter.ndim == 3:
                     yield Target(name, parameter, (0, 2, 1) if transposed else (0, 1, 2), len(parameter))
+
+
+def are_sharded(targets: Iterable[Target]) -> bool:
+    """Whether each process holds a part of each target."""
+    return any(is_sharded(target.weight) for target in targets)
 
 
 def is_regex(entry: str) -> bool:

@@ -1,4 +1,4 @@
-"""Functions that run on two processes which can talk to each other."""
+"""Functions that run on several processes which can talk to each other."""
 
 import os
 from collections.abc import Callable
@@ -10,15 +10,23 @@ import torch.distributed
 
 
 def on_two_processes(function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
+    """`on_processes` with two."""
+    return on_processes(2, function, folder, *args)
+
+
+def on_processes(size: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """Calls `function(rank, *args)` on each; what it returns is tensors, numbers and containers of them."""
-    torch.multiprocessing.spawn(_run, args=(folder, function, args), nprocs=2)
-    return [torch.load(folder / f"rank-{rank}", weights_only=True) for rank in range(2)]
+    folder.mkdir(exist_ok=True)
+    torch.multiprocessing.spawn(_run, args=(size, folder, function, args), nprocs=size)
+    return [torch.load(folder / f"rank-{rank}", weights_only=True) for rank in range(size)]
 
 
-def _run(rank: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+def _run(rank: int, size: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost"}
     # A file to meet at, because a port that is free now may not be free in a moment.
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    assert torch.distributed.get_world_size() == size
+    assert torch.distributed.get_backend() == "gloo"
     torch.set_num_threads(1)
     torch.save(function(rank, *args), folder / f"rank-{rank}")
     # Else threads of gloo may still let go of tensors while the interpreter ends, and the process aborts.

@@ -18,6 +18,7 @@ PACKAGE = Path(hf_prune.__file__).parent
 ORDER = [
     "schedules",
     "criteria",
+    "shards",
     "targets",
     "processes",
     "files",

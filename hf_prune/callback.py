@@ -52,8 +52,9 @@ from .pacing import Even, Patience
 from .processes import require_agreement
 from .pruning import cut_, require_room
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
-from .resolving import required_statistics, resolve_targets
+from .resolving import require_whole_where_needed, required_statistics, resolve_targets
 from .rounds import Rounds
+from .shards import reshard_
 from .structures.finding import find_places, held_zeros, require_prunable, zeros_of
 from .structures.members import Place, parameters_of
 from .structures.shrinking import shrink
@@ -97,8 +98,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     Raises:
         TypeError: if `config` is not a `PruningConfig`, or `criterion` not a function.
         ValueError: from `trainer.train()`, if the config does not fit the model, the run or the checkpoint, if scores
-            or what a calibration gathers are not finite, if the model carries adapters or sharded parameters, or if it
-            was evaluated before `train()` where there are several processes.
+            or what a calibration gathers are not finite, if the model carries adapters, if its parameters are sharded
+            otherwise than by FSDP2, or if it was evaluated before `train()` where there are several processes.
 
     Example:
         >>> callback = PruningTrainerCallback(PruningConfig(sparsity=0.8))
@@ -184,6 +185,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             progress_of(state.stateful_callbacks)  # Raises if there is more than one.
         require_not_retired(now.optimizer)
         self._targets = resolve_targets(now.model, self.config)
+        require_whole_where_needed(self._targets.values(), self.config, self.criterion)
         self._places = find_places(now.model, self.config, self._targets)
         require_prunable(now.model, self.config, self._places)
         self._weights = dict(now.model.named_parameters())
@@ -244,6 +246,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Notes the metric. A cut that is due waits for the next step, so that Trainer saves what it evaluated."""
+        reshard_(kwargs["model"])
         if not self._training:
             return
         metrics, metric = kwargs["metrics"], self.history.metric
@@ -256,15 +259,16 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts masks, best weights, movement, config and history into the checkpoint."""
         folder = checkpoint_folder(args, state)
-        if args.should_save and not folder.is_dir():
+        write = args.should_save and folder.is_dir()
+        if args.should_save and not write:
             logger.warning("%s is gone: was it rotated away by save_total_limit, among older ones?", folder)
-        elif args.should_save:
-            if self.masks:
-                self.masks.save(folder / MASKS_NAME)
-            if self._rounds.best is not None and self.history[-1].best_step != state.global_step:
-                self._rounds.best.save(folder / BEST_NAME)
-            if self._movement is not None:
-                self._movement.save(folder / MOVEMENT_NAME)
+        if self.masks:
+            self.masks.save(folder / MASKS_NAME, write=write)
+        if self._rounds.best is not None and self.history[-1].best_step != state.global_step:
+            self._rounds.best.save(folder / BEST_NAME, write=write)
+        if self._movement is not None:
+            self._movement.save(folder / MOVEMENT_NAME, write=write)
+        if write:
             self._save_reports(folder)
 
     def on_train_end(
@@ -418,7 +422,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def _adopt(self, masks: MaskSet, asked: float | None, now: Moment) -> None:
         """Holds masks from here on, writes the round down and measures it."""
         model, state = now.model, now.state
-        if now.args.world_size > 1:
+        if masks.are_sharded:
+            masks.digest()  # Now that all processes are here: Trainer asks the first alone for its state.
+        elif now.args.world_size > 1:
             require_agreement(masks.digests(), "a mask")
         self.masks = masks
         cut_state_(now.optimizer, self.config.optimizer_state, {self._weights[n]: m for n, m in masks.items()})

@@ -18,7 +18,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from .masks import MaskSet
 from .movement import Movement
+from .processes import sum_over_processes_
 from .reports import PruningHistory
+from .shards import is_sharded, own, shard
 from .weights import WeightsCopy
 
 TRAINER_STATE_NAME = "trainer_state.json"  # As in `transformers.trainer`, which imports datasets.
@@ -123,16 +125,20 @@ def recover_(
     elif _has_other_names_in_files(model):
         raise ValueError(f"the weights of this {type(model).__name__} cannot be found to be resumed. {ELSEWHERE}")
     try:
+        best = _recorded(
+            "best weights of the round are",
+            BEST_NAME,
+            progress["best"],
+            # They may be those of the checkpoint itself.
+            (lambda: WeightsCopy.of(model), lambda: _load(WeightsCopy, folder, BEST_NAME)),
+            folder,
+        )
+        if best is not None and not best.like:
+            best = best.divided_as(model)
+            best.digest()
         return Recovered(
             _recover_masks(folder, progress["masks"], model, names, zeros),
-            # The best weights may be those of the checkpoint itself.
-            _recorded(
-                "best weights of the round are",
-                BEST_NAME,
-                progress["best"],
-                (lambda: WeightsCopy.of(model), lambda: _load(WeightsCopy, folder, BEST_NAME)),
-                folder,
-            ),
+            best,
             _recorded(
                 "movement of the weights is",
                 MOVEMENT_NAME,
@@ -235,8 +241,13 @@ def _find_checkpoint(folders: Iterable[Path], progress: Progress, step: int) -> 
 
 
 def _has_other_names_in_files(model: nn.Module) -> TypeGuard[PreTrainedModel]:
-    """Whether a saved model has other names for its weights than the model in memory, as ViT and fused experts do."""
-    return isinstance(model, PreTrainedModel) and bool(get_model_conversion_mapping(model, add_legacy=False))
+    """Whether a saved model has other names for its weights than the model in memory, as ViT and fused experts do.
+
+    What Trainer saves of sharded models to resume them has the names in memory.
+    """
+    if not isinstance(model, PreTrainedModel) or any(is_sharded(parameter) for parameter in model.parameters()):
+        return False
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def _recover_masks(
@@ -256,8 +267,9 @@ def _recover_masks(
     for find in (lambda: _load(MaskSet, folder, MASKS_NAME), zeros):
         masks = find()
         if masks is not None and masks.digest() == digest and set(masks) == set(names):
-            masks = MaskSet({name: mask.to(model.get_parameter(name).device) for name, mask in masks.items()})
+            masks = MaskSet({name: _beside(mask, model.get_parameter(name)) for name, mask in masks.items()})
             if _are_zero(model, masks):
+                masks.digest()  # Where they are sharded, all processes take part, and Trainer's state is of the first.
                 return masks
     raise ValueError(
         f"the masks of the checkpoint are missing, damaged or of another model: no {MASKS_NAME} fits the digest on "
@@ -284,7 +296,15 @@ def _whereabouts(folder: Path | None) -> str:
 @torch.no_grad()
 def _are_zero(model: nn.Module, masks: MaskSet) -> bool:
     """Whether every masked weight of the model is zero."""
-    return not any(torch.any(model.get_parameter(name).masked_fill(mask, 0)) for name, mask in masks.items())
+    weights = {name: model.get_parameter(name) for name in masks}
+    found = [torch.any(own(weights[name]).masked_fill(own(mask), 0)) for name, mask in masks.items()]
+    count = torch.stack([each.float() for each in found]).sum()
+    return not (sum_over_processes_(count) if masks.are_sharded else count)
+
+
+def _beside(mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A mask on the device of its weight, sharded as it is."""
+    return mask if is_sharded(mask) else shard(mask.to(own(weight).device), weight)
 
 
 def _read_progress(folder: Path) -> tuple[Progress | None, int]:

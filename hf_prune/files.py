@@ -4,13 +4,15 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from .shards import from_own, own, whole
 
 Kind = TypeVar("Kind", bound="Tensors")
 
@@ -21,21 +23,44 @@ class Tensors:
 
     Attributes:
         tensors: Name → tensor.
+        like: Name → the sharded tensor of whose rows it holds those of this process, for those that are such rows.
+            What looks at all rows is then called by all processes.
     """
 
     tensors: dict[str, torch.Tensor]
+    like: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A tensor with all its rows, on the CPU."""
+        tensor = self.tensors[name].detach()
+        if name in self.like:
+            like = self.like[name]
+            tensor = whole(from_own(tensor.to(own(like).device), like))
+        return tensor.cpu()
 
     def digest(self) -> str:
         """A SHA-256 over names, shapes, dtypes and bytes: equal tensors have equal digests on every machine."""
         sha = hashlib.sha256()
-        for name, tensor in sorted(self.tensors.items()):
+        for name in sorted(self.tensors):
+            tensor = self.whole(name)
             sha.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-            sha.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the tensors as safetensors; the file appears whole or not at all."""
-        save_tensors(self.tensors, path)
+    def save(self, path: str | os.PathLike[str], *, write: bool = True) -> None:
+        """Writes the tensors as safetensors; the file appears whole or not at all.
+
+        Args:
+            path: Where to.
+            write: Whether this process writes. All of them call this where tensors are rows.
+        """
+        tensors = {}
+        for name in self.tensors if write or self.like else ():
+            tensor = self.whole(name)
+            if write:
+                tensors[name] = tensor
+        if write:
+            save_tensors(tensors, path)
 
     @classmethod
     def load(cls: type[Kind], path: str | os.PathLike[str]) -> Kind:

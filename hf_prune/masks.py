@@ -25,7 +25,8 @@ class MaskSet(Mapping[str, torch.Tensor]):
     """Bool masks by parameter name, True = kept; one byte a weight, bit-packed on disk.
 
     The weights of the model stay ordinary parameters: nothing is renamed, wrapped or added to its `state_dict`. Masks
-    of sharded parameters are sharded as these are; what looks at all of them is then called by all processes.
+    of sharded parameters are sharded as these are; what looks at all of them is then called by all processes. What is
+    in a mask does not change.
 
     Args:
         masks: Name of a parameter in the unwrapped model → bool tensor of the parameter's shape.
@@ -41,6 +42,7 @@ class MaskSet(Mapping[str, torch.Tensor]):
 
     def __init__(self, masks: Mapping[str, torch.Tensor] | None = None) -> None:
         self._masks = dict(masks or {})
+        self._digest: str | None = None
         for name, mask in self._masks.items():
             if not (torch.is_tensor(mask) and mask.dtype == torch.bool):
                 got = mask.dtype if torch.is_tensor(mask) else type(mask).__name__
@@ -122,21 +124,38 @@ class MaskSet(Mapping[str, torch.Tensor]):
 
     def digest(self) -> str:
         """A SHA-256 over names, shapes and bits: equal masks have equal digests on every device and machine."""
-        sha = hashlib.sha256()
-        for name in sorted(self):
-            sha.update(json.dumps([name, list(self[name].shape)]).encode())
-            sha.update(_pack(self[name]).tobytes())
-        return sha.hexdigest()
+        if self._digest is None:
+            sha = hashlib.sha256()
+            for name in sorted(self):
+                sha.update(json.dumps([name, list(self[name].shape)]).encode())
+                sha.update(_pack(self[name]).tobytes())
+            self._digest = sha.hexdigest()
+        return self._digest
 
     def digests(self) -> dict[str, str]:
         """The digest of each mask by itself."""
         return {name: MaskSet({name: mask}).digest() for name, mask in self.items()}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the masks as safetensors, one bit a weight; the file appears whole or not at all."""
-        packed = {name: torch.from_numpy(_pack(mask)) for name, mask in self.items()}
-        shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
-        save_tensors(packed, path, {"format": _FORMAT, "shapes": shapes})
+    @property
+    def are_sharded(self) -> bool:
+        """Whether each process has a part of each mask."""
+        return any(is_sharded(mask) for mask in self.values())
+
+    def save(self, path: str | os.PathLike[str], *, write: bool = True) -> None:
+        """Writes the masks as safetensors, one bit a weight; the file appears whole or not at all.
+
+        Args:
+            path: Where to.
+            write: Whether this process writes. All of them call this where masks are sharded.
+        """
+        packed = {}
+        for name, mask in self.items() if write or self.are_sharded else ():
+            bits = _pack(mask)
+            if write:
+                packed[name] = torch.from_numpy(bits)
+        if write:
+            shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
+            save_tensors(packed, path, {"format": _FORMAT, "shapes": shapes})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MaskSet":

@@ -8,12 +8,12 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 
 from .samples import Batch, batches_of
+from .shards import is_sharded
 
 
 class Moment(NamedTuple):
@@ -52,8 +52,8 @@ class Moment(NamedTuple):
         """Requires a training whose masks hold.
 
         Raises:
-            ValueError: if the model carries adapters or sharded parameters, or its gradients will not be averaged
-                over the processes.
+            ValueError: if the model carries adapters, its parameters are sharded otherwise than by FSDP2, or its
+                gradients will not be averaged over the processes.
         """
         kind = type(self.model).__name__
         if hasattr(self.model, "peft_config"):
@@ -61,13 +61,13 @@ class Moment(NamedTuple):
                 f"this {kind} carries adapters: its checkpoints hold no base weights, and merging would "
                 "fill their zeros. Merge the adapters first (merge_and_unload), or prune before adding them."
             )
+        if any(is_sharded(parameter) for parameter in self.model.parameters()):
+            return  # By FSDP2, which also averages gradients; `find_targets` looks at how.
         distributed = PartialState().distributed_type
-        if distributed in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM) or any(
-            isinstance(parameter, DTensor) for parameter in self.model.parameters()
-        ):
+        if distributed in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
             raise ValueError(
-                f"the model's parameters are sharded ({distributed.value}); PruningTrainerCallback needs them whole "
-                "on each process. Train on one process or with DistributedDataParallel."
+                f"the model's parameters are sharded ({distributed.value}) in a way that PruningTrainerCallback does "
+                "not know. Take FSDP with fsdp_version 2, DistributedDataParallel, or one process."
             )
         # accelerate marks what it hands out: with several processes the wrapper, and the model itself only if it was
         # prepared for evaluation alone. Then it finds it marked, and wraps it no more.

@@ -8,6 +8,9 @@ from typing import cast
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from .processes import sum_over_processes_
+from .shards import is_sharded, own
+
 OPTIMIZER_STATES = ("mask", "reset", "keep")
 
 # Optimizers whose model was shrunk. For the whole process: another callback may be given one of them.
@@ -33,8 +36,11 @@ def cut_state_(optimizer: torch.optim.Optimizer, how: str, masks: Mapping[torch.
             values = [v for v in state.values() if torch.is_tensor(v) and v.is_floating_point()]
             for value in values:
                 if mask is not None and value.shape == mask.shape:
-                    value.mul_(mask)
-            if not all(torch.isfinite(value).all() for value in values):
+                    own(value).mul_(own(mask))
+            broken = torch.tensor(float(not all(torch.isfinite(own(value)).all() for value in values)))
+            if is_sharded(parameter):
+                broken = sum_over_processes_(broken.to(own(parameter).device))
+            if broken:
                 del optimizer.state[parameter]
 
 

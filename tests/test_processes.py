@@ -14,10 +14,11 @@ from torch import nn
 from hf_prune import PruningConfig, PruningTrainerCallback, ScoreInputs, prune
 from hf_prune.criteria import CRITERIA
 from hf_prune.reconstruction import RECONSTRUCTIONS
+from hf_prune.shards import whole
 from tests.processes import on_two_processes
 from tests.structures.models import build as build_of_structures
 from tests.tiny import batch, build
-from tests.training import trainer_factory
+from tests.training import FSDP, trainer_factory
 
 CONFIGS = {
     "even": PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, end=6),
@@ -42,7 +43,7 @@ OPTIONS = {
 }
 
 
-def train(folder: Path, batch_size: int, pacing: str) -> None:
+def train(folder: Path, batch_size: int, pacing: str, options: dict) -> None:
     """Trains on whatever processes there are, and notes what came out of it."""
     from transformers import TrainerCallback
 
@@ -51,13 +52,13 @@ def train(folder: Path, batch_size: int, pacing: str) -> None:
 
     class Norm(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-            norms.append(sum(float(p.grad.square().sum()) for p in model.parameters()) ** 0.5)
+            norms.append(sum(float(whole(p.grad).square().sum()) for p in model.parameters()) ** 0.5)
 
     pruning = PruningTrainerCallback(CONFIGS[pacing])
     trainer = trainer_factory(folder)(
         model, pruning, Norm(), train_dataset=batch(model, 24), eval_dataset=batch(model, 8, seed=1),
         per_device_train_batch_size=batch_size, max_grad_norm=1e-2, save_strategy="steps", save_steps=3,
-        eval_strategy="steps", **OPTIONS.get(pacing, EVEN),
+        eval_strategy="steps", **OPTIONS.get(pacing, EVEN), **options,
     )  # fmt: skip
     pruning.evaluate, pruning.log = trainer.evaluate, trainer.log
     trainer.train()
@@ -71,7 +72,8 @@ def train(folder: Path, batch_size: int, pacing: str) -> None:
         "samples": [row.samples for row in pruning.history],
         "rounds": [(row.step, row.best_step, row.ended) for row in pruning.history],
         "after_cut": [row.after_cut for row in pruning.history],
-        "weights": sum(float(parameter.detach().abs().sum()) for parameter in model.parameters()),
+        "weights": sum(float(whole(parameter.detach()).abs().sum()) for parameter in model.parameters()),
+        "sharded": {type(parameter).__name__ for parameter in model.parameters()} == {"DTensor"},
     }
     (folder / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(result))
     # Else threads of gloo may still let go of tensors while the interpreter ends, and the process aborts.
@@ -79,18 +81,23 @@ def train(folder: Path, batch_size: int, pacing: str) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("pacing", CONFIGS)
-def test_two_processes_prune_what_one_does(pacing, tmp_path):
-    def launch(folder: str, processes: int, batch_size: int) -> list[dict]:
+@pytest.mark.parametrize(
+    ("pacing", "options"),
+    [*((pacing, {}) for pacing in CONFIGS), *((pacing, FSDP) for pacing in ("even", "patience"))],
+    ids=[*CONFIGS, "even-fsdp", "patience-fsdp"],
+)
+def test_two_processes_prune_what_one_does(pacing, options, tmp_path):
+    def launch(folder: str, processes: int, batch_size: int, options: dict) -> list[dict]:
         (tmp_path / folder).mkdir()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        script = ["-m", "tests.test_processes", str(tmp_path / folder), str(batch_size), pacing]
+        script = ["-m", "tests.test_processes", str(tmp_path / folder), str(batch_size), pacing, json.dumps(options)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([*command, *script], check=True, env=environment, timeout=240, cwd=Path(__file__).parents[1])
         return [json.loads(path.read_text()) for path in sorted((tmp_path / folder).glob("rank-*.json"))]
 
-    (one,) = launch("one", 1, 4)
-    first, second = launch("two", 2, 2)
+    (one,) = launch("one", 1, 4, {})
+    first, second = launch("two", 2, 2, options)
+    assert (one.pop("sharded"), first.pop("sharded"), second.pop("sharded")) == (False, bool(options), bool(options))
     assert (one["world_size"], first["world_size"], first["backend"]) == (1, 2, "gloo")
     assert first == second
     # Of 9 heads of keys and values and 72 neurons.
@@ -200,4 +207,4 @@ def test_masks_that_differ_are_an_error_on_every_process(tmp_path):
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    train(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import transformers
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -30,11 +32,27 @@ def trainer_factory(folder: Path) -> Callable[..., Trainer]:
             "dataloader_pin_memory": False,
         }
         arguments = arguments_class(**{**defaults, **options})
+        if arguments.fsdp:
+            # accelerate knows no FSDP on several processes of a CPU; FSDP2 itself does.
+            assert arguments.device.type == "cpu"
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         if "train_dataset" not in trainer_options:
             trainer_options |= {"train_dataset": batch(model, 24), "eval_dataset": batch(model, 8, seed=1)}
         return cls(model, arguments, callbacks=list(callbacks), **trainer_options)
 
     return make
+
+
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "state_dict_type": "FULL_STATE_DICT",
+    },
+}
+"""Options with which a Llama is trained with FSDP2."""
 
 
 class Rates(transformers.TrainerCallback):

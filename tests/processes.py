@@ -1,5 +1,6 @@
 """Functions that run on several processes which can talk to each other."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,5 +30,11 @@ def _run(rank: int, size: int, folder: Path, function: Callable[..., Any], args:
     assert torch.distributed.get_backend() == "gloo"
     torch.set_num_threads(1)
     torch.save(function(rank, *args), folder / f"rank-{rank}")
-    # Else threads of gloo may still let go of tensors while the interpreter ends, and the process aborts.
-    torch.distributed.destroy_process_group()
+    end_processes()
+
+
+def end_processes() -> None:
+    """Lets go of what they talk with: else threads of gloo may outlive the interpreter, and the process aborts."""
+    gc.collect()  # Those of shards live as long as the shards.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -43,7 +43,8 @@ def test_convolutions_and_attention_are_counted():
     # Queries and output, keys and values, the three matrices of the feed-forward network; and the head.
     attention = 2 * 2 * 2 * 2 * 8 * 8 * 8  # scores and sums of values, in two layers of two heads of width 8
     products = 2 * 8 * (2 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 32) + 16 * 60)
-    assert llama.flops == products + attention
+    rotations = 2 * 4 * 8  # Angles of rotary embeddings, of which older versions of Transformers make a product.
+    assert llama.flops - products - attention in (0, rotations)
 
 
 def test_without_a_batch_only_parameters_are_counted():

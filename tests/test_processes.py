@@ -15,7 +15,7 @@ from hf_prune import PruningConfig, PruningTrainerCallback, ScoreInputs, prune
 from hf_prune.criteria import CRITERIA
 from hf_prune.reconstruction import RECONSTRUCTIONS
 from hf_prune.shards import whole
-from tests.processes import on_two_processes
+from tests.processes import end_processes, on_two_processes
 from tests.structures.models import build as build_of_structures
 from tests.tiny import batch, build
 from tests.training import FSDP, trainer_factory
@@ -76,8 +76,6 @@ def train(folder: Path, batch_size: int, pacing: str, options: dict) -> None:
         "sharded": {type(parameter).__name__ for parameter in model.parameters()} == {"DTensor"},
     }
     (folder / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(result))
-    # Else threads of gloo may still let go of tensors while the interpreter ends, and the process aborts.
-    trainer.accelerator.end_training()
 
 
 @pytest.mark.multiprocess
@@ -208,3 +206,4 @@ def test_masks_that_differ_are_an_error_on_every_process(tmp_path):
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))
+    end_processes()

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, ViTConfig, ViTForImageClassification
+from transformers import LlamaForCausalLM, Trainer, ViTConfig, ViTForImageClassification
 
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, sparsity_report
 from hf_prune.checkpoints import load_renamed_weights_
+from hf_prune.weights import WeightsCopy
 from tests.tiny import FAMILIES, build
-from tests.training import Rates, trainer_factory
+from tests.training import FSDP, Rates, trainer_factory
 
 CONFIG = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, begin=1, end=8)
 # Improves for a while after each cut, so that some of the best weights are of a step that is not a checkpoint's last.
@@ -198,6 +199,49 @@ def test_kill_9_in_mid_round(tmp_path):
     assert run("killed", 0, "resume") == 0
     outcomes = [json.loads((tmp_path / folder / "outcome.json").read_text()) for folder in ("whole", "killed")]
     assert outcomes[0] == outcomes[1]
+
+
+IN_SHARDS = {"fsdp": True, "fsdp_config": {**FSDP["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}}
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("options", [{}, FSDP, IN_SHARDS], ids=["ddp", "fsdp", "fsdp-sharded"])
+def test_kill_9_of_one_process(options, tmp_path):
+    def run(folder: str, processes: int, kill_at: int, how: str) -> int:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        script = ["-m", "tests.resuming", str(tmp_path / folder), json.dumps(options), str(kill_at), how]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        (tmp_path / folder).mkdir(exist_ok=True)
+        # Nobody waits for ever for the one that is gone.
+        return subprocess.run(
+            [*command, *script], cwd=Path(__file__).parents[1], env=environment, timeout=120
+        ).returncode
+
+    def outcomes(folder: str) -> list[dict]:
+        return [json.loads(path.read_text()) for path in sorted((tmp_path / folder).glob("rank-*.json"))]
+
+    assert run("whole", 2, 0, "fresh") == 0
+    assert run("killed", 2, 7, "fresh") != 0
+    assert outcomes("killed") == []
+    shutil.copytree(tmp_path / "killed", tmp_path / "others")
+    assert run("killed", 2, 0, "resume") == 0
+    first, second = outcomes("whole")
+    assert first == second
+    assert (first["world_size"], first["backend"], first["sharded"] > 0) == (2, "gloo", bool(options))
+    assert [row["ended"] for row in first["history"]["rounds"]] == ["patience", "patience"]
+    assert outcomes("killed") == [first, second]
+    # What is saved is an ordinary model.
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "killed" / "saved")
+    assert saved.config.architectures == ["LlamaForCausalLM"]
+    assert WeightsCopy.of(saved).digest() == first["weights"]
+    assert MaskSet.from_zeros(saved).digest() == first["masks"]
+    # On four processes sums are in another order.
+    assert run("others", 4, 0, "resume") == 0
+    four = outcomes("others")
+    assert len(four) == 4
+    assert four[0]["masks"] == first["masks"]
+    assert four[0]["sums"] == pytest.approx(first["sums"], rel=1e-9)
 
 
 RANDOM = """

@@ -43,7 +43,7 @@ def failing_together(together: bool = True) -> Iterator[None]:
         together: Whether the processes do it together; if not, this does nothing.
 
     Raises:
-        Exception: that of the first process on which it fails, on all of them.
+        ValueError, TypeError, RuntimeError: that of the first process on which it fails, on all of them.
     """
     if not together:
         yield
@@ -51,7 +51,7 @@ def failing_together(together: bool = True) -> Iterator[None]:
     error = None
     try:
         yield
-    except Exception as caught:
+    except (ValueError, TypeError, RuntimeError) as caught:  # With others the process ends, and its launcher says so.
         error = caught
     if first := next((each for each in gather_from_processes(error) if each is not None), None):
         raise first from error

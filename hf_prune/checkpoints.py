@@ -133,9 +133,9 @@ def recover_(
             (lambda: WeightsCopy.of(model), lambda: _load(WeightsCopy, folder, BEST_NAME)),
             folder,
         )
-        if best is not None and not best.like:
+        if best is not None:
             best = best.divided_as(model)
-            best.digest()
+            best.digest()  # As of masks, below.
         return Recovered(
             _recover_masks(folder, progress["masks"], model, names, zeros),
             best,

@@ -26,8 +26,10 @@ class WeightsCopy(Tensors):
         return cls(copies, {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)})
 
     def divided_as(self, model: nn.Module) -> "WeightsCopy":
-        """A whole copy → the rows that this process holds of the sharded tensors of a model."""
+        """A whole copy → the rows that this process holds of a model's sharded tensors; as it is, without such."""
         like = {name: tensor for name, tensor in _tensors_of(model).items() if is_sharded(tensor)}
+        if not like or self.like:
+            return self
         rows = {name: self.tensors[name][rows_held(tensor)].clone() for name, tensor in like.items()}
         return WeightsCopy({**self.tensors, **rows}, like)
 

@@ -1,7 +1,6 @@
 """Pruning: one round's cut, from scores to masks, and `prune` for a cut without a Trainer."""
 
 import contextlib
-import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -10,12 +9,12 @@ from torch import nn
 
 from . import granularities
 from .calibration import STATISTICS, Statistics, calibrate
+from .choosing import Choice
 from .config import PruningConfig
 from .criteria import CRITERIA, Criterion, fisher, is_elementwise, magnitude, wanda
 from .granularities import Pattern, Structural
 from .levels import levels_of
 from .masks import MaskSet, masked_in
-from .processes import failing_together
 from .reconstruction import Quota, reconstruct_
 from .reports import SparsityReport, sparsity_report
 from .resolving import (
@@ -29,12 +28,11 @@ from .resolving import (
 from .samples import Batch
 from .scopes import Pool, outlier_ratio, pools
 from .scoring import require_finite_weights, score_inputs, structure_scores, weight_scores
-from .selection import check_scores, drop_lowest, drop_lowest_of_each
-from .shards import from_own, own, reshard_, shard, whole
+from .shards import own, reshard_
 from .structures.choosing import choose
 from .structures.finding import find_places, held_zeros, require_prunable
 from .structures.members import NO_PLACES, Places, kept_in, masks_of, parameters_of
-from .targets import Target, are_sharded
+from .targets import Target
 
 logger = logging.getLogger(__name__)
 
@@ -105,28 +103,8 @@ def next_masks(
     """
     granularity = granularities.parse(config.granularity)
     chosen = criterion or CRITERIA[config.criterion]
-    sharded = are_sharded(targets.values())
-    require_finite_weights(targets.values())
-
-    def scores_of(target: Target) -> torch.Tensor:
-        return weight_scores(target, chosen, statistics, seed)
-
-    def masks_of_rows(mask_of: Callable[[Target, torch.Tensor | None], torch.Tensor], are_own: bool) -> MaskSet:
-        """Masks of which each row is decided alone: by the process that holds it, if its inputs are all there."""
-        found = {}
-        for name, target in targets.items():
-            seen = target.own() if are_own and target.axes[-1] != 0 else target.whole()
-            before = seen.fit(masks[name]) if name in masks else None
-            with failing_together(seen.rows is not None):
-                mask = mask_of(seen, before)
-            found[name] = shard(mask, target.weight) if seen.rows is None else from_own(mask, target.weight)
-        return MaskSet(found)
-
-    if isinstance(granularity, Pattern):
-        pattern = granularity.at(sparsity)
-        return masks_of_rows(lambda seen, mask: pattern.keep(scores_of(seen), mask, seen), is_elementwise(chosen))
-
     scope = scope or effective_scope(config, criterion)
+    require_finite_weights(targets.values())
     if isinstance(granularity, Structural):
         if not places:
             raise ValueError(f"granularity {config.granularity!r} needs the structures that find_places gives.")
@@ -134,50 +112,18 @@ def next_masks(
         sparsities = config.sparsities_of(places, sparsity)
         return masks_of(places, choose(places, values, kept_in(places, masks), sparsity, scope, sparsities))
 
-    are_own = is_elementwise(chosen) and granularity.group_size == 1
+    def scores_of(target: Target) -> torch.Tensor:
+        return weight_scores(target, chosen, statistics, seed)
+
+    choice = Choice(targets, masks, scores_of, is_elementwise(chosen))
+    if isinstance(granularity, Pattern):
+        return choice.by_pattern(granularity.at(sparsity))
     if scope == "row":
-        sparsities = sparsities_of_targets(targets, sparsity, config)
-
-        def mask_of(seen: Target, before: torch.Tensor | None) -> torch.Tensor:
-            rows = granularity.to_rows(granularity.pool(scores_of(seen), seen), seen)
-            if before is not None:
-                before = granularity.to_rows(granularity.pool_mask(before, seen), seen)
-            drop = round(sparsities.get(seen.name, sparsity) * rows.shape[1])
-            dropped = drop_lowest_of_each(seen.name, rows, drop, before)
-            return granularity.spread(granularity.from_rows(dropped, seen), seen)
-
-        return masks_of_rows(mask_of, are_own)
-
-    def group_scores(target: Target) -> torch.Tensor:
-        """Of the groups whose turn it is on this process."""
-        seen = target.own() if are_own else target.whole()
-        scores = granularity.pool(scores_of(seen), seen)
-        if seen.rows is None and sharded:
-            check_scores(target.name, scores)  # While all processes have all of them.
-            return own(shard(scores, target.weight))
-        return scores
-
-    def pooled(mask: torch.Tensor, target: Target) -> torch.Tensor:
-        """Mask of the weights → of the groups, sharded where it was."""
-        if granularity.group_size == 1:
-            return granularity.pool_mask(mask, target)
-        return shard(granularity.pool_mask(whole(mask), target), target.weight)
-
-    def spread(mask: torch.Tensor, target: Target) -> torch.Tensor:
-        """Mask of the groups of this process → of the weights, sharded where these are."""
-        of_groups = from_own(mask, target.weight, granularity.shape_of_groups(target))
-        if granularity.group_size == 1:
-            return granularity.spread(of_groups, target)
-        return shard(granularity.spread(whole(of_groups), target), target.weight)
-
-    kept = {name: pooled(mask, targets[name]) for name, mask in masks.items()}
-    kept_here = {name: own(mask) for name, mask in kept.items()}
-    group_masks: dict[str, torch.Tensor] = {}
+        return choice.by_row(
+            granularity, {**dict.fromkeys(targets, sparsity), **sparsities_of_targets(targets, sparsity, config)}
+        )
     sizes = {name: target.weight.numel() // granularity.group_size for name, target in targets.items()}
-    for pool in _pools(targets, kept, sizes, sparsity, scope, config, statistics):
-        scores = {name: functools.partial(group_scores, targets[name]) for name in pool.names}
-        group_masks |= drop_lowest(scores, pool.drop, kept_here, sharded=sharded)
-    return MaskSet({name: spread(group_masks[name], target) for name, target in targets.items()})
+    return choice.by_pool(granularity, lambda kept: _pools(targets, kept, sizes, sparsity, scope, config, statistics))
 
 
 def cut_(

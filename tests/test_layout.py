@@ -51,6 +51,7 @@ ORDER = [
     "reports",
     "metrics",
     "scoring",
+    "choosing",
     "levels",
     "pruning",
     "weights",

@@ -2,19 +2,20 @@
 
 import collections
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import PreTrainedModel
-from transformers.utils.generic import find_labels
 
 from .contexts import eager_experts, undisturbed
-from .processes import sum_over_processes_
+from .passes import base_of, gradients_of, loss_of, summed_gradients, targets_in_passes
+from .processes import failing_together, sum_over_processes_
 from .products import Product, ProductWatch
-from .samples import IGNORED_LABEL, Batch, read_samples, size_of, take_samples
-from .targets import Target
+from .samples import IGNORED_LABEL, Batch, in_step, read_samples, require_samples, singles_of, size_of, take_samples
+from .shards import from_own, own, reshard_
+from .targets import Target, are_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def calibrate(
 
     The model is in evaluation mode meanwhile. Its gradients and buffers, and the random states of Python, NumPy and
     torch, are afterwards as they were. Where there are several processes, each passes batches of its own, and all of
-    them get the statistics of all samples.
+    them get the statistics of all samples; of sharded weights, those of the rows that they hold.
 
     Args:
         model: The model, unwrapped; called as `model(**batch)`.
@@ -46,21 +47,27 @@ def calibrate(
         show_progress: Whether a bar shows how far it is, if it takes more than a few seconds.
 
     Returns:
-        What is needed, for each target.
+        What is needed, for each target; sharded as its weight is, where it has the weight's shape.
 
     Raises:
         ValueError: if there are no samples, if batches have no labels where a loss is needed, or if what was gathered
             is not finite (the message names the module).
     """
-    gatherers = {name: STATISTICS[name](model, targets) for name in needs}
-    with undisturbed(model, targets):
-        for batch in read_samples(model, batches, samples, show_progress=show_progress):
+    in_passes, seen = targets_in_passes(model, targets), 0
+    gatherers = {name: STATISTICS[name](model, targets, in_passes) for name in needs}
+    weights = [target.weight for target in (*targets.values(), *in_passes.values())]
+    with undisturbed(model, weights):
+        for batch, is_own in in_step(model, read_samples(model, batches, samples, show_progress=show_progress)):
             for gatherer in gatherers.values():
-                gatherer.see(batch)
+                gatherer.see(batch, is_own=is_own)
+            seen += size_of(batch) if is_own else 0
+    reshard_(model)
+    require_samples(model, seen, samples)
     statistics = {name: gatherer.statistic() for name, gatherer in gatherers.items()}
-    for name, values in statistics.items():
-        for parameter, value in values.items():
-            require_finite(value, f"the {name.replace('_', ' ')} of {targets[parameter].module!r}")
+    with failing_together(are_sharded(targets.values())):
+        for name, values in statistics.items():
+            for parameter, value in values.items():
+                require_finite(own(value), f"the {name.replace('_', ' ')} of {targets[parameter].module!r}")
     return statistics
 
 
@@ -70,27 +77,36 @@ class Gatherer:
     Args:
         model: The model, unwrapped; in evaluation mode while batches are seen.
         targets: The weights that are to be scored.
+        in_passes: The same, with the weights that passes compute with.
     """
 
-    def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
-        self.model, self.targets = model, targets
+    def __init__(self, model: nn.Module, targets: Mapping[str, Target], in_passes: Mapping[str, Target]) -> None:
+        self.model, self.targets, self.in_passes = model, targets, in_passes
+        self.is_sharded = are_sharded(targets.values())
         self.count = torch.zeros((), device=next(model.parameters()).device)
         self.sums = {
             name: torch.zeros(self.shape_of(target), device=target.weight.device) for name, target in targets.items()
         }
 
     def shape_of(self, target: Target) -> torch.Size:
-        """The shape of what is summed up for a target."""
-        return target.weight.shape
+        """The shape of what is summed up on this process for a target."""
+        return own(target.weight).shape
 
-    def see(self, batch: Batch) -> None:
-        """Adds a batch."""
+    def see(self, batch: Batch, *, is_own: bool) -> None:
+        """Adds a batch, unless it is one of another process, with which this one only takes part in passes."""
         raise NotImplementedError
 
     def statistic(self) -> Mapping[str, torch.Tensor]:
         """The mean over the samples of all processes."""
-        count = sum_over_processes_(self.count).item()
-        return {name: sum_over_processes_(total) / max(count, 1) for name, total in self.sums.items()}
+        count = max(sum_over_processes_(self.count).item(), 1)
+        if self.is_sharded:  # Passes have added up what processes have seen.
+            return {name: from_own(total / count, self.targets[name].weight) for name, total in self.sums.items()}
+        return {name: sum_over_processes_(total) / count for name, total in self.sums.items()}
+
+    def add(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Adds something to the sums."""
+        for name, value in values.items():
+            self.sums[name] += value
 
 
 class InputNorm(Gatherer):
@@ -100,14 +116,14 @@ class InputNorm(Gatherer):
         """One number for each input of each part."""
         return torch.Size([target.parts, target.fan_in])
 
-    def see(self, batch: Batch) -> None:
+    def see(self, batch: Batch, *, is_own: bool) -> None:
         """Adds a batch."""
 
         def add(product: Product) -> None:
             squares = unpadded_inputs(product, batch, self.model).float().square().sum(1)
             self.sums[product.target.name][product.part_slice] += squares
 
-        with torch.no_grad(), eager_experts(self.model), ProductWatch(self.targets, add):
+        with torch.no_grad(), eager_experts(self.model), ProductWatch(self.in_passes if is_own else {}, add):
             self.model(**batch)
 
     def statistic(self) -> Mapping[str, torch.Tensor]:
@@ -125,8 +141,8 @@ class InputNorm(Gatherer):
 class OfLoss(Gatherer):
     """Gathers what gradients of the loss say."""
 
-    def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
-        super().__init__(model, targets)
+    def __init__(self, model: nn.Module, targets: Mapping[str, Target], in_passes: Mapping[str, Target]) -> None:
+        super().__init__(model, targets, in_passes)
         self._label_counts = LabelCounts(model)
 
     def statistic(self) -> Mapping[str, torch.Tensor]:
@@ -136,7 +152,8 @@ class OfLoss(Gatherer):
             ValueError: if it is zero everywhere.
         """
         statistic = super().statistic()
-        if not any(values.any() for values in statistic.values()):
+        changes = torch.tensor(any(own(values).any() for values in statistic.values()), device=self.count.device)
+        if not sum_over_processes_(changes.float()):
             raise ValueError(
                 "every gradient is zero: on the calibration samples the loss does not depend on the targets. Have the "
                 "samples labels? Criteria that take the loss of each sample by itself, as fisher does, cannot be used "
@@ -148,14 +165,16 @@ class OfLoss(Gatherer):
 class Gradient(OfLoss):
     """`∂L/∂w` of the mean loss `L`: over labels where samples have several, else over samples."""
 
-    def see(self, batch: Batch) -> None:
+    def see(self, batch: Batch, *, is_own: bool) -> None:
         """Adds a batch."""
-        count = self._label_counts(batch).sum()
-        if not count:  # A mean over nothing is NaN.
-            return
+        count = self._label_counts(batch).sum() * is_own
         self.count += count
-        for name, gradient in _gradients(self.model, self.targets, batch).items():
-            self.sums[name] += count * gradient
+        for each, counts in in_step(self.model, [batch] if count else []):  # A mean over nothing is NaN.
+            share = float(count) if counts else 0.0
+            if self.is_sharded:
+                self.add(summed_gradients(self.model, self.targets, each, share))
+            else:
+                self.add({n: share * g for n, g in gradients_of(self.model, self.targets, each).items()})
 
 
 class SquaredGradient(OfLoss):
@@ -163,21 +182,30 @@ class SquaredGradient(OfLoss):
 
     The gradients of single samples come out of one backward pass of a batch where that can be: from the inputs and
     the gradient of the output of each product. That needs samples that lie along the first dimension everywhere, which
-    is tried on two of them, and a loss that is a mean over labels, which is checked on every batch. Otherwise each
-    sample has a pass of its own.
+    is tried on two of them, and a loss that is a mean over labels, which is checked on every batch. Otherwise, and
+    where weights are sharded, each sample has a pass of its own.
     """
 
-    def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
-        super().__init__(model, targets)
+    def __init__(self, model: nn.Module, targets: Mapping[str, Target], in_passes: Mapping[str, Target]) -> None:
+        super().__init__(model, targets, in_passes)
+        if self.is_sharded and any(target.weight.dtype == torch.float16 for target in in_passes.values()):
+            raise ValueError(
+                "squares of gradients are too small for float16, in which FSDP computes here. Train in bfloat16, or "
+                "take a criterion that reads no squared_gradient."
+            )
         self._in_batches: bool | None = None
         rounding = max(torch.finfo(target.weight.dtype).eps for target in targets.values())
         self._tolerance = max(1e-3, 25 * rounding)
 
-    def see(self, batch: Batch) -> None:
+    def see(self, batch: Batch, *, is_own: bool) -> None:
         """Adds a batch."""
-        self.count += size_of(batch)
         # Of samples without a label the gradient is zero.
-        labelled = take_samples(batch, self._label_counts(batch).nonzero().flatten())
+        labelled = take_samples(batch, (self._label_counts(batch) * is_own).nonzero().flatten())
+        self.count += size_of(batch) * is_own
+        if self.is_sharded:
+            for each, counts in in_step(self.model, singles_of(labelled)):
+                self.add(summed_gradients(self.model, self.targets, each, float(counts), self.in_passes))
+            return
         if not size_of(labelled):
             return
         if self._in_batches is None and size_of(labelled) > 1:
@@ -188,8 +216,7 @@ class SquaredGradient(OfLoss):
             squares = self._of_batch(labelled)
             self._in_batches = squares is not None
             self._say_if_not()
-        for name, values in (squares or self._one_by_one(labelled)).items():
-            self.sums[name] += values
+        self.add(squares or self._one_by_one(labelled))
 
     def _can_batch(self, batch: Batch) -> bool:
         """Whether two samples, those with the fewest and the most labels, have the same squares together as alone."""
@@ -222,8 +249,8 @@ class SquaredGradient(OfLoss):
         """
         try:
             together = product.rows(gradient, size_of(batch)).float() * scale
-            for sample in range(size_of(batch)):
-                loss, uses = self._forward(take_samples(batch, slice(sample, sample + 1)))
+            for sample, single in enumerate(singles_of(batch)):
+                loss, uses = self._forward(single)
                 of_one, edge = uses[use]
                 if edge is None:
                     return False
@@ -240,9 +267,8 @@ class SquaredGradient(OfLoss):
 
     def _one_by_one(self, batch: Batch) -> dict[str, torch.Tensor]:
         totals = {name: torch.zeros_like(total) for name, total in self.sums.items()}
-        for sample in range(size_of(batch)):
-            alone = take_samples(batch, slice(sample, sample + 1))
-            for name, gradient in _gradients(self.model, self.targets, alone).items():
+        for alone in singles_of(batch):
+            for name, gradient in gradients_of(self.model, self.targets, alone).items():
                 totals[name] += gradient.square()
         return totals
 
@@ -327,31 +353,11 @@ def require_finite(values: torch.Tensor, what: str) -> None:
         )
 
 
-STATISTICS: dict[str, Callable[[nn.Module, Mapping[str, Target]], Gatherer]] = {
+STATISTICS: dict[str, type[Gatherer]] = {
     "input_norm": InputNorm,
     "gradient": Gradient,
     "squared_gradient": SquaredGradient,
 }
-
-
-def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The loss of a batch.
-
-    Raises:
-        ValueError: if the model gives none.
-    """
-    output = model(**batch)
-    if isinstance(output, tuple):  # as Trainer takes it
-        loss = output[0] if output and torch.is_tensor(output[0]) and not output[0].ndim else None
-    else:
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        keys = [key for key in find_labels(type(_base_of(model))) if key not in batch] or ["labels"]
-        raise ValueError(
-            f"{type(model).__name__} gives no loss for calibration batches with {', '.join(batch)}. "
-            f"They need {' and '.join(map(repr, keys))} (for sparsegpt only with scope='global')."
-        )
-    return loss
 
 
 class LabelCounts:
@@ -363,7 +369,7 @@ class LabelCounts:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, base = model, _base_of(model)
+        self._model, base = model, base_of(model)
         self._may_shift = (
             isinstance(base, PreTrainedModel) and base.can_generate() and not base.config.is_encoder_decoder
         )
@@ -372,36 +378,25 @@ class LabelCounts:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """The number of labels of each sample, `[samples]`; 1 where labels are not classes."""
+        counted = self._counted(batch)
+        can_tell = self._shifts is None and self._may_shift and counted.ndim > 1 and bool(counted[:, 0].any())
+        for each, _ in in_step(self._model, [batch] if can_tell else []):
+            self._shifts = self._ignores_first(each)
+        if counted.ndim > 1 and self._shifts:
+            counted[:, 0] = False
+        return counted.reshape(len(counted), -1).sum(1).float()
+
+    def _counted(self, batch: Batch) -> torch.Tensor:
+        """Which labels a loss may read, `[samples, …]`."""
         labels = batch.get("labels")
         if not torch.is_tensor(labels) or not labels.ndim or labels.is_floating_point():
-            return torch.ones(size_of(batch), device=next(self._model.parameters()).device)
+            return torch.ones(size_of(batch), dtype=torch.bool, device=next(self._model.parameters()).device)
         counted = labels != IGNORED_LABEL
-        if labels.ndim > 2:
-            counted &= labels != self._ignored_in_maps
-        if labels.ndim > 1 and self._may_shift and counted[:, 0].any():
-            if self._shifts is None:
-                self._shifts = self._ignores_first(batch, labels)
-            counted[:, 0] &= not self._shifts
-        return counted.reshape(len(labels), -1).sum(1).float()
+        return counted & (labels != self._ignored_in_maps) if labels.ndim > 2 else counted
 
     @torch.no_grad()
-    def _ignores_first(self, batch: Batch, labels: torch.Tensor) -> bool:
-        without = labels.clone()
+    def _ignores_first(self, batch: Batch) -> bool:
+        without = batch["labels"].clone()
         without[:, 0] = IGNORED_LABEL
-        with_it, without_it = (loss_of(self._model, {**batch, "labels": each}) for each in (labels, without))
+        with_it, without_it = (loss_of(self._model, each) for each in (batch, {**batch, "labels": without}))
         return torch.allclose(with_it, without_it, rtol=1e-6, equal_nan=True)
-
-
-def _base_of(model: nn.Module) -> nn.Module:
-    """The model without what `torch.compile` and peft have put around it."""
-    model = getattr(model, "_orig_mod", model)
-    base = getattr(model, "get_base_model", None)
-    return base() if callable(base) else model
-
-
-def _gradients(model: nn.Module, targets: Mapping[str, Target], batch: Batch) -> dict[str, torch.Tensor]:
-    """The gradients of a batch's loss, in float32; `.grad` stays as it is."""
-    with torch.enable_grad():
-        loss = loss_of(model, batch)
-    gradients = torch.autograd.grad(loss, [target.weight for target in targets.values()], allow_unused=True)
-    return {n: g.float() for n, g in zip(targets, gradients, strict=True) if g is not None}

@@ -336,7 +336,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         )
         self._rounds = Rounds.plan(self.config, history, now.state.max_steps)
         if "movement" in required_statistics(self.config, self.criterion):
-            self._movement = Movement.zeros(self._targets.values())
+            self._movement = Movement.zeros(self._targets.values(), self._run_id)
             if self._rounds.pacing.is_due(0):
                 raise ValueError(
                     "movement is gathered while training, and the first cut comes before the first step. Set "
@@ -379,7 +379,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             str(args.output_dir),
         )
         if movement is not None:
-            self._movement = movement.to_devices_of(self._targets)
+            self._movement = movement.beside(self._targets)
         if self.masks:
             self._hooks.hold_(self._weights, self.masks)
         if pacing.is_run_over(state.global_step):
@@ -402,7 +402,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             asked,
             self.config,
             batches=now.batches(self.config.calibration_samples),
-            statistics=None if self._movement is None else {"movement": self._movement.tensors},
+            statistics=None if self._movement is None else {"movement": self._movement.statistic()},
             criterion=self.criterion,
             seed=args.seed,
             show_progress=state.is_world_process_zero and not args.disable_tqdm,

@@ -20,7 +20,7 @@ from .masks import MaskSet
 from .movement import Movement
 from .processes import sum_over_processes_
 from .reports import PruningHistory
-from .shards import is_sharded, own, shard
+from .shards import has_shards, is_sharded, own, shard
 from .weights import WeightsCopy
 
 TRAINER_STATE_NAME = "trainer_state.json"  # As in `transformers.trainer`, which imports datasets.
@@ -48,7 +48,7 @@ class Progress(TypedDict):
         lr_start: `start` of `restart_lr_` at the last cut, None if the learning rate goes on.
         masks: `MaskSet.digest()`, None before the first cut.
         best: `WeightsCopy.digest()` of the best weights of the current round, None without such weights.
-        movement: `Movement.digest()` of the movement so far, None if no criterion asks for it.
+        movement: `Movement.digest()`, what it is known by, None if no criterion asks for it.
         history: `PruningHistory.to_dict()`.
     """
 
@@ -245,7 +245,7 @@ def _has_other_names_in_files(model: nn.Module) -> TypeGuard[PreTrainedModel]:
 
     What Trainer saves of sharded models to resume them has the names in memory.
     """
-    if not isinstance(model, PreTrainedModel) or any(is_sharded(parameter) for parameter in model.parameters()):
+    if not isinstance(model, PreTrainedModel) or has_shards(model):
         return False
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 

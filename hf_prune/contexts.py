@@ -3,15 +3,13 @@
 import contextlib
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-
-from .targets import Target
 
 
 @contextlib.contextmanager
@@ -31,10 +29,10 @@ def keep_random_state(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[None]:
-    """Evaluation mode, nothing compiled, and gradients for all targets; afterwards everything is as it was."""
+def undisturbed(model: nn.Module, weights: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """Evaluation mode, nothing compiled, and gradients for some weights; afterwards everything is as it was."""
     modes = {module: module.training for module in model.modules()}
-    wants = {target.weight: target.weight.requires_grad for target in targets.values()}
+    wants = {weight: weight.requires_grad for weight in weights}
     states = [_State(module) for module in model.modules() if next(module.buffers(recurse=False), None) is not None]
     model.eval()
     for weight in wants:

@@ -59,7 +59,7 @@ def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: i
     flops: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
         for model in models.values():
-            stack.enter_context(undisturbed(model, {}))
+            stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
         batches = {
             name: send_to_device(dict(batch), next(model.parameters()).device) for name, model in models.items()

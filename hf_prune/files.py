@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .shards import from_own, own, whole
 
@@ -25,10 +25,12 @@ class Tensors:
         tensors: Name → tensor.
         like: Name → the sharded tensor of whose rows it holds those of this process, for those that are such rows.
             What looks at all rows is then called by all processes.
+        metadata: Text that goes into the file's header.
     """
 
     tensors: dict[str, torch.Tensor]
     like: dict[str, torch.Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
 
     def whole(self, name: str) -> torch.Tensor:
         """A tensor with all its rows, on the CPU."""
@@ -60,7 +62,7 @@ class Tensors:
             if write:
                 tensors[name] = tensor
         if write:
-            save_tensors(tensors, path)
+            save_tensors(tensors, path, self.metadata)
 
     @classmethod
     def load(cls: type[Kind], path: str | os.PathLike[str]) -> Kind:
@@ -73,7 +75,9 @@ class Tensors:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no tensors at {path}.")
         try:
-            return cls(load_file(path))
+            with safe_open(path, framework="pt") as file:
+                names = file.keys()
+                return cls({name: file.get_tensor(name) for name in names}, metadata=file.metadata() or {})
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or not a file of tensors ({error}).") from error
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 
 from .samples import Batch, batches_of
-from .shards import is_sharded
+from .shards import has_shards
 
 
 class Moment(NamedTuple):
@@ -61,7 +61,7 @@ class Moment(NamedTuple):
                 f"this {kind} carries adapters: its checkpoints hold no base weights, and merging would "
                 "fill their zeros. Merge the adapters first (merge_and_unload), or prune before adding them."
             )
-        if any(is_sharded(parameter) for parameter in self.model.parameters()):
+        if has_shards(self.model):
             return  # By FSDP2, which also averages gradients; `find_targets` looks at how.
         distributed = PartialState().distributed_type
         if distributed in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):

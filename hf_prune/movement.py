@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from .files import Tensors
+from .processes import sum_over_processes_
+from .shards import from_own, is_sharded, own, shard
 from .targets import Target
 
 
@@ -12,29 +14,58 @@ class Movement(Tensors):
     """`−Σ w · ∂L/∂w` of each target over the optimizer steps so far: positive where weights move away from zero.
 
     Attributes:
-        tensors: Parameter → the sum, float32, on the weight's device.
+        tensors: Parameter → the sum, float32, on the weight's device; of a sharded one, of this process's rows.
+        like: As in `Tensors`.
+        metadata: The run and the number of its steps, by which it is known.
 
     Source: Sanh et al. 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", arXiv 2005.07683; without the
     learning rate.
     """
 
     @classmethod
-    def zeros(cls, targets: Iterable[Target]) -> "Movement":
-        """Before the first step."""
-        return cls({t.name: torch.zeros_like(t.weight, dtype=torch.float32) for t in targets})
+    def zeros(cls, targets: Iterable[Target], run: str) -> "Movement":
+        """Before the first step of a run."""
+        return cls(
+            {t.name: torch.zeros_like(own(t.weight.detach()), dtype=torch.float32) for t in targets},
+            _sharded(targets),
+            {"run": run, "steps": "0"},
+        )
 
-    def to_devices_of(self, targets: Mapping[str, Target]) -> "Movement":
-        """The same, each sum beside its weight."""
-        return Movement({name: self.tensors[name].to(target.weight.device) for name, target in targets.items()})
+    def beside(self, targets: Mapping[str, Target]) -> "Movement":
+        """A loaded one, each sum on the device of its weight, and divided as it is."""
+        tensors = {
+            name: own(shard(self.tensors[name].to(target.weight.device), target.weight))
+            for name, target in targets.items()
+        }
+        return Movement(tensors, _sharded(targets.values()), self.metadata)
+
+    def digest(self) -> str:
+        """The run and the number of its steps: which no other movement has, and which costs nothing to find out."""
+        return f"{self.metadata.get('run')}, {self.metadata.get('steps')} steps"
+
+    def statistic(self) -> dict[str, torch.Tensor]:
+        """The sums as criteria read them, sharded as the weights are."""
+        return {name: from_own(total, self.like.get(name, total)) for name, total in self.tensors.items()}
 
     @torch.no_grad()
     def add_step_(self, targets: Iterable[Target]) -> None:
         """Adds what the step does that is about to be taken; a weight without a gradient does not move.
 
-        A step whose gradients are not finite is not counted: in float16 the optimizer will skip it.
+        A step whose gradients are not finite is not counted: in float16 the optimizer will skip it. If the targets are
+        sharded, all processes call this.
         """
-        moving = [(t.weight, t.weight.grad, self.tensors[t.name]) for t in targets if t.weight.grad is not None]
-        if not all(bool(gradient.sum(dtype=torch.float32).isfinite()) for _, gradient, _ in moving):
+        self.metadata["steps"] = str(int(self.metadata["steps"]) + 1)
+        moving = [
+            (own(t.weight), own(t.weight.grad), self.tensors[t.name]) for t in targets if t.weight.grad is not None
+        ]
+        bad = sum((~gradient.sum(dtype=torch.float32).isfinite()).float() for _, gradient, _ in moving)
+        if self.like and torch.is_tensor(bad):
+            sum_over_processes_(bad)
+        if bad:
             return
         for weight, gradient, total in moving:
             total.addcmul_(weight.to(total.dtype), gradient.to(total.dtype), value=-1)
+
+
+def _sharded(targets: Iterable[Target]) -> dict[str, torch.Tensor]:
+    return {target.name: target.weight for target in targets if is_sharded(target.weight)}

@@ -50,9 +50,10 @@ _Found = Iterator[tuple[torch.Tensor, torch.Tensor, int, _MakeProduct]]
 class ProductWatch(TorchFunctionMode):
     """A context that hands every product of a targeted weight to a callback.
 
-    Weights are known by their storage. So it does not matter which module multiplies them, and fused experts, which
-    multiply slices of one tensor without a module of their own, are seen as well. Left out are uses of a transposed
-    weight, as in the decoder of a tied autoencoder: what they multiply is not what its rows are multiplied with.
+    Weights are known by their storage, which they keep when FSDP2 frees its memory between passes. So it does not
+    matter which module multiplies them, and fused experts, which multiply slices of one tensor without a module of
+    their own, are seen as well. Left out are uses of a transposed weight, as in the decoder of a tied autoencoder:
+    what they multiply is not what its rows are multiplied with.
 
     Args:
         targets: The targets.
@@ -63,7 +64,7 @@ class ProductWatch(TorchFunctionMode):
         super().__init__()
         self._targets: dict[int, list[Target]] = {}  # Several in one storage, as after `vector_to_parameters`.
         for target in targets.values():
-            self._targets.setdefault(target.weight.untyped_storage().data_ptr(), []).append(target)
+            self._targets.setdefault(target.weight.untyped_storage()._cdata, []).append(target)
         self._on_product = on_product
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -82,7 +83,7 @@ class ProductWatch(TorchFunctionMode):
         if weight.layout is not torch.strided:
             return None
         offset = weight.storage_offset()
-        before = [t for t in self._targets.get(weight.untyped_storage().data_ptr(), ()) if t.offset <= offset]
+        before = [t for t in self._targets.get(weight.untyped_storage()._cdata, ()) if t.offset <= offset]
         target = max(before, key=lambda t: t.offset, default=None)
         return target if target is not None and offset < target.offset + target.weight.numel() else None
 

@@ -329,7 +329,7 @@ def _pools(
 ) -> list[Pool]:
     ratios = None
     if scope == "owl":
-        ratios = {name: outlier_ratio(wanda(score_inputs(t, statistics))) for name, t in targets.items()}
+        ratios = {name: outlier_ratio(wanda(score_inputs(t.whole(), statistics))) for name, t in targets.items()}
     return pools(
         sizes,
         sparsity,

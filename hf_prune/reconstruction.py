@@ -19,7 +19,7 @@ from .granularities import Pattern
 from .masks import MaskSet, masked_in
 from .processes import sum_over_processes_
 from .products import Product
-from .samples import DELAY, Batch, read_samples
+from .samples import DELAY, Batch, read_samples, require_samples, size_of
 from .scopes import divide
 from .selection import drop_lowest, drop_lowest_of_each
 from .stages import Stages
@@ -89,8 +89,9 @@ def reconstruct_(
 
     # Keys and values of blocks that are not computed again would be missing in a cache.
     without_cache = configured(model, "use_cache", False)
-    with undisturbed(model, targets), eager_experts(model), without_cache, _in_full_precision():
+    with undisturbed(model), eager_experts(model), without_cache, _in_full_precision():
         data = list(read_samples(model, batches, samples))
+        require_samples(model, sum(map(size_of, data)), samples)
         with Stages(model, targets, data) as stages:
             for name in stages.unused:
                 logger.warning("No product of %r was seen in the forward passes; it is pruned by magnitude.", name)

@@ -71,7 +71,7 @@ def require_whole_where_needed(
     """Requires whole weights for what cannot be computed of sharded ones.
 
     Raises:
-        ValueError: if the targets are sharded, and the config prunes structures, reconstructs or looks at data.
+        ValueError: if the targets are sharded, and the config prunes structures or reconstructs.
     """
     if not are_sharded(targets):
         return
@@ -79,13 +79,11 @@ def require_whole_where_needed(
         what = f"granularity {config.granularity!r}"
     elif is_reconstruction(config, criterion):
         what = f"criterion {config.criterion!r}"
-    elif names := required_statistics(config, criterion):
-        what = f"what the criterion or scope looks at ({', '.join(names)})"
     else:
         return
     raise ValueError(
-        f"{what} needs whole weights, and FSDP has sharded them. Prune unstructured, N:M or in blocks by magnitude, "
-        "random, lamp or a function of your own; or train with DistributedDataParallel."
+        f"{what} needs whole weights, and FSDP has sharded them. Prune unstructured, N:M or in blocks by another "
+        "criterion, or train with DistributedDataParallel."
     )
 
 

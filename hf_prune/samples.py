@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils.logging import tqdm
 
-from .processes import rank_and_size, sum_over_processes_
+from .processes import failing_together, gather_from_processes, rank_and_size, sum_over_processes_
+from .shards import has_shards
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +37,13 @@ def read_samples(
     Args:
         model: The model.
         batches: Batches of this process.
-        samples: Number of samples to read, of all processes together. If there are fewer, a warning is
-            logged at the end.
+        samples: Number of samples to read, of all processes together.
         show_progress: Whether a bar shows how far the reader is, if it takes more than a few seconds.
 
     Yields:
         Batches, the last one cut short where it has too many samples.
 
     Raises:
-        ValueError: at the end, if there were no samples on any process.
         TypeError: if a batch is not a dict with tensors.
     """
     (rank, size), device, seen = rank_and_size(), next(model.parameters()).device, 0
@@ -62,11 +61,55 @@ def read_samples(
             bar.update(size_of(part))
             if seen >= mine:
                 break
-    seen = int(sum_over_processes_(torch.tensor(seen, device=device)))
+
+
+def require_samples(model: nn.Module, seen: int, samples: int) -> None:
+    """Requires that samples were read; says if they were fewer than asked for.
+
+    Args:
+        model: The model.
+        seen: How many were read, on this process.
+        samples: How many were asked for, of all processes together.
+
+    Raises:
+        ValueError: if there were none on any process.
+    """
+    seen = int(sum_over_processes_(torch.tensor(seen, device=next(model.parameters()).device)))
     if seen == 0:
         raise ValueError("there are no calibration samples: the dataloader gave no batch.")
     if seen < samples:
         logger.warning("Calibration has %d samples, fewer than the %d asked for.", seen, samples)
+
+
+def in_step(model: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Batches of this process; and of a sharded model, while other processes have more of them, some of theirs.
+
+    Of such a model all processes make every pass together, so that all of them call this.
+
+    Args:
+        model: The model.
+        batches: Those of this process. Reading them may not wait for other processes.
+
+    Yields:
+        A batch on its device, and whether it is of this process: those of others must not count here.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: if batches cannot be read: that of the first process, on all of them.
+    """
+    if not has_shards(model):
+        yield from ((batch, True) for batch in batches)
+        return
+    iterator, (rank, _), device = iter(batches), rank_and_size(), next(model.parameters()).device
+    while True:
+        with failing_together():
+            batch = next(iterator, None)
+        have = gather_from_processes(batch is not None)
+        if not any(have):
+            return
+        if not all(have):
+            lender = have.index(True)
+            lent = gather_from_processes(send_to_device(dict(batch or {}), "cpu") if rank == lender else None)[lender]
+        yield (batch, True) if batch is not None else (send_to_device(lent, device), False)
 
 
 def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed: int) -> Iterator[Batch]:
@@ -124,6 +167,11 @@ def _with_own_generators(collate: Any) -> Any:
         elif name == "data_collator":  # inside of the one by which Trainer leaves out columns
             object.__setattr__(own, name, _with_own_generators(value))
     return own
+
+
+def singles_of(batch: Batch) -> Iterator[Batch]:
+    """The samples of a batch, each as a batch of its own."""
+    return (take_samples(batch, slice(i, i + 1)) for i in range(size_of(batch)))
 
 
 def size_of(batch: Batch) -> int:

@@ -11,6 +11,11 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def has_shards(model: nn.Module) -> bool:
+    """Whether other processes hold parts of a model's parameters."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
 def own(tensor: torch.Tensor) -> torch.Tensor:
     """The rows of a tensor that this process holds, not a copy; all of them, if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -79,3 +84,17 @@ def reshard_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def gathered_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that modules of FSDP2 compute with, by name; all processes call this.
+
+    Their memory comes with a pass and goes again, but they stay the same objects. One module at a time is gathered.
+    """
+    found = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            found.update({name: p for name, p in model.named_parameters() if not is_sharded(p)})
+            module.reshard()
+    return found

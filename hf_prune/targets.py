@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .shards import is_sharded, own, require_by_rows, rows_held, whole
+from .shards import has_shards, is_sharded, own, require_by_rows, rows_held, whole
 
 logger = logging.getLogger(__name__)
 
@@ -188,9 +188,10 @@ def find_targets(
     for target in targets.values():
         _require_prunable(target)
         require_by_rows(target.name, target.weight)
-    if len({is_sharded(target.weight) for target in targets.values()}) > 1:
-        odd = next(target.name for target in targets.values() if not is_sharded(target.weight))
-        raise ValueError(f"{odd!r} is whole on each process, and other targets are sharded. Shard all, or exclude it.")
+    if has_shards(model) and (odd := [name for name, target in targets.items() if not is_sharded(target.weight)]):
+        raise ValueError(
+            f"{odd[0]!r} is whole on each process, and other weights are sharded. Shard all, or exclude it."
+        )
     return targets
 
 

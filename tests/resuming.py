@@ -1,5 +1,6 @@
 """A run on several processes that can be killed and resumed: `torchrun -m tests.resuming FOLDER OPTIONS STEP HOW`."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -30,7 +31,9 @@ class KillOne(TrainerCallback):
 
 def train(folder: Path, options: dict, kill_at: int, resume: bool) -> None:
     model = build("llama").double()
-    pruning = PruningTrainerCallback(PATIENT)
+    # Movement is of all that was trained before, and so is in the checkpoint too.
+    config = dataclasses.replace(PATIENT, criterion="movement") if options else PATIENT
+    pruning = PruningTrainerCallback(config)
     trainer = trainer_factory(folder)(
         model, pruning, KillOne(kill_at), train_dataset=batch(model, 24), eval_dataset=batch(model, 8, seed=1),
         max_steps=10, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=2,

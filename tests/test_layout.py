@@ -27,6 +27,7 @@ ORDER = [
     "products",
     "contexts",
     "samples",
+    "passes",
     "calibration",
     "granularities",
     "hooks",

@@ -84,20 +84,19 @@ def test_runs_that_need_none_keep_none(tmp_path):
 
 def test_a_weight_without_a_gradient_does_not_move():
     targets = find_targets(build("llama"))
-    movement = Movement.zeros(targets.values())
+    movement = Movement.zeros(targets.values(), "run")
     first = next(iter(targets.values()))
     first.weight.grad = torch.full_like(first.weight, 2.0)
     movement.add_step_(targets.values())
     movement.add_step_(targets.values())
     torch.testing.assert_close(movement.tensors[first.name], -4 * first.weight.detach())
     assert not any(total.any() for name, total in movement.tensors.items() if name != first.name)
-    assert movement.to_devices_of(targets).digest() == movement.digest()
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_step_that_float16_skips_is_not_counted(bad):
     targets = find_targets(build("llama"))
-    movement = Movement.zeros(targets.values())
+    movement = Movement.zeros(targets.values(), "run")
     for target in targets.values():
         target.weight.grad = torch.ones_like(target.weight)
     next(iter(targets.values())).weight.grad[0, 0] = bad
@@ -111,3 +110,15 @@ def test_after_the_last_cut_nothing_is_counted_or_kept(tmp_path):
     last = pruning.history[-1].step
     found = {int(path.parent.name.rpartition("-")[2]) for path in (tmp_path / "out").rglob("pruning_movement*")}
     assert found == set(range(1, last + 1))
+
+
+def test_it_is_known_by_its_run_and_its_steps(tmp_path):
+    targets = find_targets(build("llama"))
+    movement = Movement.zeros(targets.values(), "run")
+    begun = movement.digest()
+    movement.add_step_(targets.values())
+    movement.save(tmp_path / "file")
+    found = Movement.load(tmp_path / "file").beside(targets)
+    assert found.digest() == movement.digest() != begun
+    assert found.digest() != Movement.zeros(targets.values(), "another").digest()
+    assert all(torch.equal(found.tensors[name], total) for name, total in movement.tensors.items())

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from hf_prune import PruningConfig, PruningTrainerCallback, ScoreInputs, prune
@@ -32,11 +34,13 @@ CONFIGS = {
         )
         for name in ("taylor", "fisher", "wanda", "sparsegpt")
     },
+    "movement": PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, begin=2, end=6, criterion="movement"),
     "structures": PruningConfig(
         sparsity=0.5, schedule="geometric", rounds=3, end=6, criterion="fisher", granularity="head+neuron",
         multiple_of=4, calibration_samples=11,
     ),
 }  # fmt: skip
+WHOLE = ("sparsegpt", "structures")  # These need whole weights.
 EVEN = {"eval_steps": 3}
 OPTIONS = {
     "patience": {"eval_steps": 1, "learning_rate": 0.3, "max_steps": 30},  # so large that it soon gets worse
@@ -78,34 +82,41 @@ def train(folder: Path, batch_size: int, pacing: str, options: dict) -> None:
     (folder / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(result))
 
 
-@pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    ("pacing", "options"),
-    [*((pacing, {}) for pacing in CONFIGS), *((pacing, FSDP) for pacing in ("even", "patience"))],
-    ids=[*CONFIGS, "even-fsdp", "patience-fsdp"],
-)
-def test_two_processes_prune_what_one_does(pacing, options, tmp_path):
-    def launch(folder: str, processes: int, batch_size: int, options: dict) -> list[dict]:
-        (tmp_path / folder).mkdir()
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What comes of each config on one process, on two, and on two with FSDP2."""
+
+    def launch(processes: int, batch_size: int, names: Iterable[str], options: dict) -> dict[str, list[dict]]:
+        folder = tmp_path_factory.mktemp("outcomes")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        script = ["-m", "tests.test_processes", str(tmp_path / folder), str(batch_size), pacing, json.dumps(options)]
+        script = ["-m", "tests.test_processes", str(folder), str(batch_size), json.dumps(options), *names]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([*command, *script], check=True, env=environment, timeout=240, cwd=Path(__file__).parents[1])
-        return [json.loads(path.read_text()) for path in sorted((tmp_path / folder).glob("rank-*.json"))]
+        return {n: [json.loads(path.read_text()) for path in sorted((folder / n).glob("rank-*.json"))] for n in names}
 
-    (one,) = launch("one", 1, 4, {})
-    first, second = launch("two", 2, 2, options)
-    assert (one.pop("sharded"), first.pop("sharded"), second.pop("sharded")) == (False, bool(options), bool(options))
-    assert (one["world_size"], first["world_size"], first["backend"]) == (1, 2, "gloo")
+    sharded = [name for name in CONFIGS if name not in WHOLE]
+    return launch(1, 4, CONFIGS, {}), launch(2, 2, CONFIGS, {}), launch(2, 2, sharded, FSDP)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("name", "are_sharded"),
+    [(name, are_sharded) for name in CONFIGS for are_sharded in (False, True) if not (are_sharded and name in WHOLE)],
+)
+def test_two_processes_prune_what_one_does(name, are_sharded, outcomes):
+    alone, together, sharded = outcomes
+    (one,), (first, second) = alone[name], (sharded if are_sharded else together)[name]
+    for outcome, size, shards in ((one, 1, False), (first, 2, are_sharded), (second, 2, are_sharded)):
+        assert (outcome["world_size"], outcome["backend"], outcome["sharded"]) == (size, "gloo", shards)
     assert first == second
     # Of 9 heads of keys and values and 72 neurons.
-    assert first["pruned"] == one["pruned"] == (4 + 36 if pacing == "structures" else round(0.8 * 4608))
+    assert first["pruned"] == one["pruned"] == (4 + 36 if name == "structures" else round(0.8 * 4608))
     assert first["parameters"] == one["parameters"]
     assert first["masks"] == one["masks"]
     assert first["samples"] == one["samples"]
     assert first["rounds"] == one["rounds"]
-    if pacing != "patience":
-        assert one["samples"] == [8, 8, 8]
+    if name != "patience":
+        assert one["samples"] == ([4, 4, 8] if name == "movement" else [8, 8, 8])
         assert one["norms"] == pytest.approx([1e-2] * 6, rel=1e-3)
     else:  # Each round ends after its best, and the best comes back.
         assert "patience" in [ended for *_, ended in one["rounds"]]
@@ -205,5 +216,8 @@ def test_masks_that_differ_are_an_error_on_every_process(tmp_path):
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))
+    for each in sys.argv[4:]:
+        (Path(sys.argv[1]) / each).mkdir(exist_ok=True)
+        train(Path(sys.argv[1]) / each, int(sys.argv[2]), each, json.loads(sys.argv[3]))
+        AcceleratorState._reset_state(reset_partial_state=True)
     end_processes()

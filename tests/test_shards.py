@@ -61,10 +61,7 @@ CRITERIA_WITHOUT_DATA: dict[str, Criterion] = {
     "steps": steps,
     "by_row": by_row,
 }
-# Scopes that look at data: with FSDP an error, below.
-SCOPES_WITHOUT_DATA = [scope for scope in SCOPES if scope != "owl"]
-
-
+SCOPES_WITHOUT_DATA = [scope for scope in SCOPES if scope != "owl"]  # Those that look at data: test_passes.py.
 GRANULARITIES = ["unstructured", "2:4", "block:1x4", "block:2x1"]
 
 
@@ -164,9 +161,7 @@ def refusals(rank: int) -> dict[str, str]:
     """What is said to configs that need whole weights, and to weights that are not divided by rows."""
     found = {}
     configs = {
-        **{name: {"criterion": name} for name, criterion in CRITERIA.items() if needs_of(criterion)},
         **{name: {"criterion": name} for name in RECONSTRUCTIONS},
-        "owl": {"scope": "owl"},
         "neuron": {"granularity": "neuron"},
     }
     for name, options in configs.items():
@@ -193,7 +188,7 @@ def refusals(rank: int) -> dict[str, str]:
 def test_what_needs_whole_weights_is_an_error(tmp_path):
     first, second = on_two_processes(refusals, tmp_path)
     assert first == second
-    assert "'few.weight' is whole on each process, and other targets are sharded" in first.pop("mixed")
+    assert "'few.weight' is whole on each process, and other weights are sharded" in first.pop("mixed")
     for placement in (Replicate(), Shard(1)):
         assert "needs parameters that are whole, or that FSDP2 has divided by rows" in first.pop(str(placement))
     assert all("needs whole weights, and FSDP has sharded them" in message for message in first.values()), first

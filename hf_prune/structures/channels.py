@@ -49,7 +49,11 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
         raise ModuleNotFoundError('channels need torch-pruning: pip install "hf_prune[cnn]".') from error
     names = {module: name for name, module in model.named_modules()}
     found: dict[str, Place] = {}
-    with undisturbed(model, targets), torch.enable_grad(), _calls_of(model) as called:
+    with (
+        undisturbed(model, [target.weight for target in targets.values()]),
+        torch.enable_grad(),
+        _calls_of(model) as called,
+    ):
         graph = DependencyGraph().build_dependency(
             model, {"pixel_values": _image(model)}, output_transform=_outputs, verbose=False
         )

@@ -24,7 +24,7 @@ from transformers import (
 
 from common.arguments import parse
 from common.dense import DenseArguments, dense_model
-from common.report import predict_apart, report
+from common.report import DenseTest, report
 from common.splits import SplitArguments, three_splits
 from common.task import Task
 from common.text import continue_text, cut_blocks, load_texts
@@ -124,16 +124,17 @@ def main() -> None:
     task = load_task(script, training)
     model = dense_model(task, script, training)
 
-    callback = PruningTrainerCallback(pruning)
-    trainer = Trainer(model, training, callbacks=[callback], **task.trainer_kwargs)
+    dense, callback = DenseTest(task.test), PruningTrainerCallback(pruning)
+    trainer = Trainer(model, training, callbacks=[dense, callback], **task.trainer_kwargs)
+    dense.predict = trainer.predict
     callback.evaluate = trainer.evaluate
     callback.log = trainer.log
 
     tokenizer = task.trainer_kwargs["processing_class"]
     prompt = " ".join(tokenizer.decode(task.test[0]["input_ids"]).split()[:8])
-    dense_test, dense_story = predict_apart(model, training, task), continue_text(model, tokenizer, prompt)
+    dense_story = continue_text(model, tokenizer, prompt)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    report(trainer, callback, dense_test, trainer.predict(task.test))
+    report(trainer, callback, dense)
     story = continue_text(model, tokenizer, prompt)
     PartialState().print(f"\nStory before: {dense_story}\n\nStory after: {story}")
     trainer.accelerator.end_training()

@@ -17,7 +17,7 @@ from transformers import (
 from common.arguments import parse
 from common.dense import DenseArguments, dense_model
 from common.images import ImageCollator, load_images
-from common.report import predict_apart, report
+from common.report import DenseTest, report
 from common.splits import SplitArguments, three_splits
 from common.task import Task
 from hf_prune import PruningTrainerCallback
@@ -114,12 +114,12 @@ def prune_classifier(
     task = load_task(script, training)
     model = dense_model(task, script, training)
 
-    callback = PruningTrainerCallback(pruning)
-    trainer = Trainer(model, training, callbacks=[callback], **task.trainer_kwargs)
+    dense, callback = DenseTest(task.test), PruningTrainerCallback(pruning)
+    trainer = Trainer(model, training, callbacks=[dense, callback], **task.trainer_kwargs)
+    dense.predict = trainer.predict
     callback.evaluate = trainer.evaluate
     callback.log = trainer.log
 
-    dense_test = predict_apart(model, training, task)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    report(trainer, callback, dense_test, trainer.predict(task.test))
+    report(trainer, callback, dense)
     trainer.accelerator.end_training()

@@ -1,49 +1,80 @@
-"""What a recipe prints and saves at the end."""
+"""What a recipe measures before and after, prints and saves."""
 
-import copy
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from datasets import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
-from common.task import Task
 from hf_prune import PruningTrainerCallback
 
+DENSE_RESULTS = "dense_test_results.json"
 
-def predict_apart(model: PreTrainedModel, training: TrainingArguments, task: Task) -> PredictionOutput:
-    """What `Trainer.predict` gives on the test split, before the training of the model.
 
-    It is a copy that predicts: a Trainer that has predicted is not to train on several processes, as accelerate then
-    takes the model for prepared and leaves its gradients apart.
+class DenseTest(TrainerCallback):
+    """Measures the dense model on the test split, as training begins: put it in front of the callback that prunes.
+
+    Before, several processes cannot: with DistributedDataParallel a model that has predicted is not trained together
+    any more, and with FSDP2 none predicts that has no optimizer yet.
+
+    Attributes:
+        predict: `Trainer.predict`, to be set once there is a trainer.
+        metrics: Name → value, with `dense_test_` in front; of a resumed run, those of its beginning, if they are in
+            its output folder.
     """
-    return Trainer(copy.deepcopy(model), training, **task.trainer_kwargs).predict(task.test)
+
+    def __init__(self, test: Dataset) -> None:
+        self.test = test
+        self.predict: Callable[..., PredictionOutput] | None = None
+        self.metrics: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measures, or reads what was measured."""
+        path = Path(str(args.output_dir)) / DENSE_RESULTS
+        if state.global_step == 0:
+            assert self.predict is not None
+            self.metrics = self.predict(self.test, metric_key_prefix="dense_test").metrics or {}
+            if args.should_save:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(self.metrics, indent=4, sort_keys=True), encoding="utf-8")
+        elif path.is_file():
+            self.metrics = json.loads(path.read_text(encoding="utf-8"))
 
 
-def report(
-    trainer: Trainer, callback: PruningTrainerCallback, dense: PredictionOutput, pruned: PredictionOutput
-) -> None:
-    """Prints the rounds and the result on test; saves model, test metrics and plot where the history already is.
+def report(trainer: Trainer, callback: PruningTrainerCallback, dense: DenseTest) -> None:
+    """Measures on test, prints the rounds and the result; saves model, test metrics and plot where the history is.
 
     Args:
         trainer: The trainer, after training.
         callback: The callback that pruned.
-        dense: What `predict_apart` gave before training.
-        pruned: What `trainer.predict` gave on the test split after training.
+        dense: The one that measured before.
     """
-    assert trainer.model is not None
+    assert isinstance(trainer.model, PreTrainedModel)
     history, folder = callback.history, Path(str(trainer.args.output_dir))
     metric = history.metric.removeprefix("eval_")
-    results = {f"dense_{name}": value for name, value in (dense.metrics or {}).items()} | (pruned.metrics or {})
+    results = dense.metrics | (trainer.predict(dense.test).metrics or {})
     sparsity = history[-1].reached if history else 0.0
+    if trainer.is_fsdp_enabled:  # Of parts that are saved apart no model could be loaded.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.save_metrics("test", results)
     if trainer.is_world_process_zero():
         history.plot(folder / "pruning.png")
+    several = ""
+    if (size := trainer.args.world_size) > 1:
+        kind = "FSDP" if trainer.is_fsdp_enabled else "DistributedDataParallel"
+        several = f"\nTrained by {size} processes, {kind} over {torch.distributed.get_backend()}.\n"
     PartialState().print(
-        f"\n{history}\n\n"
-        f"Test {metric}: dense {results[f'dense_test_{metric}']:.4f}, "
+        f"\n{history}\n{several}\n"
+        f"Test {metric}: dense {results.get(f'dense_test_{metric}', float('nan')):.4f}, "
         f"pruned to sparsity {sparsity:.4f} {results[f'test_{metric}']:.4f}\n\n"
         f"Saved in {folder}: model, preprocessing, history, and pruning.png. "
-        f'Load it with {type(trainer.model).__name__}.from_pretrained("{folder}").'
+        f'Load it with {(trainer.model.config.architectures or [""])[0]}.from_pretrained("{folder}").'
     )

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.recipes.conftest import RECIPES
@@ -12,21 +13,40 @@ from tests.recipes.conftest import RECIPES
 ROUND = re.compile(r"^(\d+) +(\d+) +(0\.\d{4}) +(\S+) +(\S+) +(\S+)$", re.MULTILINE)
 
 
-def launch(recipe: str, folder: Path, *flags: str, processes: int = 1) -> str:
+def launch(recipe: str, folder: Path, *flags: str, config: Sequence[str] = ()) -> str:
     """Runs `accelerate launch recipes/<recipe>` in `folder`, its dense models in `folder / "dense"`.
+
+    Args:
+        recipe: The script.
+        folder: Where to.
+        flags: Of the script.
+        config: A file of `recipes/accelerate`, and flags of `accelerate launch`.
 
     Returns:
         What it printed.
     """
-    several = ["--multi_gpu", f"--num_processes={processes}"] if processes > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", *several, str(RECIPES / recipe)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
-    done = subprocess.run(
+    return finished(begin([str(RECIPES / recipe)], folder, *flags, config=config))
+
+
+def begin(script: Sequence[str], folder: Path, *flags: str, config: Sequence[str]) -> subprocess.Popen[str]:
+    """Begins what `launch` waits for; the script may be a module, behind `-m`."""
+    options = [f"--config_file={RECIPES / 'accelerate' / config[0]}", *config[1:]] if config else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *script]
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "datasets"),
+        "PYTHONPATH": str(RECIPES.parent),
+    }  # fmt: skip
+    return subprocess.Popen(
         [*command, "--use_cpu", "--dense_dir=dense", *flags],
-        capture_output=True, text=True, cwd=folder, env=environment, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
-    return done.stdout
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    """What a process printed that went well."""
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-5000:]
+    return printed
 
 
 def report_in(printed: str, output_dir: str) -> str:

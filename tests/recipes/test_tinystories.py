@@ -100,18 +100,6 @@ def test_a_model_and_text_of_ones_own(short_run: tuple[Path, str]) -> None:
     assert own.get_vocab() == small.get_vocab()
 
 
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_two_processes(tmp_path: Path) -> None:
-    printed = launch("tinystories.py", tmp_path, *SHORT, processes=2)
-    assert printed.count("Dense model: trained for 20 steps") == 1
-    assert len(ROUND.findall(printed)) == 5
-    assert printed.count("Test perplexity") == printed.count("Story after") == 1
-    again = launch("tinystories.py", tmp_path, *SHORT, "--output_dir=again", processes=2)
-    assert again.count("Dense model: found in dense/gpt_neo-") == 1
-    assert report_in(again, "again") == report_in(printed, "output/tinystories")
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

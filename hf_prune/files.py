@@ -1,7 +1,6 @@
 """Files of tensors that appear whole or not at all."""
 
-import hashlib
-import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .shards import from_own, own, whole
+from .digests import Digest
+from .shards import from_own, own, rows_held, whole
 
 Kind = TypeVar("Kind", bound="Tensors")
 
@@ -42,12 +42,15 @@ class Tensors:
 
     def digest(self) -> str:
         """A SHA-256 over names, shapes, dtypes and bytes: equal tensors have equal digests on every machine."""
-        sha = hashlib.sha256()
-        for name in sorted(self.tensors):
-            tensor = self.whole(name)
-            sha.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return sha.hexdigest()
+        digest = Digest(together=bool(self.like))
+        for name, tensor in sorted(self.tensors.items()):
+            like = self.like.get(name)
+            shape = list(tensor.shape if like is None else like.shape)
+            rows = torch.atleast_1d(tensor.detach().cpu())
+            rows = rows.reshape(len(rows), math.prod(rows.shape[1:])).contiguous().view(torch.uint8)
+            first = None if like is None else rows_held(like).start
+            digest.add([name, shape, str(tensor.dtype)], rows.numpy(), first)
+        return digest.hexdigest()
 
     def save(self, path: str | os.PathLike[str], *, write: bool = True) -> None:
         """Writes the tensors as safetensors; the file appears whole or not at all.

@@ -1,6 +1,5 @@
 """Masks: a side table from parameter names to what is kept."""
 
-import hashlib
 import json
 import math
 import os
@@ -12,9 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .digests import Digest
 from .files import save_tensors
 from .processes import sum_over_processes_
-from .shards import is_sharded, own, whole
+from .shards import is_sharded, own, rows_held, whole
 from .targets import find_targets
 
 _FORMAT = "hf_prune.masks"
@@ -125,11 +125,13 @@ class MaskSet(Mapping[str, torch.Tensor]):
     def digest(self) -> str:
         """A SHA-256 over names, shapes and bits: equal masks have equal digests on every device and machine."""
         if self._digest is None:
-            sha = hashlib.sha256()
+            digest = Digest(together=self.are_sharded)
             for name in sorted(self):
-                sha.update(json.dumps([name, list(self[name].shape)]).encode())
-                sha.update(_pack(self[name]).tobytes())
-            self._digest = sha.hexdigest()
+                mask = torch.atleast_1d(own(self[name])).cpu().numpy()
+                bits = np.packbits(mask.reshape(len(mask), math.prod(mask.shape[1:])), axis=1)
+                first = rows_held(self[name]).start if is_sharded(self[name]) else None
+                digest.add([name, list(self[name].shape)], bits, first)
+            self._digest = digest.hexdigest()
         return self._digest
 
     def digests(self) -> dict[str, str]:

@@ -21,6 +21,7 @@ ORDER = [
     "shards",
     "targets",
     "processes",
+    "digests",
     "files",
     "masks",
     "selection",

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
+from hf_prune.digests import Digest
 from hf_prune.masks import MaskSet, mask_, masked_in
 from hf_prune.targets import find_targets
 

@@ -59,6 +59,7 @@ from .structures.finding import find_places, held_zeros, require_prunable, zeros
 from .structures.members import Place, parameters_of
 from .structures.shrinking import shrink
 from .targets import Target
+from .zero import has_zero
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +189,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         require_whole_where_needed(self._targets.values(), self.config, self.criterion)
         self._places = find_places(now.model, self.config, self._targets)
         require_prunable(now.model, self.config, self._places)
+        if self._places and self.config.shrink_at_end and has_zero(now.model):
+            raise ValueError(
+                "DeepSpeed holds on to the shapes that parameters have, so that they cannot be shrunk at the end of "
+                "training. Set shrink_at_end=False, and call shrink on the saved model."
+            )
         self._weights = dict(now.model.named_parameters())
         self._hooks.release_(self._weights.values())  # What an interrupted run of another callback has left.
         self._tokens_seen = state.num_input_tokens_seen
@@ -336,6 +342,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         )
         self._rounds = Rounds.plan(self.config, history, now.state.max_steps)
         if "movement" in required_statistics(self.config, self.criterion):
+            if has_zero(now.model):
+                raise ValueError(
+                    "movement is the sum of gradients of each step, which DeepSpeed shows to nobody. Take another "
+                    "criterion, or train with FSDP or DistributedDataParallel."
+                )
             self._movement = Movement.zeros(self._targets.values(), self._run_id)
             if self._rounds.pacing.is_due(0):
                 raise ValueError(

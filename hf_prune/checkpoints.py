@@ -22,6 +22,7 @@ from .processes import sum_over_processes_
 from .reports import PruningHistory
 from .shards import has_shards, is_sharded, own, shard
 from .weights import WeightsCopy
+from .zero import has_zero
 
 TRAINER_STATE_NAME = "trainer_state.json"  # As in `transformers.trainer`, which imports datasets.
 MASKS_NAME = "pruning_masks.safetensors"
@@ -243,9 +244,9 @@ def _find_checkpoint(folders: Iterable[Path], progress: Progress, step: int) -> 
 def _has_other_names_in_files(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Whether a saved model has other names for its weights than the model in memory, as ViT and fused experts do.
 
-    What Trainer saves of sharded models to resume them has the names in memory.
+    What Trainer saves of sharded models to resume them, and DeepSpeed of any, has the names in memory.
     """
-    if not isinstance(model, PreTrainedModel) or has_shards(model):
+    if not isinstance(model, PreTrainedModel) or has_shards(model) or has_zero(model):
         return False
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 

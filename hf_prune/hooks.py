@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .masks import mask_
 from .shards import own
+from .zero import is_zero
 
 # By parameter, shared by all: a run takes away what an interrupted one has left on its model.
 _HOOKS = WeakTensorKeyDictionary()
@@ -26,8 +27,12 @@ class GradientHooks:
         self.release_(weights.values())
         self._held = _trainable(weights, masks)
         for name in self._held:
-            hook = functools.partial(_mask_gradient, weakref.ref(self), masks[name])
-            _HOOKS[weights[name]] = weights[name].register_post_accumulate_grad_hook(hook)
+            weight, owned = weights[name], (weakref.ref(self), masks[name])
+            if is_zero(weight):  # DeepSpeed takes gradients away as soon as they are accumulated.
+                _HOOKS[weight] = weight.register_hook(functools.partial(_masked_gradient, *owned))
+            else:
+                hook = functools.partial(_mask_gradient, *owned)
+                _HOOKS[weight] = weight.register_post_accumulate_grad_hook(hook)
 
     def are_on(self, weights: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> bool:
         """Whether there are hooks on all weights that need one: somebody may have unfrozen some."""
@@ -49,3 +54,9 @@ def _mask_gradient(owner: weakref.ref[GradientHooks], mask: torch.Tensor, parame
     # Optimizers that step inside the backward pass may have taken the gradient away already.
     if owner() is not None and parameter.grad is not None:
         mask_(own(parameter.grad), own(mask))
+
+
+def _masked_gradient(
+    owner: weakref.ref[GradientHooks], mask: torch.Tensor, gradient: torch.Tensor
+) -> torch.Tensor | None:
+    return None if owner() is None else gradient * mask

@@ -14,6 +14,7 @@ from transformers import TrainerState, TrainingArguments
 
 from .samples import Batch, batches_of
 from .shards import has_shards
+from .zero import has_zero
 
 
 class Moment(NamedTuple):
@@ -64,10 +65,13 @@ class Moment(NamedTuple):
         if has_shards(self.model):
             return  # By FSDP2, which also averages gradients; `find_targets` looks at how.
         distributed = PartialState().distributed_type
+        if distributed == DistributedType.DEEPSPEED and has_zero(self.model):
+            return
         if distributed in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
             raise ValueError(
                 f"the model's parameters are sharded ({distributed.value}) in a way that PruningTrainerCallback does "
-                "not know. Take FSDP with fsdp_version 2, DistributedDataParallel, or one process."
+                "not know. Take FSDP with fsdp_version 2, DeepSpeed with ZeRO stage 1 or 2, DistributedDataParallel, "
+                "or one process."
             )
         # accelerate marks what it hands out: with several processes the wrapper, and the model itself only if it was
         # prepared for evaluation alone. Then it finds it marked, and wraps it no more.

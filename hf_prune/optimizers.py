@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .processes import sum_over_processes_
 from .shards import is_sharded, own
+from .zero import forget_, is_zero, mask_state_
 
 OPTIMIZER_STATES = ("mask", "reset", "keep")
 
@@ -28,6 +29,13 @@ def cut_state_(optimizer: torch.optim.Optimizer, how: str, masks: Mapping[torch.
             "reset" forgets everything, as a new optimizer would; "keep" touches nothing.
         masks: Parameter → mask.
     """
+    if any(is_zero(parameter) for parameter in masks):
+        if how == "reset":
+            forget_(optimizer.state.values())
+        elif how == "mask":
+            for parameter in masks:
+                mask_state_(parameter, masks[parameter])
+        return
     if how == "reset":
         optimizer.state.clear()
     if how == "mask":

@@ -33,6 +33,7 @@ from .structures.choosing import choose
 from .structures.finding import find_places, held_zeros, require_prunable
 from .structures.members import NO_PLACES, Places, kept_in, masks_of, parameters_of
 from .targets import Target
+from .zero import mask_master_, set_master_
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +190,10 @@ def cut_(
     changed = [target.weight for target in targets.values()] + list(parameters_of(places).values())
     with _put_back_on_error(changed) if reconstructs or config.score_steps > 1 else contextlib.nullcontext():
         if reconstructs and batches is not None:
-            return _reconstruct_(model, targets, masks, sparsity, config, gather(), batches(), show_progress)
+            masks = _reconstruct_(model, targets, masks, sparsity, config, gather(), batches(), show_progress)
+            for target in targets.values():
+                set_master_(target.weight, target.weight)
+            return masks
         for level in levels_of(targets, masks, sparsity, config, criterion, places):
             masks = next_masks(
                 targets,
@@ -202,6 +206,8 @@ def cut_(
                 places=places,
             )
             masks.apply_(model)
+    for name, mask in masks.items():
+        mask_master_(model.get_parameter(name), mask)
     return masks
 
 

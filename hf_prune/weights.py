@@ -7,6 +7,7 @@ from torch import nn
 
 from .files import Tensors
 from .shards import is_sharded, own, rows_held
+from .zero import master_of, set_master_
 
 
 class WeightsCopy(Tensors):
@@ -20,9 +21,9 @@ class WeightsCopy(Tensors):
     @classmethod
     @torch.no_grad()
     def of(cls, model: nn.Module) -> "WeightsCopy":
-        """Copies the weights of a model, unwrapped."""
+        """Copies the weights of a model, unwrapped; with DeepSpeed in the precision in which they are trained."""
         tensors = _tensors_of(model)
-        copies = {name: own(tensor.detach()).to("cpu", copy=True) for name, tensor in tensors.items()}
+        copies = {name: own(master_of(tensor)).to("cpu", copy=True) for name, tensor in tensors.items()}
         return cls(copies, {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)})
 
     def divided_as(self, model: nn.Module) -> "WeightsCopy":
@@ -45,7 +46,7 @@ class WeightsCopy(Tensors):
     def restore_(self, model: nn.Module) -> None:
         """Gives the weights back to their model, in place: its parameters stay the objects that they are."""
         for name, tensor in _tensors_of(model).items():
-            own(tensor).copy_(self.tensors[name])
+            set_master_(own(tensor), self.tensors[name])
 
 
 def _tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:

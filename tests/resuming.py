@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from hf_prune import PruningTrainerCallback
 from hf_prune.weights import WeightsCopy
+from hf_prune.zero import has_zero
 from tests.processes import end_processes
 from tests.test_resume import PATIENT
 from tests.tiny import batch, build
@@ -30,9 +31,9 @@ class KillOne(TrainerCallback):
 
 
 def train(folder: Path, options: dict, kill_at: int, resume: bool) -> None:
-    model = build("llama").double()
+    model = build("llama") if options.pop("float32", False) else build("llama").double()
     # Movement is of all that was trained before, and so is in the checkpoint too.
-    config = dataclasses.replace(PATIENT, criterion="movement") if options else PATIENT
+    config = dataclasses.replace(PATIENT, criterion="movement") if "fsdp" in options else PATIENT
     pruning = PruningTrainerCallback(config)
     trainer = trainer_factory(folder)(
         model, pruning, KillOne(kill_at), train_dataset=batch(model, 24), eval_dataset=batch(model, 8, seed=1),
@@ -56,6 +57,7 @@ def train(folder: Path, options: dict, kill_at: int, resume: bool) -> None:
         "world_size": trainer.args.world_size,
         "backend": torch.distributed.get_backend(),
         "sharded": len(weights.like),
+        "partitioned": has_zero(trainer.model),
         "history": history,
         "masks": pruning.masks.digest(),
         "weights": weights.digest(),

@@ -19,6 +19,7 @@ ORDER = [
     "schedules",
     "criteria",
     "shards",
+    "zero",
     "targets",
     "processes",
     "digests",

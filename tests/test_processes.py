@@ -1,10 +1,10 @@
 """Several processes: what one process prunes, two prune."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -12,15 +12,17 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_prune import PruningConfig, PruningTrainerCallback, ScoreInputs, prune
 from hf_prune.criteria import CRITERIA
 from hf_prune.reconstruction import RECONSTRUCTIONS
 from hf_prune.shards import whole
+from hf_prune.zero import has_zero, master_of
 from tests.processes import end_processes, on_two_processes
 from tests.structures.models import build as build_of_structures
 from tests.tiny import batch, build
-from tests.training import FSDP, trainer_factory
+from tests.training import FSDP, trainer_factory, zero
 
 CONFIGS = {
     "even": PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, end=6),
@@ -40,35 +42,59 @@ CONFIGS = {
         multiple_of=4, calibration_samples=11,
     ),
 }  # fmt: skip
-WHOLE = ("sparsegpt", "structures")  # These need whole weights.
+WHOLE = ("sparsegpt", "structures")  # With FSDP2 these are errors.
+# How one process and how two are told to train. DeepSpeed trains in float32.
+FLOAT32 = {"float32": True}
+SGD = {"optim": "sgd", "learning_rate": 1.0}  # Which shows whether gradients were masked before they were clipped.
+KINDS: dict[str, tuple[dict, dict]] = {
+    "ddp": ({}, {}),
+    "fsdp": ({}, FSDP),
+    "zero-1": ({**FLOAT32, **SGD}, {**FLOAT32, **SGD, **zero(1)}),
+    "zero-2": (FLOAT32, {**FLOAT32, **zero(2)}),
+}
+CELLS = [
+    *(("ddp", name) for name in CONFIGS),
+    *(("fsdp", name) for name in CONFIGS if name not in WHOLE),
+    ("zero-1", "even"),
+    *(("zero-2", name) for name in CONFIGS if name != "movement"),
+]
 EVEN = {"eval_steps": 3}
 OPTIONS = {
     "patience": {"eval_steps": 1, "learning_rate": 0.3, "max_steps": 30},  # so large that it soon gets worse
 }
 
 
-def train(folder: Path, batch_size: int, pacing: str, options: dict) -> None:
+def train(folder: Path, pacing: str, options: dict) -> None:
     """Trains on whatever processes there are, and notes what came out of it."""
     from transformers import TrainerCallback
 
+    options = {**EVEN, **options, **OPTIONS.get(pacing, {})}
     model = (build_of_structures if pacing == "structures" else build)("llama").double()
+    config = CONFIGS[pacing]
+    if options.pop("float32", False):
+        model = model.float()
+        if pacing == "structures":  # With DeepSpeed shrinking is an error.
+            config = dataclasses.replace(config, shrink_at_end=False)
     norms: list[float] = []
 
     class Norm(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-            norms.append(sum(float(whole(p.grad).square().sum()) for p in model.parameters()) ** 0.5)
+            if not trainer.is_deepspeed_enabled:  # It has stepped already.
+                norms.append(sum(float(whole(p.grad).square().sum()) for p in model.parameters()) ** 0.5)
 
-    pruning = PruningTrainerCallback(CONFIGS[pacing])
+    pruning = PruningTrainerCallback(config)
     trainer = trainer_factory(folder)(
         model, pruning, Norm(), train_dataset=batch(model, 24), eval_dataset=batch(model, 8, seed=1),
-        per_device_train_batch_size=batch_size, max_grad_norm=1e-2, save_strategy="steps", save_steps=3,
-        eval_strategy="steps", **OPTIONS.get(pacing, EVEN), **options,
+        per_device_train_batch_size=4 // int(os.environ["WORLD_SIZE"]), max_grad_norm=1e-2, save_strategy="steps",
+        save_steps=3, eval_strategy="steps", **options,
     )  # fmt: skip
     pruning.evaluate, pruning.log = trainer.evaluate, trainer.log
     trainer.train()
     result = {
         "world_size": trainer.args.world_size,
-        "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else None,
+        "backend": torch.distributed.get_backend(),
+        "sharded": {type(parameter).__name__ for parameter in model.parameters()} == {"DTensor"},
+        "partitioned": has_zero(model),
         "masks": pruning.masks.digest(),
         "pruned": pruning.history[-1].masked,
         "parameters": model.num_parameters(),
@@ -76,38 +102,38 @@ def train(folder: Path, batch_size: int, pacing: str, options: dict) -> None:
         "samples": [row.samples for row in pruning.history],
         "rounds": [(row.step, row.best_step, row.ended) for row in pruning.history],
         "after_cut": [row.after_cut for row in pruning.history],
-        "weights": sum(float(whole(parameter.detach()).abs().sum()) for parameter in model.parameters()),
-        "sharded": {type(parameter).__name__ for parameter in model.parameters()} == {"DTensor"},
+        "weights": sum(float(whole(master_of(parameter)).abs().sum()) for parameter in model.parameters()),
     }
     (folder / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(result))
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What comes of each config on one process, on two, and on two with FSDP2."""
+    """What comes of each cell on one process and on two."""
 
-    def launch(processes: int, batch_size: int, names: Iterable[str], options: dict) -> dict[str, list[dict]]:
+    def launch(processes: int) -> dict[tuple[str, str], list[dict]]:
         folder = tmp_path_factory.mktemp("outcomes")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        script = ["-m", "tests.test_processes", str(folder), str(batch_size), json.dumps(options), *names]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, *script], check=True, env=environment, timeout=240, cwd=Path(__file__).parents[1])
-        return {n: [json.loads(path.read_text()) for path in sorted((folder / n).glob("rank-*.json"))] for n in names}
+        subprocess.run(
+            [*command, "-m", "tests.test_processes", str(folder)], check=True, timeout=280,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, cwd=Path(__file__).parents[1],
+        )  # fmt: skip
+        return {
+            (kind, name): [json.loads(path.read_text()) for path in sorted((folder / kind / name).glob("rank-*.json"))]
+            for kind, name in CELLS
+        }
 
-    sharded = [name for name in CONFIGS if name not in WHOLE]
-    return launch(1, 4, CONFIGS, {}), launch(2, 2, CONFIGS, {}), launch(2, 2, sharded, FSDP)
+    return launch(1), launch(2)
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    ("name", "are_sharded"),
-    [(name, are_sharded) for name in CONFIGS for are_sharded in (False, True) if not (are_sharded and name in WHOLE)],
-)
-def test_two_processes_prune_what_one_does(name, are_sharded, outcomes):
-    alone, together, sharded = outcomes
-    (one,), (first, second) = alone[name], (sharded if are_sharded else together)[name]
-    for outcome, size, shards in ((one, 1, False), (first, 2, are_sharded), (second, 2, are_sharded)):
-        assert (outcome["world_size"], outcome["backend"], outcome["sharded"]) == (size, "gloo", shards)
+@pytest.mark.parametrize(("kind", "name"), CELLS)
+def test_two_processes_prune_what_one_does(kind, name, outcomes):
+    (one,), (first, second) = (of_size[kind, name] for of_size in outcomes)
+    assert (one.pop("world_size"), one.pop("backend"), one.pop("sharded")) == (1, "gloo", False)
+    for outcome in (first, second):
+        assert (outcome["world_size"], outcome["backend"], outcome["sharded"]) == (2, "gloo", kind == "fsdp")
+        assert outcome["partitioned"] == kind.startswith("zero")
     assert first == second
     # Of 9 heads of keys and values and 72 neurons.
     assert first["pruned"] == one["pruned"] == (4 + 36 if name == "structures" else round(0.8 * 4608))
@@ -115,14 +141,15 @@ def test_two_processes_prune_what_one_does(name, are_sharded, outcomes):
     assert first["masks"] == one["masks"]
     assert first["samples"] == one["samples"]
     assert first["rounds"] == one["rounds"]
-    if name != "patience":
+    if name == "patience":  # Each round ends after its best, and the best comes back.
+        assert "patience" in [ended for *_, ended in one["rounds"]]
+    else:
         assert one["samples"] == ([4, 4, 8] if name == "movement" else [8, 8, 8])
         assert one["norms"] == pytest.approx([1e-2] * 6, rel=1e-3)
-    else:  # Each round ends after its best, and the best comes back.
-        assert "patience" in [ended for *_, ended in one["rounds"]]
-    # Masked before the reduction and clipped after it: the norm is that of the masked mean gradient.
-    assert first["norms"] == pytest.approx(one["norms"], rel=1e-9)
-    assert first["weights"] == pytest.approx(one["weights"], rel=1e-12)
+    if not first["partitioned"]:
+        # Masked before the reduction and clipped after it: the norm is that of the masked mean gradient.
+        assert first["norms"] == pytest.approx(one["norms"], rel=1e-9)
+    assert first["weights"] == pytest.approx(one["weights"], rel=1e-6 if first["partitioned"] else 1e-12)
     assert first["after_cut"] == pytest.approx(one["after_cut"], rel=1e-6)
 
 
@@ -216,8 +243,10 @@ def test_masks_that_differ_are_an_error_on_every_process(tmp_path):
 
 
 if __name__ == "__main__":
-    for each in sys.argv[4:]:
-        (Path(sys.argv[1]) / each).mkdir(exist_ok=True)
-        train(Path(sys.argv[1]) / each, int(sys.argv[2]), each, json.loads(sys.argv[3]))
+    for each, about in CELLS:
+        here = Path(sys.argv[1]) / each / about
+        here.mkdir(parents=True, exist_ok=True)
+        train(here, about, KINDS[each][int(os.environ["WORLD_SIZE"]) - 1])
         AcceleratorState._reset_state(reset_partial_state=True)
+        unset_hf_deepspeed_config()
     end_processes()

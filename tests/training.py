@@ -55,6 +55,12 @@ FSDP = {
 """Options with which a Llama is trained with FSDP2."""
 
 
+def zero(stage: int) -> dict[str, object]:
+    """Options with which a model is trained with DeepSpeed."""
+    auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping", "gradient_accumulation_steps")
+    return {"deepspeed": {**dict.fromkeys(auto, "auto"), "zero_optimization": {"stage": stage}}}
+
+
 class Rates(transformers.TrainerCallback):
     """The learning rate with which each step is taken."""
 

@@ -6,7 +6,7 @@ accelerate launch recipes/tinystories.py --model_name_or_path roneneldan/TinySto
     --dataset roneneldan/TinyStories --max_steps 5000
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from accelerate import PartialState
 from transformers import (
@@ -123,6 +123,7 @@ def main() -> None:
     set_seed(training.seed)
     task = load_task(script, training)
     model = dense_model(task, script, training)
+    training = replace(training)  # Made anew, because with DeepSpeed accelerate takes what was made last.
 
     dense, callback = DenseTest(task.test), PruningTrainerCallback(pruning)
     trainer = Trainer(model, training, callbacks=[dense, callback], **task.trainer_kwargs)

@@ -1,7 +1,7 @@
 """Image classification: images in three splits, a processor, and a model that is pretrained or small."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import (
@@ -113,6 +113,7 @@ def prune_classifier(
     set_seed(training.seed)
     task = load_task(script, training)
     model = dense_model(task, script, training)
+    training = replace(training)  # Made anew, because with DeepSpeed accelerate takes what was made last.
 
     dense, callback = DenseTest(task.test), PruningTrainerCallback(pruning)
     trainer = Trainer(model, training, callbacks=[dense, callback], **task.trainer_kwargs)

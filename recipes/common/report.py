@@ -69,7 +69,8 @@ def report(trainer: Trainer, callback: PruningTrainerCallback, dense: DenseTest)
         history.plot(folder / "pruning.png")
     several = ""
     if (size := trainer.args.world_size) > 1:
-        kind = "FSDP" if trainer.is_fsdp_enabled else "DistributedDataParallel"
+        kinds = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
+        kind = next((name for name, is_it in kinds.items() if is_it), "DistributedDataParallel")
         several = f"\nTrained by {size} processes, {kind} over {torch.distributed.get_backend()}.\n"
     PartialState().print(
         f"\n{history}\n{several}\n"

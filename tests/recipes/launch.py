@@ -34,7 +34,7 @@ def begin(script: Sequence[str], folder: Path, *flags: str, config: Sequence[str
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, *script]
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "datasets"),
-        "PYTHONPATH": str(RECIPES.parent),
+        "PYTHONPATH": str(RECIPES.parent), "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
     return subprocess.Popen(
         [*command, "--use_cpu", "--dense_dir=dense", *flags],

@@ -56,3 +56,15 @@ def test_fsdp2_in_bfloat16(tmp_path: Path) -> None:
     assert 'Load it with GPTNeoForCausalLM.from_pretrained("shards").' in printed
     model = GPTNeoForCausalLM.from_pretrained(tmp_path / "shards")
     assert sparsity_report(model).sparsity == pytest.approx(0.9, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_deepspeed_in_bfloat16(tmp_path: Path) -> None:
+    flags = [*SHORT, "--bf16", "--output_dir=zero"]
+    process = begin([str(RECIPES / "tinystories.py")], tmp_path, *flags, config=["zero2.yaml"])
+    printed = finished(process)
+    assert len(ROUND.findall(printed)) == 5
+    assert "Trained by 2 processes, DeepSpeed over gloo." in printed
+    model = GPTNeoForCausalLM.from_pretrained(tmp_path / "zero")
+    assert sparsity_report(model).sparsity == pytest.approx(0.9, abs=1e-6)

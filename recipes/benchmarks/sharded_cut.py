@@ -16,6 +16,7 @@ sent MB         what each process sends with ring algorithms, and in how many co
 
 import argparse
 import functools
+import gc
 import json
 import math
 import os
@@ -86,24 +87,29 @@ def cut(rank: int, size: int, weights: int, width: int, scope: str, threads: int
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(threads)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
-    model, traffic = stack(weights, width), Traffic()
-    held = sum(own(parameter).numel() for parameter in model.parameters())
+    measured = measure_cut(stack(weights, width), scope)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(measured))
+    gc.collect()  # What is left of the shards holds on to threads of gloo.
+    torch.distributed.destroy_process_group()
+
+
+def measure_cut(model: nn.Module, scope: str) -> Measurement:
+    """What a cut costs this process."""
+    traffic, held = Traffic(), sum(own(parameter).numel() for parameter in model.parameters())
     config = PruningConfig(sparsity=SPARSITY, scope=scope, target_modules=".*")
     targets = resolve_targets(model, config)
-
     torch.distributed.barrier()
     start = time.process_time()
     counted = mock.patch.object(torch.distributed, "all_reduce", traffic.all_reduce)
     with counted, mock.patch.object(torch.distributed, "all_gather_object", traffic.all_gather):
         measured = measure(lambda: cut_(model, targets, MaskSet(), SPARSITY, config).digest())
-    measured |= {
+    return {
+        **measured,
         "core seconds": time.process_time() - start,
         "mask MiB": held / 2**20,
         "sent MB": traffic.bytes / 1e6,
         "collectives": traffic.calls,
     }
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(measured))
-    torch.distributed.destroy_process_group()
 
 
 def measure_cell(size: int, weights: int, width: int, scope: str, threads: int) -> Measurement:

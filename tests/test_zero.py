@@ -1,0 +1,90 @@
+"""What DeepSpeed keeps in partitions, on partitions made by hand; with DeepSpeed itself in test_processes.py."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from hf_prune import PruningConfig, PruningTrainerCallback
+from hf_prune.optimizers import cut_state_
+from hf_prune.zero import forget_, has_zero, is_zero, mask_master_, mask_state_, master_of
+from tests.structures.models import build as build_of_structures
+from tests.tiny import build
+from tests.training import trainer_factory
+
+MASK = torch.tensor([[True, False, True], [False, True, False]])
+
+
+def partitioned(start: int, values: torch.Tensor) -> nn.Parameter:
+    """A parameter of 2 x 3, of whose elements this process keeps some, in order, from one on."""
+    parameter = nn.Parameter(torch.ones(2, 3))
+    state = {"exp_avg": values.clone(), "exp_avg_sq": values.clone()}
+    parameter._hp_mapping = SimpleNamespace(
+        lp_fragment_address=SimpleNamespace(start=start, numel=len(values)), hp_fragment=values.clone(),
+        optim_fragment=state,
+    )  # fmt: skip
+    return parameter
+
+
+def test_masters_and_moments_are_masked_where_they_lie():
+    parameter = partitioned(1, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    kept = torch.tensor([0.0, 2.0, 0.0, 4.0])
+    mask_master_(parameter, MASK)
+    assert torch.equal(parameter._hp_mapping.hp_fragment, kept)
+    assert torch.equal(parameter._hp_mapping.optim_fragment["exp_avg"], torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    cut_state_(torch.optim.AdamW([parameter]), "mask", {parameter: MASK})
+    assert all(torch.equal(value, kept) for value in parameter._hp_mapping.optim_fragment.values())
+
+
+def test_moments_that_are_not_finite_are_forgotten():
+    parameter = partitioned(0, torch.tensor([1.0, torch.nan]))
+    mask_state_(parameter, MASK)
+    assert not any(value.any() for value in parameter._hp_mapping.optim_fragment.values())
+
+
+def test_a_process_that_keeps_nothing_and_an_optimizer_that_has_not_stepped():
+    elsewhere = partitioned(0, torch.ones(2))
+    elsewhere._hp_mapping = None
+    fresh = partitioned(0, torch.ones(2))
+    fresh._hp_mapping.optim_fragment = None
+    for parameter in (elsewhere, fresh):
+        mask_state_(parameter, MASK)
+        mask_master_(parameter, MASK)
+    assert torch.equal(fresh._hp_mapping.hp_fragment, torch.tensor([1.0, 0.0]))
+
+
+def test_a_reset_leaves_the_tensors_that_deepspeed_holds():
+    moment, step = torch.ones(3), torch.tensor(5.0)
+    state = {"exp_avg": moment, "step": step, "count": 7}
+    forget_([state])
+    assert state["exp_avg"] is moment
+    assert (float(moment.sum()), float(step), state["count"]) == (0, 0, 0)
+
+
+def test_ordinary_parameters_have_none():
+    model = nn.Linear(3, 2)
+    assert not has_zero(model)
+    assert not is_zero(model.weight)
+    assert torch.equal(master_of(model.weight), model.weight)
+    before = model.weight.detach().clone()
+    mask_master_(model.weight, MASK)
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (build, {"criterion": "movement", "begin": 2}, "gradients of each step, which DeepSpeed shows to nobody"),
+        (build_of_structures, {"granularity": "neuron", "multiple_of": 4}, "Set shrink_at_end=False"),
+    ],
+)
+def test_what_does_not_go_with_deepspeed_is_an_error_before_anything_is_trained(make, options, message, tmp_path):
+    model = make("llama")
+    for parameter in model.parameters():
+        parameter._hp_mapping = None
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer = trainer_factory(tmp_path)(model, PruningTrainerCallback(PruningConfig(sparsity=0.5, **options)))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -14,7 +14,7 @@ from .passes import base_of, gradients_of, loss_of, summed_gradients, targets_in
 from .processes import failing_together, sum_over_processes_
 from .products import Product, ProductWatch
 from .samples import IGNORED_LABEL, Batch, in_step, read_samples, require_samples, singles_of, size_of, take_samples
-from .shards import from_own, own, reshard_
+from .shards import from_own, own, resharded
 from .targets import Target, are_sharded
 
 logger = logging.getLogger(__name__)
@@ -56,12 +56,11 @@ def calibrate(
     in_passes, seen = targets_in_passes(model, targets), 0
     gatherers = {name: STATISTICS[name](model, targets, in_passes) for name in needs}
     weights = [target.weight for target in (*targets.values(), *in_passes.values())]
-    with undisturbed(model, weights):
+    with undisturbed(model, weights), resharded(model):
         for batch, is_own in in_step(model, read_samples(model, batches, samples, show_progress=show_progress)):
             for gatherer in gatherers.values():
                 gatherer.see(batch, is_own=is_own)
             seen += size_of(batch) if is_own else 0
-    reshard_(model)
     require_samples(model, seen, samples)
     statistics = {name: gatherer.statistic() for name, gatherer in gatherers.items()}
     with failing_together(are_sharded(targets.values())):

@@ -1,17 +1,19 @@
 """Passes of models that FSDP2 has sharded: what is gathered is what one process sees of all samples."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 
 from hf_prune import PruningConfig, prune
 from hf_prune.calibration import STATISTICS, calibrate
 from hf_prune.processes import rank_and_size
 from hf_prune.samples import IGNORED_LABEL
-from hf_prune.shards import is_sharded, whole
+from hf_prune.shards import is_sharded, own, whole
 from hf_prune.targets import find_targets
 from tests.processes import on_processes
 from tests.tiny import FAMILIES, batch, build
@@ -77,6 +79,58 @@ def test_statistics_of_shards_are_those_of_one_process(tmp_path):
                 for key, value in values.items():
                     difference = (value - expected[name][key]).norm() / expected[name][key].norm().clamp_min(1e-12)
                     assert difference < 1e-4, (cell, name, key, difference)
+
+
+def a_calibration_leaves(rank: int) -> str:
+    """What is said if the samples of one process cannot be read; the model is afterwards as it was."""
+    model = build("llama")
+    frozen = model.model.layers[0].mlp.up_proj.weight
+    frozen.requires_grad_(False)
+    dense, batches = find_targets(model), dealt(model, "fewer")
+    model = sharded(model)
+    frozen = model.model.layers[0].mlp.up_proj.weight
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = {name: parameter.grad for name, parameter in model.named_parameters()}
+    targets = find_targets(model)
+    assert targets.keys() == dense.keys()
+
+    def broken() -> Iterator[dict[str, torch.Tensor]]:
+        yield batches[rank][0]
+        if rank == 1:
+            raise RuntimeError("a sample that cannot be read")
+        yield from batches[rank][1:]
+
+    found = calibrate(model, targets, batches[rank], STATISTICS, 100)
+    assert all(own(value).any() for value in found["squared_gradient"].values())  # That of the frozen one too.
+    with pytest.raises(RuntimeError, match="cannot be read") as caught:
+        calibrate(model, targets, broken(), STATISTICS, 100)
+    assert not frozen.requires_grad
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is before[name]
+        assert (own(parameter.grad) == 1).all()
+        assert is_sharded(parameter)
+    return str(caught.value)
+
+
+@pytest.mark.multiprocess
+def test_a_calibration_leaves_the_model_as_it_was_and_fails_on_all_processes(tmp_path):
+    assert on_processes(2, a_calibration_leaves, tmp_path) == ["a sample that cannot be read"] * 2
+
+
+def float16_is_refused(rank: int) -> str:
+    policy = MixedPrecisionPolicy(param_dtype=torch.float16)
+    mesh = init_device_mesh("cpu", (2,))
+    model = fully_shard(build("llama"), mesh=mesh, mp_policy=policy)
+    with pytest.raises(ValueError, match="too small for float16") as caught:
+        prune(model, PruningConfig(sparsity=0.5, criterion="fisher"), batch(build("llama")))
+    return str(caught.value)
+
+
+@pytest.mark.multiprocess
+def test_squares_in_float16_are_an_error(tmp_path):
+    first, second = on_processes(2, float16_is_refused, tmp_path)
+    assert first == second
 
 
 CUTS = {

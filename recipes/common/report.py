@@ -1,6 +1,5 @@
 """What a recipe measures before and after, prints and saves."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,23 +8,21 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PredictionOutput
 
 from hf_prune import PruningTrainerCallback
 
-DENSE_RESULTS = "dense_test_results.json"
 
-
-class DenseTest(TrainerCallback):
+class DenseTest(TrainerCallback, ExportableState):
     """Measures the dense model on the test split, as training begins: put it in front of the callback that prunes.
 
     Before, several processes cannot: with DistributedDataParallel a model that has predicted is not trained together
-    any more, and with FSDP2 none predicts that has no optimizer yet.
+    any more, and with FSDP2 none predicts that has no optimizer yet. Every checkpoint keeps what was measured.
 
     Attributes:
         predict: `Trainer.predict`, to be set once there is a trainer.
-        metrics: Name → value, with `dense_test_` in front; of a resumed run, those of its beginning, if they are in
-            its output folder.
+        metrics: Name → value, with `dense_test_` in front; of a resumed run, those of its beginning.
     """
 
     def __init__(self, test: Dataset) -> None:
@@ -36,16 +33,17 @@ class DenseTest(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measures, or reads what was measured."""
-        path = Path(str(args.output_dir)) / DENSE_RESULTS
+        """Measures, or takes what was measured from the checkpoint."""
         if state.global_step == 0:
             assert self.predict is not None
             self.metrics = self.predict(self.test, metric_key_prefix="dense_test").metrics or {}
-            if args.should_save:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(self.metrics, indent=4, sort_keys=True), encoding="utf-8")
-        elif path.is_file():
-            self.metrics = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            kept: Any = state.stateful_callbacks
+            self.metrics = kept[type(self).__name__]["attributes"]["metrics"]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"metrics": self.metrics}}
 
 
 def report(trainer: Trainer, callback: PruningTrainerCallback, dense: DenseTest) -> None:

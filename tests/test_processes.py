@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -49,15 +49,18 @@ SGD = {"optim": "sgd", "learning_rate": 1.0}  # Which shows whether gradients we
 KINDS: dict[str, tuple[dict, dict]] = {
     "ddp": ({}, {}),
     "fsdp": ({}, FSDP),
+    "native": ({"save_strategy": "no"}, {"save_strategy": "no", "native": True}),  # Trainer does not resume these.
     "zero-1": ({**FLOAT32, **SGD}, {**FLOAT32, **SGD, **zero(1)}),
     "zero-2": (FLOAT32, {**FLOAT32, **zero(2)}),
 }
 CELLS = [
     *(("ddp", name) for name in CONFIGS),
     *(("fsdp", name) for name in CONFIGS if name not in WHOLE),
+    *(("native", name) for name in ("even", "fisher")),
     ("zero-1", "even"),
     *(("zero-2", name) for name in CONFIGS if name != "movement"),
 ]
+SAVING = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps"}
 EVEN = {"eval_steps": 3}
 OPTIONS = {
     "patience": {"eval_steps": 1, "learning_rate": 0.3, "max_steps": 30},  # so large that it soon gets worse
@@ -68,8 +71,14 @@ def train(folder: Path, pacing: str, options: dict) -> None:
     """Trains on whatever processes there are, and notes what came out of it."""
     from transformers import TrainerCallback
 
-    options = {**EVEN, **options, **OPTIONS.get(pacing, {})}
+    options = {**SAVING, **EVEN, **options, **OPTIONS.get(pacing, {})}
     model = (build_of_structures if pacing == "structures" else build)("llama").double()
+    if options.pop("native", False):  # Each process reads its part of the files.
+        with PartialState().main_process_first():
+            if PartialState().is_main_process:
+                model.save_pretrained(folder / "dense")
+        sharding = {"fsdp_size": int(os.environ["WORLD_SIZE"])}
+        model = type(model).from_pretrained(folder / "dense", distributed_config=sharding)
     config = CONFIGS[pacing]
     if options.pop("float32", False):
         model = model.float()
@@ -85,8 +94,7 @@ def train(folder: Path, pacing: str, options: dict) -> None:
     pruning = PruningTrainerCallback(config)
     trainer = trainer_factory(folder)(
         model, pruning, Norm(), train_dataset=batch(model, 24), eval_dataset=batch(model, 8, seed=1),
-        per_device_train_batch_size=4 // int(os.environ["WORLD_SIZE"]), max_grad_norm=1e-2, save_strategy="steps",
-        save_steps=3, eval_strategy="steps", **options,
+        per_device_train_batch_size=4 // int(os.environ["WORLD_SIZE"]), max_grad_norm=1e-2, **options,
     )  # fmt: skip
     pruning.evaluate, pruning.log = trainer.evaluate, trainer.log
     trainer.train()
@@ -132,7 +140,8 @@ def test_two_processes_prune_what_one_does(kind, name, outcomes):
     (one,), (first, second) = (of_size[kind, name] for of_size in outcomes)
     assert (one.pop("world_size"), one.pop("backend"), one.pop("sharded")) == (1, "gloo", False)
     for outcome in (first, second):
-        assert (outcome["world_size"], outcome["backend"], outcome["sharded"]) == (2, "gloo", kind == "fsdp")
+        assert (outcome["world_size"], outcome["backend"]) == (2, "gloo")
+        assert outcome["sharded"] == (kind in ("fsdp", "native"))
         assert outcome["partitioned"] == kind.startswith("zero")
     assert first == second
     # Of 9 heads of keys and values and 72 neurons.

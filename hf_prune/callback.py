@@ -59,7 +59,7 @@ from .structures.finding import find_places, held_zeros, require_prunable, zeros
 from .structures.members import Place, parameters_of
 from .structures.shrinking import shrink
 from .targets import Target
-from .zero import has_zero
+from .zero import gathered, has_zero
 
 logger = logging.getLogger(__name__)
 
@@ -185,22 +185,12 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if isinstance(state.stateful_callbacks, dict) and state.global_step == 0:
             progress_of(state.stateful_callbacks)  # Raises if there is more than one.
         require_not_retired(now.optimizer)
-        self._targets = resolve_targets(now.model, self.config)
-        require_whole_where_needed(self._targets.values(), self.config, self.criterion)
-        self._places = find_places(now.model, self.config, self._targets)
-        require_prunable(now.model, self.config, self._places)
-        if self._places and self.config.shrink_at_end and has_zero(now.model):
-            raise ValueError(
-                "DeepSpeed holds on to the shapes that parameters have, so that they cannot be shrunk at the end of "
-                "training. Set shrink_at_end=False, and call shrink on the saved model."
-            )
-        self._weights = dict(now.model.named_parameters())
-        self._hooks.release_(self._weights.values())  # What an interrupted run of another callback has left.
-        self._tokens_seen = state.num_input_tokens_seen
-        if state.global_step > 0:
-            self._resume(now)
-        else:
-            self._begin(now)
+        with gathered(now.model):
+            self._resolve(now)
+            if state.global_step > 0:
+                self._resume(now)
+            else:
+                self._begin(now)
         self._training = True
 
     def on_step_begin(
@@ -285,12 +275,13 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._hooks.release_(self._weights.values())
         self._training = False
         undo_restart_lr_(kwargs["lr_scheduler"])
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            load_renamed_weights_(model, Path(state.best_model_checkpoint))
-        elif self._finished is not None:
-            self._finished.weights.restore_(model)
-        self._say(self._rounds.finish_(state.global_step, model), state)
-        self.masks.apply_(model)
+        with gathered(model):
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                load_renamed_weights_(model, Path(state.best_model_checkpoint))
+            elif self._finished is not None:
+                self._finished.weights.restore_(model)
+            self._say(self._rounds.finish_(state.global_step, model), state)
+            self.masks.apply_(model)
         if shortfall := self.history.shortfall():
             logger.warning("%s", shortfall)
         if self._monitor.lacks(self.history.metric):
@@ -331,6 +322,20 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._weights = {}  # They are no longer the model's.
 
     # Rounds.
+
+    def _resolve(self, now: Moment) -> None:
+        self._targets = resolve_targets(now.model, self.config)
+        require_whole_where_needed(self._targets.values(), self.config, self.criterion)
+        self._places = find_places(now.model, self.config, self._targets)
+        require_prunable(now.model, self.config, self._places)
+        if self._places and self.config.shrink_at_end and has_zero(now.model):
+            raise ValueError(
+                "DeepSpeed holds on to the shapes that parameters have, so that they cannot be shrunk at the end of "
+                "training. Set shrink_at_end=False, and call shrink on the saved model."
+            )
+        self._weights = dict(now.model.named_parameters())
+        self._hooks.release_(self._weights.values())  # What an interrupted run of another callback has left.
+        self._tokens_seen = now.state.num_input_tokens_seen
 
     def _begin(self, now: Moment) -> None:
         metric = metric_name(self.config, now.args)
@@ -397,9 +402,12 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             self._finished = FinishedRun.of(state, model)
 
     def _cut_if_due(self, now: Moment) -> None:
+        if self._rounds.pacing.is_due(now.state.global_step):
+            with gathered(now.model):
+                self._cut(now)
+
+    def _cut(self, now: Moment) -> None:
         args, state, pacing = now.args, now.state, self._rounds.pacing
-        if not pacing.is_due(state.global_step):
-            return
         if not self.history and self.evaluate is not None:  # Else Trainer may have measured it already.
             self.history.dense = self._measure("dense", args)
             if self.config.patience:

@@ -16,6 +16,7 @@ from .files import save_tensors
 from .processes import sum_over_processes_
 from .shards import is_sharded, own, rows_held, whole
 from .targets import find_targets
+from .zero import is_zero, mask_master_, mask_partition_, shape_of
 
 _FORMAT = "hf_prune.masks"
 _PIECE = 2**20  # weights that are multiplied at once
@@ -92,15 +93,19 @@ class MaskSet(Mapping[str, torch.Tensor]):
                 parameter = model.get_parameter(name)
             except AttributeError:
                 raise ValueError(f"the model has no parameter {name!r}; the masks are of another model.") from None
-            if parameter.shape != mask.shape:
+            if shape_of(parameter) != mask.shape:
                 raise ValueError(
-                    f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}; "
+                    f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter {tuple(shape_of(parameter))}; "
                     "the masks are of another model."
                 )
             parameters.append(parameter)
         for parameter, mask in zip(parameters, self.values(), strict=True):
             held = own(parameter)
-            mask_(held, own(mask).to(held.device))
+            if held.shape == own(mask).shape:
+                mask_(held, own(mask).to(held.device))
+            if is_zero(parameter):
+                mask_partition_(parameter, mask)
+                mask_master_(parameter, mask)
 
     @classmethod
     @torch.no_grad()

@@ -33,7 +33,7 @@ from .structures.choosing import choose
 from .structures.finding import find_places, held_zeros, require_prunable
 from .structures.members import NO_PLACES, Places, kept_in, masks_of, parameters_of
 from .targets import Target
-from .zero import mask_master_, set_master_
+from .zero import gathered, set_master_
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +206,6 @@ def cut_(
                 places=places,
             )
             masks.apply_(model)
-    for name, mask in masks.items():
-        mask_master_(model.get_parameter(name), mask)
     return masks
 
 
@@ -297,31 +295,32 @@ def prune(
         0.75
     """
     reshard_(model)
-    targets = resolve_targets(model, config)
-    places = find_places(model, config, targets)
-    require_prunable(model, config, places)
-    if hasattr(model, "peft_config"):
-        logger.warning("The base weights are pruned. Merging trained adapters into them fills the zeros again.")
-    if isinstance(dataloader, Iterator):
-        raise ValueError(
-            f"dataloader is a {type(dataloader).__name__}, which can be read once, and a cut may read the samples "
-            "several times. Give a DataLoader or a list of batches."
-        )
-    masks = held_zeros(model, targets, places) if config.hold_zeros else MaskSet()
-    if config.round_sparsities:
-        masks = cut_(
-            model,
-            targets,
-            masks,
-            config.round_sparsities[-1],
-            config,
-            batches=None if dataloader is None else lambda: dataloader,
-            criterion=criterion,
-            seed=seed,
-            show_progress=True,
-            places=places,
-        )
-    return sparsity_report(model, config, masks=masks)
+    with gathered(model):
+        targets = resolve_targets(model, config)
+        places = find_places(model, config, targets)
+        require_prunable(model, config, places)
+        if hasattr(model, "peft_config"):
+            logger.warning("The base weights are pruned. Merging trained adapters into them fills the zeros again.")
+        if isinstance(dataloader, Iterator):
+            raise ValueError(
+                f"dataloader is a {type(dataloader).__name__}, which can be read once, and a cut may read the samples "
+                "several times. Give a DataLoader or a list of batches."
+            )
+        masks = held_zeros(model, targets, places) if config.hold_zeros else MaskSet()
+        if config.round_sparsities:
+            masks = cut_(
+                model,
+                targets,
+                masks,
+                config.round_sparsities[-1],
+                config,
+                batches=None if dataloader is None else lambda: dataloader,
+                criterion=criterion,
+                seed=seed,
+                show_progress=True,
+                places=places,
+            )
+        return sparsity_report(model, config, masks=masks)
 
 
 def _pools(

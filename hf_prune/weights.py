@@ -7,7 +7,7 @@ from torch import nn
 
 from .files import Tensors
 from .shards import is_sharded, own, rows_held
-from .zero import master_of, set_master_
+from .zero import gathered, master_of, set_master_
 
 
 class WeightsCopy(Tensors):
@@ -23,7 +23,8 @@ class WeightsCopy(Tensors):
     def of(cls, model: nn.Module) -> "WeightsCopy":
         """Copies the weights of a model, unwrapped; with DeepSpeed in the precision in which they are trained."""
         tensors = _tensors_of(model)
-        copies = {name: own(master_of(tensor)).to("cpu", copy=True) for name, tensor in tensors.items()}
+        with gathered(model):
+            copies = {name: own(master_of(tensor)).to("cpu", copy=True) for name, tensor in tensors.items()}
         return cls(copies, {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)})
 
     def divided_as(self, model: nn.Module) -> "WeightsCopy":
@@ -45,8 +46,9 @@ class WeightsCopy(Tensors):
     @torch.no_grad()
     def restore_(self, model: nn.Module) -> None:
         """Gives the weights back to their model, in place: its parameters stay the objects that they are."""
-        for name, tensor in _tensors_of(model).items():
-            set_master_(own(tensor), self.tensors[name])
+        with gathered(model):
+            for name, tensor in _tensors_of(model).items():
+                set_master_(own(tensor), self.tensors[name])
 
 
 def _tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,19 +1,25 @@
-"""ZeRO: what DeepSpeed keeps of a parameter beside it, divided among processes.
+"""ZeRO: what DeepSpeed divides among processes.
 
-This is a copy in float32, the master, from which each step makes the parameter anew, and the optimizer's state. At the
-stages 1 and 2 parameters themselves are whole. DeepSpeed is imported only where it is in use.
+At the stages 1 and 2 parameters themselves are whole, and what is divided is the optimizer's state and a copy of each
+parameter in float32, the master, from which each step makes the parameter anew. At stage 3 parameters are divided too,
+and whole only while they are gathered. DeepSpeed is imported only where it is in use.
 """
 
+import contextlib
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+_GATHERED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def is_zero(parameter: torch.Tensor) -> bool:
     """Whether DeepSpeed keeps something of a parameter in partitions."""
-    return hasattr(parameter, "_hp_mapping")
+    return hasattr(parameter, "_hp_mapping") or _is_divided(parameter)
 
 
 def has_zero(model: nn.Module) -> bool:
@@ -21,10 +27,44 @@ def has_zero(model: nn.Module) -> bool:
     return any(is_zero(parameter) for parameter in model.parameters())
 
 
+def shape_of(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter, or the one that it has while it is gathered."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """A context in which all parameters of a model are whole, also those that stage 3 divides.
+
+    All processes enter it together, and do the same to the parameters in it. It may be entered again from within, and
+    the model may be called: passes leave parameters as they are.
+    """
+    divided = [parameter for parameter in model.parameters() if _is_divided(parameter)]
+    if not divided or model in _GATHERED:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    optimizers = {getattr(parameter, "_z3_optimizer", None) for parameter in divided}
+    offloads = [optimizer.parameter_offload for optimizer in optimizers if optimizer is not None]
+    with GatheredParameters(divided, modifier_rank=0):
+        for offload in offloads:  # Whose hooks would divide parameters after each module.
+            for hook in (*offload.forward_hooks, *offload.backward_hooks):
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+        _GATHERED.add(model)
+        try:
+            yield
+        finally:
+            _GATHERED.discard(model)
+            for offload in offloads:
+                offload._register_deepspeed_module(offload.module)
+
+
 @torch.no_grad()
 def master_of(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter in the precision in which it is trained, whole; all processes call this."""
-    if not is_zero(parameter):
+    """A parameter in the precision in which it is trained, whole; all processes call this, while it is gathered."""
+    if not (hasattr(parameter, "_hp_mapping") or _is_trained_divided(parameter)):
         return parameter.detach()
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -33,29 +73,35 @@ def master_of(parameter: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def set_master_(parameter: torch.Tensor, values: torch.Tensor) -> None:
-    """Gives a parameter other values, also in the precision in which it is trained."""
+    """Gives a parameter, while it is gathered, other values, also in the precision in which it is trained."""
     parameter.copy_(values)
-    if is_zero(parameter):
-        from deepspeed.utils import safe_set_full_fp32_param
+    for held, _, where in _held(parameter):
+        held.copy_(_part(values, where, len(held)))
 
-        safe_set_full_fp32_param(parameter, values.to(parameter.device))
+
+@torch.no_grad()
+def mask_partition_(parameter: torch.Tensor, mask: torch.Tensor) -> None:
+    """Zeroes pruned weights in the part of a parameter that this process has at stage 3."""
+    if _is_divided(parameter):
+        part = parameter.ds_tensor  # type: ignore[attr-defined]
+        part.mul_(_part(mask, _start_of(parameter), len(part)).to(part.device))
 
 
 @torch.no_grad()
 def mask_master_(parameter: torch.Tensor, mask: torch.Tensor) -> None:
     """Zeroes pruned weights in what this process keeps of a parameter in the precision in which it is trained."""
-    for fragment, kept in _fragments(parameter, mask):
-        fragment.hp_fragment.mul_(kept.to(fragment.hp_fragment.device))
+    for held, _, where in _held(parameter):
+        held.mul_(_part(mask, where, len(held)).to(held.device))
 
 
 @torch.no_grad()
 def mask_state_(parameter: torch.Tensor, mask: torch.Tensor) -> None:
     """Zeroes what the optimizer remembers of pruned weights on this process; all of it, where it is not finite."""
-    for fragment, kept in _fragments(parameter, mask):
-        remembered = (fragment.optim_fragment or {}).values()
+    for _, remembered, where in _held(parameter):
         are_finite = all(value.isfinite().all() for value in remembered)
         for value in remembered:
-            value.mul_(kept.to(value.device)) if are_finite else value.zero_()
+            kept = _part(mask, where, len(value)).to(value.device)
+            value.mul_(kept) if are_finite else value.zero_()
 
 
 @torch.no_grad()
@@ -69,8 +115,39 @@ def forget_(states: Iterable[dict[str, Any]]) -> None:
                 state[key] = 0
 
 
-def _fragments(parameter: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[Any, torch.Tensor]]:
-    """What this process keeps of a parameter, if it keeps any, and the part of its mask, flat."""
-    if is_zero(parameter) and (fragment := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
-        held = fragment.lp_fragment_address
-        yield fragment, mask.flatten().narrow(0, held.start, held.numel)
+def _is_divided(parameter: torch.Tensor) -> bool:
+    return hasattr(parameter, "ds_tensor")
+
+
+def _is_trained_divided(parameter: torch.Tensor) -> bool:
+    return hasattr(parameter, "_z3_optimizer") and parameter.requires_grad
+
+
+def _start_of(parameter: torch.Tensor) -> int:
+    """Where the part of a divided parameter begins that this process has."""
+    rank = torch.distributed.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+    return int(rank * parameter.ds_tensor.numel())  # type: ignore[attr-defined]
+
+
+def _part(values: torch.Tensor, start: int, size: int) -> torch.Tensor:
+    """So many elements from one on, flat; behind the last one, which a partition may reach over, ones."""
+    part = values.flatten()[start : start + size]
+    return part if len(part) == size else F.pad(part, (0, size - len(part)), value=1)
+
+
+def _held(parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], int]]:
+    """What this process keeps of a parameter, if it keeps any.
+
+    Yields:
+        A part of the master; of what the optimizer remembers; where they begin.
+    """
+    optimizer: Any = getattr(parameter, "_z3_optimizer", None)
+    fragment: Any = getattr(parameter, "_hp_mapping", None)
+    if _is_trained_divided(parameter):
+        group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        remembered = [v for v in optimizer.optimizer.state[flat].values() if torch.is_tensor(v) and v.ndim]
+        held, *remembered = (value.narrow(0, start, size) for value in (flat.data, *remembered))
+        yield held, remembered, _start_of(parameter)
+    elif fragment is not None:
+        yield fragment.hp_fragment, [*(fragment.optim_fragment or {}).values()], fragment.lp_fragment_address.start

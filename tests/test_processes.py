@@ -52,13 +52,14 @@ KINDS: dict[str, tuple[dict, dict]] = {
     "native": ({"save_strategy": "no"}, {"save_strategy": "no", "native": True}),  # Trainer does not resume these.
     "zero-1": ({**FLOAT32, **SGD}, {**FLOAT32, **SGD, **zero(1)}),
     "zero-2": (FLOAT32, {**FLOAT32, **zero(2)}),
+    "zero-3": (FLOAT32, {**FLOAT32, **zero(3)}),
 }
 CELLS = [
     *(("ddp", name) for name in CONFIGS),
     *(("fsdp", name) for name in CONFIGS if name not in WHOLE),
     *(("native", name) for name in ("even", "fisher")),
     ("zero-1", "even"),
-    *(("zero-2", name) for name in CONFIGS if name != "movement"),
+    *((kind, name) for kind in ("zero-2", "zero-3") for name in CONFIGS if name != "movement"),
 ]
 SAVING = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps"}
 EVEN = {"eval_steps": 3}

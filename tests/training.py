@@ -58,7 +58,9 @@ FSDP = {
 def zero(stage: int) -> dict[str, object]:
     """Options with which a model is trained with DeepSpeed."""
     auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping", "gradient_accumulation_steps")
-    return {"deepspeed": {**dict.fromkeys(auto, "auto"), "zero_optimization": {"stage": stage}}}
+    # At stage 3 small parameters are divided too, and not only large ones.
+    zero_optimization = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    return {"deepspeed": {**dict.fromkeys(auto, "auto"), "zero_optimization": zero_optimization}}
 
 
 class Rates(transformers.TrainerCallback):

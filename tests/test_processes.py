@@ -18,7 +18,7 @@ from hf_prune import PruningConfig, PruningTrainerCallback, ScoreInputs, prune
 from hf_prune.criteria import CRITERIA
 from hf_prune.reconstruction import RECONSTRUCTIONS
 from hf_prune.shards import whole
-from hf_prune.zero import has_zero, master_of
+from hf_prune.zero import has_zero, master_of, shape_of
 from tests.processes import end_processes, on_two_processes
 from tests.structures.models import build as build_of_structures
 from tests.tiny import batch, build
@@ -106,7 +106,7 @@ def train(folder: Path, pacing: str, options: dict) -> None:
         "partitioned": has_zero(model),
         "masks": pruning.masks.digest(),
         "pruned": pruning.history[-1].masked,
-        "parameters": model.num_parameters(),
+        "parameters": sum(shape_of(parameter).numel() for parameter in model.parameters()),
         "norms": norms,
         "samples": [row.samples for row in pruning.history],
         "rounds": [(row.step, row.best_step, row.ended) for row in pruning.history],

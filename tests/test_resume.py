@@ -207,7 +207,9 @@ IN_SHARDS = {"fsdp": True, "fsdp_config": {**FSDP["fsdp_config"], "state_dict_ty
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    "options", [{}, FSDP, IN_SHARDS, {**zero(2), "float32": True}], ids=["ddp", "fsdp", "fsdp-sharded", "zero-2"]
+    "options",
+    [{}, FSDP, IN_SHARDS, {**zero(2), "float32": True}, {**zero(3), "float32": True}],
+    ids=["ddp", "fsdp", "fsdp-sharded", "zero-2", "zero-3"],
 )
 def test_kill_9_of_one_process(options, tmp_path):
     def run(folder: str, processes: int, kill_at: int, how: str) -> int:

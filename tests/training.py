@@ -58,8 +58,10 @@ FSDP = {
 def zero(stage: int) -> dict[str, object]:
     """Options with which a model is trained with DeepSpeed."""
     auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping", "gradient_accumulation_steps")
-    # At stage 3 small parameters are divided too, and not only large ones.
-    zero_optimization = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    zero_optimization: dict[str, object] = {"stage": stage}
+    if stage == 3:  # Small parameters are divided too, and whole ones are saved.
+        zero_optimization["stage3_param_persistence_threshold"] = 0
+        zero_optimization["stage3_gather_16bit_weights_on_model_save"] = True
     return {"deepspeed": {**dict.fromkeys(auto, "auto"), "zero_optimization": zero_optimization}}
 
 

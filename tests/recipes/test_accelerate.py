@@ -60,9 +60,10 @@ def test_fsdp2_in_bfloat16(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_deepspeed_in_bfloat16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", ["zero2.yaml", "zero3.yaml"])
+def test_deepspeed_in_bfloat16(config: str, tmp_path: Path) -> None:
     flags = [*SHORT, "--bf16", "--output_dir=zero"]
-    process = begin([str(RECIPES / "tinystories.py")], tmp_path, *flags, config=["zero2.yaml"])
+    process = begin([str(RECIPES / "tinystories.py")], tmp_path, *flags, config=[config])
     printed = finished(process)
     assert len(ROUND.findall(printed)) == 5
     assert "Trained by 2 processes, DeepSpeed over gloo." in printed

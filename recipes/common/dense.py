@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.arguments import EVALUATIONS
 from common.task import Task
@@ -88,6 +89,7 @@ def dense_model(task: Task, script: DenseArguments, training: TrainingArguments)
             folder,
         )
     PartialState().wait_for_everyone()
+    unset_hf_deepspeed_config()  # ZeRO-3, once used, would divide what is read here, which nothing gathers yet.
     return type(model).from_pretrained(folder, dtype=model.dtype)
 
 

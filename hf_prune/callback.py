@@ -100,7 +100,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         TypeError: if `config` is not a `PruningConfig`, or `criterion` not a function.
         ValueError: from `trainer.train()`, if the config does not fit the model, the run or the checkpoint, if scores
             or what a calibration gathers are not finite, if the model carries adapters, if its parameters are sharded
-            otherwise than by FSDP2, or if it was evaluated before `train()` where there are several processes.
+            otherwise than by FSDP2 or DeepSpeed's ZeRO, or if it was evaluated before `train()` and there are several
+            processes.
 
     Example:
         >>> callback = PruningTrainerCallback(PruningConfig(sparsity=0.8))

@@ -14,7 +14,7 @@ from transformers import TrainerState, TrainingArguments
 
 from .samples import Batch, batches_of
 from .shards import has_shards
-from .zero import has_zero
+from .zero import has_zero, require_in_memory
 
 
 class Moment(NamedTuple):
@@ -53,8 +53,8 @@ class Moment(NamedTuple):
         """Requires a training whose masks hold.
 
         Raises:
-            ValueError: if the model carries adapters, its parameters are sharded otherwise than by FSDP2, or its
-                gradients will not be averaged over the processes.
+            ValueError: if the model carries adapters, its parameters are sharded otherwise than by FSDP2 or by
+                DeepSpeed's ZeRO in memory, or its gradients will not be averaged over the processes.
         """
         kind = type(self.model).__name__
         if hasattr(self.model, "peft_config"):
@@ -66,12 +66,13 @@ class Moment(NamedTuple):
             return  # By FSDP2, which also averages gradients; `find_targets` looks at how.
         distributed = PartialState().distributed_type
         if distributed == DistributedType.DEEPSPEED and has_zero(self.model):
+            require_in_memory(self.model)
             return
         if distributed in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
             raise ValueError(
                 f"the model's parameters are sharded ({distributed.value}) in a way that PruningTrainerCallback does "
-                "not know. Take FSDP with fsdp_version 2, DeepSpeed with ZeRO stage 1 or 2, DistributedDataParallel, "
-                "or one process."
+                "not know. Take FSDP with fsdp_version 2, DeepSpeed with ZeRO stage 1, 2 or 3, "
+                "DistributedDataParallel, or one process."
             )
         # accelerate marks what it hands out: with several processes the wrapper, and the model itself only if it was
         # prepared for evaluation alone. Then it finds it marked, and wraps it no more.

@@ -27,6 +27,29 @@ def has_zero(model: nn.Module) -> bool:
     return any(is_zero(parameter) for parameter in model.parameters())
 
 
+def require_in_memory(model: nn.Module) -> None:
+    """Requires that what DeepSpeed divides is divided among all processes, and in their memory.
+
+    Raises:
+        ValueError: if it is swapped to a disk, or each part is held several times (hpZ, MiCS).
+    """
+    for name, parameter in model.named_parameters():
+        where = getattr(getattr(parameter, "ds_tensor", None), "final_location", None)
+        if where == "nvme" or getattr(getattr(parameter, "_z3_optimizer", None), "swap_optimizer", False):
+            raise ValueError(
+                "DeepSpeed swaps weights or the optimizer's state to a disk, where they cannot be masked. Set the "
+                "device of offload_optimizer and offload_param to cpu or none."
+            )
+        if _is_divided(parameter) and (
+            getattr(parameter, "ds_secondary_tensor", None) is not None
+            or torch.distributed.get_world_size(_group_of(parameter)) != torch.distributed.get_world_size()
+        ):
+            raise ValueError(
+                f"each part of {name!r} is on several processes. Leave zero_hpz_partition_size and mics_shard_size "
+                "out."
+            )
+
+
 def shape_of(parameter: torch.Tensor) -> torch.Size:
     """The shape of a parameter, or the one that it has while it is gathered."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
@@ -123,9 +146,13 @@ def _is_trained_divided(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "_z3_optimizer") and parameter.requires_grad
 
 
+def _group_of(parameter: torch.Tensor) -> Any:
+    return parameter.ds_process_group  # type: ignore[attr-defined]
+
+
 def _start_of(parameter: torch.Tensor) -> int:
     """Where the part of a divided parameter begins that this process has."""
-    rank = torch.distributed.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+    rank = torch.distributed.get_rank(_group_of(parameter))
     return int(rank * parameter.ds_tensor.numel())  # type: ignore[attr-defined]
 
 

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from transformers import TrainerCallback
 
 from hf_prune import PruningConfig, PruningTrainerCallback
 from tests.processes import on_two_processes
@@ -39,6 +42,20 @@ def test_a_model_that_was_evaluated_is_refused_where_it_would_be_trained_apart(t
     first, second = on_two_processes(evaluate_and_train, tmp_path, tmp_path)
     assert first == second
     assert "on each of the 2 processes apart" in first
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_parameters_that_are_divided_in_another_way_are_refused(kind, make_trainer, monkeypatch):
+    class Sharded(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType[kind])
+
+    model = build("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(model, Sharded(), PruningTrainerCallback(HALF))
+    with pytest.raises(ValueError, match=rf"\({kind}\) in a way .* Take FSDP with fsdp_version 2"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_one_process_may_evaluate_first(make_trainer):

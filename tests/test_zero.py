@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_prune import PruningConfig, PruningTrainerCallback
+from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback
 from hf_prune.optimizers import cut_state_
-from hf_prune.zero import forget_, has_zero, is_zero, mask_master_, mask_state_, master_of
+from hf_prune.zero import forget_, has_zero, is_zero, mask_master_, mask_state_, master_of, require_in_memory
 from tests.structures.models import build as build_of_structures
 from tests.tiny import build
 from tests.training import trainer_factory
@@ -60,6 +60,77 @@ def test_a_reset_leaves_the_tensors_that_deepspeed_holds():
     forget_([state])
     assert state["exp_avg"] is moment
     assert (float(moment.sum()), float(step), state["count"]) == (0, 0, 0)
+
+
+def divided(rank: int, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Parameter, list[torch.Tensor]]:
+    """A parameter of 2 x 3 at stage 3, of which each of four processes has two elements, the last one none.
+
+    Returns:
+        The parameter; this process's part of it, of its master, and of the optimizer's state.
+    """
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: rank)
+    parameter = nn.Parameter(torch.empty(0))
+    parameter.ds_shape, parameter.ds_process_group = (2, 3), None
+    parameter.ds_tensor = torch.full((2,), 5.0)
+    flat = torch.full((6,), 7.0)  # in which others lie too
+    states = {flat: {"exp_avg": torch.full((6,), 8.0), "step": torch.tensor(1.0)}}
+    parameter._z3_optimizer = SimpleNamespace(
+        grad_position={0: [0, 3, 2]}, get_param_id=lambda parameter: 0, fp32_partitioned_groups_flat=[flat],
+        optimizer=SimpleNamespace(state=states), swap_optimizer=False,
+    )  # fmt: skip
+    return parameter, [parameter.ds_tensor, flat, states[flat]["exp_avg"]]
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(0, [1, 0]), (1, [1, 0]), (2, [1, 0]), (3, [1, 1])])
+def test_parts_of_divided_parameters_are_masked(rank, kept, monkeypatch):
+    parameter, (part, flat, moment) = divided(rank, monkeypatch)
+    factor = torch.tensor(kept)
+    model = nn.Module()
+    model.weight = parameter
+    MaskSet({"weight": MASK}).apply_(model)
+    assert torch.equal(part, 5.0 * factor)
+    assert torch.equal(flat, torch.cat([torch.full((3,), 7.0), 7.0 * factor, torch.full((1,), 7.0)]))
+    assert torch.equal(moment, torch.full((6,), 8.0))
+    mask_state_(parameter, MASK)
+    assert torch.equal(moment, torch.cat([torch.full((3,), 8.0), 8.0 * factor, torch.full((1,), 8.0)]))
+
+
+def test_a_mask_of_another_shape_than_a_divided_parameter_is_an_error(monkeypatch):
+    model = nn.Module()
+    model.weight, (part, *_) = divided(0, monkeypatch)
+    with pytest.raises(ValueError, match=r"has shape \(3, 2\), the parameter \(2, 3\)"):
+        MaskSet({"weight": MASK.reshape(3, 2)}).apply_(model)
+    assert part.all()
+
+
+def on_disk(parameter: nn.Parameter) -> None:
+    parameter.ds_tensor.final_location = "nvme"
+
+
+def swapped(parameter: nn.Parameter) -> None:
+    parameter._z3_optimizer.swap_optimizer = True
+
+
+def copied(parameter: nn.Parameter) -> None:
+    parameter.ds_secondary_tensor = parameter.ds_tensor
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (on_disk, "Set the device of offload_optimizer and offload_param to cpu or none"),
+        (swapped, "Set the device of offload_optimizer and offload_param to cpu or none"),
+        (copied, "each part of 'weight' is on several processes. Leave zero_hpz_partition_size"),
+    ],
+)
+def test_parts_that_are_elsewhere_are_refused(change, message, monkeypatch):
+    model = nn.Module()
+    model.weight, _ = divided(0, monkeypatch)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 4)
+    require_in_memory(model)
+    change(model.weight)
+    with pytest.raises(ValueError, match=message):
+        require_in_memory(model)
 
 
 def test_ordinary_parameters_have_none():

@@ -1,4 +1,7 @@
-"""A run on several processes that can be killed and resumed: `torchrun -m tests.resuming FOLDER OPTIONS STEP HOW`."""
+"""Runs on several processes that can be killed and resumed: `torchrun -m tests.resuming FOLDER STEP HOW KIND…`.
+
+One after the other, each in a folder of its kind's name.
+"""
 
 import dataclasses
 import json
@@ -8,15 +11,29 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from hf_prune import PruningTrainerCallback
+from hf_prune import PruningConfig, PruningTrainerCallback
 from hf_prune.weights import WeightsCopy
 from hf_prune.zero import has_zero
 from tests.processes import end_processes
-from tests.test_resume import PATIENT
 from tests.tiny import batch, build
-from tests.training import trainer_factory
+from tests.training import FSDP, trainer_factory, zero
+
+# Improves for a while after each cut, so that some of the best weights are of a step that is not a checkpoint's last.
+PATIENT = PruningConfig(
+    sparsity=0.8, schedule="geometric", rounds=2, begin=1, patience=1, min_round_steps=2, max_round_steps=4,
+    restart_lr=True, metric="score", end=6,
+)  # fmt: skip
+KINDS: dict[str, dict] = {
+    "ddp": {},
+    "fsdp": FSDP,
+    "fsdp-sharded": {"fsdp": True, "fsdp_config": {**FSDP["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}},
+    "zero-2": zero(2),
+    "zero-3": zero(3),
+}
 
 
 class KillOne(TrainerCallback):
@@ -31,7 +48,8 @@ class KillOne(TrainerCallback):
 
 
 def train(folder: Path, options: dict, kill_at: int, resume: bool) -> None:
-    model = build("llama") if options.pop("float32", False) else build("llama").double()
+    folder.mkdir(parents=True, exist_ok=True)
+    model = build("llama") if "deepspeed" in options else build("llama").double()
     # Movement is of all that was trained before, and so is in the checkpoint too.
     config = dataclasses.replace(PATIENT, criterion="movement") if "fsdp" in options else PATIENT
     pruning = PruningTrainerCallback(config)
@@ -70,5 +88,9 @@ def train(folder: Path, options: dict, kill_at: int, resume: bool) -> None:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "resume")
+    here, step, how, *kinds = sys.argv[1:]
+    for kind in kinds:
+        train(Path(here) / kind, KINDS[kind], int(step), how == "resume")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        unset_hf_deepspeed_config()
     end_processes()

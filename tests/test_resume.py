@@ -19,15 +19,11 @@ from transformers import LlamaForCausalLM, Trainer, ViTConfig, ViTForImageClassi
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, sparsity_report
 from hf_prune.checkpoints import load_renamed_weights_
 from hf_prune.weights import WeightsCopy
+from tests.resuming import KINDS, PATIENT
 from tests.tiny import FAMILIES, build
-from tests.training import FSDP, Rates, trainer_factory, zero
+from tests.training import Rates, trainer_factory
 
 CONFIG = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, begin=1, end=8)
-# Improves for a while after each cut, so that some of the best weights are of a step that is not a checkpoint's last.
-PATIENT = PruningConfig(
-    sparsity=0.8, schedule="geometric", rounds=2, begin=1, patience=1, min_round_steps=2, max_round_steps=4,
-    restart_lr=True, metric="score", end=6,
-)  # fmt: skip
 STEPS = 10
 OPTIONS = dict(
     max_steps=STEPS, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
@@ -201,54 +197,55 @@ def test_kill_9_in_mid_round(tmp_path):
     assert outcomes[0] == outcomes[1]
 
 
-IN_SHARDS = {"fsdp": True, "fsdp_config": {**FSDP["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}}
+def run_on_processes(folder: Path, processes: int, kill_at: int, how: str, *kinds: str) -> int:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    # Nobody waits for ever for the one that is gone.
+    return subprocess.run(
+        [*command, "-m", "tests.resuming", str(folder), str(kill_at), how, *kinds],
+        cwd=Path(__file__).parents[1], env=environment, timeout=120,
+    ).returncode  # fmt: skip
+
+
+def outcomes_in(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """A folder with runs of each kind: "whole", and killed and resumed, by as many processes or by four "others"."""
+    folder = tmp_path_factory.mktemp("killed")
+    assert run_on_processes(folder / "whole", 2, 0, "fresh", *KINDS) == 0
+    for kind in KINDS:
+        assert run_on_processes(folder / "killed", 2, 7, "fresh", kind) != 0
+        assert outcomes_in(folder / "killed" / kind) == []
+        if "deepspeed" not in KINDS[kind]:  # Its checkpoints are for as many processes as before.
+            shutil.copytree(folder / "killed" / kind, folder / "others" / kind)
+    assert run_on_processes(folder / "killed", 2, 0, "resume", *KINDS) == 0
+    assert run_on_processes(folder / "others", 4, 0, "resume", *(p.name for p in (folder / "others").iterdir())) == 0
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    "options",
-    [{}, FSDP, IN_SHARDS, {**zero(2), "float32": True}, {**zero(3), "float32": True}],
-    ids=["ddp", "fsdp", "fsdp-sharded", "zero-2", "zero-3"],
-)
-def test_kill_9_of_one_process(options, tmp_path):
-    def run(folder: str, processes: int, kill_at: int, how: str) -> int:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        script = ["-m", "tests.resuming", str(tmp_path / folder), json.dumps(options), str(kill_at), how]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        (tmp_path / folder).mkdir(exist_ok=True)
-        # Nobody waits for ever for the one that is gone.
-        return subprocess.run(
-            [*command, *script], cwd=Path(__file__).parents[1], env=environment, timeout=120
-        ).returncode
-
-    def outcomes(folder: str) -> list[dict]:
-        return [json.loads(path.read_text()) for path in sorted((tmp_path / folder).glob("rank-*.json"))]
-
-    assert run("whole", 2, 0, "fresh") == 0
-    assert run("killed", 2, 7, "fresh") != 0
-    assert outcomes("killed") == []
-    shutil.copytree(tmp_path / "killed", tmp_path / "others")
-    assert run("killed", 2, 0, "resume") == 0
-    first, second = outcomes("whole")
+@pytest.mark.parametrize("kind", KINDS)
+def test_kill_9_of_one_process(kind, killed):
+    first, second = outcomes_in(killed / "whole" / kind)
     assert first == second
-    assert (first["world_size"], first["backend"], first["sharded"] > 0) == (2, "gloo", "fsdp" in options)
-    assert first["partitioned"] == ("deepspeed" in options)
+    assert (first["world_size"], first["backend"], first["sharded"] > 0) == (2, "gloo", "fsdp" in KINDS[kind])
+    assert first["partitioned"] == ("deepspeed" in KINDS[kind])
     assert [row["ended"] for row in first["history"]["rounds"]] == ["patience", "patience"]
-    assert outcomes("killed") == [first, second]
+    assert outcomes_in(killed / "killed" / kind) == [first, second]
     # What is saved is an ordinary model.
-    saved = LlamaForCausalLM.from_pretrained(tmp_path / "killed" / "saved")
+    saved = LlamaForCausalLM.from_pretrained(killed / "killed" / kind / "saved")
     assert saved.config.architectures == ["LlamaForCausalLM"]
     assert WeightsCopy.of(saved).digest() == first["weights"]
     assert MaskSet.from_zeros(saved).digest() == first["masks"]
-    if "deepspeed" in options:  # Its checkpoints are for as many processes as before.
-        return
-    # On four processes sums are in another order.
-    assert run("others", 4, 0, "resume") == 0
-    four = outcomes("others")
-    assert len(four) == 4
-    assert four[0]["masks"] == first["masks"]
-    assert four[0]["sums"] == pytest.approx(first["sums"], rel=1e-9)
+    if "deepspeed" not in KINDS[kind]:  # On four processes sums are in another order.
+        four = outcomes_in(killed / "others" / kind)
+        assert len(four) == 4
+        assert four[0]["masks"] == first["masks"]
+        assert four[0]["sums"] == pytest.approx(first["sums"], rel=1e-9)
 
 
 RANDOM = """

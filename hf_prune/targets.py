@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -150,9 +151,14 @@ def find_targets(
         Parameter name → target, in the model's own order.
 
     Raises:
-        ValueError: if a pattern matches nothing, nothing is left to prune, or a weight cannot be pruned because it is
-            quantized, offloaded, or computed from other parameters.
+        ValueError: if the model is wrapped for several processes, a pattern matches nothing, nothing is left to prune,
+            or a weight cannot be pruned because it is quantized, offloaded, or computed from other parameters.
     """
+    if isinstance(model, (nn.DataParallel, DistributedDataParallel)) or type(model).__name__ == "DeepSpeedEngine":
+        raise ValueError(
+            f"this {type(model).__name__} wraps a model, whose processes would wait for each other in its passes. "
+            "Give the model inside: accelerator.unwrap_model(model), or model.module."
+        )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             f"the weights of this {type(model).__name__} are quantized; pruning needs floating-point weights. "

@@ -148,6 +148,16 @@ def test_a_model_without_prunable_weights_is_an_error():
         find_targets(nn.Embedding(4, 4))
 
 
+class DeepSpeedEngine(nn.Module):
+    """Of its name; with DeepSpeed itself nothing is pruned by hand here."""
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: DeepSpeedEngine()], ids=["torch", "deepspeed"])
+def test_wrapped_models_are_refused(wrap):
+    with pytest.raises(ValueError, match=r"wraps a model, .* accelerator\.unwrap_model\(model\)"):
+        find_targets(wrap(build("llama")))
+
+
 def test_quantized_models_are_refused():
     model = build("llama")
     model.is_quantized = True

@@ -10,6 +10,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import PreTrainedModel
 
 from .contexts import eager_experts, undisturbed
+from .hooks import paused
 from .passes import base_of, gradients_of, loss_of, summed_gradients, targets_in_passes
 from .processes import failing_together, sum_over_processes_
 from .products import Product, ProductWatch
@@ -56,7 +57,7 @@ def calibrate(
     in_passes, seen = targets_in_passes(model, targets), 0
     gatherers = {name: STATISTICS[name](model, targets, in_passes) for name in needs}
     weights = [target.weight for target in (*targets.values(), *in_passes.values())]
-    with undisturbed(model, weights), resharded(model):
+    with undisturbed(model, weights), resharded(model), paused():
         for batch, is_own in in_step(model, read_samples(model, batches, samples, show_progress=show_progress)):
             for gatherer in gatherers.values():
                 gatherer.see(batch, is_own=is_own)

@@ -49,7 +49,7 @@ from .optimizers import (
     undo_restart_lr_,
 )
 from .pacing import Even, Patience
-from .processes import require_agreement
+from .processes import gather_from_processes, require_agreement
 from .pruning import cut_, require_room
 from .reports import HISTORY_NAME, PruningHistory, sparsity_report
 from .resolving import require_whole_where_needed, required_statistics, resolve_targets
@@ -175,6 +175,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Checks that the config fits the model and the run; starts, or goes on where a checkpoint was."""
         now = Moment.of(args, state, kwargs)
+        reshard_(now.model)  # Here and below: another callback may have called the model.
         self._hooks.release_(self._weights.values())
         undo_restart_lr_(now.scheduler)
         self._start_clean()
@@ -198,6 +199,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cuts if a round begins here: after what Trainer evaluated and saved at the end of the step before."""
+        reshard_(kwargs["model"])
         if self.config.patience:  # Not as soon as an evaluation lacks it: another evaluation dataset may have it.
             self._monitor.require(self.history.metric)
         if not self._hooks.are_on(self._weights, self.masks):
@@ -215,6 +217,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Zeroes pruned weights after every step, so that no forward pass sees what others do to gradients."""
+        reshard_(kwargs["model"])
         self.masks.apply_(kwargs["model"])
 
     def on_step_end(
@@ -250,7 +253,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._monitor.note_(metrics)
         # With `eval_on_start`, a resumed run evaluates where the run before it would not have.
         if metric in metrics and state.global_step != self._resumed_at:
-            self._rounds.observe_(state.global_step, as_number(metric, metrics[metric]), kwargs["model"])
+            # That of the first process: with one of its own each would prune at another step.
+            value = gather_from_processes(as_number(metric, metrics[metric]))[0]
+            self._rounds.observe_(state.global_step, value, kwargs["model"])
             self._stop_if_over(state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -273,6 +278,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Leaves an ordinary model with its zeros, and says loudly if they are fewer than asked for."""
         model = kwargs["model"]
+        reshard_(model)
         self._hooks.release_(self._weights.values())
         self._training = False
         undo_restart_lr_(kwargs["lr_scheduler"])

@@ -1,8 +1,9 @@
 """Hooks that zero the gradients of pruned weights as they are accumulated, which is before they are clipped."""
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -14,6 +15,19 @@ from .zero import is_zero
 
 # By parameter, shared by all: a run takes away what an interrupted one has left on its model.
 _HOOKS = WeakTensorKeyDictionary()
+
+
+_PAUSED: list[None] = []  # One for each `paused` that is entered; for all threads, as backward passes have their own.
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """A context in which no hook changes gradients."""
+    _PAUSED.append(None)
+    try:
+        yield
+    finally:
+        _PAUSED.pop()
 
 
 class GradientHooks:
@@ -52,11 +66,11 @@ def _trainable(weights: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Te
 
 def _mask_gradient(owner: weakref.ref[GradientHooks], mask: torch.Tensor, parameter: torch.Tensor) -> None:
     # Optimizers that step inside the backward pass may have taken the gradient away already.
-    if owner() is not None and parameter.grad is not None:
+    if not _PAUSED and owner() is not None and parameter.grad is not None:
         mask_(own(parameter.grad), own(mask))
 
 
 def _masked_gradient(
     owner: weakref.ref[GradientHooks], mask: torch.Tensor, gradient: torch.Tensor
 ) -> torch.Tensor | None:
-    return None if owner() is None else gradient * mask
+    return None if _PAUSED or owner() is None else gradient * mask

@@ -12,9 +12,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 
+from .processes import failing_together
 from .samples import Batch, batches_of
 from .shards import has_shards
-from .zero import has_zero, require_in_memory
+from .zero import has_zero, require_maskable
 
 
 class Moment(NamedTuple):
@@ -66,7 +67,8 @@ class Moment(NamedTuple):
             return  # By FSDP2, which also averages gradients; `find_targets` looks at how.
         distributed = PartialState().distributed_type
         if distributed == DistributedType.DEEPSPEED and has_zero(self.model):
-            require_in_memory(self.model)
+            with failing_together():
+                require_maskable(self.model)
             return
         if distributed in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
             raise ValueError(

@@ -271,11 +271,12 @@ def prune(
     does.
 
     Args:
-        model: The model, unwrapped; of a `PeftModel` the base weights are pruned. If FSDP2 has sharded it, all
-            processes call this.
+        model: The model, unwrapped; of a `PeftModel` the base weights are pruned. Where there are several processes,
+            all call this, with the same weights.
         config: The pruning config; of its rounds only the last counts.
         dataloader: Batches with the samples along the first dimension of their tensors, for criteria and scopes that
-            look at data; of these the first `config.calibration_samples` samples are read, maybe several times.
+            look at data; of these the first `config.calibration_samples` samples are read, maybe several times. Each
+            process gives samples of its own.
         criterion: A criterion in place of the config's.
         seed: For criteria that draw random numbers.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -135,6 +136,8 @@ def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed:
             f"the training data come from a {type(dataloader).__name__}, which has no dataset to read calibration "
             "samples from. Let get_train_dataloader return a DataLoader."
         )
+    while isinstance(dataset, IterableDatasetShard):  # So accelerate divides a stream; here it is divided below.
+        dataset = dataset.dataset
     drawn: Iterator[Any]
     (rank, size), collate = rank_and_size(), _with_own_generators(dataloader.collate_fn)
     if isinstance(dataset, IterableDataset):

@@ -217,8 +217,10 @@ def _candidates(model: nn.Module) -> Iterator[Target]:
             parts = getattr(module, "groups", 1)
             yield Target(f"{prefix}.weight" if prefix else "weight", module.weight, axes, parts)
         elif type(module).__name__.endswith("Experts"):
-            # Llama 4 stores its experts as [expert, in, out] without the attribute that says so.
-            transposed = getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
+            # Llama 4 stores its experts as [expert, in, out] without the attribute that says so. Where FSDP2 has
+            # sharded them by themselves, they are of a class derived from theirs.
+            is_llama4 = any(kind.__name__ == "Llama4TextExperts" for kind in type(module).__mro__)
+            transposed = getattr(module, "is_transposed", is_llama4)
             for name, parameter in module.named_parameters(prefix, recurse=False):
                 if parameter.ndim == 3:
                     yield Target(name, parameter, (0, 2, 1) if transposed else (0, 1, 2), len(parameter))

@@ -27,13 +27,23 @@ def has_zero(model: nn.Module) -> bool:
     return any(is_zero(parameter) for parameter in model.parameters())
 
 
-def require_in_memory(model: nn.Module) -> None:
-    """Requires that what DeepSpeed divides is divided among all processes, and in their memory.
+@torch.no_grad()
+def require_maskable(model: nn.Module) -> None:
+    """Requires that what DeepSpeed divides is divided among all processes, in their memory, and where it says.
 
     Raises:
-        ValueError: if it is swapped to a disk, or each part is held several times (hpZ, MiCS).
+        ValueError: if it is swapped to a disk, if each part is held several times (hpZ, MiCS), or if a part of a
+            master is said to be of another parameter than it is.
     """
     for name, parameter in model.named_parameters():
+        if (fragment := getattr(parameter, "_hp_mapping", None)) is not None:
+            where, held = fragment.lp_fragment_address, fragment.hp_fragment
+            part = parameter.flatten().narrow(0, where.start, where.numel)
+            if not torch.equal(held.to(part), part):
+                raise ValueError(
+                    f"the float32 master that DeepSpeed gives for {name!r} is that of another parameter, so that it "
+                    "cannot be masked. Leave round_robin_gradients out."
+                )
         where = getattr(getattr(parameter, "ds_tensor", None), "final_location", None)
         if where == "nvme" or getattr(getattr(parameter, "_z3_optimizer", None), "swap_optimizer", False):
             raise ValueError(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate.data_loader import IterableDatasetShard
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import default_data_collator
@@ -344,6 +345,12 @@ def test_batches_are_drawn_anew_and_leave_the_loader_alone():
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(itertools.chain(*drawn[0]))) == 10
     assert list(batches_of(DataLoader(Stream(), collate_fn=list), 5, 4, 0)) == [[0, 1, 2, 3], [4]]
+
+
+def test_a_stream_that_accelerate_has_divided_is_divided_once(monkeypatch):
+    monkeypatch.setattr("hf_prune.samples.rank_and_size", lambda: (1, 2))
+    for stream in (Stream(), IterableDatasetShard(Stream(), batch_size=2, num_processes=2, process_index=1)):
+        assert list(batches_of(DataLoader(stream, collate_fn=list), 5, 4, 0)) == [[1, 3]]
 
 
 # Bad input

@@ -1,9 +1,10 @@
 import gc
 
+import pytest
 import torch
 from torch import nn
 
-from hf_prune.hooks import GradientHooks
+from hf_prune.hooks import GradientHooks, paused
 
 
 def setup() -> tuple[dict[str, nn.Parameter], dict[str, torch.Tensor]]:
@@ -66,3 +67,16 @@ def test_hooks_end_with_their_owner():
     del hooks
     gc.collect()
     assert all(torch.equal(gradients(weights)[name], dense[name]) for name in weights)
+
+
+@pytest.mark.parametrize("in_zero", [False, True])
+def test_hooks_can_be_paused(in_zero):
+    weights, masks = setup()
+    if in_zero:
+        for weight in weights.values():
+            weight._hp_mapping = None
+    hooks, dense = GradientHooks(), gradients(weights)
+    hooks.hold_(weights, masks)
+    with paused():
+        assert all(torch.equal(gradients(weights)[name], dense[name]) for name in weights)
+    assert all(torch.equal(gradients(weights)[name], dense[name] * masks[name]) for name in weights)

@@ -49,6 +49,7 @@ SGD = {"optim": "sgd", "learning_rate": 1.0}  # Which shows whether gradients we
 KINDS: dict[str, tuple[dict, dict]] = {
     "ddp": ({}, {}),
     "fsdp": ({}, FSDP),
+    "fsdp-one-group": ({}, {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "auto_wrap_policy": "NO_WRAP"}}),
     "native": ({"save_strategy": "no"}, {"save_strategy": "no", "native": True}),  # Trainer does not resume these.
     "zero-1": ({**FLOAT32, **SGD}, {**FLOAT32, **SGD, **zero(1)}),
     "zero-2": (FLOAT32, {**FLOAT32, **zero(2)}),
@@ -57,7 +58,7 @@ KINDS: dict[str, tuple[dict, dict]] = {
 CELLS = [
     *(("ddp", name) for name in CONFIGS),
     *(("fsdp", name) for name in CONFIGS if name not in WHOLE),
-    *(("native", name) for name in ("even", "fisher")),
+    *((kind, name) for kind in ("fsdp-one-group", "native") for name in ("even", "fisher")),
     ("zero-1", "even"),
     *((kind, name) for kind in ("zero-2", "zero-3") for name in CONFIGS if name != "movement"),
 ]
@@ -92,9 +93,18 @@ def train(folder: Path, pacing: str, options: dict) -> None:
             if not trainer.is_deepspeed_enabled:  # It has stepped already.
                 norms.append(sum(float(whole(p.grad).square().sum()) for p in model.parameters()) ** 0.5)
 
+    class Look(TrainerCallback):
+        """Calls the model, as callbacks do that show what it says."""
+
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                model(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+        on_step_begin = on_step_end = on_train_end = on_train_begin
+
     pruning = PruningTrainerCallback(config)
     trainer = trainer_factory(folder)(
-        model, pruning, Norm(), train_dataset=batch(model, 24), eval_dataset=batch(model, 8, seed=1),
+        model, Look(), pruning, Norm(), train_dataset=batch(model, 24), eval_dataset=batch(model, 8, seed=1),
         per_device_train_batch_size=4 // int(os.environ["WORLD_SIZE"]), max_grad_norm=1e-2, **options,
     )  # fmt: skip
     pruning.evaluate, pruning.log = trainer.evaluate, trainer.log
@@ -142,7 +152,7 @@ def test_two_processes_prune_what_one_does(kind, name, outcomes):
     assert (one.pop("world_size"), one.pop("backend"), one.pop("sharded")) == (1, "gloo", False)
     for outcome in (first, second):
         assert (outcome["world_size"], outcome["backend"]) == (2, "gloo")
-        assert outcome["sharded"] == (kind in ("fsdp", "native"))
+        assert outcome["sharded"] == (kind in ("fsdp", "fsdp-one-group", "native"))
         assert outcome["partitioned"] == kind.startswith("zero")
     assert first == second
     # Of 9 heads of keys and values and 72 neurons.
@@ -250,6 +260,30 @@ def test_masks_that_differ_are_an_error_on_every_process(tmp_path):
     first, second = on_two_processes(train_apart, tmp_path, tmp_path)
     assert first == second
     assert "'model.layers.1.mlp.up_proj.weight' other than process 0" in first
+
+
+def train_by_metrics_of_ones_own(rank: int, folder: Path) -> list[tuple[int, str | None]]:
+    """When rounds end if each process measures something else."""
+    model = build("llama")
+    pruning = PruningTrainerCallback(
+        PruningConfig(sparsity=0.5, rounds=2, patience=1, min_round_steps=1, metric="score", end=0.9)
+    )
+    trainer = trainer_factory(folder)(
+        model, pruning, train_dataset=batch(model, 24), eval_dataset=batch(model, 8, seed=1), max_steps=12,
+        per_device_train_batch_size=2, eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    assert trainer.args.world_size == 2
+    assert torch.distributed.get_backend() == "gloo"
+    trainer.compute_metrics = lambda _: {"score": trainer.state.global_step * (1 if rank else -1)}
+    trainer.train()
+    return [(row.step, row.ended) for row in pruning.history]
+
+
+@pytest.mark.multiprocess
+def test_processes_that_measure_something_else_prune_at_the_same_steps(tmp_path):
+    first, second = on_two_processes(train_by_metrics_of_ones_own, tmp_path, tmp_path)
+    assert first == second
+    assert [ended for _, ended in first] == ["patience", "patience"]
 
 
 if __name__ == "__main__":

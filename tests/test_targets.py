@@ -148,6 +148,19 @@ def test_a_model_without_prunable_weights_is_an_error():
         find_targets(nn.Embedding(4, 4))
 
 
+def test_experts_that_fsdp2_has_sharded_by_themselves_are_read_as_before():
+    class Llama4TextExperts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(2, 4, 6))
+
+    class FSDPLlama4TextExperts(Llama4TextExperts):  # Such a class FSDP2 makes.
+        pass
+
+    for kind in (Llama4TextExperts, FSDPLlama4TextExperts):
+        assert find_targets(nn.ModuleDict({"experts": kind()}))["experts.gate_up_proj"].axes == (0, 2, 1)
+
+
 class DeepSpeedEngine(nn.Module):
     """Of its name; with DeepSpeed itself nothing is pruned by hand here."""
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback
 from hf_prune.optimizers import cut_state_
-from hf_prune.zero import forget_, has_zero, is_zero, mask_master_, mask_state_, master_of, require_in_memory
+from hf_prune.zero import forget_, has_zero, is_zero, mask_master_, mask_state_, master_of, require_maskable
 from tests.structures.models import build as build_of_structures
 from tests.tiny import build
 from tests.training import trainer_factory
@@ -127,10 +127,19 @@ def test_parts_that_are_elsewhere_are_refused(change, message, monkeypatch):
     model = nn.Module()
     model.weight, _ = divided(0, monkeypatch)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 4)
-    require_in_memory(model)
+    require_maskable(model)
     change(model.weight)
     with pytest.raises(ValueError, match=message):
-        require_in_memory(model)
+        require_maskable(model)
+
+
+def test_a_master_of_another_parameter_is_refused():
+    model = nn.Module()
+    model.weight = partitioned(1, torch.ones(3))
+    require_maskable(model)
+    model.weight._hp_mapping.hp_fragment[2] = 2
+    with pytest.raises(ValueError, match=r"gives for 'weight' is that of another parameter.* round_robin_gradients"):
+        require_maskable(model)
 
 
 def test_ordinary_parameters_have_none():

@@ -65,6 +65,11 @@ def shape_of(parameter: torch.Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def is_whole(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is not divided by stage 3, or gathered."""
+    return parameter.shape == shape_of(parameter)
+
+
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """A context in which all parameters of a model are whole, also those that stage 3 divides.

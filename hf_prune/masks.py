@@ -16,7 +16,7 @@ from .files import save_tensors
 from .processes import sum_over_processes_
 from .shards import is_sharded, own, rows_held, whole
 from .targets import find_targets
-from .zero import is_whole, is_zero, mask_master_, mask_partition_, shape_of
+from .zero import is_whole, mask_parts_, shape_of
 
 _FORMAT = "hf_prune.masks"
 _PIECE = 2**20  # weights that are multiplied at once
@@ -103,9 +103,7 @@ class MaskSet(Mapping[str, torch.Tensor]):
             if is_whole(parameter):
                 held = own(parameter)
                 mask_(held, own(mask).to(held.device))
-            if is_zero(parameter):
-                mask_partition_(parameter, mask)
-                mask_master_(parameter, mask)
+            mask_parts_(parameter, mask)
 
     @classmethod
     @torch.no_grad()

@@ -44,8 +44,8 @@ def require_maskable(model: nn.Module) -> None:
                     f"the float32 master that DeepSpeed gives for {name!r} is that of another parameter, so that it "
                     "cannot be masked. Leave round_robin_gradients out."
                 )
-        where = getattr(getattr(parameter, "ds_tensor", None), "final_location", None)
-        if where == "nvme" or getattr(getattr(parameter, "_z3_optimizer", None), "swap_optimizer", False):
+        location = getattr(getattr(parameter, "ds_tensor", None), "final_location", None)
+        if location == "nvme" or getattr(getattr(parameter, "_z3_optimizer", None), "swap_optimizer", False):
             raise ValueError(
                 "DeepSpeed swaps weights or the optimizer's state to a disk, where they cannot be masked. Set the "
                 "device of offload_optimizer and offload_param to cpu or none."
@@ -118,16 +118,11 @@ def set_master_(parameter: torch.Tensor, values: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def mask_partition_(parameter: torch.Tensor, mask: torch.Tensor) -> None:
-    """Zeroes pruned weights in the part of a parameter that this process has at stage 3."""
+def mask_parts_(parameter: torch.Tensor, mask: torch.Tensor) -> None:
+    """Zeroes pruned weights in what this process keeps of a parameter: of its master, and at stage 3 of itself."""
     if _is_divided(parameter):
         part = parameter.ds_tensor  # type: ignore[attr-defined]
         part.mul_(_part(mask, _start_of(parameter), len(part)).to(part.device))
-
-
-@torch.no_grad()
-def mask_master_(parameter: torch.Tensor, mask: torch.Tensor) -> None:
-    """Zeroes pruned weights in what this process keeps of a parameter in the precision in which it is trained."""
     for held, _, where in _held(parameter):
         held.mul_(_part(mask, where, len(held)).to(held.device))
 

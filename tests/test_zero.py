@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback
 from hf_prune.optimizers import cut_state_
-from hf_prune.zero import forget_, has_zero, is_zero, mask_master_, mask_state_, master_of, require_maskable
+from hf_prune.zero import forget_, has_zero, is_zero, mask_parts_, mask_state_, master_of, require_maskable
 from tests.structures.models import build as build_of_structures
 from tests.tiny import build
 from tests.training import trainer_factory
@@ -30,11 +30,19 @@ def partitioned(start: int, values: torch.Tensor) -> nn.Parameter:
 def test_masters_and_moments_are_masked_where_they_lie():
     parameter = partitioned(1, torch.tensor([1.0, 2.0, 3.0, 4.0]))
     kept = torch.tensor([0.0, 2.0, 0.0, 4.0])
-    mask_master_(parameter, MASK)
+    mask_parts_(parameter, MASK)
     assert torch.equal(parameter._hp_mapping.hp_fragment, kept)
     assert torch.equal(parameter._hp_mapping.optim_fragment["exp_avg"], torch.tensor([1.0, 2.0, 3.0, 4.0]))
     cut_state_(torch.optim.AdamW([parameter]), "mask", {parameter: MASK})
     assert all(torch.equal(value, kept) for value in parameter._hp_mapping.optim_fragment.values())
+
+
+def test_masters_are_masked_whenever_weights_are():
+    model = nn.Module()
+    model.weight = partitioned(1, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    MaskSet({"weight": MASK}).apply_(model)
+    assert torch.equal(model.weight, MASK.float())
+    assert torch.equal(model.weight._hp_mapping.hp_fragment, torch.tensor([0.0, 2.0, 0.0, 4.0]))
 
 
 def test_moments_that_are_not_finite_are_forgotten():
@@ -50,7 +58,7 @@ def test_a_process_that_keeps_nothing_and_an_optimizer_that_has_not_stepped():
     fresh._hp_mapping.optim_fragment = None
     for parameter in (elsewhere, fresh):
         mask_state_(parameter, MASK)
-        mask_master_(parameter, MASK)
+        mask_parts_(parameter, MASK)
     assert torch.equal(fresh._hp_mapping.hp_fragment, torch.tensor([1.0, 0.0]))
 
 
@@ -148,7 +156,7 @@ def test_ordinary_parameters_have_none():
     assert not is_zero(model.weight)
     assert torch.equal(master_of(model.weight), model.weight)
     before = model.weight.detach().clone()
-    mask_master_(model.weight, MASK)
+    mask_parts_(model.weight, MASK)
     assert torch.equal(model.weight, before)
 
 

@@ -75,7 +75,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     """A context in which all parameters of a model are whole, also those that stage 3 divides.
 
     All processes enter it together, and do the same to the parameters in it. It may be entered again from within, and
-    the model may be called: passes leave parameters as they are.
+    the model may be called: passes leave parameters as they are. After an error they are what they were before.
     """
     divided = [parameter for parameter in model.parameters() if _is_divided(parameter)]
     if not divided or model in _GATHERED:
@@ -85,7 +85,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     optimizers = {getattr(parameter, "_z3_optimizer", None) for parameter in divided}
     offloads = [optimizer.parameter_offload for optimizer in optimizers if optimizer is not None]
-    with GatheredParameters(divided, modifier_rank=0):
+    together = GatheredParameters(divided, modifier_rank=0)
+    with together:
         for offload in offloads:  # Whose hooks would divide parameters after each module.
             for hook in (*offload.forward_hooks, *offload.backward_hooks):
                 hook.remove()
@@ -93,6 +94,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
         _GATHERED.add(model)
         try:
             yield
+        except BaseException:
+            together.src_rank = None  # Else it would send what this process has, and wait for those that go on.
+            raise
         finally:
             _GATHERED.discard(model)
             for offload in offloads:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -284,6 +285,27 @@ def test_processes_that_measure_something_else_prune_at_the_same_steps(tmp_path)
     first, second = on_two_processes(train_by_metrics_of_ones_own, tmp_path, tmp_path)
     assert first == second
     assert [ended for _, ended in first] == ["patience", "patience"]
+
+
+def fail_apart(rank: int, folder: Path) -> None:
+    signal.alarm(100)  # Instead of waiting for ever.
+
+    def criterion(inputs: ScoreInputs) -> torch.Tensor:
+        if rank == 1:
+            raise ValueError(f"only on one of {torch.distributed.get_world_size()}, {has_zero(trainer.model)}")
+        return inputs.weight.abs()
+
+    model = build("llama")
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.5, scope="layer"), criterion=criterion)
+    trainer = trainer_factory(folder)(model, pruning, train_dataset=batch(model, 8), max_steps=1, **zero(3))
+    trainer.train()
+
+
+@pytest.mark.multiprocess
+def test_an_error_on_one_process_while_parameters_are_gathered_ends_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="only on one of 2, True"):
+        on_two_processes(fail_apart, tmp_path, tmp_path)
 
 
 if __name__ == "__main__":

@@ -404,6 +404,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if movement is not None:
             self._movement = movement.beside(self._targets)
         if self.masks:
+            self.masks.settle_()
             self._hooks.hold_(self._weights, self.masks)
         if pacing.is_run_over(state.global_step):
             self._finished = FinishedRun.of(state, model)
@@ -448,9 +449,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def _adopt(self, masks: MaskSet, asked: float | None, now: Moment) -> None:
         """Holds masks from here on, writes the round down and measures it."""
         model, state = now.model, now.state
-        if masks.are_sharded:
-            masks.digest()  # Now that all processes are here: Trainer asks the first alone for its state.
-        elif now.args.world_size > 1:
+        masks.settle_()  # Now that all processes are here: Trainer asks the first alone for its state.
+        if now.args.world_size > 1 and not masks.are_sharded:
             require_agreement(masks.digests(), "a mask")
         self.masks = masks
         cut_state_(now.optimizer, self.config.optimizer_state, {self._weights[n]: m for n, m in masks.items()})

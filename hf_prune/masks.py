@@ -44,6 +44,7 @@ class MaskSet(Mapping[str, torch.Tensor]):
     def __init__(self, masks: Mapping[str, torch.Tensor] | None = None) -> None:
         self._masks = dict(masks or {})
         self._digest: str | None = None
+        self._masked: int | None = None
         for name, mask in self._masks.items():
             if not (torch.is_tensor(mask) and mask.dtype == torch.bool):
                 got = mask.dtype if torch.is_tensor(mask) else type(mask).__name__
@@ -72,7 +73,9 @@ class MaskSet(Mapping[str, torch.Tensor]):
     @property
     def masked(self) -> int:
         """Number of weights masked away."""
-        return sum(masked_in(mask) for mask in self.values())
+        if self._masked is None:
+            self._masked = sum(masked_in(mask) for mask in self.values())
+        return self._masked
 
     @property
     def sparsity(self) -> float:
@@ -136,6 +139,12 @@ class MaskSet(Mapping[str, torch.Tensor]):
                 digest.add([name, list(self[name].shape)], bits, first)
             self._digest = digest.hexdigest()
         return self._digest
+
+    def settle_(self) -> None:
+        """Counts and digests sharded masks; all processes call this, and each may then ask by itself."""
+        if self.are_sharded:
+            self._masked = self.masked
+            self._digest = self.digest()
 
     def digests(self) -> dict[str, str]:
         """The digest of each mask by itself."""

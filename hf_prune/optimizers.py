@@ -64,7 +64,7 @@ def require_restartable(scheduler: LRScheduler) -> LambdaLR:
     if not isinstance(scheduler, LambdaLR):
         raise ValueError(
             f"restart_lr needs a learning rate that is a function of the step, and {type(scheduler).__name__} is not. "
-            "Take a lr_scheduler_type such as linear or cosine, or restart_lr=False."
+            "Take a lr_scheduler_type such as linear or cosine, and none of DeepSpeed's own; or restart_lr=False."
         )
     return scheduler
 

@@ -92,11 +92,11 @@ def gathered(model: nn.Module) -> Iterator[None]:
                 hook.remove()
             offload.forward_hooks, offload.backward_hooks = [], []
         _GATHERED.add(model)
+        # After an error nothing is sent: a process that has one alone would wait for those that go on.
+        sender, together.src_rank = together.src_rank, None
         try:
             yield
-        except BaseException:
-            together.src_rank = None  # Else it would send what this process has, and wait for those that go on.
-            raise
+            together.src_rank = sender
         finally:
             _GATHERED.discard(model)
             for offload in offloads:

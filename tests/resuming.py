@@ -70,6 +70,8 @@ def train(folder: Path, options: dict, kill_at: int, resume: bool) -> None:
     history = pruning.history.to_dict()
     for row in history["rounds"]:
         del row["seconds"]
+    if trainer.is_world_process_zero():  # By itself.
+        assert pruning.masks.sparsity == pruning.history[-1].reached
     weights = WeightsCopy.of(trainer.model)
     outcome = {
         "world_size": trainer.args.world_size,

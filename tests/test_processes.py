@@ -110,6 +110,8 @@ def train(folder: Path, pacing: str, options: dict) -> None:
     )  # fmt: skip
     pruning.evaluate, pruning.log = trainer.evaluate, trainer.log
     trainer.train()
+    if trainer.is_world_process_zero():  # By itself.
+        assert f"sparsity {pruning.masks.masked / pruning.masks.total:.4f}" in repr(pruning.masks)
     result = {
         "world_size": trainer.args.world_size,
         "backend": torch.distributed.get_backend(),

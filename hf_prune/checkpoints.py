@@ -18,10 +18,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from .masks import MaskSet
 from .movement import Movement
-from .processes import sum_over_processes_
+from .processes import gather_from_processes, sum_over_processes_
 from .reports import PruningHistory
-from .shards import has_shards, is_sharded, own, shard
-from .weights import WeightsCopy
+from .shards import has_shards, own
+from .weights import WeightsCopy, sharded_tensors
 from .zero import has_zero
 
 TRAINER_STATE_NAME = "trainer_state.json"  # As in `transformers.trainer`, which imports datasets.
@@ -125,26 +125,24 @@ def recover_(
         load_renamed_weights_(model, folder)
     elif _has_other_names_in_files(model):
         raise ValueError(f"the weights of this {type(model).__name__} cannot be found to be resumed. {ELSEWHERE}")
+    sharded = sharded_tensors(model)
     try:
         best = _recorded(
             "best weights of the round are",
             BEST_NAME,
             progress["best"],
             # They may be those of the checkpoint itself.
-            (lambda: WeightsCopy.of(model), lambda: _load(WeightsCopy, folder, BEST_NAME)),
+            (lambda: WeightsCopy.of(model), lambda: _load(WeightsCopy, folder, BEST_NAME, sharded)),
             folder,
         )
-        if best is not None:
-            best = best.divided_as(model)
-            best.digest()  # As of masks, below.
         return Recovered(
-            _recover_masks(folder, progress["masks"], model, names, zeros),
+            _recover_masks(folder, progress["masks"], model, names, zeros, sharded),
             best,
             _recorded(
                 "movement of the weights is",
                 MOVEMENT_NAME,
                 progress["movement"],
-                (lambda: _load(Movement, folder, MOVEMENT_NAME),),
+                (lambda: _load(Movement, folder, MOVEMENT_NAME, sharded),),
                 folder,
             ),
         )
@@ -257,6 +255,7 @@ def _recover_masks(
     model: nn.Module,
     names: Collection[str],
     zeros: Callable[[], MaskSet],
+    sharded: Mapping[str, torch.Tensor],
 ) -> MaskSet:
     """The masks of a digest: in the checkpoint, else in the zeros of the model.
 
@@ -265,12 +264,11 @@ def _recover_masks(
     """
     if digest is None:
         return MaskSet()
-    for find in (lambda: _load(MaskSet, folder, MASKS_NAME), zeros):
-        masks = find()
+    for find in (lambda: _load(MaskSet, folder, MASKS_NAME, sharded), zeros):
+        masks = _on_all(find())
         if masks is not None and masks.digest() == digest and set(masks) == set(names):
-            masks = MaskSet({name: _beside(mask, model.get_parameter(name)) for name, mask in masks.items()})
+            masks = MaskSet({name: mask.to(own(model.get_parameter(name)).device) for name, mask in masks.items()})
             if _are_zero(model, masks):
-                masks.digest()  # Where they are sharded, all processes take part, and Trainer's state is of the first.
                 return masks
     raise ValueError(
         f"the masks of the checkpoint are missing, damaged or of another model: no {MASKS_NAME} fits the digest on "
@@ -285,7 +283,7 @@ def _recorded(
     if digest is None:
         return None
     for find in candidates:
-        if (candidate := find()) is not None and candidate.digest() == digest:
+        if (candidate := _on_all(find())) is not None and candidate.digest() == digest:
             return candidate
     raise ValueError(f"the {what} missing or damaged: no {name} fits the digest on record. {_whereabouts(folder)}")
 
@@ -301,11 +299,6 @@ def _are_zero(model: nn.Module, masks: MaskSet) -> bool:
     found = [torch.any(own(weights[name]).masked_fill(own(mask), 0)) for name, mask in masks.items()]
     count = torch.stack([each.float() for each in found]).sum()
     return not (sum_over_processes_(count) if masks.are_sharded else count)
-
-
-def _beside(mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A mask on the device of its weight, sharded as it is."""
-    return mask if is_sharded(mask) else shard(mask.to(own(weight).device), weight)
 
 
 def _read_progress(folder: Path) -> tuple[Progress | None, int]:
@@ -335,16 +328,23 @@ def _is_as_recorded(kind: type[Loaded], folder: Path, name: str, digest: str | N
     return found is not None and found.digest() == digest
 
 
-def _load(kind: type[Loaded], folder: Path | None, name: str) -> Loaded | None:
+def _load(
+    kind: type[Loaded], folder: Path | None, name: str, like: Mapping[str, torch.Tensor] | None = None
+) -> Loaded | None:
     if folder is None:
         return None
     try:
-        return kind.load(folder / name)
+        return kind.load(folder / name, like)
     except FileNotFoundError:
         return None
     except ValueError as error:
         logger.warning("%s", error)
         return None
+
+
+def _on_all(found: Loaded | None) -> Loaded | None:
+    """What was found, if all processes have found theirs: the digest of rows is computed by all of them together."""
+    return found if all(gather_from_processes(found is not None)) else None
 
 
 def _step(folder: Path) -> int:

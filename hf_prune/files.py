@@ -1,15 +1,17 @@
-"""Files of tensors that appear whole or not at all."""
+"""Files of tensors that appear whole or not at all, written tensor by tensor and read by rows."""
 
+import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .digests import Digest
 from .shards import from_own, own, rows_held, whole
@@ -32,6 +34,10 @@ class Tensors:
     like: dict[str, torch.Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
 
+    def shape_of(self, name: str) -> torch.Size:
+        """The shape of a tensor with all its rows."""
+        return self.like.get(name, self.tensors[name]).shape
+
     def whole(self, name: str) -> torch.Tensor:
         """A tensor with all its rows, on the CPU."""
         tensor = self.tensors[name].detach()
@@ -44,61 +50,116 @@ class Tensors:
         """A SHA-256 over names, shapes, dtypes and bytes: equal tensors have equal digests on every machine."""
         digest = Digest(together=bool(self.like))
         for name, tensor in sorted(self.tensors.items()):
-            like = self.like.get(name)
-            shape = list(tensor.shape if like is None else like.shape)
             rows = torch.atleast_1d(tensor.detach().cpu())
             rows = rows.reshape(len(rows), math.prod(rows.shape[1:])).contiguous().view(torch.uint8)
-            first = None if like is None else rows_held(like).start
-            digest.add([name, shape, str(tensor.dtype)], rows.numpy(), first)
+            first = rows_held(self.like[name]).start if name in self.like else None
+            digest.add([name, list(self.shape_of(name)), str(tensor.dtype)], rows.numpy(), first)
         return digest.hexdigest()
 
     def save(self, path: str | os.PathLike[str], *, write: bool = True) -> None:
-        """Writes the tensors as safetensors; the file appears whole or not at all.
+        """Writes the tensors as safetensors, gathering one at a time; the file appears whole or not at all.
 
         Args:
             path: Where to.
             write: Whether this process writes. All of them call this where tensors are rows.
         """
-        tensors = {}
-        for name in self.tensors if write or self.like else ():
-            tensor = self.whole(name)
-            if write:
-                tensors[name] = tensor
-        if write:
-            save_tensors(tensors, path, self.metadata)
+        layout = {name: Layout(tensor.dtype, self.shape_of(name)) for name, tensor in self.tensors.items()}
+        save_tensors(layout, self.whole, path, self.metadata, write=write, together=bool(self.like))
 
     @classmethod
-    def load(cls: type[Kind], path: str | os.PathLike[str]) -> Kind:
+    def load(cls: type[Kind], path: str | os.PathLike[str], like: Mapping[str, torch.Tensor] | None = None) -> Kind:
         """Reads what `save` wrote, onto the CPU.
+
+        Args:
+            path: Where from.
+            like: Name → sharded tensor: of these only the rows are read that this process holds.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is truncated or not a file of tensors.
+            ValueError: if it is truncated or not a file of tensors, or of tensors with other shapes than `like`.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no tensors at {path}.")
         try:
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
-                return cls({name: file.get_tensor(name) for name in names}, metadata=file.metadata() or {})
+                like = {name: tensor for name, tensor in (like or {}).items() if name in names}
+                for name, tensor in like.items():
+                    if (shape := file.get_slice(name).get_shape()) != list(tensor.shape):
+                        raise ValueError(f"{path} has {name!r} of shape {shape}, the model {list(tensor.shape)}.")
+                tensors = {
+                    name: file.get_slice(name)[rows_held(like[name])] if name in like else file.get_tensor(name)
+                    for name in names
+                }
+                return cls(tensors, like, file.metadata() or {})
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or not a file of tensors ({error}).") from error
 
 
+class Layout(NamedTuple):
+    """What of a tensor is told in a file's header."""
+
+    dtype: torch.dtype
+    shape: Sequence[int]
+
+
 def save_tensors(
-    tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], metadata: dict[str, str] | None = None
+    layout: Mapping[str, Layout],
+    tensor_of: Callable[[str], torch.Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    write: bool = True,
+    together: bool = False,
 ) -> None:
-    """Writes safetensors under a temporary name and renames them when they are whole.
+    """Writes safetensors under a temporary name, and renames them when they are whole.
+
+    One tensor after the other is made and written, so that they need not be in memory together.
 
     Args:
-        tensors: Name → tensor; no two of them may share memory.
+        layout: Name → dtype and shape.
+        tensor_of: Name → the tensor, on the CPU.
         path: Where to. What was there before stays until the new file is whole.
         metadata: Text to write into the header.
+        write: Whether this process writes.
+        together: Whether all processes make each tensor together, those too that do not write.
     """
-    path = Path(path)
+    # The widest first, so that each begins at a multiple of its elements' size.
+    names = sorted(layout, key=lambda name: (-layout[name].dtype.itemsize, name))
+    if not write:
+        for name in names if together else ():
+            tensor_of(name)
+        return
+    with _appearing_whole(Path(path)) as file:
+        file.write(_header({name: layout[name] for name in names}, metadata or {}))
+        for name in names:
+            file.write(tensor_of(name).contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def _appearing_whole(path: Path) -> Iterator[BinaryIO]:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=metadata)
+        with unfinished.open("wb") as file:
+            yield file
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _header(layout: Mapping[str, Layout], metadata: Mapping[str, str]) -> bytes:
+    """What safetensors begin with: how long it is, and as JSON which bytes behind it are which tensor."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _name_of(dtype), "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    """What safetensors call a dtype, read off an empty tensor that they write."""
+    written = save({"x": torch.empty(0, dtype=dtype)})
+    return str(json.loads(written[8:])["x"]["dtype"])

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .digests import Digest
-from .files import save_tensors
+from .files import Layout, save_tensors
 from .processes import sum_over_processes_
-from .shards import is_sharded, own, rows_held, whole
+from .shards import from_own, is_sharded, own, rows_held, whole
 from .targets import find_targets
 from .zero import is_whole, mask_parts_, shape_of
 
@@ -162,22 +162,23 @@ class MaskSet(Mapping[str, torch.Tensor]):
             path: Where to.
             write: Whether this process writes. All of them call this where masks are sharded.
         """
-        packed = {}
-        for name, mask in self.items() if write or self.are_sharded else ():
-            bits = _pack(mask)
-            if write:
-                packed[name] = torch.from_numpy(bits)
-        if write:
-            shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
-            save_tensors(packed, path, {"format": _FORMAT, "shapes": shapes})
+        layout = {name: Layout(torch.uint8, [(mask.numel() + 7) // 8]) for name, mask in self.items()}
+        shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
+        metadata = {"format": _FORMAT, "shapes": shapes}
+        save_tensors(layout, lambda name: _pack(self[name]), path, metadata, write=write, together=self.are_sharded)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "MaskSet":
+    def load(cls, path: str | os.PathLike[str], like: Mapping[str, torch.Tensor] | None = None) -> "MaskSet":
         """Reads what `save` wrote, onto the CPU.
+
+        Args:
+            path: Where from.
+            like: Name → sharded tensor: of these masks only the rows are read that this process holds, and they are
+                sharded and placed as the tensors are.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is truncated or not a file of masks.
+            ValueError: if it is truncated or not a file of masks, or of masks with other shapes than `like`.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no masks at {path}.")
@@ -187,7 +188,7 @@ class MaskSet(Mapping[str, torch.Tensor]):
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"its format is {metadata.get('format')!r}")
                 shapes = json.loads(metadata["shapes"])
-                return cls({name: _unpack(file.get_tensor(name), shape) for name, shape in shapes.items()})
+                return cls({name: _read(file, name, shape, (like or {}).get(name)) for name, shape in shapes.items()})
         except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is truncated or not a file of masks ({error}).") from error
 
@@ -212,12 +213,25 @@ def masked_in(mask: torch.Tensor) -> int:
     return mask.numel() - int(kept)
 
 
-def _pack(mask: torch.Tensor) -> np.ndarray:
-    return np.packbits(whole(mask).cpu().numpy())
+def _pack(mask: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.packbits(whole(mask).cpu().numpy()))
 
 
-def _unpack(packed: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    count = math.prod(shape)
-    if packed.dtype != torch.uint8 or len(packed) != (count + 7) // 8 or min(shape, default=0) < 0:
-        raise ValueError(f"{tuple(packed.shape)} of {packed.dtype} cannot be a mask of shape {shape}")
-    return torch.from_numpy(np.unpackbits(packed.numpy(), count=count).astype(bool)).view(shape)
+def _read(file: safe_open, name: str, shape: list[int], like: torch.Tensor | None) -> torch.Tensor:
+    """A mask of a file; of one that is to be sharded as another tensor is, the rows that this process holds."""
+    packed, count = file.get_slice(name), math.prod(shape)
+    if packed.get_dtype() != "U8" or packed.get_shape() != [(count + 7) // 8] or min(shape, default=0) < 0:
+        raise ValueError(f"{packed.get_shape()} of {packed.get_dtype()} cannot be a mask of shape {shape}")
+    if like is None:
+        return _unpack(packed[:], 0, count).view(shape)
+    if shape != list(like.shape):
+        raise ValueError(f"{name!r} has shape {shape}, and the weight {list(like.shape)}")
+    rows, row = rows_held(like), math.prod(shape[1:])
+    first, last = rows.start * row, rows.stop * row
+    held = _unpack(packed[first // 8 : (last + 7) // 8], first % 8, last - first).view(-1, *shape[1:])
+    return from_own(held.to(own(like).device), like)
+
+
+def _unpack(packed: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """So many bits from one on."""
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=first + count)[first:].astype(bool))

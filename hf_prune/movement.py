@@ -6,7 +6,7 @@ import torch
 
 from .files import Tensors
 from .processes import sum_over_processes_
-from .shards import from_own, is_sharded, own, shard
+from .shards import from_own, is_sharded, own
 from .targets import Target
 
 
@@ -32,12 +32,9 @@ class Movement(Tensors):
         )
 
     def beside(self, targets: Mapping[str, Target]) -> "Movement":
-        """A loaded one, each sum on the device of its weight, and divided as it is."""
-        tensors = {
-            name: own(shard(self.tensors[name].to(target.weight.device), target.weight))
-            for name, target in targets.items()
-        }
-        return Movement(tensors, _sharded(targets.values()), self.metadata)
+        """A loaded one, each sum on the device of its weight."""
+        tensors = {name: self.tensors[name].to(target.weight.device) for name, target in targets.items()}
+        return Movement(tensors, self.like, self.metadata)
 
     def digest(self) -> str:
         """The run and the number of its steps: which no other movement has, and which costs nothing to find out."""

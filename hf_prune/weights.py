@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .files import Tensors
-from .shards import is_sharded, own, rows_held
+from .shards import is_sharded, own
 from .zero import gathered, master_of, set_master_
 
 
@@ -22,18 +22,9 @@ class WeightsCopy(Tensors):
     @torch.no_grad()
     def of(cls, model: nn.Module) -> "WeightsCopy":
         """Copies the weights of a model, unwrapped; with DeepSpeed in the precision in which they are trained."""
-        tensors = _tensors_of(model)
         with gathered(model):
-            copies = {name: own(master_of(tensor)).to("cpu", copy=True) for name, tensor in tensors.items()}
-        return cls(copies, {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)})
-
-    def divided_as(self, model: nn.Module) -> "WeightsCopy":
-        """A whole copy → the rows that this process holds of a model's sharded tensors; as it is, without such."""
-        like = {name: tensor for name, tensor in _tensors_of(model).items() if is_sharded(tensor)}
-        if not like or self.like:
-            return self
-        rows = {name: self.tensors[name][rows_held(tensor)].clone() for name, tensor in like.items()}
-        return WeightsCopy({**self.tensors, **rows}, like)
+            copies = {n: own(master_of(tensor)).to("cpu", copy=True) for n, tensor in _tensors_of(model).items()}
+        return cls(copies, sharded_tensors(model))
 
     def digest(self) -> str:
         """As that of `Tensors`. Nothing changes a copy, so that it is computed once."""
@@ -49,6 +40,11 @@ class WeightsCopy(Tensors):
         with gathered(model):
             for name, tensor in _tensors_of(model).items():
                 set_master_(own(tensor), self.tensors[name])
+
+
+def sharded_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and persistent buffers of which other processes hold rows."""
+    return {name: tensor for name, tensor in _tensors_of(model).items() if is_sharded(tensor)}
 
 
 def _tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from transformers import (
 
 from common.arguments import parse
 from common.dense import DenseArguments, dense_model
-from common.report import DenseTest, report
+from common.report import DenseTest, end, report
 from common.splits import SplitArguments, three_splits
 from common.task import Task
 from common.text import continue_text, cut_blocks, load_texts
@@ -138,7 +138,7 @@ def main() -> None:
     report(trainer, callback, dense)
     story = continue_text(model, tokenizer, prompt)
     PartialState().print(f"\nStory before: {dense_story}\n\nStory after: {story}")
-    trainer.accelerator.end_training()
+    end(trainer)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from transformers import (
 from common.arguments import parse
 from common.dense import DenseArguments, dense_model
 from common.images import ImageCollator, load_images
-from common.report import DenseTest, report
+from common.report import DenseTest, end, report
 from common.splits import SplitArguments, three_splits
 from common.task import Task
 from hf_prune import PruningTrainerCallback
@@ -123,4 +123,4 @@ def prune_classifier(
 
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report(trainer, callback, dense)
-    trainer.accelerator.end_training()
+    end(trainer)

@@ -77,3 +77,11 @@ def report(trainer: Trainer, callback: PruningTrainerCallback, dense: DenseTest)
         f"Saved in {folder}: model, preprocessing, history, and pruning.png. "
         f'Load it with {(trainer.model.config.architectures or [""])[0]}.from_pretrained("{folder}").'
     )
+
+
+def end(trainer: Trainer) -> None:
+    """Lets go of the other processes, when all of them have done what they had to do."""
+    # A process that leaves right after it has sent something may be gone before gloo's threads have let go of what
+    # was sent, and is then aborted.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,8 +8,10 @@ from transformers import Trainer
 
 from tests.training import trainer_factory
 
-# Two test processes on two cores: with more threads than one each, they would wait for each other.
+# Two test processes on two cores: with more threads than one each, they would wait for each other. So would those
+# that tests start, and DeepSpeed would look for GPUs.
 torch.set_num_threads(1)
+os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 @pytest.fixture

@@ -18,7 +18,11 @@ def on_two_processes(function: Callable[..., Any], folder: Path, *args: Any) -> 
 def on_processes(size: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """Calls `function(rank, *args)` on each; what it returns is tensors, numbers and containers of them."""
     folder.mkdir(exist_ok=True)
-    torch.multiprocessing.spawn(_run, args=(size, folder, function, args), nprocs=size)
+    # From a process that has imported what takes seconds, and computed nothing: it has no threads that could be lost.
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["transformers.trainer", "hf_prune"])
+    torch.multiprocessing.start_processes(
+        _run, args=(size, folder, function, args), nprocs=size, start_method="forkserver"
+    )
     return [torch.load(folder / f"rank-{rank}", weights_only=True) for rank in range(size)]
 
 

@@ -137,9 +137,11 @@ def outcomes(tmp_path_factory):
         folder = tmp_path_factory.mktemp("outcomes")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         subprocess.run(
-            [*command, "-m", "tests.test_processes", str(folder)], check=True, timeout=280,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, cwd=Path(__file__).parents[1],
-        )  # fmt: skip
+            [*command, "-m", "tests.test_processes", str(folder)],
+            check=True,
+            timeout=280,
+            cwd=Path(__file__).parents[1],
+        )
         return {
             (kind, name): [json.loads(path.read_text()) for path in sorted((folder / kind / name).glob("rank-*.json"))]
             for kind, name in CELLS
@@ -172,7 +174,8 @@ def test_two_processes_prune_what_one_does(kind, name, outcomes):
     if not first["partitioned"]:
         # Masked before the reduction and clipped after it: the norm is that of the masked mean gradient.
         assert first["norms"] == pytest.approx(one["norms"], rel=1e-9)
-    assert first["weights"] == pytest.approx(one["weights"], rel=1e-6 if first["partitioned"] else 1e-12)
+    # DeepSpeed trains in float32, whose rounding grows with learning rates as large as that of "patience".
+    assert first["weights"] == pytest.approx(one["weights"], rel=1e-5 if first["partitioned"] else 1e-12)
     assert first["after_cut"] == pytest.approx(one["after_cut"], rel=1e-6)
 
 
@@ -304,8 +307,7 @@ def fail_apart(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.multiprocess
-def test_an_error_on_one_process_while_parameters_are_gathered_ends_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+def test_an_error_on_one_process_while_parameters_are_gathered_ends_it(tmp_path):
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="only on one of 2, True"):
         on_two_processes(fail_apart, tmp_path, tmp_path)
 

@@ -32,10 +32,7 @@ def begin(script: Sequence[str], folder: Path, *flags: str, config: Sequence[str
     """Begins what `launch` waits for; the script may be a module, behind `-m`."""
     options = [f"--config_file={RECIPES / 'accelerate' / config[0]}", *config[1:]] if config else []
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, *script]
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "datasets"),
-        "PYTHONPATH": str(RECIPES.parent), "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets"), "PYTHONPATH": str(RECIPES.parent)}
     return subprocess.Popen(
         [*command, "--use_cpu", "--dense_dir=dense", *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment,

@@ -12,7 +12,7 @@ from tests.recipes.conftest import RECIPES
 from tests.recipes.launch import ROUND, begin, finished, launch, report_in
 
 CONFIGS = sorted(path.name for path in (RECIPES / "accelerate").iterdir())
-SHORT = ["--num_stories=200", "--dense_steps=20", "--max_steps=20"]
+SHORT = ["--num_stories=200", "--dense_steps=4", "--max_steps=20", "--eval_steps=5", "--save_steps=10"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -29,7 +29,7 @@ def test_configs_start_several_processes_and_are_on_the_page(name: str) -> None:
 @pytest.mark.multiprocess
 def test_two_processes_and_two_machines(tmp_path: Path) -> None:
     printed = launch("tinystories.py", tmp_path, *SHORT, config=["cpu.yaml"])
-    assert printed.count("Dense model: trained for 20 steps") == 1
+    assert printed.count("Dense model: trained for 4 steps") == 1
     assert len(ROUND.findall(printed)) == 5
     assert "Trained by 2 processes, DistributedDataParallel over gloo." in printed
     assert printed.count("Test perplexity") == printed.count("Story after") == 1

@@ -94,7 +94,9 @@ def cut_blocks(texts: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_siz
 
 
 def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt and the forty tokens that the model finds most likely to come next."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    output = model.eval().generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    """The prompt and the forty tokens that the model finds most likely to come next, or as many as it has room for."""
+    room = getattr(model.config, "max_position_embeddings", 1024)
+    inputs = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=room - 1).to(model.device)
+    new = min(40, room - inputs["input_ids"].shape[1])
+    output = model.eval().generate(**inputs, max_new_tokens=new, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from .contexts import eager_experts, undisturbed
 from .hooks import paused
-from .passes import base_of, gradients_of, loss_of, summed_gradients, targets_in_passes
+from .passes import base_of, gradients_of, in_step, loss_of, summed_gradients, targets_in_passes
 from .processes import failing_together, sum_over_processes_
 from .products import Product, ProductWatch
-from .samples import IGNORED_LABEL, Batch, in_step, read_samples, require_samples, singles_of, size_of, take_samples
+from .samples import IGNORED_LABEL, Batch, read_samples, require_samples, singles_of, size_of, take_samples
 from .shards import from_own, own, resharded
 from .targets import Target, are_sharded
 

@@ -70,24 +70,23 @@ class Choice:
 
         def scores_of(target: Target) -> torch.Tensor:
             """Of the groups whose turn it is on this process."""
-            seen = target.own() if alone else target.whole()
-            scores = groups.pool(self.scores_of(seen), seen)
-            if seen.rows is None and sharded:
-                check_scores(target.name, scores)  # While all processes have all of them.
-                return own(shard(scores, target.weight))
-            return scores
+            if alone or not sharded:
+                seen = target.own()
+                return groups.pool(self.scores_of(seen), seen)
+            seen = target.whole()
+            with failing_together():  # While all processes have all of them.
+                scores = groups.pool(self.scores_of(seen), seen)
+                check_scores(target.name, scores)
+            return own(shard(scores, target.weight))
 
-        def of_groups(mask: torch.Tensor, target: Target) -> torch.Tensor:
+        def regrouped(
+            change: Callable[[torch.Tensor, Target], torch.Tensor], mask: torch.Tensor, target: Target
+        ) -> torch.Tensor:
             if groups.group_size == 1:
-                return groups.pool_mask(mask, target)
-            return shard(groups.pool_mask(whole(mask), target), target.weight)
+                return change(mask, target)
+            return shard(change(whole(mask), target), target.weight)
 
-        def of_weights(mask: torch.Tensor, target: Target) -> torch.Tensor:
-            if groups.group_size == 1:
-                return groups.spread(mask, target)
-            return shard(groups.spread(whole(mask), target), target.weight)
-
-        kept = {name: of_groups(mask, self.targets[name]) for name, mask in self.masks.items()}
+        kept = {name: regrouped(groups.pool_mask, mask, self.targets[name]) for name, mask in self.masks.items()}
         kept_here = {name: own(mask) for name, mask in kept.items()}
         chosen: dict[str, torch.Tensor] = {}
         for pool in divide(kept):
@@ -95,7 +94,9 @@ class Choice:
             chosen |= drop_lowest(scores, pool.drop, kept_here, sharded=sharded)
         return MaskSet(
             {
-                name: of_weights(from_own(chosen[name], target.weight, groups.shape_of_groups(target)), target)
+                name: regrouped(
+                    groups.spread, from_own(chosen[name], target.weight, groups.shape_of_groups(target)), target
+                )
                 for name, target in self.targets.items()
             }
         )
@@ -107,11 +108,11 @@ class Choice:
             mask_of: A target, as a process sees it, and its mask so far → its mask.
             alone: Whether a process can do that for the rows that it holds, unless it is inputs that are divided.
         """
-        found = {}
+        found, sharded = {}, are_sharded(self.targets.values())
         for name, target in self.targets.items():
             seen = target.own() if alone and target.axes[-1] != 0 else target.whole()
             kept = seen.fit(self.masks[name]) if name in self.masks else None
-            with failing_together(seen.rows is not None):
+            with failing_together(sharded):
                 mask = mask_of(seen, kept)
             found[name] = shard(mask, target.weight) if seen.rows is None else from_own(mask, target.weight)
         return MaskSet(found)

@@ -6,15 +6,16 @@ every pass together, and what is multiplied are gathered weights, other tensors 
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers.utils.generic import find_labels
 
-from .processes import rank_and_size
+from .processes import failing_together, gather_from_processes, rank_and_size
 from .samples import Batch
-from .shards import gathered_parameters, own, reshard_
+from .shards import gathered_parameters, has_shards, own, reshard_
 from .targets import Target
 
 
@@ -22,6 +23,37 @@ def targets_in_passes(model: nn.Module, targets: Mapping[str, Target]) -> dict[s
     """The targets with the weights that passes compute with: those that FSDP2 gathers, or the model's own."""
     gathered = gathered_parameters(model)
     return {name: dataclasses.replace(t, weight=gathered.get(name, t.weight)) for name, t in targets.items()}
+
+
+def in_step(model: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Batches of this process; and of a sharded model, while other processes have more of them, some of theirs.
+
+    Of such a model all processes make every pass together, so that all of them call this.
+
+    Args:
+        model: The model.
+        batches: Those of this process. Reading them may not wait for other processes.
+
+    Yields:
+        A batch on its device, and whether it is of this process: those of others must not count here.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: if batches cannot be read: that of the first process, on all of them.
+    """
+    if not has_shards(model):
+        yield from ((batch, True) for batch in batches)
+        return
+    iterator, (rank, _), device = iter(batches), rank_and_size(), next(model.parameters()).device
+    while True:
+        with failing_together():
+            batch = next(iterator, None)
+        have = gather_from_processes(batch is not None)
+        if not any(have):
+            return
+        if not all(have):
+            lender = have.index(True)
+            lent = gather_from_processes(send_to_device(dict(batch or {}), "cpu") if rank == lender else None)[lender]
+        yield (batch, True) if batch is not None else (send_to_device(lent, device), False)
 
 
 def base_of(model: nn.Module) -> nn.Module:

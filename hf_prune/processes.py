@@ -37,7 +37,7 @@ def gather_from_processes(value: Value) -> list[Value]:
 def failing_together(together: bool = True) -> Iterator[None]:
     """If what is done in it fails on one process, it fails on all: else the others would wait for it for ever.
 
-    Nothing that is done in it may wait for other processes.
+    Nothing that is done in it may wait for other processes, but for what fails on all of them together.
 
     Args:
         together: Whether the processes do it together; if not, this does nothing.

@@ -16,8 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils.logging import tqdm
 
-from .processes import failing_together, gather_from_processes, rank_and_size, sum_over_processes_
-from .shards import has_shards
+from .processes import rank_and_size, sum_over_processes_
 
 logger = logging.getLogger(__name__)
 
@@ -80,37 +79,6 @@ def require_samples(model: nn.Module, seen: int, samples: int) -> None:
         raise ValueError("there are no calibration samples: the dataloader gave no batch.")
     if seen < samples:
         logger.warning("Calibration has %d samples, fewer than the %d asked for.", seen, samples)
-
-
-def in_step(model: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """Batches of this process; and of a sharded model, while other processes have more of them, some of theirs.
-
-    Of such a model all processes make every pass together, so that all of them call this.
-
-    Args:
-        model: The model.
-        batches: Those of this process. Reading them may not wait for other processes.
-
-    Yields:
-        A batch on its device, and whether it is of this process: those of others must not count here.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: if batches cannot be read: that of the first process, on all of them.
-    """
-    if not has_shards(model):
-        yield from ((batch, True) for batch in batches)
-        return
-    iterator, (rank, _), device = iter(batches), rank_and_size(), next(model.parameters()).device
-    while True:
-        with failing_together():
-            batch = next(iterator, None)
-        have = gather_from_processes(batch is not None)
-        if not any(have):
-            return
-        if not all(have):
-            lender = have.index(True)
-            lent = gather_from_processes(send_to_device(dict(batch or {}), "cpu") if rank == lender else None)[lender]
-        yield (batch, True) if batch is not None else (send_to_device(lent, device), False)
 
 
 def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed: int) -> Iterator[Batch]:

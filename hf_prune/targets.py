@@ -193,7 +193,8 @@ def find_targets(
         )
     for target in targets.values():
         _require_prunable(target)
-        require_by_rows(target.name, target.weight)
+    for name, parameter in model.named_parameters():  # All of them: the best weights of a round are not targets alone.
+        require_by_rows(name, parameter)
     if has_shards(model) and (odd := [name for name, target in targets.items() if not is_sharded(target.weight)]):
         raise ValueError(
             f"{odd[0]!r} is whole on each process, and other weights are sharded. Shard all, or exclude it."

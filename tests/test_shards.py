@@ -1,5 +1,6 @@
 """Shards: of weights that FSDP2 has divided goes what goes of whole ones, to the last bit."""
 
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -77,7 +78,7 @@ def twice(model: nn.Module, criterion: Criterion, granularity: str, scope: str =
     first = {"granularity": "3:4"} if granularity == "2:4" else {"granularity": granularity, "sparsity": 0.3}
     last = {"granularity": "2:4"} if granularity == "2:4" else {"granularity": granularity, "sparsity": 0.6}
     options = {"scope": scope, "target_modules": fitting}
-    prune(model, PruningConfig(**first, **options, score_steps=2), criterion=criterion)
+    prune(model, PruningConfig(**first, **options), criterion=criterion)
     report = prune(model, PruningConfig(**last, **options, hold_zeros=True), criterion=criterion)
     names = [name for name, target in targets.items() if target.module in fitting]
     return MaskSet.from_zeros(model, names).digest(), report.zeros, report.masked, report.model_sparsity
@@ -145,6 +146,15 @@ def errors_of_one_shard(rank: int) -> list[str]:
         return torch.where(inputs.weight == inputs.weight.max(), torch.nan, inputs.weight)
 
     note(sharded(uneven()), odd_as_a_whole)
+
+    def raising(inputs: ScoreInputs) -> torch.Tensor:
+        if rank == 1:
+            raise ValueError("NaN, says one process")
+        return inputs.weight.abs()
+
+    signal.alarm(100)  # Instead of waiting for ever.
+    for scope in ("global", "layer", "row"):
+        note(sharded(uneven()), raising, scope=scope)
     return messages
 
 
@@ -152,7 +162,8 @@ def errors_of_one_shard(rank: int) -> list[str]:
 def test_what_is_wrong_on_one_process_is_an_error_on_all(tmp_path):
     first, second = on_two_processes(errors_of_one_shard, tmp_path)
     assert first == second
-    weights, *scores = first
+    weights, *scores = first[:-3]
+    assert first[-3:] == ["NaN, says one process"] * 3
     assert "1 of the 36 weights of 'linear.weight' are NaN" in weights
     assert ["scores of 'linear.weight' are NaN" in message for message in scores] == [True] * 3
 

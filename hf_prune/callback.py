@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .access import accessible
 from .checkpoints import (
     BEST_NAME,
     MASKS_NAME,
@@ -59,7 +60,7 @@ from .structures.finding import find_places, held_zeros, require_prunable, zeros
 from .structures.members import Place, parameters_of
 from .structures.shrinking import shrink
 from .targets import Target
-from .zero import gathered, has_zero
+from .zero import has_partitions
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Checks that the config fits the model and the run; starts, or goes on where a checkpoint was."""
         now = Moment.of(args, state, kwargs)
-        reshard_(now.model)  # Here and below: another callback may have called the model.
+        reshard_(now.model)  # Another callback may have called it.
         self._hooks.release_(self._weights.values())
         undo_restart_lr_(now.scheduler)
         self._start_clean()
@@ -187,7 +188,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if isinstance(state.stateful_callbacks, dict) and state.global_step == 0:
             progress_of(state.stateful_callbacks)  # Raises if there is more than one.
         require_not_retired(now.optimizer)
-        with gathered(now.model):
+        with accessible(now.model):
             self._resolve(now)
             if state.global_step > 0:
                 self._resume(now)
@@ -199,7 +200,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cuts if a round begins here: after what Trainer evaluated and saved at the end of the step before."""
-        reshard_(kwargs["model"])
         if self.config.patience:  # Not as soon as an evaluation lacks it: another evaluation dataset may have it.
             self._monitor.require(self.history.metric)
         if not self._hooks.are_on(self._weights, self.masks):
@@ -217,7 +217,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Zeroes pruned weights after every step, so that no forward pass sees what others do to gradients."""
-        reshard_(kwargs["model"])
         self.masks.apply_(kwargs["model"])
 
     def on_step_end(
@@ -246,7 +245,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Notes the metric. A cut that is due waits for the next step, so that Trainer saves what it evaluated."""
-        reshard_(kwargs["model"])
         if not self._training:
             return
         metrics, metric = kwargs["metrics"], self.history.metric
@@ -278,11 +276,10 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Leaves an ordinary model with its zeros, and says loudly if they are fewer than asked for."""
         model = kwargs["model"]
-        reshard_(model)
         self._hooks.release_(self._weights.values())
         self._training = False
         undo_restart_lr_(kwargs["lr_scheduler"])
-        with gathered(model):
+        with accessible(model):
             if args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 load_renamed_weights_(model, Path(state.best_model_checkpoint))
             elif self._finished is not None:
@@ -335,7 +332,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         require_whole_where_needed(self._targets.values(), self.config, self.criterion)
         self._places = find_places(now.model, self.config, self._targets)
         require_prunable(now.model, self.config, self._places)
-        if self._places and self.config.shrink_at_end and has_zero(now.model):
+        if self._places and self.config.shrink_at_end and has_partitions(now.model):
             raise ValueError(
                 "DeepSpeed holds on to the shapes that parameters have, so that they cannot be shrunk at the end of "
                 "training. Set shrink_at_end=False, and call shrink on the saved model."
@@ -354,7 +351,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         )
         self._rounds = Rounds.plan(self.config, history, now.state.max_steps)
         if "movement" in required_statistics(self.config, self.criterion):
-            if has_zero(now.model):
+            if has_partitions(now.model):
                 raise ValueError(
                     "movement is the sum of gradients of each step, which DeepSpeed shows to nobody. Take another "
                     "criterion, or train with FSDP or DistributedDataParallel."
@@ -411,7 +408,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 
     def _cut_if_due(self, now: Moment) -> None:
         if self._rounds.pacing.is_due(now.state.global_step):
-            with gathered(now.model):
+            with accessible(now.model):
                 self._cut(now)
 
     def _cut(self, now: Moment) -> None:
@@ -453,7 +450,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if now.args.world_size > 1 and not masks.are_sharded:
             require_agreement(masks.digests(), "a mask")
         self.masks = masks
-        cut_state_(now.optimizer, self.config.optimizer_state, {self._weights[n]: m for n, m in masks.items()})
+        cut_state_(
+            now.optimizer, self.config.optimizer_state, {w: masks.get(name) for name, w in self._weights.items()}
+        )
         self._hooks.hold_(self._weights, masks)
         # Metrics of a less sparse model must not keep a sparser one from becoming the best.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None

@@ -22,7 +22,7 @@ from .processes import gather_from_processes, sum_over_processes_
 from .reports import PruningHistory
 from .shards import has_shards, own
 from .weights import WeightsCopy, sharded_tensors
-from .zero import has_zero
+from .zero import has_partitions
 
 TRAINER_STATE_NAME = "trainer_state.json"  # As in `transformers.trainer`, which imports datasets.
 MASKS_NAME = "pruning_masks.safetensors"
@@ -135,8 +135,18 @@ def recover_(
             (lambda: WeightsCopy.of(model), lambda: _load(WeightsCopy, folder, BEST_NAME, sharded)),
             folder,
         )
+        # A run that is killed between the trainer's state and the masks leaves a checkpoint without the latter; unless
+        # a weight that is not pruned happens to be zero, they are the zeros of its weights.
+        masks = _recorded(
+            "masks of the checkpoint are",
+            MASKS_NAME,
+            progress["masks"],
+            (lambda: _load(MaskSet, folder, MASKS_NAME, {name: model.get_parameter(name) for name in names}), zeros),
+            folder,
+            lambda found: set(found) == set(names) and _are_zero(model, found),
+        )
         return Recovered(
-            _recover_masks(folder, progress["masks"], model, names, zeros, sharded),
+            masks or MaskSet(),
             best,
             _recorded(
                 "movement of the weights is",
@@ -244,46 +254,28 @@ def _has_other_names_in_files(model: nn.Module) -> TypeGuard[PreTrainedModel]:
 
     What Trainer saves of sharded models to resume them, and DeepSpeed of any, has the names in memory.
     """
-    if not isinstance(model, PreTrainedModel) or has_shards(model) or has_zero(model):
+    if not isinstance(model, PreTrainedModel) or has_shards(model) or has_partitions(model):
         return False
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
-def _recover_masks(
-    folder: Path | None,
-    digest: str | None,
-    model: nn.Module,
-    names: Collection[str],
-    zeros: Callable[[], MaskSet],
-    sharded: Mapping[str, torch.Tensor],
-) -> MaskSet:
-    """The masks of a digest: in the checkpoint, else in the zeros of the model.
-
-    A run that is killed between the trainer's state and the masks leaves a checkpoint without the latter; unless a
-    weight that is not pruned happens to be zero, they are the zeros of its weights.
-    """
-    if digest is None:
-        return MaskSet()
-    for find in (lambda: _load(MaskSet, folder, MASKS_NAME, sharded), zeros):
-        masks = _on_all(find())
-        if masks is not None and masks.digest() == digest and set(masks) == set(names):
-            masks = MaskSet({name: mask.to(own(model.get_parameter(name)).device) for name, mask in masks.items()})
-            if _are_zero(model, masks):
-                return masks
-    raise ValueError(
-        f"the masks of the checkpoint are missing, damaged or of another model: no {MASKS_NAME} fits the digest on "
-        f"record, nor do the zeros of the weights. {_whereabouts(folder)}"
-    )
-
-
 def _recorded(
-    what: str, name: str, digest: str | None, candidates: Iterable[Callable[[], Loaded | None]], folder: Path | None
+    what: str,
+    name: str,
+    digest: str | None,
+    candidates: Iterable[Callable[[], Loaded | None]],
+    folder: Path | None,
+    fits: Callable[[Loaded], bool] = lambda _: True,
 ) -> Loaded | None:
     """The first of several candidates, made one by one, with the digest on record; None if there is none on record."""
     if digest is None:
         return None
     for find in candidates:
-        if (candidate := _on_all(find())) is not None and candidate.digest() == digest:
+        candidate = find()
+        # The digest of rows is computed by all processes together, and one may have found nothing.
+        if not all(gather_from_processes(candidate is not None)) or candidate is None:
+            continue
+        if candidate.digest() == digest and fits(candidate):
             return candidate
     raise ValueError(f"the {what} missing or damaged: no {name} fits the digest on record. {_whereabouts(folder)}")
 
@@ -313,10 +305,10 @@ def _read_progress(folder: Path) -> tuple[Progress | None, int]:
 def _is_complete(folder: Path, progress: Progress, step: int) -> bool:
     """Whether masks, best weights and movement are in a checkpoint as it recorded them."""
     rounds = PruningHistory.from_dict(progress["history"])[-1:]
-    own = bool(rounds) and rounds[0].best_step == step  # Then the checkpoint's own weights are the best.
+    best_is_own = bool(rounds) and rounds[0].best_step == step  # Then the checkpoint's own weights are the best.
     return (
         _is_as_recorded(MaskSet, folder, MASKS_NAME, progress["masks"])
-        and _is_as_recorded(WeightsCopy, folder, BEST_NAME, None if own else progress["best"])
+        and _is_as_recorded(WeightsCopy, folder, BEST_NAME, None if best_is_own else progress["best"])
         and _is_as_recorded(Movement, folder, MOVEMENT_NAME, progress["movement"])
     )
 
@@ -340,11 +332,6 @@ def _load(
     except ValueError as error:
         logger.warning("%s", error)
         return None
-
-
-def _on_all(found: Loaded | None) -> Loaded | None:
-    """What was found, if all processes have found theirs: the digest of rows is computed by all of them together."""
-    return found if all(gather_from_processes(found is not None)) else None
 
 
 def _step(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -10,41 +11,42 @@ from .processes import gather_from_processes, rank_and_size
 _MODULUS = 1 << 256
 
 
-class Digest:
-    """A SHA-256 over tensors, in the order in which they are added.
+def digests_of(
+    rows: Mapping[str, np.ndarray], described: Mapping[str, object], first: Mapping[str, int]
+) -> dict[str, str]:
+    """A SHA-256 of each of several tensors.
 
-    Of each it covers a description and the sum of the SHA-256s of its rows, each with its number: so each process adds
-    up those that it holds, and only sums are sent.
+    It covers a description and the sum of the SHA-256s of the rows, each with its number: so each process adds up
+    those that it holds, and only sums are sent.
 
     Args:
-        together: Whether processes hold parts of tensors. All of them then add the same tensors.
+        rows: Name → `[rows, bytes]`, of which this process holds some or all.
+        described: Name → whatever else counts, as JSON; the same on all processes.
+        first: Name → the number of the first of the rows, of those tensors of which processes hold parts. If there
+            are any, all processes call this.
+
+    Returns:
+        Name → digest, the same on all processes that hold the same.
     """
+    counts = not first or rank_and_size()[0] == 0
+    sums = [_sum(rows[name], first.get(name, 0)) if name in first or counts else 0 for name in rows]
+    everywhere = gather_from_processes(sums) if first else [sums]
+    totals = [sum(of_one) % _MODULUS for of_one in zip(*everywhere, strict=True)]
+    return {name: _sha([described[name], f"{total:064x}"]) for name, total in zip(rows, totals, strict=True)}
 
-    def __init__(self, *, together: bool) -> None:
-        self._together = together
-        self._is_first = rank_and_size()[0] == 0
-        self._described: list[object] = []
-        self._sums: list[int] = []
 
-    def add(self, description: object, rows: np.ndarray, first: int | None = None) -> None:
-        """Adds a tensor.
+def digest_of(digests: Mapping[str, str]) -> str:
+    """One digest for several, whatever their order."""
+    return _sha(sorted(digests.items()))
 
-        Args:
-            description: Its name and whatever else counts, as JSON; the same on all processes.
-            rows: `[rows, bytes]`, of which this process holds some or all.
-            first: The number of the first of them; None if they are all, on each process.
-        """
-        total = 0
-        if first is not None or self._is_first or not self._together:
-            for number, row in enumerate(np.ascontiguousarray(rows), start=first or 0):
-                sha = hashlib.sha256(number.to_bytes(8, "little") + row.tobytes())
-                total += int.from_bytes(sha.digest(), "little")
-        self._described.append(description)
-        self._sums.append(total % _MODULUS)
 
-    def hexdigest(self) -> str:
-        """The digest. All processes call this, if they hold parts."""
-        sums = gather_from_processes(self._sums) if self._together else [self._sums]
-        totals = [sum(of_one) % _MODULUS for of_one in zip(*sums, strict=True)]
-        content = [[d, f"{total:064x}"] for d, total in zip(self._described, totals, strict=True)]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _sum(rows: np.ndarray, first: int) -> int:
+    total = 0
+    for number, row in enumerate(np.ascontiguousarray(rows), start=first):
+        sha = hashlib.sha256(number.to_bytes(8, "little") + row.tobytes())
+        total += int.from_bytes(sha.digest(), "little")
+    return total % _MODULUS
+
+
+def _sha(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .digests import Digest
-from .shards import from_own, own, rows_held, whole
+from .digests import digest_of, digests_of
+from .shards import from_own, is_sharded, own, rows_held, whole
 
 Kind = TypeVar("Kind", bound="Tensors")
 
@@ -36,25 +37,26 @@ class Tensors:
 
     def shape_of(self, name: str) -> torch.Size:
         """The shape of a tensor with all its rows."""
-        return self.like.get(name, self.tensors[name]).shape
+        shape = self.tensors[name].shape
+        return torch.Size([len(self.like[name]), *shape[1:]]) if name in self.like else shape
 
     def whole(self, name: str) -> torch.Tensor:
         """A tensor with all its rows, on the CPU."""
         tensor = self.tensors[name].detach()
         if name in self.like:
             like = self.like[name]
-            tensor = whole(from_own(tensor.to(own(like).device), like))
+            tensor = whole(from_own(tensor.to(own(like).device), like, self.shape_of(name)))
         return tensor.cpu()
 
+    def digests(self) -> dict[str, str]:
+        """A SHA-256 of each tensor, its name, shape and dtype."""
+        rows = {name: _rows_of(tensor) for name, tensor in self.tensors.items()}
+        described = {name: [name, list(self.shape_of(name)), str(t.dtype)] for name, t in self.tensors.items()}
+        return digests_of(rows, described, {name: rows_held(like).start for name, like in self.like.items()})
+
     def digest(self) -> str:
-        """A SHA-256 over names, shapes, dtypes and bytes: equal tensors have equal digests on every machine."""
-        digest = Digest(together=bool(self.like))
-        for name, tensor in sorted(self.tensors.items()):
-            rows = torch.atleast_1d(tensor.detach().cpu())
-            rows = rows.reshape(len(rows), math.prod(rows.shape[1:])).contiguous().view(torch.uint8)
-            first = rows_held(self.like[name]).start if name in self.like else None
-            digest.add([name, list(self.shape_of(name)), str(tensor.dtype)], rows.numpy(), first)
-        return digest.hexdigest()
+        """One for all of them: equal tensors have equal digests on every machine."""
+        return digest_of(self.digests())
 
     def save(self, path: str | os.PathLike[str], *, write: bool = True) -> None:
         """Writes the tensors as safetensors, gathering one at a time; the file appears whole or not at all.
@@ -72,20 +74,20 @@ class Tensors:
 
         Args:
             path: Where from.
-            like: Name → sharded tensor: of these only the rows are read that this process holds.
+            like: Name → tensor: of those that are sharded only the rows are read that this process holds.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is truncated or not a file of tensors, or of tensors with other shapes than `like`.
+            ValueError: if it is truncated or not a file of tensors, or one of them has not as many rows as `like`.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no tensors at {path}.")
         try:
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
-                like = {name: tensor for name, tensor in (like or {}).items() if name in names}
+                like = {name: t for name, t in (like or {}).items() if name in names and is_sharded(t)}
                 for name, tensor in like.items():
-                    if (shape := file.get_slice(name).get_shape()) != list(tensor.shape):
+                    if (shape := file.get_slice(name).get_shape())[:1] != [len(tensor)]:
                         raise ValueError(f"{path} has {name!r} of shape {shape}, the model {list(tensor.shape)}.")
                 tensors = {
                     name: file.get_slice(name)[rows_held(like[name])] if name in like else file.get_tensor(name)
@@ -145,6 +147,12 @@ def _appearing_whole(path: Path) -> Iterator[BinaryIO]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _rows_of(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of a tensor, `[rows, bytes]`."""
+    rows = torch.atleast_1d(tensor.detach().cpu())
+    return rows.reshape(len(rows), math.prod(rows.shape[1:])).contiguous().view(torch.uint8).numpy()
 
 
 def _header(layout: Mapping[str, Layout], metadata: Mapping[str, str]) -> bytes:

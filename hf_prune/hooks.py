@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .masks import mask_
 from .shards import own
-from .zero import is_zero
+from .zero import is_partitioned
 
 # By parameter, shared by all: a run takes away what an interrupted one has left on its model.
 _HOOKS = WeakTensorKeyDictionary()
@@ -42,7 +42,7 @@ class GradientHooks:
         self._held = _trainable(weights, masks)
         for name in self._held:
             weight, owned = weights[name], (weakref.ref(self), masks[name])
-            if is_zero(weight):  # DeepSpeed takes gradients away as soon as they are accumulated.
+            if is_partitioned(weight):  # DeepSpeed takes gradients away as soon as they are accumulated.
                 _HOOKS[weight] = weight.register_hook(functools.partial(_masked_gradient, *owned))
             else:
                 hook = functools.partial(_mask_gradient, *owned)

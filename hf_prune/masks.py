@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .digests import Digest
-from .files import Layout, save_tensors
+from .access import accessible
+from .digests import digest_of
+from .files import Tensors
 from .processes import sum_over_processes_
-from .shards import from_own, is_sharded, own, rows_held, whole
+from .shards import from_own, is_sharded, own, reshard_
 from .targets import find_targets
-from .zero import is_whole, mask_parts_, shape_of
+from .zero import is_present, mask_parts_, shape_of
 
 _FORMAT = "hf_prune.masks"
 _PIECE = 2**20  # weights that are multiplied at once
@@ -43,7 +43,7 @@ class MaskSet(Mapping[str, torch.Tensor]):
 
     def __init__(self, masks: Mapping[str, torch.Tensor] | None = None) -> None:
         self._masks = dict(masks or {})
-        self._digest: str | None = None
+        self._digests: dict[str, str] | None = None
         self._masked: int | None = None
         for name, mask in self._masks.items():
             if not (torch.is_tensor(mask) and mask.dtype == torch.bool):
@@ -90,6 +90,7 @@ class MaskSet(Mapping[str, torch.Tensor]):
             ValueError: if the model lacks a parameter, or one has another shape than its mask. The model is then as
                 it was.
         """
+        reshard_(model)
         parameters = []
         for name, mask in self.items():
             try:
@@ -103,7 +104,7 @@ class MaskSet(Mapping[str, torch.Tensor]):
                 )
             parameters.append(parameter)
         for parameter, mask in zip(parameters, self.values(), strict=True):
-            if is_whole(parameter):
+            if is_present(parameter):
                 held = own(parameter)
                 mask_(held, own(mask).to(held.device))
             mask_parts_(parameter, mask)
@@ -126,29 +127,25 @@ class MaskSet(Mapping[str, torch.Tensor]):
         """
         if names is None:
             names = find_targets(model)
-        return cls({name: model.get_parameter(name) != 0 for name in names})
+        with accessible(model):
+            return cls({name: model.get_parameter(name) != 0 for name in names})
+
+    def digests(self) -> dict[str, str]:
+        """The digest of each mask."""
+        if self._digests is None:
+            packed = self._packed().digests()
+            self._digests = {name: f"{list(mask.shape)} {packed[name]}" for name, mask in self.items()}
+        return self._digests
 
     def digest(self) -> str:
         """A SHA-256 over names, shapes and bits: equal masks have equal digests on every device and machine."""
-        if self._digest is None:
-            digest = Digest(together=self.are_sharded)
-            for name in sorted(self):
-                mask = torch.atleast_1d(own(self[name])).cpu().numpy()
-                bits = np.packbits(mask.reshape(len(mask), math.prod(mask.shape[1:])), axis=1)
-                first = rows_held(self[name]).start if is_sharded(self[name]) else None
-                digest.add([name, list(self[name].shape)], bits, first)
-            self._digest = digest.hexdigest()
-        return self._digest
+        return digest_of(self.digests())
 
     def settle_(self) -> None:
         """Counts and digests sharded masks; all processes call this, and each may then ask by itself."""
         if self.are_sharded:
             self._masked = self.masked
-            self._digest = self.digest()
-
-    def digests(self) -> dict[str, str]:
-        """The digest of each mask by itself."""
-        return {name: MaskSet({name: mask}).digest() for name, mask in self.items()}
+            self.digests()
 
     @property
     def are_sharded(self) -> bool:
@@ -162,19 +159,16 @@ class MaskSet(Mapping[str, torch.Tensor]):
             path: Where to.
             write: Whether this process writes. All of them call this where masks are sharded.
         """
-        layout = {name: Layout(torch.uint8, [(mask.numel() + 7) // 8]) for name, mask in self.items()}
-        shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
-        metadata = {"format": _FORMAT, "shapes": shapes}
-        save_tensors(layout, lambda name: _pack(self[name]), path, metadata, write=write, together=self.are_sharded)
+        self._packed().save(path, write=write)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], like: Mapping[str, torch.Tensor] | None = None) -> "MaskSet":
-        """Reads what `save` wrote, onto the CPU.
+        """Reads what `save` wrote.
 
         Args:
             path: Where from.
-            like: Name → sharded tensor: of these masks only the rows are read that this process holds, and they are
-                sharded and placed as the tensors are.
+            like: Name → tensor: of these masks only those rows are read that this process holds of the tensor, and
+                they are sharded and placed as it is. All others are read whole, onto the CPU.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -182,15 +176,27 @@ class MaskSet(Mapping[str, torch.Tensor]):
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no masks at {path}.")
+        like = like or {}
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}")
-                shapes = json.loads(metadata["shapes"])
-                return cls({name: _read(file, name, shape, (like or {}).get(name)) for name, shape in shapes.items()})
-        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+            packed = Tensors.load(path, like)
+            if packed.metadata.get("format") != _FORMAT:
+                raise ValueError(f"its format is {packed.metadata.get('format')!r}")
+            shapes = {name: torch.Size(shape) for name, shape in json.loads(packed.metadata["shapes"]).items()}
+            for name, shape in shapes.items():
+                if name in like and shape != like[name].shape:
+                    raise ValueError(f"{name!r} has shape {list(shape)}, and the weight {list(like[name].shape)}")
+            return cls({name: _unpack(packed, name, shape, like.get(name)) for name, shape in shapes.items()})
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is truncated or not a file of masks ({error}).") from error
+
+    def _packed(self) -> Tensors:
+        """A byte for every eight weights of a row, so that who holds rows of a mask holds rows of these too."""
+        shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
+        return Tensors(
+            {name: torch.from_numpy(np.packbits(_rows_of(own(mask)), axis=1)) for name, mask in self.items()},
+            {name: mask for name, mask in self.items() if is_sharded(mask)},
+            {"format": _FORMAT, "shapes": shapes},
+        )
 
 
 def mask_(tensor: torch.Tensor, mask: torch.Tensor) -> None:
@@ -213,25 +219,16 @@ def masked_in(mask: torch.Tensor) -> int:
     return mask.numel() - int(kept)
 
 
-def _pack(mask: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(np.packbits(whole(mask).cpu().numpy()))
+def _rows_of(mask: torch.Tensor) -> np.ndarray:
+    mask = torch.atleast_1d(mask).cpu()
+    return mask.reshape(len(mask), math.prod(mask.shape[1:])).numpy()
 
 
-def _read(file: safe_open, name: str, shape: list[int], like: torch.Tensor | None) -> torch.Tensor:
-    """A mask of a file; of one that is to be sharded as another tensor is, the rows that this process holds."""
-    packed, count = file.get_slice(name), math.prod(shape)
-    if packed.get_dtype() != "U8" or packed.get_shape() != [(count + 7) // 8] or min(shape, default=0) < 0:
-        raise ValueError(f"{packed.get_shape()} of {packed.get_dtype()} cannot be a mask of shape {shape}")
+def _unpack(packed: Tensors, name: str, shape: torch.Size, like: torch.Tensor | None) -> torch.Tensor:
+    bits, rows, width = packed.tensors[name], shape[0] if shape else 1, math.prod(shape[1:])
+    if bits.dtype != torch.uint8 or packed.shape_of(name) != (rows, (width + 7) // 8) or min(shape, default=0) < 0:
+        raise ValueError(f"{tuple(packed.shape_of(name))} of {bits.dtype} cannot be a mask of shape {list(shape)}")
+    kept = torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=width).astype(bool))
     if like is None:
-        return _unpack(packed[:], 0, count).view(shape)
-    if shape != list(like.shape):
-        raise ValueError(f"{name!r} has shape {shape}, and the weight {list(like.shape)}")
-    rows, row = rows_held(like), math.prod(shape[1:])
-    first, last = rows.start * row, rows.stop * row
-    held = _unpack(packed[first // 8 : (last + 7) // 8], first % 8, last - first).view(-1, *shape[1:])
-    return from_own(held.to(own(like).device), like)
-
-
-def _unpack(packed: torch.Tensor, first: int, count: int) -> torch.Tensor:
-    """So many bits from one on."""
-    return torch.from_numpy(np.unpackbits(packed.numpy(), count=first + count)[first:].astype(bool))
+        return kept.view(shape)
+    return from_own(kept.view(-1, *shape[1:]).to(own(like).device), like)

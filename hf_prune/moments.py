@@ -15,7 +15,7 @@ from transformers import TrainerState, TrainingArguments
 from .processes import failing_together
 from .samples import Batch, batches_of
 from .shards import has_shards
-from .zero import has_zero, require_maskable
+from .zero import has_partitions, require_maskable
 
 
 class Moment(NamedTuple):
@@ -66,7 +66,7 @@ class Moment(NamedTuple):
         if has_shards(self.model):
             return  # By FSDP2, which also averages gradients; `find_targets` looks at how.
         distributed = PartialState().distributed_type
-        if distributed == DistributedType.DEEPSPEED and has_zero(self.model):
+        if distributed == DistributedType.DEEPSPEED and has_partitions(self.model):
             with failing_together():
                 require_maskable(self.model)
             return

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .processes import sum_over_processes_
 from .shards import is_sharded, own
-from .zero import forget_, is_zero, mask_state_
+from .zero import forget_, is_partitioned, mask_state_
 
 OPTIMIZER_STATES = ("mask", "reset", "keep")
 
@@ -19,7 +19,7 @@ _RETIRED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 @torch.no_grad()
-def cut_state_(optimizer: torch.optim.Optimizer, how: str, masks: Mapping[torch.Tensor, torch.Tensor]) -> None:
+def cut_state_(optimizer: torch.optim.Optimizer, how: str, masks: Mapping[torch.Tensor, torch.Tensor | None]) -> None:
     """Does to an optimizer's state what a cut asks for.
 
     Args:
@@ -27,14 +27,14 @@ def cut_state_(optimizer: torch.optim.Optimizer, how: str, masks: Mapping[torch.
         how: "mask" zeroes what it remembers of pruned weights (momentum would push them, and averages of weights
             would bring them back), and forgets what a diverged round has made of a parameter: NaN or infinity;
             "reset" forgets everything, as a new optimizer would; "keep" touches nothing.
-        masks: Parameter → mask.
+        masks: Parameter → its mask, None if it has none.
     """
-    if any(is_zero(parameter) for parameter in masks):
+    if any(is_partitioned(parameter) for parameter in masks):
         if how == "reset":
             forget_(optimizer.state.values())
         elif how == "mask":
-            for parameter in masks:
-                mask_state_(parameter, masks[parameter])
+            for parameter, mask in masks.items():
+                mask_state_(parameter, mask)
         return
     if how == "reset":
         optimizer.state.clear()

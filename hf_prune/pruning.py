@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from . import granularities
+from .access import accessible
 from .calibration import STATISTICS, Statistics, calibrate
 from .choosing import Choice
 from .config import PruningConfig
@@ -33,7 +34,7 @@ from .structures.choosing import choose
 from .structures.finding import find_places, held_zeros, require_prunable
 from .structures.members import NO_PLACES, Places, kept_in, masks_of, parameters_of
 from .targets import Target
-from .zero import gathered, set_master_
+from .zero import master_of, set_master_
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +213,7 @@ def cut_(
 @contextlib.contextmanager
 def _put_back_on_error(weights: Iterable[torch.Tensor]) -> Iterator[None]:
     """If what is done in it fails, the weights are as they were."""
-    before = {weight: own(weight.detach()).to("cpu", copy=True) for weight in weights}
+    before = {weight: own(master_of(weight)).to("cpu", copy=True) for weight in weights}
     done = False
     try:
         yield
@@ -221,7 +222,7 @@ def _put_back_on_error(weights: Iterable[torch.Tensor]) -> Iterator[None]:
         if not done:
             with torch.no_grad():
                 for weight, values in before.items():
-                    own(weight).copy_(values)
+                    set_master_(own(weight), values)
 
 
 def _reconstruct_(
@@ -295,8 +296,7 @@ def prune(
         >>> prune(model, PruningConfig(sparsity=0.75)).sparsity
         0.75
     """
-    reshard_(model)
-    with gathered(model):
+    with accessible(model):
         targets = resolve_targets(model, config)
         places = find_places(model, config, targets)
         require_prunable(model, config, places)

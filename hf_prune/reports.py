@@ -12,6 +12,7 @@ from typing import overload
 import torch
 from torch import nn
 
+from .access import accessible
 from .config import PruningConfig
 from .costs import Cost
 from .masks import masked_in
@@ -179,32 +180,33 @@ def sparsity_report(
     Raises:
         ValueError: as `find_targets` and `find_places` do.
     """
-    places: dict[str, Place] = {}
-    names: Iterable[str] = () if masks is None else masks
-    if masks is None or config is not None:
-        targets = find_targets(model, *((config.target_modules, config.exclude_modules) if config else ()))
-        places = find_places(model, config, targets) if config else {}
-        names = (parameters_of(places) or targets) if masks is None else masks
-    alive, kept = (kept_in(places, values) for values in (nonzeros(places), masks or {}))
-    rows_of_places = tuple(
-        StructureSparsity(
-            name,
-            place.kind,
-            zeros=int((~alive[name]).sum()),
-            total=place.count,
-            masked=None if masks is None else int((~kept[name]).sum()),
+    with accessible(model):
+        places: dict[str, Place] = {}
+        names: Iterable[str] = () if masks is None else masks
+        if masks is None or config is not None:
+            targets = find_targets(model, *((config.target_modules, config.exclude_modules) if config else ()))
+            places = find_places(model, config, targets) if config else {}
+            names = (parameters_of(places) or targets) if masks is None else masks
+        alive, kept = (kept_in(places, values) for values in (nonzeros(places), masks or {}))
+        rows_of_places = tuple(
+            StructureSparsity(
+                name,
+                place.kind,
+                zeros=int((~alive[name]).sum()),
+                total=place.count,
+                masked=None if masks is None else int((~kept[name]).sum()),
+            )
+            for name, place in places.items()
         )
-        for name, place in places.items()
-    )
-    zeros = _zeros_of(list(model.parameters()))
-    rows = []
-    for name in names:
-        weight = model.get_parameter(name)
-        masked = None if masks is None else masked_in(masks[name])
-        shape = tuple(weight.shape)
-        rows.append(ModuleSparsity(name.removesuffix(".weight"), shape, zeros[id(weight)], weight.numel(), masked))
-    total = sum(weight.numel() for weight in model.parameters())
-    return SparsityReport(tuple(rows), sum(zeros.values()), total, rows_of_places)
+        zeros = _zeros_of(list(model.parameters()))
+        rows = []
+        for name in names:
+            weight = model.get_parameter(name)
+            masked = None if masks is None else masked_in(masks[name])
+            shape = tuple(weight.shape)
+            rows.append(ModuleSparsity(name.removesuffix(".weight"), shape, zeros[id(weight)], weight.numel(), masked))
+        total = sum(weight.numel() for weight in model.parameters())
+        return SparsityReport(tuple(rows), sum(zeros.values()), total, rows_of_places)
 
 
 def _zeros_of(weights: Sequence[torch.Tensor]) -> dict[int, int]:

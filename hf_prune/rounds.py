@@ -115,8 +115,6 @@ class Rounds:
             self.pacing.observe_(gain)
             if gain > 0 and self.config.patience and self.config.restore == "best":
                 self.best = WeightsCopy.of(model)
-                if self.best.like:
-                    self.best.digest()  # Now that all processes are here: Trainer asks the first alone for its state.
 
     def count_step_(self, samples: int, tokens: int | None) -> None:
         """Counts what a step has cost; tokens are None where nobody counts them."""

@@ -5,9 +5,10 @@ import functools
 import torch
 from torch import nn
 
+from .access import accessible
 from .files import Tensors
 from .shards import is_sharded, own
-from .zero import gathered, master_of, set_master_
+from .zero import master_of, set_master_
 
 
 class WeightsCopy(Tensors):
@@ -22,9 +23,12 @@ class WeightsCopy(Tensors):
     @torch.no_grad()
     def of(cls, model: nn.Module) -> "WeightsCopy":
         """Copies the weights of a model, unwrapped; with DeepSpeed in the precision in which they are trained."""
-        with gathered(model):
+        with accessible(model):
             copies = {n: own(master_of(tensor)).to("cpu", copy=True) for n, tensor in _tensors_of(model).items()}
-        return cls(copies, sharded_tensors(model))
+        copy = cls(copies, sharded_tensors(model))
+        if copy.like:
+            copy.digest()  # Now that all processes are here: Trainer asks the first alone for what it saves.
+        return copy
 
     def digest(self) -> str:
         """As that of `Tensors`. Nothing changes a copy, so that it is computed once."""
@@ -37,7 +41,7 @@ class WeightsCopy(Tensors):
     @torch.no_grad()
     def restore_(self, model: nn.Module) -> None:
         """Gives the weights back to their model, in place: its parameters stay the objects that they are."""
-        with gathered(model):
+        with accessible(model):
             for name, tensor in _tensors_of(model).items():
                 set_master_(own(tensor), self.tensors[name])
 

@@ -11,20 +11,19 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 _GATHERED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def is_zero(parameter: torch.Tensor) -> bool:
+def is_partitioned(parameter: torch.Tensor) -> bool:
     """Whether DeepSpeed keeps something of a parameter in partitions."""
     return hasattr(parameter, "_hp_mapping") or _is_divided(parameter)
 
 
-def has_zero(model: nn.Module) -> bool:
+def has_partitions(model: nn.Module) -> bool:
     """Whether DeepSpeed keeps something of a model's parameters in partitions."""
-    return any(is_zero(parameter) for parameter in model.parameters())
+    return any(is_partitioned(parameter) for parameter in model.parameters())
 
 
 @torch.no_grad()
@@ -65,7 +64,7 @@ def shape_of(parameter: torch.Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def is_whole(parameter: torch.Tensor) -> bool:
+def is_present(parameter: torch.Tensor) -> bool:
     """Whether a parameter is not divided by stage 3, or gathered."""
     return parameter.shape == shape_of(parameter)
 
@@ -74,8 +73,9 @@ def is_whole(parameter: torch.Tensor) -> bool:
 def gathered(model: nn.Module) -> Iterator[None]:
     """A context in which all parameters of a model are whole, also those that stage 3 divides.
 
-    All processes enter it together, and do the same to the parameters in it. It may be entered again from within, and
-    the model may be called: passes leave parameters as they are. After an error they are what they were before.
+    All processes enter it together. What is done to parameters in it lasts if it is done to their parts too, by
+    `set_master_` or `mask_parts_`: nothing is sent when it ends. It may be entered again from within, and the model
+    may be called: passes leave parameters as they are.
     """
     divided = [parameter for parameter in model.parameters() if _is_divided(parameter)]
     if not divided or model in _GATHERED:
@@ -85,18 +85,16 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     optimizers = {getattr(parameter, "_z3_optimizer", None) for parameter in divided}
     offloads = [optimizer.parameter_offload for optimizer in optimizers if optimizer is not None]
-    together = GatheredParameters(divided, modifier_rank=0)
+    together = GatheredParameters(divided, modifier_rank=None)
+    together.enable_sanity_checks = False  # Which take all changes for ones that will be lost.
     with together:
         for offload in offloads:  # Whose hooks would divide parameters after each module.
             for hook in (*offload.forward_hooks, *offload.backward_hooks):
                 hook.remove()
             offload.forward_hooks, offload.backward_hooks = [], []
         _GATHERED.add(model)
-        # After an error nothing is sent: a process that has one alone would wait for those that go on.
-        sender, together.src_rank = together.src_rank, None
         try:
             yield
-            together.src_rank = sender
         finally:
             _GATHERED.discard(model)
             for offload in offloads:
@@ -117,28 +115,27 @@ def master_of(parameter: torch.Tensor) -> torch.Tensor:
 def set_master_(parameter: torch.Tensor, values: torch.Tensor) -> None:
     """Gives a parameter, while it is gathered, other values, also in the precision in which it is trained."""
     parameter.copy_(values)
-    for held, _, where in _held(parameter):
-        held.copy_(_part(values, where, len(held)))
+    for part, where in _parts(parameter):
+        part.copy_(values.flatten()[where])
 
 
 @torch.no_grad()
 def mask_parts_(parameter: torch.Tensor, mask: torch.Tensor) -> None:
     """Zeroes pruned weights in what this process keeps of a parameter: of its master, and at stage 3 of itself."""
-    if _is_divided(parameter):
-        part = parameter.ds_tensor  # type: ignore[attr-defined]
-        part.mul_(_part(mask, _start_of(parameter), len(part)).to(part.device))
-    for held, _, where in _held(parameter):
-        held.mul_(_part(mask, where, len(held)).to(held.device))
+    for part, where in _parts(parameter):
+        part.mul_(mask.flatten()[where].to(part.device))
 
 
 @torch.no_grad()
-def mask_state_(parameter: torch.Tensor, mask: torch.Tensor) -> None:
+def mask_state_(parameter: torch.Tensor, mask: torch.Tensor | None) -> None:
     """Zeroes what the optimizer remembers of pruned weights on this process; all of it, where it is not finite."""
     for _, remembered, where in _held(parameter):
         are_finite = all(value.isfinite().all() for value in remembered)
         for value in remembered:
-            kept = _part(mask, where, len(value)).to(value.device)
-            value.mul_(kept) if are_finite else value.zero_()
+            if not are_finite:
+                value.zero_()
+            elif mask is not None:
+                value.mul_(mask.flatten()[where].to(value.device))
 
 
 @torch.no_grad()
@@ -164,23 +161,24 @@ def _group_of(parameter: torch.Tensor) -> Any:
     return parameter.ds_process_group  # type: ignore[attr-defined]
 
 
-def _start_of(parameter: torch.Tensor) -> int:
-    """Where the part of a divided parameter begins that this process has."""
-    rank = torch.distributed.get_rank(_group_of(parameter))
-    return int(rank * parameter.ds_tensor.numel())  # type: ignore[attr-defined]
+def _parts(parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, slice]]:
+    """What this process keeps of a parameter's values: a part, flat, and of which elements it is.
+
+    Of the master, and at stage 3 of the parameter itself.
+    """
+    if _is_divided(parameter):
+        part = parameter.ds_tensor  # type: ignore[attr-defined]
+        where = _elements(parameter, _start_of(parameter), len(part))
+        yield part[: where.stop - where.start], where
+    for master, _, where in _held(parameter):
+        yield master, where
 
 
-def _part(values: torch.Tensor, start: int, size: int) -> torch.Tensor:
-    """So many elements from one on, flat; behind the last one, which a partition may reach over, ones."""
-    part = values.flatten()[start : start + size]
-    return part if len(part) == size else F.pad(part, (0, size - len(part)), value=1)
-
-
-def _held(parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], int]]:
-    """What this process keeps of a parameter, if it keeps any.
+def _held(parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], slice]]:
+    """What this process keeps of a parameter for its training, if it keeps any.
 
     Yields:
-        A part of the master; of what the optimizer remembers; where they begin.
+        A part of the master; of what the optimizer remembers; of which elements they are.
     """
     optimizer: Any = getattr(parameter, "_z3_optimizer", None)
     fragment: Any = getattr(parameter, "_hp_mapping", None)
@@ -188,7 +186,24 @@ def _held(parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[torch.Te
         group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         flat = optimizer.fp32_partitioned_groups_flat[group]
         remembered = [v for v in optimizer.optimizer.state[flat].values() if torch.is_tensor(v) and v.ndim]
-        held, *remembered = (value.narrow(0, start, size) for value in (flat.data, *remembered))
-        yield held, remembered, _start_of(parameter)
+        held = [value[start : start + size] for value in (flat.data, *remembered)]
+        where = _elements(parameter, _start_of(parameter), size)
     elif fragment is not None:
-        yield fragment.hp_fragment, [*(fragment.optim_fragment or {}).values()], fragment.lp_fragment_address.start
+        held = [fragment.hp_fragment, *(fragment.optim_fragment or {}).values()]
+        where = _elements(parameter, fragment.lp_fragment_address.start, len(held[0]))
+    else:
+        return
+    master, *remembered = (value[: where.stop - where.start] for value in held)
+    yield master, remembered, where
+
+
+def _start_of(parameter: torch.Tensor) -> int:
+    """Where the part of a divided parameter begins that this process has."""
+    rank = torch.distributed.get_rank(_group_of(parameter))
+    return int(rank * parameter.ds_tensor.numel())  # type: ignore[attr-defined]
+
+
+def _elements(parameter: torch.Tensor, start: int, size: int) -> slice:
+    """So many elements from one on, as far as a parameter has them: its last part may be longer than what is left."""
+    count = shape_of(parameter).numel()
+    return slice(min(start, count), min(start + size, count))

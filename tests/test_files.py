@@ -114,8 +114,8 @@ def there_and_back(rank: int, folder: Path) -> list[str]:
     assert [len(loaded.tensors["a"]), len(loaded.tensors["b"])] == [[3, 1], [3, 1], [1, 0]][rank]
     for name, tensor in tensors.tensors.items():
         assert torch.equal(loaded.tensors[name], tensor)
-    other: dict[str, DTensor] = {"a": distribute_tensor(torch.ones(7, 6), init_device_mesh("cpu", (3,)), [Shard(0)])}
-    with pytest.raises(ValueError, match=r"has 'a' of shape \[7, 2, 3\], the model \[7, 6\]"):
+    other: dict[str, DTensor] = {"a": distribute_tensor(torch.ones(6, 7), init_device_mesh("cpu", (3,)), [Shard(0)])}
+    with pytest.raises(ValueError, match=r"has 'a' of shape \[7, 2, 3\], the model \[6, 7\]"):
         Tensors.load(folder / "rows", other)
     return [tensors.digest(), loaded.digest()]
 

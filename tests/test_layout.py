@@ -20,6 +20,7 @@ ORDER = [
     "criteria",
     "shards",
     "zero",
+    "access",
     "targets",
     "processes",
     "digests",

@@ -8,7 +8,15 @@ from torch import nn
 
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback
 from hf_prune.optimizers import cut_state_
-from hf_prune.zero import forget_, has_zero, is_zero, mask_parts_, mask_state_, master_of, require_maskable
+from hf_prune.zero import (
+    forget_,
+    has_partitions,
+    is_partitioned,
+    mask_parts_,
+    mask_state_,
+    master_of,
+    require_maskable,
+)
 from tests.structures.models import build as build_of_structures
 from tests.tiny import build
 from tests.training import trainer_factory
@@ -49,6 +57,13 @@ def test_moments_that_are_not_finite_are_forgotten():
     parameter = partitioned(0, torch.tensor([1.0, torch.nan]))
     mask_state_(parameter, MASK)
     assert not any(value.any() for value in parameter._hp_mapping.optim_fragment.values())
+
+
+def test_moments_of_weights_without_a_mask_are_forgotten_only_if_they_are_not_finite():
+    diverged, fine = partitioned(0, torch.tensor([1.0, torch.nan])), partitioned(0, torch.ones(2))
+    cut_state_(torch.optim.AdamW([diverged, fine]), "mask", {diverged: None, fine: None})
+    assert not any(value.any() for value in diverged._hp_mapping.optim_fragment.values())
+    assert all(value.all() for value in fine._hp_mapping.optim_fragment.values())
 
 
 def test_a_process_that_keeps_nothing_and_an_optimizer_that_has_not_stepped():
@@ -152,8 +167,8 @@ def test_a_master_of_another_parameter_is_refused():
 
 def test_ordinary_parameters_have_none():
     model = nn.Linear(3, 2)
-    assert not has_zero(model)
-    assert not is_zero(model.weight)
+    assert not has_partitions(model)
+    assert not is_partitioned(model.weight)
     assert torch.equal(master_of(model.weight), model.weight)
     before = model.weight.detach().clone()
     mask_parts_(model.weight, MASK)

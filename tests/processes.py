@@ -1,13 +1,23 @@
-"""Functions that run on several processes which can talk to each other."""
+"""Functions and modules that run on several processes which can talk to each other."""
 
 import gc
 import os
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
+from accelerate.state import AcceleratorState
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+Run = TypeVar("Run")
 
 
 def on_two_processes(function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
@@ -18,8 +28,7 @@ def on_two_processes(function: Callable[..., Any], folder: Path, *args: Any) -> 
 def on_processes(size: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """Calls `function(rank, *args)` on each; what it returns is tensors, numbers and containers of them."""
     folder.mkdir(exist_ok=True)
-    # From a process that has imported what takes seconds, and computed nothing: it has no threads that could be lost.
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["transformers.trainer", "hf_prune"])
+    _import_once()
     torch.multiprocessing.start_processes(
         _run, args=(size, folder, function, args), nprocs=size, start_method="forkserver"
     )
@@ -34,6 +43,46 @@ def _run(rank: int, size: int, folder: Path, function: Callable[..., Any], args:
     assert torch.distributed.get_backend() == "gloo"
     torch.set_num_threads(1)
     torch.save(function(rank, *args), folder / f"rank-{rank}")
+    end_processes()
+
+
+def torchrun(module: str, size: int, *args: object) -> subprocess.Popen[bytes]:
+    """Begins to run a module of the tests on so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    return subprocess.Popen([*command, "-m", module, *map(str, args)], cwd=Path(__file__).parents[1])
+
+
+def launch_function(function: Callable[..., Any], size: int, *args: Any, timeout: int) -> bool:
+    """Calls a function on so many processes as torchrun launches them, and says whether all of them ended well."""
+    _import_once()
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=size, run_id=uuid.uuid4().hex, max_restarts=0,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver",
+    )  # fmt: skip
+    try:
+        elastic_launch(config, _alarmed)(timeout, function, *args)
+    except ChildFailedError:
+        return False
+    return True
+
+
+def _alarmed(timeout: int, function: Callable[..., Any], *args: Any) -> None:
+    signal.alarm(timeout)  # Instead of waiting for ever.
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def _import_once() -> None:
+    """Has processes start from one that has imported what takes seconds, and has no threads that could be lost."""
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["transformers.trainer", "hf_prune"])
+
+
+def in_turn(runs: Iterable[Run], train: Callable[[Run], None]) -> None:
+    """One training after the other, as if each were the first; then the processes end."""
+    for run in runs:
+        train(run)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        unset_hf_deepspeed_config()
     end_processes()
 
 

@@ -1,24 +1,18 @@
-"""Runs on several processes that can be killed and resumed: `torchrun -m tests.resuming FOLDER STEP HOW KIND…`.
-
-One after the other, each in a folder of its kind's name.
-"""
+"""Runs on several processes that can be killed and resumed."""
 
 import dataclasses
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_prune import PruningConfig, PruningTrainerCallback
 from hf_prune.weights import WeightsCopy
-from hf_prune.zero import has_zero
-from tests.processes import end_processes
+from hf_prune.zero import has_partitions
+from tests.processes import in_turn
 from tests.tiny import batch, build
 from tests.training import FSDP, trainer_factory, zero
 
@@ -77,7 +71,7 @@ def train(folder: Path, options: dict, kill_at: int, resume: bool) -> None:
         "world_size": trainer.args.world_size,
         "backend": torch.distributed.get_backend(),
         "sharded": len(weights.like),
-        "partitioned": has_zero(trainer.model),
+        "partitioned": has_partitions(trainer.model),
         "history": history,
         "masks": pruning.masks.digest(),
         "weights": weights.digest(),
@@ -89,10 +83,6 @@ def train(folder: Path, options: dict, kill_at: int, resume: bool) -> None:
     (folder / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(outcome))
 
 
-if __name__ == "__main__":
-    here, step, how, *kinds = sys.argv[1:]
-    for kind in kinds:
-        train(Path(here) / kind, KINDS[kind], int(step), how == "resume")
-        AcceleratorState._reset_state(reset_partial_state=True)
-        unset_hf_deepspeed_config()
-    end_processes()
+def train_kinds(folder: Path, step: int, how: str, *kinds: str) -> None:
+    """One after the other, each in a folder of its kind's name."""
+    in_turn(kinds, lambda kind: train(folder / kind, KINDS[kind], step, how == "resume"))

@@ -30,12 +30,20 @@ def offline_and_traceless(monkeypatch, tmp_path):
     """Every test here fails if it reaches for the network or leaves a file in the cache of `evaluate`."""
     reached_for = []
 
+    class Offline(socket.socket):
+        def connect(self, address):
+            if self.family == socket.AF_UNIX:  # as processes of this machine talk
+                return super().connect(address)
+            return refuse(address)
+
+        connect_ex = connect
+
     def refuse(*args, **kwargs):
         reached_for.append(args)
         raise OSError("no network in this test")
 
-    for place, name in [(socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")]:
-        monkeypatch.setattr(place, name, refuse)
+    monkeypatch.setattr(socket, "socket", Offline)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     cache = tmp_path / "cache"
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", cache)
     monkeypatch.setenv("HF_METRICS_CACHE", str(cache))  # for the processes that a test starts

@@ -4,23 +4,23 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import PartialState
 from torch import nn
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from hf_prune import PruningConfig, PruningTrainerCallback, ScoreInputs, prune
+from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, ScoreInputs, prune, sparsity_report
+from hf_prune.access import accessible
 from hf_prune.criteria import CRITERIA
 from hf_prune.reconstruction import RECONSTRUCTIONS
 from hf_prune.shards import whole
-from hf_prune.zero import has_zero, master_of, shape_of
-from tests.processes import end_processes, on_two_processes
+from hf_prune.weights import WeightsCopy
+from hf_prune.zero import has_partitions, master_of, shape_of
+from tests.processes import in_turn, launch_function, on_two_processes, torchrun
 from tests.structures.models import build as build_of_structures
 from tests.tiny import batch, build
 from tests.training import FSDP, trainer_factory, zero
@@ -116,8 +116,10 @@ def train(folder: Path, pacing: str, options: dict) -> None:
         "world_size": trainer.args.world_size,
         "backend": torch.distributed.get_backend(),
         "sharded": {type(parameter).__name__ for parameter in model.parameters()} == {"DTensor"},
-        "partitioned": has_zero(model),
+        "partitioned": has_partitions(model),
         "masks": pruning.masks.digest(),
+        "read": MaskSet.from_zeros(model, pruning.masks).digest(),
+        "zeros": sparsity_report(model).model_zeros,
         "pruned": pruning.history[-1].masked,
         "parameters": sum(shape_of(parameter).numel() for parameter in model.parameters()),
         "norms": norms,
@@ -133,21 +135,17 @@ def train(folder: Path, pacing: str, options: dict) -> None:
 def outcomes(tmp_path_factory):
     """What comes of each cell on one process and on two."""
 
-    def launch(processes: int) -> dict[tuple[str, str], list[dict]]:
-        folder = tmp_path_factory.mktemp("outcomes")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        subprocess.run(
-            [*command, "-m", "tests.test_processes", str(folder)],
-            check=True,
-            timeout=280,
-            cwd=Path(__file__).parents[1],
-        )
-        return {
+    one, two = (tmp_path_factory.mktemp(f"outcomes-{size}") for size in (1, 2))
+    running = torchrun("tests.test_processes", 2, two)
+    assert launch_function(train_cells, 1, one, timeout=280)
+    assert running.wait(timeout=280) == 0
+    return tuple(
+        {
             (kind, name): [json.loads(path.read_text()) for path in sorted((folder / kind / name).glob("rank-*.json"))]
             for kind, name in CELLS
         }
-
-    return launch(1), launch(2)
+        for folder in (one, two)
+    )
 
 
 @pytest.mark.multiprocess
@@ -164,6 +162,9 @@ def test_two_processes_prune_what_one_does(kind, name, outcomes):
     assert first["pruned"] == one["pruned"] == (4 + 36 if name == "structures" else round(0.8 * 4608))
     assert first["parameters"] == one["parameters"]
     assert first["masks"] == one["masks"]
+    if not (name == "structures" and kind == "ddp"):  # whose pruned structures are gone
+        assert first["read"] == first["masks"]
+    assert first["zeros"] == one["zeros"]
     assert first["samples"] == one["samples"]
     assert first["rounds"] == one["rounds"]
     if name == "patience":  # Each round ends after its best, and the best comes back.
@@ -297,7 +298,7 @@ def fail_apart(rank: int, folder: Path) -> None:
 
     def criterion(inputs: ScoreInputs) -> torch.Tensor:
         if rank == 1:
-            raise ValueError(f"only on one of {torch.distributed.get_world_size()}, {has_zero(trainer.model)}")
+            raise ValueError(f"only on one of {torch.distributed.get_world_size()}, {has_partitions(trainer.model)}")
         return inputs.weight.abs()
 
     model = build("llama")
@@ -312,11 +313,42 @@ def test_an_error_on_one_process_while_parameters_are_gathered_ends_it(tmp_path)
         on_two_processes(fail_apart, tmp_path, tmp_path)
 
 
-if __name__ == "__main__":
-    for each, about in CELLS:
-        here = Path(sys.argv[1]) / each / about
+def fail_in_the_second_step(rank: int, folder: Path, stage: int) -> tuple[str, str]:
+    """Digests of weights and masters before a cut that fails when it has pruned some of them, and after it."""
+
+    def criterion(inputs: ScoreInputs) -> torch.Tensor:
+        if not inputs.weight.all():
+            raise ValueError("some are zero")
+        return inputs.weight.abs()
+
+    model = build("llama")
+    before = WeightsCopy.of(model).digest()
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.5, score_steps=2), criterion=criterion)
+    trainer = trainer_factory(folder)(model, pruning, train_dataset=batch(model, 8), max_steps=1, **zero(stage))
+    with pytest.raises(ValueError, match="some are zero"):
+        trainer.train()
+    assert has_partitions(model)
+    with accessible(model):
+        assert all(torch.equal(master_of(parameter), parameter) for parameter in model.parameters())
+    return before, WeightsCopy.of(model).digest()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_cut_that_fails_half_way_leaves_masters_and_parts_as_they_were(stage, tmp_path):
+    for before, after in on_two_processes(fail_in_the_second_step, tmp_path, tmp_path, stage):
+        assert before == after
+
+
+def train_cells(folder: Path) -> None:
+    def train_cell(cell: tuple[str, str]) -> None:
+        kind, name = cell
+        here = folder / kind / name
         here.mkdir(parents=True, exist_ok=True)
-        train(here, about, KINDS[each][int(os.environ["WORLD_SIZE"]) - 1])
-        AcceleratorState._reset_state(reset_partial_state=True)
-        unset_hf_deepspeed_config()
-    end_processes()
+        train(here, name, KINDS[kind][int(os.environ["WORLD_SIZE"]) - 1])
+
+    in_turn(CELLS, train_cell)
+
+
+if __name__ == "__main__":
+    train_cells(Path(sys.argv[1]))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import random
 import shutil
 import signal
@@ -19,7 +18,8 @@ from transformers import LlamaForCausalLM, Trainer, ViTConfig, ViTForImageClassi
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, sparsity_report
 from hf_prune.checkpoints import load_renamed_weights_
 from hf_prune.weights import WeightsCopy
-from tests.resuming import KINDS, PATIENT
+from tests.processes import launch_function
+from tests.resuming import KINDS, PATIENT, train_kinds
 from tests.tiny import FAMILIES, build
 from tests.training import Rates, trainer_factory
 
@@ -195,16 +195,6 @@ def test_kill_9_in_mid_round(tmp_path):
     assert outcomes[0] == outcomes[1]
 
 
-def run_on_processes(folder: Path, processes: int, kill_at: int, how: str, *kinds: str) -> int:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    # Nobody waits for ever for the one that is gone.
-    return subprocess.run(
-        [*command, "-m", "tests.resuming", str(folder), str(kill_at), how, *kinds],
-        cwd=Path(__file__).parents[1],
-        timeout=120,
-    ).returncode
-
-
 def outcomes_in(folder: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
 
@@ -213,14 +203,18 @@ def outcomes_in(folder: Path) -> list[dict]:
 def killed(tmp_path_factory) -> Path:
     """A folder with runs of each kind: "whole", and killed and resumed, by as many processes or by four "others"."""
     folder = tmp_path_factory.mktemp("killed")
-    assert run_on_processes(folder / "whole", 2, 0, "fresh", *KINDS) == 0
+
+    def run(name: str, size: int, kill_at: int, how: str, *kinds: str) -> bool:
+        return launch_function(train_kinds, size, folder / name, kill_at, how, *kinds, timeout=120)
+
+    assert run("whole", 2, 0, "fresh", *KINDS)
     for kind in KINDS:
-        assert run_on_processes(folder / "killed", 2, 7, "fresh", kind) != 0
+        assert not run("killed", 2, 7, "fresh", kind)
         assert outcomes_in(folder / "killed" / kind) == []
         if "deepspeed" not in KINDS[kind]:  # Its checkpoints are for as many processes as before.
             shutil.copytree(folder / "killed" / kind, folder / "others" / kind)
-    assert run_on_processes(folder / "killed", 2, 0, "resume", *KINDS) == 0
-    assert run_on_processes(folder / "others", 4, 0, "resume", *(p.name for p in (folder / "others").iterdir())) == 0
+    assert run("killed", 2, 0, "resume", *KINDS)
+    assert run("others", 4, 0, "resume", *(path.name for path in (folder / "others").iterdir()))
     return folder
 
 
@@ -280,7 +274,7 @@ def test_killed_at_random_moments_ten_times_in_a_row(tmp_path):
     def run(folder: str, step: int = 0, delay: float = 0) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, "-c", textwrap.dedent(RANDOM), str(tmp_path / folder), str(step), str(delay)],
-            cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=-1, text=True,
+            cwd=Path(__file__).parents[1], stdout=-1, text=True,
         )  # fmt: skip
 
     whole = run("whole")
@@ -350,7 +344,7 @@ def test_masks_that_cannot_be_found_are_an_error(harm, checkpoints, make_trainer
     trainer, _ = start(make_trainer)
     with pytest.raises(
         ValueError,
-        match=r"masks of the checkpoint are missing, damaged .* newest complete checkpoint here: .*checkpoint-5\.",
+        match=r"masks of the checkpoint are missing or damaged: .* newest complete checkpoint here: .*checkpoint-5\.",
     ):
         trainer.train(resume_from_checkpoint=str(folder))
     assert before == {path: path.read_bytes() for path in checkpoints.rglob("*") if path.is_file()}
@@ -417,7 +411,7 @@ def test_a_run_too_short_for_the_rounds_that_are_left_is_an_error(tmp_path):
 def test_weights_that_do_not_fit_the_masks_are_an_error(checkpoints, make_trainer):
     shutil.copy(checkpoints / "checkpoint-2" / "model.safetensors", checkpoints / "checkpoint-9")
     trainer, _ = start(make_trainer)
-    with pytest.raises(ValueError, match="masks of the checkpoint are missing, damaged or of another model"):
+    with pytest.raises(ValueError, match="masks of the checkpoint are missing or damaged: no pruning_masks"):
         trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-9"))
 
 

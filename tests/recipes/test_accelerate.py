@@ -12,7 +12,7 @@ from tests.recipes.conftest import RECIPES
 from tests.recipes.launch import ROUND, begin, finished, launch, report_in
 
 CONFIGS = sorted(path.name for path in (RECIPES / "accelerate").iterdir())
-SHORT = ["--num_stories=200", "--dense_steps=4", "--max_steps=20", "--eval_steps=5", "--save_steps=10"]
+SHORT = ["--num_stories=200", "--dense_steps=4", "--max_steps=20", "--block_size=32"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

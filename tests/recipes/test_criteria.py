@@ -12,7 +12,7 @@ SHORT = ("--max_train_samples=200", "--max_eval_samples=50", "--dense_dir=dense"
 
 
 def run(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets")}
     command = [sys.executable, str(RECIPES / "criteria.py"), *flags]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
 

@@ -23,7 +23,7 @@ def command(*flags: str) -> list[str]:
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets")}
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command(*flags), cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True

@@ -1,24 +1,28 @@
-"""Loading: shapes that no config of a family can say, recorded in `config.json` and read by `from_pretrained`.
+"""Loading: what no config of a family can say, recorded in `config.json` and read by `from_pretrained`.
 
-Transformers lets a library say what becomes of a model between its config and its weights: a quantization method. This
-one changes no weight, only shapes, and leaves an ordinary model behind. Importing hf_prune registers it.
+That is shapes of a model that was shrunk, and that weights were compressed. Transformers lets a library say what
+becomes of a model between its config and its weights: a quantization method. This one changes no weight, and leaves an
+ordinary model behind. Importing hf_prune registers it.
 """
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.initialization import no_init_weights, no_tie_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..compression import BITMASK, VALUES, decompress
 from .families import FAMILIES
 
 METHOD = "hf_prune"
@@ -35,27 +39,37 @@ Attributes = dict[str, dict[str, int]]
 
 
 @register_quantization_config(METHOD)
-class ShapesConfig(QuantizationConfigMixin):
+class Record(QuantizationConfigMixin):
     """What a model has that its config does not say.
 
     Args:
         shapes: Parameter or buffer → shape.
         attributes: Module → its whole numbers.
+        compressed: Names of the tensors that are compressed in the files.
 
     Raises:
-        ValueError: if a shape or a size is not a positive whole number, a size is none that may be set, or a key is
-            unknown.
+        ValueError: if a shape or a size is not a positive whole number, a size is none that may be set, a name is
+            not one, or a key is unknown.
     """
 
-    def __init__(self, shapes: Shapes, attributes: Attributes, **others: object) -> None:
+    def __init__(
+        self,
+        shapes: Shapes | None = None,
+        attributes: Attributes | None = None,
+        compressed: Collection[str] = (),
+        **others: object,
+    ) -> None:
         if unknown := sorted(set(others) - {"quant_method"}):
             raise ValueError(
                 f"unknown key {', '.join(unknown)} beside the shapes of a pruned model. Was it saved by a newer "
                 "version of hf_prune?"
             )
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.shapes = shapes
-        self.attributes = attributes
+        self.shapes = shapes = shapes or {}
+        self.attributes = attributes = attributes or {}
+        if isinstance(compressed, str) or not all(isinstance(name, str) for name in compressed):
+            raise ValueError(f"the names of compressed tensors must be a list of strings, got {compressed!r}.")
+        self.compressed = list(compressed)
         for name, shape in shapes.items():
             if not isinstance(shape, list) or not shape or not all(_is_size(length) for length in shape):
                 raise ValueError(f"the recorded shape of {name!r} must be positive whole numbers, got {shape!r}.")
@@ -65,24 +79,88 @@ class ShapesConfig(QuantizationConfigMixin):
             if strange := sorted(set(values) - size_names()):
                 raise ValueError(f"the recorded sizes of {name!r} hold {', '.join(strange)}, which may not be set.")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, without what is empty."""
+        return {key: value for key, value in super().to_dict().items() if value}
+
+    def write_(self, config: PretrainedConfig) -> None:
+        """Puts itself into a model's config, as it is in one that was read from a file; nothing, if it is empty."""
+        if self.shapes or self.attributes or self.compressed:
+            config.quantization_config = self.to_dict()
+        elif hasattr(config, "quantization_config"):
+            del config.quantization_config
+
+
+class Decompress(ConversionOps):
+    """Makes a weight of the two tensors that stand for it in a file.
+
+    Attributes:
+        hf_quantizer: By this Transformers knows that neither of them is the weight, whose dtype is given to neither.
+        dtype: The dtype that the weights are to have; None for that in the file.
+        done: The names, in the model, of those that were made.
+    """
+
+    def __init__(self, quantizer: HfQuantizer) -> None:
+        self.hf_quantizer = quantizer
+        self.done: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Decompress":
+        return self  # Each weight has a converter of its own, and all of them note here what is done.
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, list[torch.Tensor]], *, full_layer_name: str, model: PreTrainedModel, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """The weight.
+
+        Raises:
+            ValueError: if one of the two is missing, or they do not fit each other.
+        """
+        if missing := [suffix for suffix in (BITMASK, VALUES) if len(input_dict.get(suffix, [])) != 1]:
+            raise ValueError(f"{full_layer_name!r} is compressed, and its {missing[0]} is missing.")
+        weight = model.get_parameter_or_buffer(full_layer_name)
+        (bitmask,), (values,) = input_dict[BITMASK], input_dict[VALUES]
+        tensor = decompress(full_layer_name, bitmask, values, weight.shape)
+        self.done.add(full_layer_name)
+        return {full_layer_name: tensor.to(weight.dtype)}
+
 
 @register_quantizer(METHOD)
-class ShapesQuantizer(HfQuantizer):
-    """Gives a model that has no weights yet the shapes that were recorded."""
+class RecordQuantizer(HfQuantizer):
+    """Gives a model that has no weights yet the shapes that were recorded, and weights that were compressed."""
 
     requires_calibration = False
-    quantization_config: ShapesConfig
+    quantization_config: Record
+
+    def __init__(self, quantization_config: Record, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._decompress = Decompress(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """How weights are made of what is in the files, beside what Transformers does itself."""
+        return (
+            [WeightConverter([BITMASK, VALUES], "", [self._decompress])] if self.quantization_config.compressed else []
+        )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _apply_(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        made = {id(model.get_parameter_or_buffer(name)) for name in self._decompress.done}
+        for name in self.quantization_config.compressed:
+            path, _, attribute = name.rpartition(".")
+            module = _find(model, path)
+            if module is not None and id(getattr(module, attribute, None)) not in made:
+                raise ValueError(f"{name!r} is compressed, and the files do not have it.")
         for name, shape in self.quantization_config.shapes.items():
             module = _find(model, name.rpartition(".")[0])
             if module is not None and list(getattr(module, name.rpartition(".")[2]).shape) != shape:
                 raise ValueError(f"the recorded shape of {name!r} is {shape}, and the weights have another one.")
-        self.remove_quantization_config(model)  # It is no quantized model ...
-        model.config.quantization_config = self.quantization_config.to_dict()  # ... and is saved as it was.
+        # It is no quantized model, and is saved with the shapes that it has, without compression.
+        self.remove_quantization_config(model)
+        Record(self.quantization_config.shapes, self.quantization_config.attributes).write_(model.config)
+        conversions = getattr(model, "_weight_conversions", None) or []
+        kept = [c for c in conversions if self._decompress not in getattr(c, "operations", [])]
+        model._weight_conversions = kept  # type: ignore[assignment]
 
     @property
     def is_trainable(self) -> bool:
@@ -104,6 +182,17 @@ class ShapesQuantizer(HfQuantizer):
         return True
 
 
+@contextlib.contextmanager
+def recorded_compression(config: PretrainedConfig, names: Collection[str]) -> Iterator[None]:
+    """A context in which a model's config says which tensors are compressed; afterwards it is as it was."""
+    before = copy.deepcopy(getattr(config, "quantization_config", {}))
+    Record(**{**before, "compressed": names}).write_(config)
+    try:
+        yield
+    finally:
+        Record(**before).write_(config)
+
+
 def can_say(config: PretrainedConfig, fields: Mapping[str, int]) -> bool:
     """Whether a config of this family may have these values."""
     try:
@@ -115,8 +204,7 @@ def can_say(config: PretrainedConfig, fields: Mapping[str, int]) -> bool:
 
 def record_shapes_(model: PreTrainedModel) -> None:
     """Records in a model's config the shapes that it does not say. If it says all, it stays an ordinary one."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    Record().write_(model.config)
     said = built_from(model.config, model)
     # What the class does not build by itself, such as a head that its owner has put there, is no business of ours.
     expected = {name: list(tensor.shape) for name, tensor in _tensors(said)}
@@ -127,12 +215,10 @@ def record_shapes_(model: PreTrainedModel) -> None:
         for name, own in _sizes(model).items()
         if name in sizes
     }
-    record = ShapesConfig(
+    Record(
         {name: shape for name, shape in shapes.items() if expected[name] != shape},
         {name: own for name, own in attributes.items() if own},
-    )
-    if record.shapes or record.attributes:
-        model.config.quantization_config = record.to_dict()  # As it is in a config that was read from a file.
+    ).write_(model.config)
 
 
 def built_from(config: PretrainedConfig, model: PreTrainedModel) -> PreTrainedModel:
@@ -175,7 +261,7 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _apply_(model: PreTrainedModel, record: ShapesConfig) -> None:
+def _apply_(model: PreTrainedModel, record: Record) -> None:
     """Gives a model on the meta device its recorded shapes, as far as it has what they are of.
 
     Raises:

@@ -1,0 +1,88 @@
+"""Compression: a sparse tensor as the bits that say which of its elements are not zero, and those elements."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+BITMASK, VALUES = ":bitmask", ":values"
+"""What follows a tensor's name in a file, in the names of the two tensors that stand for it."""
+
+
+def compress(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor without its zeros.
+
+    Args:
+        tensor: Of any shape and dtype. A negative zero is a zero like others, and comes back as a positive one.
+
+    Returns:
+        The bits in the order of the elements, the highest first, `[⌈n/8⌉]`, uint8, the last byte filled up with zeros;
+        and the elements that are not zero, `[those]`. Both on the CPU.
+
+    Example:
+        >>> compress(torch.tensor([[0.0, 1.5], [0.0, 2.5]]))
+        (tensor([80], dtype=torch.uint8), tensor([1.5000, 2.5000]))
+    """
+    flat = tensor.detach().cpu().flatten()
+    kept = flat != 0
+    return torch.from_numpy(np.packbits(kept.numpy())), flat[kept]
+
+
+def decompress(name: str, bitmask: torch.Tensor, values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The tensor that was compressed.
+
+    Args:
+        name: Its name, for the message.
+        bitmask: The bits.
+        values: The elements that are not zero, on the same device.
+        shape: The tensor's shape.
+
+    Returns:
+        The tensor, on that device.
+
+    Raises:
+        ValueError: if bits and elements do not fit each other, or the shape.
+
+    Example:
+        >>> decompress("a", *compress(torch.tensor([[0.0, 1.5], [0.0, 2.5]])), (2, 2))
+        tensor([[0.0000, 1.5000],
+                [0.0000, 2.5000]])
+    """
+    count = math.prod(shape)
+    if bitmask.dtype != torch.uint8 or bitmask.shape != ((count + 7) // 8,) or values.ndim != 1:
+        raise ValueError(
+            f"{name!r} of shape {list(shape)} cannot be read from {list(bitmask.shape)} bits of {bitmask.dtype} and "
+            f"values of shape {list(values.shape)}."
+        )
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bitmask.device)
+    bits = ((bitmask[:, None] >> shifts) & 1).bool().flatten()
+    if bits[count:].any() or int(bits.sum()) != len(values):
+        raise ValueError(
+            f"the bitmask of {name!r} says {int(bits.sum())} of {count} elements, there are {len(values)}."
+        )
+    return values.new_zeros(count).masked_scatter_(bits[:count], values).view(torch.Size(shape))
+
+
+def compressed_state(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """A state dict in which tensors are compressed that are smaller so.
+
+    Args:
+        state: Name → tensor. What several names share is compressed under the first.
+
+    Returns:
+        Name → tensor, or two of them with `BITMASK` and `VALUES` behind the name; and the names that have two.
+    """
+    found: dict[str, torch.Tensor] = {}
+    compressed: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in compressed:
+            continue
+        size = int(tensor.count_nonzero()) * tensor.element_size() + (tensor.numel() + 7) // 8
+        if size >= tensor.nbytes or not tensor.is_floating_point():
+            found[name] = tensor
+        else:
+            found[name + BITMASK], found[name + VALUES] = compress(tensor)
+            compressed[key] = name
+    return found, list(compressed.values())

@@ -3,6 +3,7 @@
 from .callback import PruningTrainerCallback
 from .config import PruningConfig
 from .criteria import ScoreInputs
+from .hub import push_to_hub, save_pretrained
 from .masks import MaskSet
 from .pruning import prune
 from .reports import PruningHistory, SparsityReport, sparsity_report
@@ -23,6 +24,8 @@ __all__ = [
     "Stack",
     "describe_family",
     "prune",
+    "push_to_hub",
+    "save_pretrained",
     "shrink",
     "sparsity_report",
 ]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import ExportableState
 
 from .access import accessible
+from .cards import TAGS
 from .checkpoints import (
     BEST_NAME,
     MASKS_NAME,
@@ -52,7 +53,7 @@ from .optimizers import (
 from .pacing import Even, Patience
 from .processes import gather_from_processes, require_agreement
 from .pruning import cut_, require_room
-from .reports import HISTORY_NAME, PruningHistory, sparsity_report
+from .reports import HISTORY_NAME, PruningHistory, plot_beside, sparsity_report
 from .resolving import require_whole_where_needed, required_statistics, resolve_targets
 from .rounds import Rounds
 from .shards import reshard_
@@ -303,6 +304,16 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 self._say(self.history.savings(), state)
         if args.should_save:
             self._save_reports(Path(str(args.output_dir)))
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Has Trainer upload the rounds and their plot, and tags by which the model is found."""
+        kwargs["model"].add_model_tags([*TAGS])
+        if args.should_save:
+            folder = Path(str(args.output_dir))
+            self._save_reports(folder)
+            plot_beside(self.history, folder)
 
     def _shrink(self, now: Moment) -> None:
         """Removes what is masked as a whole, and measures what that saves.

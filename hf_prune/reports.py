@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import overload
 
@@ -23,6 +24,7 @@ from .structures.members import Place, kept_in, nonzeros, parameters_of
 from .targets import find_targets
 
 HISTORY_NAME = "pruning_history.json"
+PLOT_NAME = "pruning.png"
 
 
 @dataclass(frozen=True)
@@ -427,6 +429,12 @@ class PruningHistory(Sequence[Round]):
             for row in self:
                 axis.axvline(row.step, color="lightgray", linewidth=0.8, zorder=0)
         figure.savefig(path, dpi=150)
+
+
+def plot_beside(history: PruningHistory, folder: Path) -> None:
+    """Draws a history into the folder of its model, if there is something to draw, and something to draw with."""
+    if history and find_spec("matplotlib") is not None:
+        history.plot(folder / PLOT_NAME)
 
 
 def perplexity_from_loss(loss: float) -> float:

@@ -43,6 +43,7 @@ ORDER = [
     "checks",
     "config",
     "resolving",
+    "compression",
     "structures.members",
     "structures.choosing",
     "structures.families",
@@ -65,7 +66,9 @@ ORDER = [
     "checkpoints",
     "monitor",
     "moments",
+    "cards",
     "callback",
+    "hub",
 ]
 PACKAGES = ["__init__", "structures.__init__"]
 SUBPACKAGES = ("hf_prune", "hf_prune.structures")
@@ -244,6 +247,8 @@ def test_the_public_names_are_those_of_the_design():
         "Stack",
         "describe_family",
         "prune",
+        "push_to_hub",
+        "save_pretrained",
         "shrink",
         "sparsity_report",
     }

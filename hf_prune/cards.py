@@ -1,0 +1,273 @@
+"""Cards: what a README on the Hub says of a pruned model, all of it counted or measured."""
+
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import cast
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from . import granularities
+from .config import PruningConfig
+from .costs import Cost
+from .granularities import Pattern, Structural
+from .reports import PruningHistory, SparsityReport
+
+TAGS = ("hf_prune", "pruning")
+UNKNOWN = "unknown"
+_SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+
+
+@dataclass
+class Facts:
+    """What a card tells of a pruned model.
+
+    Attributes:
+        model: The model, unwrapped.
+        report: How sparse it is.
+        bytes: Size of its files of weights, once they are written.
+        config: How it was pruned; None if that is not known.
+        history: Its rounds; None if they are not known.
+        metrics: Metrics of the model as it is, such as `test_accuracy`.
+        dataset: Name of the data of these metrics on the Hub, or of the file; None if that is not known.
+        base_model: Name of the dense model on the Hub; None if it has none.
+        costs: What a forward pass takes with the "dense" and with the "pruned" model; empty if it was not measured.
+        compressed: Whether the files leave zeros out.
+    """
+
+    model: PreTrainedModel
+    report: SparsityReport
+    bytes: int = 0
+    config: PruningConfig | None = None
+    history: PruningHistory | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    dataset: str | None = None
+    base_model: str | None = None
+    costs: Mapping[str, Cost] = field(default_factory=dict)
+    compressed: bool = False
+
+    @property
+    def needs_hf_prune(self) -> bool:
+        """Whether hf_prune has to be imported to load the model."""
+        return self.compressed or hasattr(self.model.config, "quantization_config")
+
+
+def model_card(name: str, facts: Facts) -> ModelCard:
+    """The card of a pruned model.
+
+    Args:
+        name: What it is loaded by: a folder, or a name on the Hub.
+        facts: What there is to tell.
+
+    Returns:
+        The card, metadata included.
+    """
+    results, title = _results(facts), name.rstrip("/").rpartition("/")[2]
+    task = pipeline_tag(facts.model)
+    data = ModelCardData(
+        base_model=facts.base_model,
+        datasets=None if facts.dataset is None or os.path.exists(facts.dataset) else facts.dataset,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=[*TAGS],
+        metrics=sorted({metric for metric, _, _ in results}) or None,
+        model_name=title,
+        eval_results=[
+            EvalResult(
+                task_type=task or UNKNOWN,
+                dataset_type=facts.dataset or UNKNOWN,
+                dataset_name=facts.dataset or UNKNOWN,
+                dataset_split=split,
+                metric_type=metric,
+                metric_value=value,
+            )
+            for metric, split, value in results
+        ]
+        or None,
+    )
+    sections = [
+        f"# {title}\n\n{_summary(facts)}",
+        f"## Load it\n\n{_how_to_load(name, facts)}",
+        f"## Size and speed\n\n{_size_and_speed(facts)}",
+    ]
+    if facts.history is not None and len(facts.history):
+        sections.append(f"## Rounds\n\n{_rounds(facts.history)}")
+    sections += [f"## Sparsity\n\n{_sparsity(facts.report)}", f"## How it was made\n\n{_how_made(facts)}"]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def pipeline_tag(model: PreTrainedModel) -> str | None:
+    """What a model is for, in the Hub's words; None if Transformers does not say."""
+    from transformers.modelcard import TASK_MAPPING
+
+    for task, classes in cast(dict[str, dict[str, str]], TASK_MAPPING).items():
+        for names in classes.values():
+            if type(model).__name__ in ((names,) if isinstance(names, str) else names):
+                return task
+    return None
+
+
+def command() -> str:
+    """How this program was called, without what is secret."""
+    words: list[str] = []
+    hide = False
+    for word in [os.path.basename(sys.executable), *sys.argv]:
+        name, equals, _ = word.partition("=")
+        words.append("***" if hide else f"{name}=***" if equals and _SECRET.search(name) else word)
+        hide = not equals and word.startswith("-") and bool(_SECRET.search(word))
+    return shlex.join(words)
+
+
+def _results(facts: Facts) -> list[tuple[str, str, float]]:
+    """Metric, split and value, of what was measured of the model as it is; without what tells of time."""
+    found = []
+    for key, value in facts.metrics.items():
+        split, _, metric = key.partition("_")
+        if split in ("test", "eval") and metric not in _OF_TIME and not metric.endswith("per_second"):
+            found.append((metric, {"eval": "validation"}.get(split, split), float(value)))
+    last = None if facts.history is None else _last_value(facts.history, facts.config)
+    if not found and facts.history is not None and last is not None:
+        found.append((facts.history.metric.removeprefix("eval_"), "validation", last))
+    return found
+
+
+_OF_TIME = ("runtime", "model_preparation_time")
+
+
+def _last_value(history: PruningHistory, config: PruningConfig | None) -> float | None:
+    """The metric of the weights that the last round has handed on."""
+    if not history:
+        return None
+    came_back = config is not None and config.patience and config.restore == "best"
+    return history[-1].best if came_back else history[-1].last
+
+
+def _summary(facts: Facts) -> str:
+    base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "A model"
+    report, history = facts.report, facts.history
+    if history is not None and history.costs:
+        how = f"pruned to {history[-1].reached:.1%} of its {_units(facts)}, which were removed"
+    else:
+        how = f"pruned: {report.zeros:,} of {report.total:,} targeted {report.units} are zero ({report.sparsity:.2%})"
+    lines = [f"{base} ({type(facts.model).__name__}), {how}, with hf_prune."]
+    if rows := _before_and_after(facts):
+        lines.append(_markdown([["", "dense", "pruned"], *rows]))
+    return "\n\n".join(lines)
+
+
+def _units(facts: Facts) -> str:
+    return facts.config.granularity.replace("+", "s and ") + "s" if facts.config else facts.report.units
+
+
+def _before_and_after(facts: Facts) -> list[list[str]]:
+    """The history's metric, and every metric that was measured."""
+    history, rows = facts.history, []
+    if history is not None and (value := _last_value(history, facts.config)) is not None:
+        rows.append([f"{history.metric} (validation)", _number(history.dense), _number(value)])
+    for metric, split, value in _results(facts):
+        dense = facts.metrics.get(f"dense_{split}_{metric}")
+        if split == "test" or dense is not None or not rows:
+            rows.append([f"{metric} ({split})", _number(dense), _number(value)])
+    return rows
+
+
+def _how_to_load(name: str, facts: Facts) -> str:
+    kind = type(facts.model).__name__
+    lines = [f"from transformers import {kind}", "", f'model = {kind}.from_pretrained("{name}")']
+    if not facts.needs_hf_prune:
+        return _code("\n".join(lines), "python") + "\n\nIt is an ordinary model: hf_prune is not needed."
+    why = "its files leave zeros out" if facts.compressed else "no config of its family can say its shapes"
+    lines.insert(0, "import hf_prune  # which tells from_pretrained how to read it")
+    return _code("\n".join(lines), "python") + f"\n\nThat needs `pip install hf_prune`, because {why}."
+
+
+def _size_and_speed(facts: Facts) -> str:
+    report, costs = facts.report, facts.costs
+    dense, pruned = costs.get("dense"), costs.get("pruned")
+    rows = [["", "dense", "pruned"]]
+    parameters = sum(parameter.numel() for parameter in facts.model.parameters())
+    rows.append(["parameters", _count(dense.parameters if dense else None), f"{parameters:,}"])
+    rows.append(["of them zero", "", f"{report.model_zeros:,} ({report.model_sparsity:.2%})"])
+    size = next(facts.model.parameters()).element_size()
+    rows.append(["MB of weights", _number(dense.parameters * size / 1e6) if dense else "", _number(facts.bytes / 1e6)])
+    if dense and pruned and dense.flops is not None and pruned.flops is not None:
+        rows.append(["GFLOPs of a forward pass", _number(dense.flops / 1e9), _number(pruned.flops / 1e9)])
+    if dense and pruned and dense.seconds is not None and pruned.seconds is not None:
+        where = "CPU" if facts.model.device.type == "cpu" else torch.cuda.get_device_name(facts.model.device)
+        rows.append([f"ms of a forward pass ({where})", _number(1e3 * dense.seconds), _number(1e3 * pruned.seconds)])
+    return f"{_markdown(rows)}\n\n{_what_zeros_are_worth(facts)}"
+
+
+def _what_zeros_are_worth(facts: Facts) -> str:
+    if facts.history is not None and facts.history.costs:
+        return "What was pruned is gone: this is a smaller dense model."
+    kind = granularities.parse(facts.config.granularity) if facts.config else None
+    if isinstance(kind, Structural):
+        return "Pruned structures are still there, as zeros: `hf_prune.shrink(model)` removes them."
+    alone = "Zeros alone make nothing faster or smaller: the model takes the time and the memory of the dense one"
+    if isinstance(kind, Pattern):
+        return (
+            f"{alone}, unless a runtime makes use of the pattern {facts.config.granularity}, as "  # type: ignore[union-attr]
+            "`torch.sparse.to_sparse_semi_structured` does of 2:4 on GPUs."
+        )
+    return f"{alone}, unless a runtime makes use of them."
+
+
+def _rounds(history: PruningHistory) -> str:
+    rows = [["round", "step", "asked", "reached", f"{history.metric} after the cut", "best", "last", "ended"]]
+    rows.append(["dense", "", "", "", _number(history.dense), "", "", ""])
+    for row in history:
+        asked = "" if row.asked is None else f"{row.asked:.4f}"
+        values = [_number(value) for value in (row.after_cut, row.best, row.last)]
+        rows.append([str(row.round), str(row.step), asked, f"{row.reached:.4f}", *values, row.ended or ""])
+    text = _markdown(rows)
+    return f"{text}\n\n{shortfall}" if (shortfall := history.shortfall()) else text
+
+
+def _sparsity(report: SparsityReport) -> str:
+    rows = [["module", "shape", "zeros", "sparsity"]]
+    for m in report.modules:
+        rows.append([f"`{m.name}`", " × ".join(map(str, m.shape)), f"{m.zeros:,}", f"{m.sparsity:.4f}"])
+    total = sum(m.total for m in report.modules)
+    zeros = sum(m.zeros for m in report.modules)
+    rows.append(["all of these", f"{total:,}", f"{zeros:,}", f"{zeros / max(total, 1):.4f}"])
+    rows.append(["whole model", f"{report.model_total:,}", f"{report.model_zeros:,}", f"{report.model_sparsity:.4f}"])
+    return f"<details><summary>By module</summary>\n\n{_markdown(rows)}\n\n</details>"
+
+
+def _how_made(facts: Facts) -> str:
+    packages = ["hf_prune", "transformers", "torch", "accelerate"]
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    parts = [_code(command(), "bash"), f"With {versions}, Python {platform.python_version()}."]
+    if facts.config is not None:
+        # Only what was asked for: a default is what the version above has.
+        default = PruningConfig(sparsity=0.5).to_dict()
+        asked = {k: v for k, v in facts.config.to_dict().items() if k == "sparsity" or v != default[k]}
+        parts.append(f"`pruning_config.json`, without defaults:\n\n{_code(json.dumps(asked, indent=2), 'json')}")
+    return "\n\n".join(parts)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = [f"| {' | '.join(cells)} |" for cells in rows]
+    rule = "|" + "|".join([" --- "] + [" ---: "] * (len(rows[0]) - 1)) + "|"
+    return "\n".join([head, rule, *body])
+
+
+def _code(text: str, language: str) -> str:
+    return f"```{language}\n{text}\n```"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"

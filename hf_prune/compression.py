@@ -64,14 +64,17 @@ def decompress(name: str, bitmask: torch.Tensor, values: torch.Tensor, shape: Se
     return values.new_zeros(count).masked_scatter_(bits[:count], values).view(torch.Size(shape))
 
 
-def compressed_state(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+def compressed_state(
+    state: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
     """A state dict in which tensors are compressed that are smaller so.
 
     Args:
         state: Name → tensor. What several names share is compressed under the first.
 
     Returns:
-        Name → tensor, or two of them with `BITMASK` and `VALUES` behind the name; and the names that have two.
+        Name → tensor, or two of them with `BITMASK` and `VALUES` behind the name; and name → shape of those that have
+        two.
     """
     found: dict[str, torch.Tensor] = {}
     compressed: dict[tuple[int, torch.Size], str] = {}
@@ -80,9 +83,9 @@ def compressed_state(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch
         if tensor.numel() and key in compressed:
             continue
         size = int(tensor.count_nonzero()) * tensor.element_size() + (tensor.numel() + 7) // 8
-        if size >= tensor.nbytes or not tensor.is_floating_point():
+        if size >= tensor.nbytes or not (tensor.is_floating_point() and tensor.ndim):
             found[name] = tensor
         else:
             found[name + BITMASK], found[name + VALUES] = compress(tensor)
             compressed[key] = name
-    return found, list(compressed.values())
+    return found, {name: list(state[name].shape) for name in compressed.values()}

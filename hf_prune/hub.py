@@ -231,8 +231,8 @@ def _save(
 ) -> None:
     with _replacing(folder) as stage:
         if facts.compressed:
-            tensors, names = compressed_state(state)
-            with recorded_compression(facts.model.config, names):
+            tensors, shapes = compressed_state(state)
+            with recorded_compression(facts.model.config, shapes):
                 facts.model.save_pretrained(
                     stage, state_dict=tensors, max_shard_size=max_shard_size, save_original_format=False
                 )

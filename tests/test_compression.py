@@ -58,15 +58,16 @@ def test_bits_and_values_that_do_not_fit_are_an_error(bitmask, values, message):
 def test_what_would_not_be_smaller_stays_as_it_is():
     dense, half = torch.ones(64), torch.ones(64)
     half[::2] = 0
-    state, names = compressed_state({"dense": dense, "half": half, "steps": torch.zeros(64, dtype=torch.long)})
-    assert names == ["half"]
-    assert list(state) == ["dense", "half:bitmask", "half:values", "steps"]
+    others = {"steps": torch.zeros(64, dtype=torch.long), "scalar": torch.tensor(0.0)}
+    state, shapes = compressed_state({"dense": dense, "half": half, **others})
+    assert shapes == {"half": [64]}
+    assert list(state) == ["dense", "half:bitmask", "half:values", *others]
 
 
 def test_what_has_two_names_is_compressed_once():
     tensor = torch.zeros(64)
-    state, names = compressed_state({"a": tensor, "b": tensor, "other": torch.zeros(64)})
-    assert names == ["a", "other"]
+    state, shapes = compressed_state({"a": tensor, "b": tensor, "other": torch.zeros(8, 8)})
+    assert shapes == {"a": [64], "other": [8, 8]}
     assert "b:bitmask" not in state
 
 
@@ -179,11 +180,3 @@ def test_a_tensor_that_is_not_there_is_an_error(saved):
     change(saved, "neither")
     with pytest.raises(ValueError, match=f"'{NAME}' is compressed, and the files do not have it"):
         LlamaForCausalLM.from_pretrained(saved)
-
-
-@pytest.mark.parametrize("compressed", ["weight", [1], {"a": 1, "b": 2}.items()])
-def test_names_that_are_none_are_an_error(compressed):
-    from hf_prune.structures.loading import Record
-
-    with pytest.raises(ValueError, match="names of compressed tensors must be a list of strings"):
-        Record(compressed=compressed)

@@ -303,8 +303,8 @@ def test_files_of_an_earlier_model_are_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"compressed": ["../../etc/passwd"]}, None),  # of no tensor, and no file
-        ({"compressed": "model"}, "must be a list of strings"),
+        ({"compressed": {"../../etc/passwd": [3]}}, None),  # of no tensor, and no file
+        ({"compressed": {"lm_head.weight": "3"}}, "positive whole numbers"),
         ({"shapes": {"lm_head.weight": [-1, 2]}}, "positive whole numbers"),
         ({"shapes": {}, "run": "import os"}, "unknown key run"),
     ],

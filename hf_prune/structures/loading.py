@@ -8,7 +8,7 @@ ordinary model behind. Importing hf_prune registers it.
 import contextlib
 import copy
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,18 +45,18 @@ class Record(QuantizationConfigMixin):
     Args:
         shapes: Parameter or buffer → shape.
         attributes: Module → its whole numbers.
-        compressed: Names of the tensors that are compressed in the files.
+        compressed: Tensor that is compressed in the files → shape.
 
     Raises:
-        ValueError: if a shape or a size is not a positive whole number, a size is none that may be set, a name is
-            not one, or a key is unknown.
+        ValueError: if a shape or a size is not a positive whole number, a size is none that may be set, or a key is
+            unknown.
     """
 
     def __init__(
         self,
         shapes: Shapes | None = None,
         attributes: Attributes | None = None,
-        compressed: Collection[str] = (),
+        compressed: Shapes | None = None,
         **others: object,
     ) -> None:
         if unknown := sorted(set(others) - {"quant_method"}):
@@ -67,10 +67,8 @@ class Record(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]
         self.shapes = shapes = shapes or {}
         self.attributes = attributes = attributes or {}
-        if isinstance(compressed, str) or not all(isinstance(name, str) for name in compressed):
-            raise ValueError(f"the names of compressed tensors must be a list of strings, got {compressed!r}.")
-        self.compressed = list(compressed)
-        for name, shape in shapes.items():
+        self.compressed = compressed = compressed or {}
+        for name, shape in [*shapes.items(), *compressed.items()]:
             if not isinstance(shape, list) or not shape or not all(_is_size(length) for length in shape):
                 raise ValueError(f"the recorded shape of {name!r} must be positive whole numbers, got {shape!r}.")
         for name, values in attributes.items():
@@ -183,10 +181,10 @@ class RecordQuantizer(HfQuantizer):
 
 
 @contextlib.contextmanager
-def recorded_compression(config: PretrainedConfig, names: Collection[str]) -> Iterator[None]:
+def recorded_compression(config: PretrainedConfig, shapes: Shapes) -> Iterator[None]:
     """A context in which a model's config says which tensors are compressed; afterwards it is as it was."""
     before = copy.deepcopy(getattr(config, "quantization_config", {}))
-    Record(**{**before, "compressed": names}).write_(config)
+    Record(**{**before, "compressed": shapes}).write_(config)
     try:
         yield
     finally:

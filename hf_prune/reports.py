@@ -21,6 +21,7 @@ from .processes import sum_over_processes_
 from .shards import is_sharded, own
 from .structures.finding import find_places
 from .structures.members import Place, kept_in, nonzeros, parameters_of
+from .tables import table
 from .targets import find_targets
 
 HISTORY_NAME = "pruning_history.json"
@@ -155,13 +156,13 @@ class SparsityReport:
             ]
             rows += [["targets", f"{self.total:,}", f"{self.zeros:,}", f"{self.sparsity:.4f}"]]
         rows += [["whole model", f"{self.model_total:,}", f"{self.model_zeros:,}", f"{self.model_sparsity:.4f}"]]
-        table = _table(rows, rules=(1, len(rows) - 2))
+        text = table(rows, rules=(1, len(rows) - 2))
         beyond = 0 if self.masked is None else self.zeros - self.masked
         if beyond > 0:
-            table += f"\n{beyond:,} of the zeros are not pruned: they were zero before."
+            text += f"\n{beyond:,} of the zeros are not pruned: they were zero before."
         elif beyond < 0:
-            table += f"\nAt least {-beyond:,} masked weights are not zero. Set them to zero with MaskSet.apply_."
-        return table
+            text += f"\nAt least {-beyond:,} masked weights are not zero. Set them to zero with MaskSet.apply_."
+        return text
 
 
 @torch.no_grad()
@@ -364,7 +365,7 @@ class PruningHistory(Sequence[Round]):
             columns["exp(last)*"] = [_number(None if x is None else perplexity_from_loss(x)) for x in losses]
         if any(row.ended not in (None, "planned", "max_steps") for row in self):
             columns["ended"] = ["", *(row.ended or "" for row in self)]
-        lines = [_table([list(columns), *zip(*columns.values(), strict=True)], rules=(1,))]
+        lines = [table([list(columns), *zip(*columns.values(), strict=True)], rules=(1,))]
         if exponential:
             lines.append("* the exponential of a mean of batch means, not weighted by tokens")
         if savings := self.savings():
@@ -452,15 +453,3 @@ def perplexity_from_loss(loss: float) -> float:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}"
-
-
-def _table(rows: Sequence[Sequence[str]], rules: Iterable[int]) -> str:
-    """Aligns rows of cells, the first column left and the others right, with rules before the given rows."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    for i in sorted(rules, reverse=True):
-        lines.insert(i, "-" * len(lines[0]))
-    return "\n".join(lines)

@@ -53,6 +53,7 @@ ORDER = [
     "structures.finding",
     "structures.shrinking",
     "costs",
+    "tables",
     "reports",
     "metrics",
     "scoring",
@@ -69,6 +70,9 @@ ORDER = [
     "cards",
     "callback",
     "hub",
+    "folders",
+    "inspection",
+    "cli",
 ]
 PACKAGES = ["__init__", "structures.__init__"]
 SUBPACKAGES = ("hf_prune", "hf_prune.structures")

@@ -1,0 +1,134 @@
+"""Folders: saved models, read from their files tensor by tensor, so that they may be larger than memory."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors import SafetensorError, safe_open
+
+from .compression import BITMASK, VALUES, decompress
+
+
+class Stored(NamedTuple):
+    """A tensor of a saved model.
+
+    Attributes:
+        tensor: The tensor, which is mapped to the file if it is not compressed.
+        bytes: What it takes in the file.
+        compressed: Whether the file leaves its zeros out.
+    """
+
+    tensor: torch.Tensor
+    bytes: int
+    compressed: bool
+
+
+class SavedModel(Mapping[str, Stored]):
+    """The tensors of a saved model by their names in the files; each is read when it is asked for.
+
+    Args:
+        folder: Where it is.
+
+    Attributes:
+        folder: As given.
+        record: What hf_prune has recorded in `config.json`: shapes of a model that was shrunk, and of compressed
+            tensors; empty if that is nothing.
+
+    Raises:
+        ValueError: if there is no saved model, or a file is missing or truncated; when a tensor is read, if it is
+            compressed and damaged.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.record = _record_of(self.folder)
+        self._shapes: Mapping[str, list[int]] = self.record.get("compressed", {})  # type: ignore[assignment]
+        self._files: dict[str, Path] = {}
+        for path in _files_of(self.folder):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    self._files[self._whole(name)] = path
+
+    def __getitem__(self, name: str) -> Stored:
+        with _opened(self._files[name]) as file:
+            if name not in self._shapes:
+                tensor = file.get_tensor(name)
+                return Stored(tensor, tensor.nbytes, False)
+            names = set(file.keys())
+            if missing := [suffix for suffix in (BITMASK, VALUES) if name + suffix not in names]:
+                raise ValueError(f"{name!r} is compressed, and its {missing[0]} is missing.")
+            bitmask, values = (file.get_tensor(name + suffix) for suffix in (BITMASK, VALUES))
+            tensor = decompress(name, bitmask, values, self._shapes[name])
+            return Stored(tensor, bitmask.nbytes + values.nbytes, True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._files))
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def _whole(self, name: str) -> str:
+        """The name of the tensor for which one in a file stands."""
+        whole = name.removesuffix(BITMASK).removesuffix(VALUES)
+        return whole if whole in self._shapes else name
+
+
+def local_folder(model: str) -> Path:
+    """The folder of a model: itself, or the one into which its files of the Hub are downloaded.
+
+    Raises:
+        ValueError: if it is neither a folder nor a name that the Hub allows.
+        HfHubHTTPError: if the Hub has no such model, or cannot be reached.
+    """
+    if Path(model).exists():
+        return Path(model)
+    try:
+        validate_repo_id(model)
+    except HFValidationError as error:
+        raise ValueError(f"{model!r} is neither a folder nor a name on the Hub.") from error
+    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _files_of(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read_json(index)["weight_map"].values()))  # type: ignore[attr-defined]
+        if strange := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{index} names {strange[0]!r}, which is not a file beside it.")
+    else:
+        names = ["model.safetensors"]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} is not a saved model: it has no {missing[0]}.")
+    return [folder / name for name in names]
+
+
+def _record_of(folder: Path) -> Mapping[str, object]:
+    file = folder / "config.json"
+    found = (_read_json(file) if file.is_file() else {}).get("quantization_config")
+    return found if isinstance(found, Mapping) and found.get("quant_method") == "hf_prune" else {}
+
+
+def _read_json(path: Path) -> Mapping[str, object]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or not JSON ({error}).") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} must hold an object, got {type(found).__name__}.")
+    return found
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a file of weights ({error}).") from error

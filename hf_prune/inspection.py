@@ -1,0 +1,253 @@
+"""Inspection: the zeros of saved models, and how two of them differ."""
+
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from transformers.utils.logging import tqdm
+
+from .folders import SavedModel, Stored
+from .tables import table
+
+_CHUNK = 2**24  # elements that are looked at together
+_PATTERNS = ((1, 4), (2, 4), (4, 8), (2, 8))
+_INTEGERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+@dataclass(frozen=True)
+class TensorZeros:
+    """The zeros of a tensor in a file.
+
+    Attributes:
+        name: Its name in the file.
+        shape: Its shape.
+        dtype: Its dtype, as torch writes it without "torch.".
+        zeros: Number of zeros, negative ones included.
+        total: Number of elements.
+        bytes: What it takes in the file, compressed or not.
+        patterns: The N:M patterns that all of it has along its last dimension, the sparsest first.
+        zero_rows: Number of indices of the first dimension at which all is zero.
+        compressed: Whether the file leaves zeros out.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    zeros: int
+    total: int
+    bytes: int
+    patterns: tuple[str, ...] = ()
+    zero_rows: int = 0
+    compressed: bool = False
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the elements that are zero."""
+        return self.zeros / max(self.total, 1)
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """The zeros of a saved model. Prints as a table.
+
+    Attributes:
+        folder: Where it is.
+        tensors: A row for each tensor.
+        record: What `config.json` says that hf_prune has recorded: shapes of a model that was shrunk, and the like.
+    """
+
+    folder: str
+    tensors: tuple[TensorZeros, ...]
+    record: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def zeros(self) -> int:
+        """Number of zeros."""
+        return sum(row.zeros for row in self.tensors)
+
+    @property
+    def total(self) -> int:
+        """Number of elements."""
+        return sum(row.total for row in self.tensors)
+
+    @property
+    def bytes(self) -> int:
+        """What the tensors take in the files."""
+        return sum(row.bytes for row in self.tensors)
+
+    def to_dict(self) -> dict[str, object]:
+        """The report as JSON primitives."""
+        rows = [{**asdict(row), "shape": list(row.shape), "sparsity": row.sparsity} for row in self.tensors]
+        return {
+            "folder": self.folder,
+            "zeros": self.zeros,
+            "total": self.total,
+            "sparsity": self.zeros / max(self.total, 1),
+            "bytes": self.bytes,
+            "shrunk": sorted(self.record.get("shapes", {})),  # type: ignore[call-overload]
+            "tensors": rows,
+        }
+
+    def __str__(self) -> str:
+        rows = [["tensor", "shape", "dtype", "zeros", "sparsity", "N:M", "zero rows", "MB"]]
+        for row in self.tensors:
+            shape, size = " x ".join(map(str, row.shape)), f"{row.bytes / 1e6:.3f}"
+            found = [", ".join(row.patterns), f"{row.zero_rows:,}" if row.zero_rows else ""]
+            rows.append([row.name, shape, row.dtype, f"{row.zeros:,}", f"{row.sparsity:.4f}", *found, size])
+        sparsity = f"{self.zeros / max(self.total, 1):.4f}"
+        rows.append(["all", f"{self.total:,}", "", f"{self.zeros:,}", sparsity, "", "", f"{self.bytes / 1e6:.3f}"])
+        return table(rows, rules=(1, len(rows) - 1))
+
+
+def report_folder(folder: str | os.PathLike[str], *, show_progress: bool = False) -> FolderReport:
+    """Counts the zeros of a saved model.
+
+    Args:
+        folder: Where it is.
+        show_progress: Whether a bar shows how far it is.
+
+    Raises:
+        ValueError: as `SavedModel` does.
+    """
+    model = SavedModel(folder)
+    rows = [_count(name, model[name]) for name in _shown(model, show_progress)]
+    return FolderReport(str(folder), tuple(rows), model.record)
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """How a tensor differs between two saved models.
+
+    Attributes:
+        name: Its name in the files.
+        zeros: Number of zeros in the first and in the second.
+        lost: Number of zeros of the first that are not zero in the second.
+        gained: Number of zeros of the second that are not zero in the first.
+        moved: Number of elements that are zero in neither and differ.
+    """
+
+    name: str
+    zeros: tuple[int, int]
+    lost: int
+    gained: int
+    moved: int
+
+
+@dataclass(frozen=True)
+class FolderChange:
+    """How two saved models differ. Prints as a table.
+
+    Attributes:
+        tensors: A row for each tensor that both have.
+        only: The names that only the first has, and those that only the second has.
+    """
+
+    tensors: tuple[TensorChange, ...]
+    only: tuple[tuple[str, ...], tuple[str, ...]]
+
+    @property
+    def are_equal(self) -> bool:
+        """Whether nothing differs."""
+        return not any(self.only) and not any(row.lost or row.gained or row.moved for row in self.tensors)
+
+    def to_dict(self) -> dict[str, object]:
+        """The changes as JSON primitives."""
+        return {
+            "equal": self.are_equal,
+            "only_in_first": list(self.only[0]),
+            "only_in_second": list(self.only[1]),
+            "tensors": [asdict(row) for row in self.tensors],
+        }
+
+    def __str__(self) -> str:
+        rows = [["tensor", "zeros before", "after", "lost", "gained", "moved"]]
+        counts = [(*row.zeros, row.lost, row.gained, row.moved) for row in self.tensors]
+        for row, values in zip(self.tensors, counts, strict=True):
+            rows.append([row.name, *(f"{value:,}" for value in values)])
+        totals = [sum(values) for values in zip(*counts, strict=True)]
+        rows.append(["all", *(f"{total:,}" for total in totals or [0] * 5)])
+        text = table(rows, rules=(1, len(rows) - 1))
+        for which, names in zip(("first", "second"), self.only, strict=True):
+            if names:
+                text += f"\nOnly in the {which}: {', '.join(names)}"
+        return text
+
+
+def compare_folders(
+    first: str | os.PathLike[str], second: str | os.PathLike[str], *, show_progress: bool = False
+) -> FolderChange:
+    """Compares the tensors of two saved models, one at a time.
+
+    Args:
+        first: A folder.
+        second: Another one.
+        show_progress: Whether a bar shows how far it is.
+
+    Raises:
+        ValueError: as `SavedModel` does, or if a tensor has another shape.
+    """
+    was, now = SavedModel(first), SavedModel(second)
+    rows = []
+    for name in _shown([name for name in was if name in now], show_progress):
+        a, b = was[name].tensor, now[name].tensor
+        if a.shape != b.shape:
+            raise ValueError(
+                f"{name!r} has shape {list(a.shape)} in {first} and {list(b.shape)} in {second}; only models of the "
+                "same shapes can be compared."
+            )
+        rows.append(_change(name, a, b))
+    only = [tuple(name for name in one if name not in other) for one, other in ((was, now), (now, was))]
+    return FolderChange(tuple(rows), (only[0], only[1]))
+
+
+def _shown(names: Collection[str], show_progress: bool) -> Iterable[str]:
+    return tqdm(names, unit="tensor", disable=not show_progress or None)  # None: only on a terminal
+
+
+def _change(name: str, first: torch.Tensor, second: torch.Tensor) -> TensorChange:
+    zeros, totals = [0, 0], [0, 0, 0]
+    for a, b in zip(first.flatten().split(_CHUNK), second.flatten().split(_CHUNK), strict=True):
+        was, now = a != 0, b != 0
+        zeros[0] += len(a) - int(was.count_nonzero())
+        zeros[1] += len(b) - int(now.count_nonzero())
+        for i, differs in enumerate((~was & now, was & ~now, was & now & (a != b))):
+            totals[i] += int(differs.count_nonzero())
+    return TensorChange(name, (zeros[0], zeros[1]), *totals)
+
+
+def _count(name: str, stored: Stored) -> TensorZeros:
+    tensor, size, compressed = stored
+    width = math.prod(tensor.shape[1:])
+    rows = tensor.reshape(-1, width) if tensor.numel() else tensor.reshape(0, 1)
+    zeros = zero_rows = 0
+    possible = [(n, m) for n, m in _PATTERNS if tensor.ndim > 1 and tensor.shape[-1] % m == 0]
+    step = max(1, _CHUNK // max(width, 1))
+    for start in range(0, len(rows), step):
+        kept = _nonzero(rows[start : start + step])
+        count = int(np.count_nonzero(kept))
+        zeros += kept.size - count
+        if tensor.ndim > 1 and count < kept.size:
+            zero_rows += int((~kept.any(1)).sum())
+        # A chunk with too many elements has no pattern, and a few of its groups tell almost as surely.
+        possible = [
+            (n, m) for n, m in possible if count * m <= kept.size * n and _has(kept[:1], n, m) and _has(kept, n, m)
+        ]
+    patterns = tuple(f"{n}:{m}" for n, m in possible) if 0 < zeros < tensor.numel() else ()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorZeros(name, tuple(tensor.shape), dtype, zeros, tensor.numel(), size, patterns, zero_rows, compressed)
+
+
+def _nonzero(rows: torch.Tensor) -> np.ndarray:
+    """Which elements are not zero, by their bits: NumPy knows no bfloat16, and counts integers fastest."""
+    if not rows.is_floating_point():
+        return (rows != 0).numpy()
+    bits = rows.contiguous().view(torch.uint8).numpy().view(_INTEGERS[rows.element_size()])
+    return np.left_shift(bits, 1) != 0  # without the sign
+
+
+def _has(kept: np.ndarray, n: int, m: int) -> bool:
+    groups = kept.reshape(-1, m)
+    return bool((groups.sum(1, dtype=np.uint8) <= n).all())

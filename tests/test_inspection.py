@@ -1,0 +1,169 @@
+"""Saved models, read tensor by tensor: what is counted is what torch counts in the model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_prune import PruningConfig, prune, save_pretrained
+from hf_prune.folders import SavedModel, local_folder
+from hf_prune.inspection import compare_folders, report_folder
+from tests.tiny import FAMILIES, build
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def saved(folder: Path, family: str = "llama", config: PruningConfig | None = None, **options) -> Path:
+    dtype = options.pop("dtype", torch.float32)
+    model = build(family, dtype)
+    prune(model, config or PruningConfig(sparsity=0.8))
+    save_pretrained(model, folder, **options)
+    return folder
+
+
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_zeros_are_counted(family, compress, tmp_path):
+    folder = saved(tmp_path, family, compress=compress)
+    report = report_folder(folder)
+    plain = tmp_path / "plain"
+    saved(plain, family)
+    expected = load_file(plain / "model.safetensors")
+    if not compress:
+        assert {row.name for row in report.tensors} == set(expected)
+        for row in report.tensors:
+            tensor = expected[row.name]
+            assert (row.shape, row.dtype) == (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            assert row.zeros == int((tensor == 0).sum())
+            assert row.bytes == tensor.nbytes
+    assert report.zeros == sum(int((tensor == 0).sum()) for tensor in expected.values())
+    assert report.total == sum(tensor.numel() for tensor in expected.values())
+    assert any(row.compressed for row in report.tensors) == compress
+    assert (report.bytes < sum(tensor.nbytes for tensor in expected.values())) == compress
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_negative_zeros_are_zeros_and_the_smallest_numbers_are_not(dtype, tmp_path):
+    tiny = torch.finfo(dtype).smallest_normal
+    save_file(
+        {"a": torch.tensor([[0.0, -0.0, tiny, -tiny], [0, 0, 0, 0]], dtype=dtype)}, tmp_path / "model.safetensors"
+    )
+    (row,) = report_folder(tmp_path).tensors
+    assert (row.zeros, row.zero_rows) == (6, 1)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "patterns"), [("2:4", ("2:4", "4:8")), ("1:4", ("1:4", "2:4", "4:8", "2:8")), ("4:8", ("4:8",))]
+)
+def test_patterns_are_found(granularity, patterns, tmp_path):
+    folder = saved(tmp_path, config=PruningConfig(granularity=granularity))
+    rows = {row.name: row for row in report_folder(folder).tensors}
+    assert rows["model.layers.0.mlp.up_proj.weight"].patterns == patterns
+    assert rows["model.embed_tokens.weight"].patterns == ()
+    assert ", ".join(patterns) in str(report_folder(folder))
+
+
+def test_a_pattern_that_one_group_lacks_is_none(tmp_path):
+    weight = torch.ones(64, 64)
+    weight[:, ::2] = 0
+    save_file({"a": weight}, tmp_path / "model.safetensors")
+    assert "2:4" in report_folder(tmp_path).tensors[0].patterns
+    weight[63, 60:] = 1
+    weight[0, :8] = 0
+    save_file({"a": weight}, tmp_path / "model.safetensors")
+    assert "2:4" not in report_folder(tmp_path).tensors[0].patterns
+
+
+def test_what_is_dense_or_empty_has_no_pattern(tmp_path):
+    save_file({"a": torch.ones(8, 8), "b": torch.zeros(8, 8), "c": torch.zeros(0, 4), "d": torch.tensor(0.0)},
+              tmp_path / "model.safetensors")  # fmt: skip
+    rows = {row.name: row for row in report_folder(tmp_path).tensors}
+    assert [row.patterns for row in rows.values()] == [()] * 4
+    assert [row.zeros for row in rows.values()] == [0, 64, 0, 1]
+
+
+def test_differences(tmp_path):
+    first, second = saved(tmp_path / "a"), saved(tmp_path / "b", compress=True)
+    assert compare_folders(first, second).are_equal
+    tensors = load_file(first / "model.safetensors")
+    weight = tensors["lm_head.weight"]
+    weight[0, 0], weight[0, 1] = 0, weight[0, 1] + 1
+    zero = next(i for i, value in enumerate(tensors["model.layers.0.mlp.up_proj.weight"].flatten()) if value == 0)
+    tensors["model.layers.0.mlp.up_proj.weight"].view(-1)[zero] = 1
+    tensors["new"] = tensors.pop("model.norm.weight")
+    (tmp_path / "c").mkdir()
+    save_file(tensors, tmp_path / "c" / "model.safetensors")
+    change = compare_folders(first, tmp_path / "c")
+    rows = {
+        row.name: (row.lost, row.gained, row.moved) for row in change.tensors if row.lost or row.gained or row.moved
+    }
+    assert rows == {"lm_head.weight": (0, 1, 1), "model.layers.0.mlp.up_proj.weight": (1, 0, 0)}
+    assert change.only == (("model.norm.weight",), ("new",))
+    assert not change.are_equal
+    assert "Only in the second: new" in str(change)
+
+
+def test_models_of_other_shapes_are_an_error(tmp_path):
+    for name, width in (("a", 4), ("b", 5)):
+        (tmp_path / name).mkdir()
+        save_file({"x": torch.ones(width)}, tmp_path / name / "model.safetensors")
+    with pytest.raises(ValueError, match=r"'x' has shape \[4\] in .* and \[5\] in .*; only models of the same shapes"):
+        compare_folders(tmp_path / "a", tmp_path / "b")
+
+
+def test_several_files(tmp_path):
+    folder = saved(tmp_path / "several", max_shard_size="10KB")
+    assert len(list(folder.glob("model-*"))) > 1
+    assert compare_folders(folder, saved(tmp_path / "one")).are_equal
+
+
+def damage(folder: Path, how: str) -> None:
+    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if how == "no file":
+        file.unlink()
+    elif how == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif how == "another place":
+        index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    elif how == "index":
+        index.write_text("{")
+    elif how == "config":
+        (folder / "config.json").write_text("[]")
+    else:
+        tensors = load_file(file)
+        del tensors[next(name for name in tensors if name.endswith(":values"))]
+        save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no file", r"is not a saved model: it has no model\.safetensors"),
+        ("truncated", "is truncated or not a file of weights"),
+        ("another place", r"names '\.\./model\.safetensors', which is not a file beside it"),
+        ("index", "is truncated or not JSON"),
+        ("config", "must hold an object, got list"),
+        ("values", "is compressed, and its :values is missing"),
+    ],
+)
+def test_damaged_models_are_an_error(how, message, tmp_path):
+    folder = saved(tmp_path, compress=True)
+    damage(folder, how)
+    with pytest.raises(ValueError, match=message):
+        report_folder(folder)
+
+
+def test_names(tmp_path):
+    assert local_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(ValueError, match="'no/such/folder' is neither a folder nor a name on the Hub"):
+        local_folder("no/such/folder")
+
+
+def test_a_tensor_is_read_when_it_is_asked_for(tmp_path):
+    model = SavedModel(saved(tmp_path))
+    name = "model.norm.weight"
+    assert name in model
+    assert len(model) == len(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(model[name].tensor, load_file(tmp_path / "model.safetensors")[name])

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import TrainingArguments
+from typer.testing import CliRunner
 
 from hf_prune import PruningConfig, prune, schedules
+from hf_prune.cli import app
 from hf_prune.criteria import ScoreInputs
+from tests.hub import running_hub, use
 from tests.tiny import batch, build
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +35,9 @@ def test_python_runs(block, tmp_path, capsys, monkeypatch):
         dataloader_pin_memory=False,
     )  # fmt: skip
     names = {"model": model, "args": arguments, "train_dataset": batch(model, 24), "eval_dataset": batch(model, 8)}
-    exec(compile(block, "README.md", "exec"), names)
+    with running_hub() as hub:
+        use(hub, monkeypatch, "cache")
+        exec(compile(block, "README.md", "exec"), names)
     if "print(" in block:
         assert capsys.readouterr().out.strip()
 
@@ -64,3 +69,8 @@ def test_the_examples_of_contributing_go_with_what_is_there():
     assert prune(build("gpt_neo"), config, criterion=names["distance_from_mean"]).masked == 0.5 * sum(
         module.total for module in prune(build("gpt_neo"), config).modules
     )
+
+
+@pytest.mark.parametrize("words", re.findall(r"^hf-prune (\w+)", README, flags=re.MULTILINE))
+def test_commands_are_there(words):
+    assert CliRunner().invoke(app, [words, "--help"]).exit_code == 0

@@ -4,8 +4,8 @@ python recipes/benchmarks/reading.py
 python recipes/benchmarks/reading.py --gigabytes 5 --turns 3
 
 The model is layers in bfloat16 of which half of the weights of each row are zero, wherever or as 2:4, written by this
-script into a temporary folder. Both read the same files, in turns, each in a process of its own, after one turn that does not
-count: the files are in the page cache if they fit there.
+script into a temporary folder. Both read the same files, in turns, each in a process of its own, after one turn that
+does not count: the files are in the page cache if they fit there.
 
 seconds   wall time
 GB/s      of the files

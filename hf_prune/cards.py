@@ -1,6 +1,7 @@
 """Cards: what a README on the Hub says of a pruned model, all of it counted or measured."""
 
 import json
+import numbers
 import os
 import platform
 import re
@@ -20,10 +21,15 @@ from .config import PruningConfig
 from .costs import Cost
 from .granularities import Pattern, Structural
 from .reports import PruningHistory, SparsityReport
+from .structures.loading import METHOD
 
 TAGS = ("hf_prune", "pruning")
 UNKNOWN = "unknown"
-_SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+_SECRETS = {"auth", "bearer", "credential", "credentials", "key", "passwd", "password", "pwd", "secret", "token"}
+# name=value and "name": value, wherever they stand; what looks like a token; and the password of an address.
+_ASSIGNED = re.compile(r"""([A-Za-z][\w-]*)(["']?\s*[=:]\s*["']?)([^\s"',}&]+)""")
+_TOKEN = re.compile(r"hf_\w{8,}|(?<=://)[^/@\s]+(?=@)")
+_LOADED_AS = re.compile(r'(?<=\.from_pretrained\()"[^"\n]*"(?=\)\n```)')
 
 
 @dataclass
@@ -57,7 +63,8 @@ class Facts:
     @property
     def needs_hf_prune(self) -> bool:
         """Whether hf_prune has to be imported to load the model."""
-        return self.compressed or hasattr(self.model.config, "quantization_config")
+        record = getattr(self.model.config, "quantization_config", None)
+        return self.compressed or (isinstance(record, dict) and record.get("quant_method") == METHOD)
 
 
 def model_card(name: str, facts: Facts) -> ModelCard:
@@ -120,18 +127,33 @@ def command() -> str:
     words: list[str] = []
     hide = False
     for word in [os.path.basename(sys.executable), *sys.argv]:
-        name, equals, _ = word.partition("=")
-        words.append("***" if hide else f"{name}=***" if equals and _SECRET.search(name) else word)
-        hide = not equals and word.startswith("-") and bool(_SECRET.search(word))
+        shown = _TOKEN.sub("***", _ASSIGNED.sub(_hide_secret, word.encode(errors="replace").decode()))
+        words.append("***" if hide and not word.startswith("-") else shown)
+        hide = (_is_secret(word) and not _ASSIGNED.search(word)) or (hide and not word.startswith("-"))
     return shlex.join(words)
+
+
+def _is_secret(name: str) -> bool:
+    return bool(_SECRETS & set(re.split(r"[^a-z0-9]+", name.lower())))
+
+
+def _hide_secret(found: re.Match[str]) -> str:
+    name, between, value = found.groups()
+    return f"{name}{between}{'***' if _is_secret(name) else _ASSIGNED.sub(_hide_secret, value)}"
+
+
+def loaded_as(name: str, text: str) -> str:
+    """The text of a card, with another name by which the model is loaded."""
+    return _LOADED_AS.sub(lambda _: json.dumps(name), text)
 
 
 def _results(facts: Facts) -> list[tuple[str, str, float]]:
     """Metric, split and value, of what was measured of the model as it is; without what tells of time."""
-    found = []
+    found: list[tuple[str, str, float]] = []
     for key, value in facts.metrics.items():
         split, _, metric = key.partition("_")
-        if split in ("test", "eval") and metric not in _OF_TIME and not metric.endswith("per_second"):
+        is_of_time = metric in _OF_TIME or metric.endswith("per_second")
+        if split in ("test", "eval") and isinstance(value, numbers.Real) and not is_of_time:
             found.append((metric, {"eval": "validation"}.get(split, split), float(value)))
     last = None if facts.history is None else _last_value(facts.history, facts.config)
     if not found and facts.history is not None and last is not None:
@@ -153,7 +175,7 @@ def _last_value(history: PruningHistory, config: PruningConfig | None) -> float 
 def _summary(facts: Facts) -> str:
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "A model"
     report, history = facts.report, facts.history
-    if history is not None and history.costs:
+    if history is not None and history.costs and len(history):
         how = f"pruned to {history[-1].reached:.1%} of its {_units(facts)}, which were removed"
     else:
         how = f"pruned: {report.zeros:,} of {report.total:,} targeted {report.units} are zero ({report.sparsity:.2%})"
@@ -181,7 +203,7 @@ def _before_and_after(facts: Facts) -> list[list[str]]:
 
 def _how_to_load(name: str, facts: Facts) -> str:
     kind = type(facts.model).__name__
-    lines = [f"from transformers import {kind}", "", f'model = {kind}.from_pretrained("{name}")']
+    lines = [f"from transformers import {kind}", "", f"model = {kind}.from_pretrained({json.dumps(name)})"]
     if not facts.needs_hf_prune:
         return _code("\n".join(lines), "python") + "\n\nIt is an ordinary model: hf_prune is not needed."
     why = "its files leave zeros out" if facts.compressed else "no config of its family can say its shapes"
@@ -207,10 +229,10 @@ def _size_and_speed(facts: Facts) -> str:
 
 
 def _what_zeros_are_worth(facts: Facts) -> str:
-    if facts.history is not None and facts.history.costs:
-        return "What was pruned is gone: this is a smaller dense model."
     kind = granularities.parse(facts.config.granularity) if facts.config else None
     if isinstance(kind, Structural):
+        if not facts.report.zeros:
+            return "What was pruned is gone: this is a smaller dense model."
         return "Pruned structures are still there, as zeros: `hf_prune.shrink(model)` removes them."
     alone = "Zeros alone make nothing faster or smaller: the model takes the time and the memory of the dense one"
     if isinstance(kind, Pattern):

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-BITMASK, VALUES = ":bitmask", ":values"
-"""What follows a tensor's name in a file, in the names of the two tensors that stand for it."""
+BITMASK = ":bitmask"
+"""What follows a tensor's name in a file, in that of its bits. Its values have its own name: a reader that knows
+nothing of compression meets a wrong shape, and no tensor that is missing."""
 
 
 def compress(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,10 +51,11 @@ def decompress(name: str, bitmask: torch.Tensor, values: torch.Tensor, shape: Se
                 [0.0000, 2.5000]])
     """
     count = math.prod(shape)
-    if bitmask.dtype != torch.uint8 or bitmask.shape != ((count + 7) // 8,) or values.ndim != 1:
+    fits = bitmask.dtype == torch.uint8 and bitmask.shape == ((count + 7) // 8,)
+    if not fits or values.ndim != 1 or not values.is_floating_point():
         raise ValueError(
             f"{name!r} of shape {list(shape)} cannot be read from {list(bitmask.shape)} bits of {bitmask.dtype} and "
-            f"values of shape {list(values.shape)}."
+            f"values of shape {list(values.shape)} and {values.dtype}."
         )
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bitmask.device)
     bits = ((bitmask[:, None] >> shifts) & 1).bool().flatten()
@@ -70,22 +72,21 @@ def compressed_state(
     """A state dict in which tensors are compressed that are smaller so.
 
     Args:
-        state: Name → tensor. What several names share is compressed under the first.
+        state: Name → tensor.
 
     Returns:
-        Name → tensor, or two of them with `BITMASK` and `VALUES` behind the name; and name → shape of those that have
-        two.
+        Name → tensor, or its values, with its bits behind `BITMASK`; and name → shape of those that are compressed.
     """
     found: dict[str, torch.Tensor] = {}
-    compressed: dict[tuple[int, torch.Size], str] = {}
+    shapes: dict[str, list[int]] = {}
     for name, tensor in state.items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and key in compressed:
-            continue
-        size = int(tensor.count_nonzero()) * tensor.element_size() + (tensor.numel() + 7) // 8
-        if size >= tensor.nbytes or not (tensor.is_floating_point() and tensor.ndim):
-            found[name] = tensor
-        else:
-            found[name + BITMASK], found[name + VALUES] = compress(tensor)
-            compressed[key] = name
-    return found, {name: list(state[name].shape) for name in compressed.values()}
+        found[name] = tensor
+        if tensor.dtype in _DTYPES and tensor.ndim:
+            size = int(tensor.count_nonzero()) * tensor.element_size() + (tensor.numel() + 7) // 8
+            if size < tensor.nbytes:
+                found[name + BITMASK], found[name] = compress(tensor)
+                shapes[name] = list(tensor.shape)
+    return found, shapes
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 
-from .compression import BITMASK, VALUES, decompress
+from .compression import BITMASK, decompress
 
 
 class Stored(NamedTuple):
@@ -61,10 +61,9 @@ class SavedModel(Mapping[str, Stored]):
             if name not in self._shapes:
                 tensor = file.get_tensor(name)
                 return Stored(tensor, tensor.nbytes, False)
-            names = set(file.keys())
-            if missing := [suffix for suffix in (BITMASK, VALUES) if name + suffix not in names]:
-                raise ValueError(f"{name!r} is compressed, and its {missing[0]} is missing.")
-            bitmask, values = (file.get_tensor(name + suffix) for suffix in (BITMASK, VALUES))
+            if name + BITMASK not in file.keys():  # noqa: SIM118 - it is no mapping
+                raise ValueError(f"{name!r} is compressed, and its bits are missing.")
+            bitmask, values = (file.get_tensor(key) for key in (name + BITMASK, name))
             tensor = decompress(name, bitmask, values, self._shapes[name])
             return Stored(tensor, bitmask.nbytes + values.nbytes, True)
 
@@ -76,7 +75,7 @@ class SavedModel(Mapping[str, Stored]):
 
     def _whole(self, name: str) -> str:
         """The name of the tensor for which one in a file stands."""
-        whole = name.removesuffix(BITMASK).removesuffix(VALUES)
+        whole = name.removesuffix(BITMASK)
         return whole if whole in self._shapes else name
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
@@ -21,11 +20,13 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .callback import PruningTrainerCallback
-from .cards import Facts, model_card
+from .cards import Facts, loaded_as, model_card
 from .compression import compressed_state
-from .config import PruningConfig
+from .config import CONFIG_NAME, PruningConfig
+from .contexts import keep_random_state
 from .costs import Cost, measure_costs
-from .reports import HISTORY_NAME, PruningHistory, plot_beside, sparsity_report
+from .processes import rank_and_size
+from .reports import HISTORY_NAME, PLOT_NAME, PruningHistory, plot_beside, sparsity_report
 from .samples import Batch
 from .shards import has_shards
 from .structures.loading import recorded_compression
@@ -39,8 +40,10 @@ Processing = PreTrainedTokenizerBase | ImageProcessingMixin | FeatureExtractionM
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
-_NOT_FOR_THE_HUB = ["checkpoint-*/**", ".*", ".*/**", "*.tmp"]
+_WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+_OURS = (CONFIG_NAME, HISTORY_NAME, PLOT_NAME)
+# Checkpoints, what is hidden, and the pickled arguments, in which a token may be.
+_NOT_FOR_THE_HUB = ["checkpoint-*/**", "**/checkpoint-*/**", ".*", "**/.*", ".*/**", "training_args.bin"]
 
 
 def save_pretrained(
@@ -81,13 +84,9 @@ def save_pretrained(
         ValueError: if the model holds shards: `push_to_hub(trainer)` gathers them.
         OSError: if it cannot be written.
     """
-    if has_shards(model) or has_partitions(model):
-        raise ValueError(
-            "several processes hold parts of the model: push_to_hub(trainer) gathers them, and so does "
-            "trainer.save_model."
-        )
-    facts = _facts(model, config, history, metrics, dataset, base_model, batch, compress)
-    _save(facts, Path(folder), str(folder), processing_class, model.state_dict(), max_shard_size)
+    _require_whole(model)
+    facts = _facts(model, config, history, metrics, dataset, base_model, batch)
+    _save(facts, Path(folder), str(folder), processing_class, model.state_dict(), max_shard_size, compress)
 
 
 def push_to_hub(
@@ -137,19 +136,27 @@ def push_to_hub(
         ValueError: if there is no name for the repository, or none that the Hub allows, or nothing to push in the
             folder.
     """
+    is_first = rank_and_size()[0] == 0
     if isinstance(what, (str, os.PathLike)):
+        if not is_first:
+            return None
         folder = Path(what)
-        if not (folder / "config.json").is_file() or not any(folder.glob(_WEIGHTS[0])):
+        if not (folder / "config.json").is_file() or not any(
+            path for pattern in _WEIGHTS for path in folder.glob(pattern)
+        ):
             raise ValueError(f"{folder} holds no model: config.json and model.safetensors are what is looked for.")
-        return _upload(folder, repo_id or folder.resolve().name, None, private, token, commit_message)
+        return _upload(folder, repo_id or folder.resolve().name, private, token, commit_message)
     if isinstance(what, nn.Module):
         if repo_id is None:
             raise ValueError("repo_id must be given to push a model: a name, or user/name.")
         validate_repo_id(repo_id)
+        _require_whole(what)
+        if not is_first:
+            return None
         folder = Path(tempfile.mkdtemp(prefix="hf_prune-"))
-        facts = _facts(what, config, history, metrics, dataset, base_model, batch, compress)
-        _save(facts, folder, repo_id, processing_class, what.state_dict(), max_shard_size)
-        commit = _upload(folder, repo_id, facts, private, token, commit_message)
+        facts = _facts(what, config, history, metrics, dataset, base_model, batch)
+        _save(facts, folder, repo_id, processing_class, what.state_dict(), max_shard_size, compress)
+        commit = _upload(folder, repo_id, private, token, commit_message)
         shutil.rmtree(folder)
         return commit
     trainer, args = what, what.args
@@ -163,14 +170,24 @@ def push_to_hub(
     if metrics is None and args.load_best_model_at_end and trainer.state.best_metric is not None:
         metrics = {f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}": trainer.state.best_metric}
     divided = has_shards(model) or has_partitions(model)
-    if batch is None and trainer.eval_dataset is not None and not divided:
+    if batch is None and trainer.eval_dataset is not None and not isinstance(trainer.eval_dataset, dict):
         batch = next(iter(trainer.get_eval_dataloader()), None)
-    facts = _facts(model, config, history, metrics, dataset, base_model, None if divided else batch, compress)
+    facts = _facts(model, config, history, metrics, dataset, base_model, None if divided else batch)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if divided else model.state_dict()
-    if not trainer.is_world_process_zero():
+    if not is_first:
         return None
-    _save(facts, folder, repo_id, processing_class or trainer.processing_class, state, max_shard_size)
-    return _upload(folder, repo_id, facts, private, token or args.hub_token, commit_message)
+    private = args.hub_private_repo if private is None else private
+    _save(facts, folder, repo_id, processing_class or trainer.processing_class, state, max_shard_size, compress)
+    return _upload(folder, repo_id, private, token or args.hub_token, commit_message)
+
+
+def _require_whole(model: PreTrainedModel) -> None:
+    """Requires that a model is all here."""
+    if has_shards(model) or has_partitions(model):
+        raise ValueError(
+            "several processes hold parts of the model: push_to_hub(trainer) gathers them, and so does "
+            "trainer.save_model."
+        )
 
 
 def _facts(
@@ -181,8 +198,12 @@ def _facts(
     dataset: str | None,
     base_model: str | None,
     batch: Batch | None,
-    compress: bool,
 ) -> Facts:
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "the model carries adapters, beside which no base weights would be saved. Merge them first "
+            "(merge_and_unload), or save the adapter with its own save_pretrained."
+        )
     # Structures that are gone cannot be counted as zeros.
     counted = config if config is not None and not (history is not None and history.costs) else None
     return Facts(
@@ -194,18 +215,12 @@ def _facts(
         dataset=dataset,
         base_model=base_model or _name_on_the_hub(model),
         costs=_costs(model, history, batch),
-        compressed=compress,
     )
 
 
 def _name_on_the_hub(model: PreTrainedModel) -> str | None:
-    """The name by which a model was loaded, if that was not a folder."""
-    name = str(model.name_or_path)
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name if name and not os.path.exists(name) else None
+    """The name by which a model was loaded, if that was from the Hub."""
+    return str(model.name_or_path) if getattr(model.config, "_commit_hash", None) else None
 
 
 def _costs(model: PreTrainedModel, history: PruningHistory | None, batch: Batch | None) -> dict[str, Cost]:
@@ -215,10 +230,14 @@ def _costs(model: PreTrainedModel, history: PruningHistory | None, batch: Batch 
     if batch is None:
         return {}
     dense = copy.deepcopy(model)
-    with torch.no_grad():
+    with torch.no_grad(), keep_random_state(model.device):
         for parameter in dense.parameters():
             parameter.copy_(parameter.where(parameter != 0, torch.randn_like(parameter) * parameter.std()))
-    return measure_costs({"dense": dense, "pruned": model}, batch)
+    try:
+        return measure_costs({"dense": dense, "pruned": model}, batch)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        logger.warning("The card does not say how long a forward pass takes, since there was none: %s", error)
+        return {}
 
 
 def _save(
@@ -228,10 +247,12 @@ def _save(
     processing_class: Processing | None,
     state: Mapping[str, torch.Tensor],
     max_shard_size: int | str,
+    compress: bool,
 ) -> None:
     with _replacing(folder) as stage:
-        if facts.compressed:
-            tensors, shapes = compressed_state(state)
+        tensors, shapes = compressed_state(state) if compress else ({}, {})
+        facts.compressed = bool(shapes)
+        if shapes:
             with recorded_compression(facts.model.config, shapes):
                 facts.model.save_pretrained(
                     stage, state_dict=tensors, max_shard_size=max_shard_size, save_original_format=False
@@ -245,13 +266,13 @@ def _save(
         if facts.history is not None:
             facts.history.save(stage / HISTORY_NAME)
             plot_beside(facts.history, stage)
-        facts.bytes = sum(path.stat().st_size for path in stage.glob(_WEIGHTS[0]))
+        facts.bytes = sum(path.stat().st_size for pattern in _WEIGHTS[:2] for path in stage.glob(pattern))
         model_card(name, facts).save(stage / CARD_NAME)
 
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder of which everything goes into another one, once it is whole, in place of an earlier model's weights."""
+    """A folder of which everything goes into another one, once it is whole, in place of an earlier model."""
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
@@ -260,30 +281,32 @@ def _replacing(folder: Path) -> Iterator[Path]:
         for path in new:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / path, folder / path)
-        for old in (path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        for old in (path for pattern in (*_WEIGHTS, *_OURS) for path in folder.glob(pattern)):
             if old.relative_to(folder) not in new:
                 old.unlink()
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _upload(
-    folder: Path, repo_id: str, facts: Facts | None, private: bool | None, token: str | None, message: str
-) -> CommitInfo:
+def _upload(folder: Path, repo_id: str, private: bool | None, token: str | None, message: str) -> CommitInfo:
     validate_repo_id(repo_id)
     api, done = HfApi(token=token), False
+    again = "" if private is None else f", private={private}"
     try:
-        asked, repo_id = repo_id, api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if facts is not None and repo_id != asked:  # The owner is known from here on.
-            model_card(repo_id, facts).save(folder / CARD_NAME)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        card = folder / CARD_NAME
+        if card.is_file():  # From here on it is known what the model is loaded by.
+            renamed = loaded_as(repo_id, card.read_text(encoding="utf-8"))
+            card.write_text(renamed, encoding="utf-8")
         commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=_NOT_FOR_THE_HUB
-        )
+            repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=_NOT_FOR_THE_HUB,
+            delete_patterns=[*_WEIGHTS, *_OURS],
+        )  # fmt: skip
         done = True
     finally:
         if not done:
             logger.error(
                 "%s was not pushed to %s. All that was saved is still there; try again with "
-                "hf_prune.push_to_hub(%r, %r).", folder, repo_id, str(folder), repo_id,
+                "hf_prune.push_to_hub(%r, %r%s).", folder, repo_id, str(folder), repo_id, again,
             )  # fmt: skip
     return commit

@@ -24,6 +24,7 @@ class Hub(ThreadingHTTPServer):
 
     Attributes:
         files: Repository → path → content, at its only revision.
+        private: Repository → whether it was asked to be private; None if nothing was said.
         requests: Method and path of each request.
         fault: Says whether a request fails.
         lfs: Whether weights are uploaded as large files, apart from the commit.
@@ -34,6 +35,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, dict[str, bytes]] = {}
+        self.private: dict[str, bool | None] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.fault: Fault = lambda method, path: None
@@ -89,6 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             status = 409 if repo in hub.files else 200
             hub.files.setdefault(repo, {})
+            hub.private.setdefault(
+                repo, asked.get("visibility") == "private" if "visibility" in asked else asked.get("private")
+            )
             self._send(status, {"url": f"{hub.url}/{repo}", "id": repo})
         elif path == "/api/validate-yaml":
             content = json.loads(body)["content"]
@@ -130,6 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
                     hub.files[repo][value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     hub.files[repo][value["path"]] = hub.large[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    del hub.files[repo][value["path"]]
             sha = hub.sha(repo)
             self._send(200, {"commitUrl": f"{hub.url}/{repo}/commit/{sha}", "commitOid": sha, "success": True})
         elif what[:1] == ["tree"]:

@@ -7,10 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from hf_prune import PruningConfig, prune, shrink
-from hf_prune.compression import BITMASK, VALUES, compress, compressed_state, decompress
+from hf_prune.compression import BITMASK, compress, compressed_state, decompress
 from hf_prune.hub import save_pretrained
 from tests.structures.models import build as build_of_structures
 from tests.tiny import FAMILIES, build
@@ -61,14 +70,7 @@ def test_what_would_not_be_smaller_stays_as_it_is():
     others = {"steps": torch.zeros(64, dtype=torch.long), "scalar": torch.tensor(0.0)}
     state, shapes = compressed_state({"dense": dense, "half": half, **others})
     assert shapes == {"half": [64]}
-    assert list(state) == ["dense", "half:bitmask", "half:values", *others]
-
-
-def test_what_has_two_names_is_compressed_once():
-    tensor = torch.zeros(64)
-    state, shapes = compressed_state({"a": tensor, "b": tensor, "other": torch.zeros(8, 8)})
-    assert shapes == {"a": [64], "other": [8, 8]}
-    assert "b:bitmask" not in state
+    assert set(state) == {"dense", "half", "half:bitmask", *others}
 
 
 @pytest.mark.parametrize(("dtype", "sparsity", "size"), [(torch.bfloat16, 0.5, 0.56), (torch.bfloat16, 0.9, 0.16)])
@@ -157,26 +159,76 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 def change(folder: Path, how: str) -> None:
     tensors = load_file(folder / "model.safetensors")
     if how == "too few values":
-        tensors[NAME + VALUES] = tensors[NAME + VALUES][1:].clone()
+        tensors[NAME] = tensors[NAME][1:].clone()
     elif how == "another bit":
         tensors[NAME + BITMASK][0] ^= 0xFF
-    elif how == "no bits":
-        del tensors[NAME + BITMASK]
-    elif how == "no values":
-        del tensors[NAME + VALUES]
+    elif how == "whole numbers":
+        tensors[NAME] = tensors[NAME].int()
     else:
-        del tensors[NAME + BITMASK], tensors[NAME + VALUES]
+        del tensors[NAME + (BITMASK if how == "no bits" else "")]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("how", ["too few values", "another bit", "no bits", "no values"])
-def test_damaged_files_are_an_error(how, saved, caplog):
+@pytest.mark.parametrize("how", ["too few values", "another bit", "whole numbers", "no bits", "no values"])
+def test_damaged_files_are_an_error(how, saved):
     change(saved, how)
     with pytest.raises(RuntimeError, match="CONVERSION"):
         LlamaForCausalLM.from_pretrained(saved)
 
 
-def test_a_tensor_that_is_not_there_is_an_error(saved):
-    change(saved, "neither")
-    with pytest.raises(ValueError, match=f"'{NAME}' is compressed, and the files do not have it"):
+def test_who_knows_nothing_of_it_meets_an_error_and_no_new_weights(saved):
+    config = json.loads((saved / "config.json").read_text())
+    del config["quantization_config"]
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         LlamaForCausalLM.from_pretrained(saved)
+
+
+def test_a_config_from_before_does_no_harm(saved, tmp_path):
+    model = LlamaForCausalLM(AutoConfig.from_pretrained(saved))
+    model.save_pretrained(tmp_path / "new")
+    assert equal(LlamaForCausalLM.from_pretrained(tmp_path / "new"), model)
+
+
+def test_another_shape_in_the_model_is_an_error(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["intermediate_size"] *= 2
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="CONVERSION"):
+        LlamaForCausalLM.from_pretrained(saved)
+
+
+def test_modules_that_are_kept_in_float32_are(tmp_path):
+    model = build("t5")
+    prune(model, PruningConfig(sparsity=0.8))
+    model.save_pretrained(tmp_path / "plain")
+    save_pretrained(model, tmp_path / "sparse", compress=True)
+    plain, sparse = (type(model).from_pretrained(tmp_path / name, dtype=torch.float16) for name in ("plain", "sparse"))
+    assert {tensor.dtype for tensor in sparse.state_dict().values()} == {torch.float16, torch.float32}
+    assert equal(sparse, plain)
+
+
+def test_a_part_of_a_model_that_has_a_config_of_its_own_is_no_new_one(tmp_path):
+    text = {
+        "vocab_size": 60,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    vision = {**text, "image_size": 8, "patch_size": 4}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    prune(model, PruningConfig(sparsity=0.8, target_modules=".*proj"))
+    save_pretrained(model, tmp_path, compress=True)
+    assert equal(CLIPModel.from_pretrained(tmp_path), model)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        CLIPTextModel.from_pretrained(tmp_path)
+
+
+def test_a_quantized_model_is_refused(tmp_path):
+    model = build("llama")
+    prune(model, PruningConfig(sparsity=0.8))
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    with pytest.raises(ValueError, match="the model is quantized"):
+        save_pretrained(model, tmp_path, compress=True)
+    assert not any(tmp_path.iterdir())

@@ -21,7 +21,7 @@ import hf_prune
 from hf_prune import PruningConfig, PruningHistory, PruningTrainerCallback, prune, push_to_hub, save_pretrained, shrink
 from tests.hub import TOKEN, Hub, environment_of, running_hub, use
 from tests.structures.models import build as build_of_structures
-from tests.tiny import build
+from tests.tiny import batch, build
 
 CONFIG = PruningConfig(sparsity=0.8, schedule="geometric", rounds=2, end=4)
 
@@ -129,7 +129,35 @@ def test_a_folder_is_pushed_as_it_is_without_checkpoints(hub, tmp_path):
     }  # fmt: skip
     assert hub.files["tester/mine"]["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     push_to_hub(str(folder), "other")
-    assert hub.files["tester/other"] == hub.files["tester/mine"]
+    mine, other = (dict(hub.files[f"tester/{name}"]) for name in ("mine", "other"))
+    assert b'from_pretrained("tester/mine")' in mine.pop("README.md")
+    assert b'from_pretrained("tester/other")' in other.pop("README.md")
+    assert mine == other
+
+
+def test_pushing_again_replaces_the_earlier_model(hub, tmp_path):
+    push_to_hub(pruned(), "mine", config=CONFIG, history=PruningHistory())
+    other = build("llama")
+    push_to_hub(other, "mine", max_shard_size="10KB")
+    files = hub.files["tester/mine"]
+    assert "model.safetensors.index.json" in files
+    assert not {"model.safetensors", "pruning_config.json", "pruning_history.json"} & set(files)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path)), logits(other))
+
+
+def test_what_may_hold_secrets_is_not_uploaded(hub, make_trainer, tmp_path):
+    trainer, _ = train(make_trainer, hub_token=TOKEN, save_strategy="steps", save_steps=3)
+    trainer.save_model()
+    for name in ("sub/.env", "run/checkpoint-1/optimizer.pt"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("x")
+    assert (tmp_path / "out" / "training_args.bin").is_file()
+    push_to_hub(trainer, "mine")
+    files = hub.files["tester/mine"]
+    assert not [name for name in files if "checkpoint" in name or ".env" in name or name.endswith(".bin")]
+    assert not [name for name, content in files.items() if TOKEN.encode() in content]
 
 
 # From a trainer
@@ -205,6 +233,21 @@ def test_trainers_own_push_has_weights_rounds_plot_and_tags(hub, make_trainer, t
     assert json.loads(files["pruning_history.json"])["rounds"][-1]["reached"] == pytest.approx(0.8, abs=1e-3)
 
 
+@pytest.mark.parametrize(("given", "asked"), [(None, True), (False, False)])
+def test_a_private_repository_stays_private(given, asked, hub, make_trainer):
+    trainer, _ = train(make_trainer, hub_private_repo=True)
+    push_to_hub(trainer, "mine", private=given)
+    assert hub.private["tester/mine"] == asked
+
+
+def test_several_evaluation_datasets(hub, make_trainer):
+    model = build("llama")
+    datasets = {"train_dataset": batch(model, 24), "eval_dataset": {"a": batch(model, 8)}}
+    trainer, _ = train(make_trainer, model=model, **datasets, metric_for_best_model="a_loss")
+    push_to_hub(trainer, "mine")
+    assert "ms of a forward pass" not in hub.files["tester/mine"]["README.md"].decode()
+
+
 # What goes wrong
 
 
@@ -237,7 +280,10 @@ def test_a_push_that_fails_leaves_all_files_and_says_what_to_do(fault, lfs, hub,
     assert not isinstance(caught.value, (AssertionError, AttributeError, KeyError, TypeError))
     assert f"hf_prune.push_to_hub('{folder}', 'tester/mine')" in caplog.text
     assert TOKEN not in caplog.text + str(caught.value)
-    assert files_in(folder) == before
+    after = files_in(folder)
+    # Where the repository was made, the card already says by which name the model is loaded from there.
+    assert {**after, "README.md": b""} == {**before, "README.md": b""}
+    assert after["README.md"].startswith(b"---\nlibrary_name: transformers")
     hub.fault = lambda method, path: None
     push_to_hub(folder, "tester/mine")  # as it says
     assert hub.files["tester/mine"]["model.safetensors"] == before["model.safetensors"]
@@ -256,6 +302,18 @@ def test_without_a_token(hub, monkeypatch, tmp_path):
     save_pretrained(pruned(), tmp_path / "mine")
     with pytest.raises(HfHubHTTPError, match="401"):
         push_to_hub(tmp_path / "mine", token=False)
+
+
+def test_adapters_are_refused(hub, tmp_path):
+    base = pruned()
+    save_pretrained(base, tmp_path)
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match="carries adapters, beside which no base weights would be saved"):
+        save_pretrained(with_adapter(base), tmp_path)
+    with pytest.raises(ValueError, match="carries adapters"):
+        push_to_hub(with_adapter(base), "mine")
+    assert files_in(tmp_path) == before
+    assert hub.files == {}
 
 
 @pytest.mark.parametrize("repo_id", ["a b", "a/b/c", "../up", "-x"])
@@ -292,11 +350,13 @@ def test_files_of_an_earlier_model_are_replaced(tmp_path):
     model = pruned()
     save_pretrained(model, tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    (tmp_path / "notes.txt").write_text("mine")
+    mine = ["model_ema.safetensors", "notes.txt"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
     save_pretrained(model, tmp_path)
-    assert sorted(files_in(tmp_path)) == [
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "notes.txt",
-    ]  # fmt: skip
+    assert sorted(files_in(tmp_path)) == sorted(
+        ["README.md", "config.json", "generation_config.json", "model.safetensors", *mine]
+    )
     assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 

@@ -133,7 +133,7 @@ def damage(folder: Path, how: str) -> None:
         (folder / "config.json").write_text("[]")
     else:
         tensors = load_file(file)
-        del tensors[next(name for name in tensors if name.endswith(":values"))]
+        del tensors[next(name for name in tensors if name.endswith(":bitmask"))]
         save_file(tensors, file)
 
 
@@ -145,7 +145,7 @@ def damage(folder: Path, how: str) -> None:
         ("another place", r"names '\.\./model\.safetensors', which is not a file beside it"),
         ("index", "is truncated or not JSON"),
         ("config", "must hold an object, got list"),
-        ("values", "is compressed, and its :values is missing"),
+        ("bits", "is compressed, and its bits are missing"),
     ],
 )
 def test_damaged_models_are_an_error(how, message, tmp_path):

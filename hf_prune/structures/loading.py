@@ -8,6 +8,7 @@ ordinary model behind. Importing hf_prune registers it.
 import contextlib
 import copy
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..compression import BITMASK, VALUES, decompress
+from ..compression import BITMASK, decompress
 from .families import FAMILIES
 
 METHOD = "hf_prune"
@@ -68,6 +69,8 @@ class Record(QuantizationConfigMixin):
         self.shapes = shapes = shapes or {}
         self.attributes = attributes = attributes or {}
         self.compressed = compressed = compressed or {}
+        if not isinstance(compressed, dict):
+            raise ValueError(f"the recorded shapes of compressed tensors must be an object, got {compressed!r}.")
         for name, shape in [*shapes.items(), *compressed.items()]:
             if not isinstance(shape, list) or not shape or not all(_is_size(length) for length in shape):
                 raise ValueError(f"the recorded shape of {name!r} must be positive whole numbers, got {shape!r}.")
@@ -92,18 +95,12 @@ class Record(QuantizationConfigMixin):
 class Decompress(ConversionOps):
     """Makes a weight of the two tensors that stand for it in a file.
 
-    Attributes:
-        hf_quantizer: By this Transformers knows that neither of them is the weight, whose dtype is given to neither.
-        dtype: The dtype that the weights are to have; None for that in the file.
-        done: The names, in the model, of those that were made.
+    Args:
+        shape: The weight's shape, as it was recorded.
     """
 
-    def __init__(self, quantizer: HfQuantizer) -> None:
-        self.hf_quantizer = quantizer
-        self.done: set[str] = set()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "Decompress":
-        return self  # Each weight has a converter of its own, and all of them note here what is done.
+    def __init__(self, shape: list[int]) -> None:
+        self.shape = shape
 
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, list[torch.Tensor]], *, full_layer_name: str, model: PreTrainedModel, **kwargs: Any
@@ -111,15 +108,18 @@ class Decompress(ConversionOps):
         """The weight.
 
         Raises:
-            ValueError: if one of the two is missing, or they do not fit each other.
+            ValueError: if one of the two is missing, or they do not fit each other, or the model.
         """
-        if missing := [suffix for suffix in (BITMASK, VALUES) if len(input_dict.get(suffix, [])) != 1]:
-            raise ValueError(f"{full_layer_name!r} is compressed, and its {missing[0]} is missing.")
-        weight = model.get_parameter_or_buffer(full_layer_name)
-        (bitmask,), (values,) = input_dict[BITMASK], input_dict[VALUES]
-        tensor = decompress(full_layer_name, bitmask, values, weight.shape)
-        self.done.add(full_layer_name)
-        return {full_layer_name: tensor.to(weight.dtype)}
+        found = {pattern.endswith(BITMASK): tensor for pattern, (tensor,) in input_dict.items()}
+        shape = list(model.get_parameter_or_buffer(full_layer_name).shape)
+        if True not in found and False in found and list(found[False].shape) == shape:
+            return {full_layer_name: found[False]}  # The model was saved anew, with a config from before.
+        if len(found) < 2:
+            what = "values" if True in found else "bits"
+            raise ValueError(f"{full_layer_name!r} is compressed, and its {what} are missing.")
+        if shape != self.shape:
+            raise ValueError(f"{full_layer_name!r} has shape {self.shape} in the files, and {shape} in the model.")
+        return {full_layer_name: decompress(full_layer_name, found[True], found[False], shape)}
 
 
 @register_quantizer(METHOD)
@@ -129,26 +129,17 @@ class RecordQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: Record
 
-    def __init__(self, quantization_config: Record, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self._decompress = Decompress(self)
-
     def get_weight_conversions(self) -> list[WeightConverter]:
         """How weights are made of what is in the files, beside what Transformers does itself."""
-        return (
-            [WeightConverter([BITMASK, VALUES], "", [self._decompress])] if self.quantization_config.compressed else []
-        )
+        return [
+            WeightConverter([f"^{re.escape(name)}{BITMASK}", f"^{re.escape(name)}"], f"^{name}", [Decompress(shape)])
+            for name, shape in self.quantization_config.compressed.items()
+        ]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _apply_(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        made = {id(model.get_parameter_or_buffer(name)) for name in self._decompress.done}
-        for name in self.quantization_config.compressed:
-            path, _, attribute = name.rpartition(".")
-            module = _find(model, path)
-            if module is not None and id(getattr(module, attribute, None)) not in made:
-                raise ValueError(f"{name!r} is compressed, and the files do not have it.")
         for name, shape in self.quantization_config.shapes.items():
             module = _find(model, name.rpartition(".")[0])
             if module is not None and list(getattr(module, name.rpartition(".")[2]).shape) != shape:
@@ -157,8 +148,8 @@ class RecordQuantizer(HfQuantizer):
         self.remove_quantization_config(model)
         Record(self.quantization_config.shapes, self.quantization_config.attributes).write_(model.config)
         conversions = getattr(model, "_weight_conversions", None) or []
-        kept = [c for c in conversions if self._decompress not in getattr(c, "operations", [])]
-        model._weight_conversions = kept  # type: ignore[assignment]
+        ours = [c for c in conversions if any(isinstance(op, Decompress) for op in getattr(c, "operations", []))]
+        model._weight_conversions = [c for c in conversions if c not in ours]  # type: ignore[assignment]
 
     @property
     def is_trainable(self) -> bool:
@@ -183,7 +174,9 @@ class RecordQuantizer(HfQuantizer):
 @contextlib.contextmanager
 def recorded_compression(config: PretrainedConfig, shapes: Shapes) -> Iterator[None]:
     """A context in which a model's config says which tensors are compressed; afterwards it is as it was."""
-    before = copy.deepcopy(getattr(config, "quantization_config", {}))
+    before = copy.deepcopy(getattr(config, "quantization_config", None) or {})
+    if not isinstance(before, dict) or before.get("quant_method", METHOD) != METHOD:
+        raise ValueError("the model is quantized, and cannot be compressed as well. Set compress=False.")
     Record(**{**before, "compressed": shapes}).write_(config)
     try:
         yield

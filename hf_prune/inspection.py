@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -223,18 +224,22 @@ def _count(name: str, stored: Stored) -> TensorZeros:
     tensor, size, compressed = stored
     width = math.prod(tensor.shape[1:])
     rows = tensor.reshape(-1, width) if tensor.numel() else tensor.reshape(0, 1)
-    zeros = zero_rows = 0
-    possible = [(n, m) for n, m in _PATTERNS if tensor.ndim > 1 and tensor.shape[-1] % m == 0]
-    step = max(1, _CHUNK // max(width, 1))
-    for start in range(0, len(rows), step):
-        kept = _nonzero(rows[start : start + step])
+    has_rows = tensor.ndim > 1 and bool(tensor.numel())
+    possible = [(n, m) for n, m in _PATTERNS if has_rows and tensor.shape[-1] % m == 0]
+    # The first row tells almost as surely as all of them that there is no pattern.
+    possible = _among(possible, _nonzero(rows[:1]))
+
+    def look(chunk: torch.Tensor) -> tuple[int, int, list[tuple[int, int]]]:
+        kept = _nonzero(chunk)
         count = int(np.count_nonzero(kept))
-        zeros += kept.size - count
-        if tensor.ndim > 1 and count < kept.size:
-            zero_rows += int((~kept.any(1)).sum())
-        for sample in (kept[:1], kept):  # The first row tells almost as surely that there is none.
-            most = {m: _most(sample, m) for m in {m for _, m in possible}}
-            possible = [(n, m) for n, m in possible if most[m] <= n]
+        zero_rows = int((~kept.any(1)).sum()) if has_rows and count < kept.size else 0
+        return kept.size - count, zero_rows, _among(possible, kept)
+
+    zeros = zero_rows = 0
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy lets others compute meanwhile.
+        for some_zeros, some_rows, left in threads.map(look, rows.split(max(1, _CHUNK // max(width, 1)))):
+            zeros, zero_rows = zeros + some_zeros, zero_rows + some_rows
+            possible = [pattern for pattern in possible if pattern in left]
     patterns = tuple(f"{n}:{m}" for n, m in possible) if 0 < zeros < tensor.numel() else ()
     dtype = str(tensor.dtype).removeprefix("torch.")
     return TensorZeros(name, tuple(tensor.shape), dtype, zeros, tensor.numel(), size, patterns, zero_rows, compressed)
@@ -246,6 +251,12 @@ def _nonzero(rows: torch.Tensor) -> np.ndarray:
         return (rows != 0).numpy()
     bits = rows.contiguous().view(torch.uint8).numpy().view(_INTEGERS[rows.element_size()])
     return np.left_shift(bits, 1) != 0  # without the sign
+
+
+def _among(patterns: Sequence[tuple[int, int]], kept: np.ndarray) -> list[tuple[int, int]]:
+    """Those of N:M patterns that all of some rows have."""
+    most = {m: _most(kept, m) for m in {m for _, m in patterns}}
+    return [(n, m) for n, m in patterns if most[m] <= n]
 
 
 def _most(kept: np.ndarray, m: int) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -12,7 +12,7 @@ _MODULUS = 1 << 256
 
 
 def digests_of(
-    rows: Mapping[str, np.ndarray], described: Mapping[str, object], first: Mapping[str, int]
+    rows_of: Callable[[str], np.ndarray], described: Mapping[str, object], first: Mapping[str, int]
 ) -> dict[str, str]:
     """A SHA-256 of each of several tensors.
 
@@ -20,7 +20,7 @@ def digests_of(
     those that it holds, and only sums are sent.
 
     Args:
-        rows: Name → `[rows, bytes]`, of which this process holds some or all.
+        rows_of: Name → `[rows, bytes]`, of which this process holds some or all; asked for one tensor at a time.
         described: Name → whatever else counts, as JSON; the same on all processes.
         first: Name → the number of the first of the rows, of those tensors of which processes hold parts. If there
             are any, all processes call this.
@@ -29,10 +29,10 @@ def digests_of(
         Name → digest, the same on all processes that hold the same.
     """
     counts = not first or rank_and_size()[0] == 0
-    sums = [_sum(rows[name], first.get(name, 0)) if name in first or counts else 0 for name in rows]
+    sums = [_sum(rows_of(name), first.get(name, 0)) if name in first or counts else 0 for name in described]
     everywhere = gather_from_processes(sums) if first else [sums]
     totals = [sum(of_one) % _MODULUS for of_one in zip(*everywhere, strict=True)]
-    return {name: _sha([described[name], f"{total:064x}"]) for name, total in zip(rows, totals, strict=True)}
+    return {name: _sha([described[name], f"{total:064x}"]) for name, total in zip(described, totals, strict=True)}
 
 
 def digest_of(digests: Mapping[str, str]) -> str:

@@ -50,9 +50,9 @@ class Tensors:
 
     def digests(self) -> dict[str, str]:
         """A SHA-256 of each tensor, its name, shape and dtype."""
-        rows = {name: _rows_of(tensor) for name, tensor in self.tensors.items()}
         described = {name: [name, list(self.shape_of(name)), str(t.dtype)] for name, t in self.tensors.items()}
-        return digests_of(rows, described, {name: rows_held(like).start for name, like in self.like.items()})
+        first = {name: rows_held(like).start for name, like in self.like.items()}
+        return digests_of(lambda name: _rows_of(self.tensors[name]), described, first)
 
     def digest(self) -> str:
         """One for all of them: equal tensors have equal digests on every machine."""

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from .access import accessible
-from .digests import digest_of
+from .digests import digest_of, digests_of
 from .files import Tensors
 from .processes import sum_over_processes_
-from .shards import from_own, is_sharded, own, reshard_
+from .shards import from_own, is_sharded, own, reshard_, rows_held
 from .targets import find_targets
 from .zero import is_present, mask_parts_, shape_of
 
@@ -133,8 +133,9 @@ class MaskSet(Mapping[str, torch.Tensor]):
     def digests(self) -> dict[str, str]:
         """The digest of each mask."""
         if self._digests is None:
-            packed = self._packed().digests()
-            self._digests = {name: f"{list(mask.shape)} {packed[name]}" for name, mask in self.items()}
+            described = {name: [name, list(mask.shape)] for name, mask in self.items()}
+            first = {name: rows_held(mask).start for name, mask in self.items() if is_sharded(mask)}
+            self._digests = digests_of(lambda name: _bits_of(self[name]), described, first)
         return self._digests
 
     def digest(self) -> str:
@@ -193,7 +194,7 @@ class MaskSet(Mapping[str, torch.Tensor]):
         """A byte for every eight weights of a row, so that who holds rows of a mask holds rows of these too."""
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
         return Tensors(
-            {name: torch.from_numpy(np.packbits(_rows_of(own(mask)), axis=1)) for name, mask in self.items()},
+            {name: torch.from_numpy(_bits_of(mask)) for name, mask in self.items()},
             {name: mask for name, mask in self.items() if is_sharded(mask)},
             {"format": _FORMAT, "shapes": shapes},
         )
@@ -219,9 +220,9 @@ def masked_in(mask: torch.Tensor) -> int:
     return mask.numel() - int(kept)
 
 
-def _rows_of(mask: torch.Tensor) -> np.ndarray:
-    mask = torch.atleast_1d(mask).cpu()
-    return mask.reshape(len(mask), math.prod(mask.shape[1:])).numpy()
+def _bits_of(mask: torch.Tensor) -> np.ndarray:
+    held = torch.atleast_1d(own(mask)).cpu()
+    return np.packbits(held.reshape(len(held), math.prod(held.shape[1:])).numpy(), axis=1)
 
 
 def _unpack(packed: Tensors, name: str, shape: torch.Size, like: torch.Tensor | None) -> torch.Tensor:

@@ -3,10 +3,11 @@
 from .callback import PruningTrainerCallback
 from .config import PruningConfig
 from .criteria import ScoreInputs
+from .history import PruningHistory
 from .hub import push_to_hub, save_pretrained
 from .masks import MaskSet
 from .pruning import prune
-from .reports import PruningHistory, SparsityReport, sparsity_report
+from .reports import SparsityReport, sparsity_report
 from .structures.families import Heads, Neurons, Stack, describe_family
 from .structures.shrinking import shrink
 

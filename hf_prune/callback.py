@@ -30,6 +30,7 @@ from .contexts import keep_random_state, whole_on_error
 from .costs import measure_cost_or_parameters
 from .criteria import Criterion
 from .finished import FinishedRun
+from .history import HISTORY_NAME, PruningHistory
 from .hooks import GradientHooks
 from .masks import MaskSet
 from .moments import Moment
@@ -51,9 +52,10 @@ from .optimizers import (
     undo_restart_lr_,
 )
 from .pacing import Even, Patience
+from .plots import PLOT_NAME, can_plot
 from .processes import gather_from_processes, require_agreement
 from .pruning import cut_, require_room
-from .reports import HISTORY_NAME, PruningHistory, plot_beside, sparsity_report
+from .reports import sparsity_report
 from .resolving import require_whole_where_needed, required_statistics, resolve_targets
 from .rounds import Rounds
 from .shards import reshard_
@@ -313,7 +315,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if args.should_save:
             folder = Path(str(args.output_dir))
             self._save_reports(folder)
-            plot_beside(self.history, folder)
+            if self.history and can_plot():
+                self.history.plot(folder / PLOT_NAME)
 
     def _shrink(self, now: Moment) -> None:
         """Removes what is masked as a whole, and measures what that saves.

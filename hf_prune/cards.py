@@ -20,7 +20,8 @@ from . import granularities
 from .config import PruningConfig
 from .costs import Cost
 from .granularities import Pattern, Structural
-from .reports import PruningHistory, SparsityReport
+from .history import PruningHistory
+from .reports import SparsityReport
 from .structures.loading import METHOD
 
 TAGS = ("hf_prune", "pruning")

@@ -16,10 +16,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from .history import PruningHistory
 from .masks import MaskSet
 from .movement import Movement
 from .processes import gather_from_processes, sum_over_processes_
-from .reports import PruningHistory
 from .shards import has_shards, own
 from .weights import WeightsCopy, sharded_tensors
 from .zero import has_partitions

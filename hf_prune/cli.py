@@ -11,9 +11,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from typer import Argument, Option
 
 from .folders import local_folder
+from .history import HISTORY_NAME, PruningHistory
 from .hub import push_to_hub
 from .inspection import compare_folders, report_folder
-from .reports import HISTORY_NAME, PruningHistory
 
 app = typer.Typer(
     help="Pruned models: what is in them, and where they go.", no_args_is_help=True, add_completion=False,

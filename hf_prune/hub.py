@@ -25,8 +25,10 @@ from .compression import compressed_state
 from .config import CONFIG_NAME, PruningConfig
 from .contexts import keep_random_state
 from .costs import Cost, measure_costs
+from .history import HISTORY_NAME, PruningHistory
+from .plots import PLOT_NAME, can_plot
 from .processes import rank_and_size
-from .reports import HISTORY_NAME, PLOT_NAME, PruningHistory, plot_beside, sparsity_report
+from .reports import sparsity_report
 from .samples import Batch
 from .shards import has_shards
 from .structures.loading import recorded_compression
@@ -265,7 +267,8 @@ def _save(
             facts.config.save_pretrained(stage)
         if facts.history is not None:
             facts.history.save(stage / HISTORY_NAME)
-            plot_beside(facts.history, stage)
+            if facts.history and can_plot():
+                facts.history.plot(stage / PLOT_NAME)
         facts.bytes = sum(path.stat().st_size for pattern in _WEIGHTS[:2] for path in stage.glob(pattern))
         model_card(name, facts).save(stage / CARD_NAME)
 

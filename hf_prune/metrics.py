@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction
 
-from .reports import perplexity_from_loss
+from .history import perplexity_from_loss
 from .samples import IGNORED_LABEL
 
 ComputeMetrics = Callable[..., dict[str, float]]

@@ -7,8 +7,9 @@ import time
 from torch import nn
 
 from .config import PruningConfig
+from .history import PruningHistory, Round
 from .pacing import Even, Patience
-from .reports import PruningHistory, Round, SparsityReport
+from .reports import SparsityReport
 from .weights import WeightsCopy
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from hf_prune import PruningConfig, PruningHistory, SparsityReport
-from hf_prune.reports import ModuleSparsity, Round
+from hf_prune.history import Round
+from hf_prune.reports import ModuleSparsity
 from hf_prune.rounds import Rounds
 
 PATIENT = PruningConfig(sparsity=0.75, schedule="constant", rounds=3, patience=2, min_round_steps=1, end=100)

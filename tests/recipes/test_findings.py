@@ -11,7 +11,7 @@ from common.cells import DENSE, Cell
 from common.figures import _against_budget, _against_sparsity, draw
 from common.findings import Findings, choose
 from hf_prune import PruningHistory
-from hf_prune.reports import Round
+from hf_prune.history import Round
 
 LEVELS, SEEDS = (0.5, 0.9), (0, 1, 2)
 

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import cast
 
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from transformers import PreTrainedModel
+from yaml import YAMLError
 
 from . import granularities
 from .config import PruningConfig
@@ -112,6 +114,16 @@ def model_card(name: str, facts: Facts) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
+def base_model_of(card: Path) -> str | None:
+    """The dense model that a saved card names; None if there is no such card, or it names none."""
+    try:
+        found = metadata_load(card) if card.is_file() else None
+    except (ValueError, YAMLError):
+        return None
+    base = (found or {}).get("base_model")
+    return base if isinstance(base, str) else None
+
+
 def pipeline_tag(model: PreTrainedModel) -> str | None:
     """What a model is for, in the Hub's words; None if Transformers does not say."""
     from transformers.modelcard import TASK_MAPPING
@@ -176,8 +188,9 @@ def _last_value(history: PruningHistory, config: PruningConfig | None) -> float 
 def _summary(facts: Facts) -> str:
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "A model"
     report, history = facts.report, facts.history
-    if history is not None and history.costs and len(history):
-        how = f"pruned to {history[-1].reached:.1%} of its {_units(facts)}, which were removed"
+    if _is_shrunk(facts):
+        share = f"pruned to {history[-1].reached:.1%} of its" if history else "pruned of some of its"
+        how = f"{share} {_units(facts)}, which were removed"
     else:
         how = f"pruned: {report.zeros:,} of {report.total:,} targeted {report.units} are zero ({report.sparsity:.2%})"
     lines = [f"{base} ({type(facts.model).__name__}), {how}, with hf_prune."]
@@ -186,8 +199,16 @@ def _summary(facts: Facts) -> str:
     return "\n\n".join(lines)
 
 
+def _is_shrunk(facts: Facts) -> bool:
+    """Whether what was pruned is gone."""
+    kind = granularities.parse(facts.config.granularity) if facts.config else None
+    if facts.history is not None and facts.history.costs:
+        return True
+    return isinstance(kind, Structural) and not facts.report.zeros
+
+
 def _units(facts: Facts) -> str:
-    return facts.config.granularity.replace("+", "s and ") + "s" if facts.config else facts.report.units
+    return facts.config.granularity.replace("+", "s and ") + "s" if facts.config else "structures"
 
 
 def _before_and_after(facts: Facts) -> list[list[str]]:
@@ -231,9 +252,9 @@ def _size_and_speed(facts: Facts) -> str:
 
 def _what_zeros_are_worth(facts: Facts) -> str:
     kind = granularities.parse(facts.config.granularity) if facts.config else None
+    if _is_shrunk(facts):
+        return "What was pruned is gone: this is a smaller dense model."
     if isinstance(kind, Structural):
-        if not facts.report.zeros:
-            return "What was pruned is gone: this is a smaller dense model."
         return "Pruned structures are still there, as zeros: `hf_prune.shrink(model)` removes them."
     alone = "Zeros alone make nothing faster or smaller: the model takes the time and the memory of the dense one"
     if isinstance(kind, Pattern):
@@ -244,14 +265,19 @@ def _what_zeros_are_worth(facts: Facts) -> str:
     return f"{alone}, unless a runtime makes use of them."
 
 
-def _rounds(history: PruningHistory) -> str:
+def round_rows(history: PruningHistory) -> list[list[str]]:
+    """The rounds of a history as cells, the head of the table first."""
     rows = [["round", "step", "asked", "reached", f"{history.metric} after the cut", "best", "last", "ended"]]
     rows.append(["dense", "", "", "", _number(history.dense), "", "", ""])
     for row in history:
         asked = "" if row.asked is None else f"{row.asked:.4f}"
         values = [_number(value) for value in (row.after_cut, row.best, row.last)]
         rows.append([str(row.round), str(row.step), asked, f"{row.reached:.4f}", *values, row.ended or ""])
-    text = _markdown(rows)
+    return rows
+
+
+def _rounds(history: PruningHistory) -> str:
+    text = _markdown(round_rows(history))
     return f"{text}\n\n{shortfall}" if (shortfall := history.shortfall()) else text
 
 
@@ -271,11 +297,15 @@ def _how_made(facts: Facts) -> str:
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     parts = [_code(command(), "bash"), f"With {versions}, Python {platform.python_version()}."]
     if facts.config is not None:
-        # Only what was asked for: a default is what the version above has.
-        default = PruningConfig(sparsity=0.5).to_dict()
-        asked = {k: v for k, v in facts.config.to_dict().items() if k == "sparsity" or v != default[k]}
-        parts.append(f"`pruning_config.json`, without defaults:\n\n{_code(json.dumps(asked, indent=2), 'json')}")
+        parts.append(f"`pruning_config.json`, without defaults:\n\n{_code(as_asked(facts.config), 'json')}")
     return "\n\n".join(parts)
+
+
+def as_asked(config: PruningConfig) -> str:
+    """A config as JSON, without the fields that nobody has set."""
+    default = PruningConfig(sparsity=0.5).to_dict()
+    asked = {k: v for k, v in config.to_dict().items() if k == "sparsity" or v != default[k]}
+    return json.dumps(asked, indent=2)
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

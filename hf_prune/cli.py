@@ -1,33 +1,126 @@
-"""The command `hf-prune`: saved models reported on, compared, plotted and pushed, without a script."""
+"""The command `hf-prune`: models pruned, shrunk, reported on, compared and pushed, without a script."""
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, cast
 
+import torch
 import typer
 from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HfHubHTTPError
 from typer import Argument, Option
 
+from .cards import base_model_of
+from .config import CONFIG_NAME, PruningConfig
+from .costs import measure_costs
 from .folders import local_folder
 from .history import HISTORY_NAME, PruningHistory
-from .hub import push_to_hub
+from .hub import CARD_NAME, push_to_hub, save_pretrained
 from .inspection import compare_folders, report_folder
+from .opening import open_model, open_processing
+from .pages import page_of
+from .pruning import prune
+from .readers import read_batches
+from .resolving import looks_at_data
+from .structures.shrinking import shrink
 
 app = typer.Typer(
-    help="Pruned models: what is in them, and where they go.", no_args_is_help=True, add_completion=False,
-    pretty_exceptions_enable=False,
+    help="Pruned models: how they are made, what is in them, and where they go.", no_args_is_help=True,
+    add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 Model = Annotated[str, Argument(help="A folder, or a name on the Hub.")]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
+Force = Annotated[bool, Option("--force", help="Write over what is there.")]
+Output = Annotated[Path, Option(help="The folder to save into.")]
+Compress = Annotated[bool, Option("--compress", help="Leave zeros out of the files, where that makes them smaller.")]
+Device = Annotated[str, Option(help="Where to compute, such as cpu or cuda.")]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@app.command(name="prune")
+def prune_command(
+    model: Model,
+    output: Output,
+    sparsity: Annotated[float | None, Option(help="Fraction of the targeted weights to remove.")] = None,
+    granularity: Annotated[str | None, Option(help="unstructured, 2:4, block:4x4, head, neuron, …")] = None,
+    criterion: Annotated[str | None, Option(help="magnitude, wanda, sparsegpt, taylor, …")] = None,
+    scope: Annotated[str | None, Option(help="auto, global, layer, row, erk, owl")] = None,
+    config: Annotated[Path | None, Option(help=f"A folder with a {CONFIG_NAME}, for all else.")] = None,
+    calibration: Annotated[Path | None, Option(help="A text file, or a folder of images.")] = None,
+    samples: Annotated[int | None, Option(help="Number of calibration samples.")] = None,
+    length: Annotated[int, Option(min=1, help="Tokens in a sample of text.")] = 512,
+    batch_size: Annotated[int, Option(min=1, help="Samples in a batch.")] = 8,
+    seed: Annotated[int, Option(help="Of what is drawn.")] = 0,
+    compress: Compress = False,
+    device: Device = DEVICE,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Prunes a model in one cut: pruned weights are zero, and shapes stay as they are."""
+    _require_room(output, force)
+    flags = dict(sparsity=sparsity, granularity=granularity, criterion=criterion, scope=scope)
+    given = {name: value for name, value in {**flags, "calibration_samples": samples}.items() if value is not None}
+    saved = {} if config is None else PruningConfig.from_pretrained(config).to_dict()
+    asked = PruningConfig.from_dict({**saved, **given})
+    if calibration is not None and not looks_at_data(asked):
+        raise ValueError(
+            f"the criterion {asked.criterion} with scope {asked.scope} looks at no data: leave --calibration out, or "
+            "take another --criterion, such as wanda."
+        )
+    folder = local_folder(model)
+    opened, processing = open_model(folder, device), open_processing(folder)
+    batches = None
+    if calibration is not None:
+        batches = read_batches(
+            calibration, opened, processing, samples=asked.calibration_samples, batch_size=batch_size, length=length,
+            seed=seed,
+        )  # fmt: skip
+    report = prune(opened, asked, batches, seed=seed)
+    base = _base_of(model, folder)
+    save_pretrained(opened, output, processing_class=processing, config=asked, base_model=base, compress=compress)
+    _print({"output": str(output), **report.to_dict()}, f"{report}\n\nSaved in {output}.", as_json)
+
+
+@app.command(name="shrink")
+def shrink_command(
+    model: Model,
+    output: Output,
+    device: Device = DEVICE,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Removes heads, neurons, channels and layers of which all is zero: the model becomes smaller and faster."""
+    _require_room(output, force)
+    folder = local_folder(model)
+    opened, processing = open_model(folder, device), open_processing(folder)
+    costs = measure_costs({"masked": opened}, None)
+    shrink(opened)
+    costs |= measure_costs({"shrunk": opened}, None)
+    history = PruningHistory.load(folder / HISTORY_NAME) if (folder / HISTORY_NAME).is_file() else PruningHistory()
+    history.costs = costs
+    config = PruningConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
+    base = _base_of(model, folder)
+    save_pretrained(opened, output, processing_class=processing, config=config, history=history, base_model=base)
+    counts = {f"{name}_parameters": cost.parameters for name, cost in costs.items()}
+    _print({"output": str(output), **counts}, f"{history.savings()}\n\nSaved in {output}.", as_json)
 
 
 @app.command()
-def report(model: Model, as_json: Json = False) -> None:
+def report(
+    model: Model,
+    page: Annotated[Path | None, Option("--html", help="Write a page for a browser, pictures included.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
     """The zeros of a saved model, tensor by tensor: N:M patterns, rows that are zero, size."""
+    if page is not None:
+        _require_absent(page, force)
     found = report_folder(local_folder(model), show_progress=True)
-    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+    if page is not None:
+        page.write_text(page_of(model, found), encoding="utf-8")
+    _print(found.to_dict(), str(found), as_json)
 
 
 @app.command()
@@ -36,7 +129,7 @@ def diff(
 ) -> None:
     """Which zeros came and went from A to B, and how many weights moved. Exits with 1 if any differ."""
     found = compare_folders(local_folder(a), local_folder(b), show_progress=True)
-    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+    _print(found.to_dict(), str(found), as_json)
     raise typer.Exit(0 if found.are_equal else 1)
 
 
@@ -44,11 +137,10 @@ def diff(
 def plot(
     history: Annotated[Path, Argument(help=f"{HISTORY_NAME}, or the folder that it is in.")],
     output: Annotated[Path, Option(help="An image; its suffix says which kind.")] = Path("pruning.png"),
-    force: Annotated[bool, Option("--force", help="Write over a file that is there.")] = False,
+    force: Force = False,
 ) -> None:
     """The plot of a run: metric and sparsity over its steps."""
-    if output.exists() and not force:
-        raise ValueError(f"{output} is there already. Give --force to write over it, or another --output.")
+    _require_absent(output, force)
     PruningHistory.load(history / HISTORY_NAME if history.is_dir() else history).plot(output)
     typer.echo(str(output))
 
@@ -62,16 +154,38 @@ def push(
 ) -> None:
     """Uploads a folder. The token is that of `hf auth login`, or HF_TOKEN."""
     commit = cast(CommitInfo, push_to_hub(folder, repo, private=private))
-    typer.echo(json.dumps({"commit": commit.oid, "url": commit.commit_url}) if as_json else commit.commit_url)
+    _print({"commit": commit.oid, "url": commit.commit_url}, commit.commit_url, as_json)
 
 
 def main() -> None:
     """Runs the command. What a user can mend is said in a line, with exit code 2."""
     try:
         app()
-    except (ValueError, OSError, HfHubHTTPError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, HfHubHTTPError) as error:
         typer.echo(f"hf-prune: {error}", err=True)
         sys.exit(2)
+
+
+def _print(values: Mapping[str, object], text: str, as_json: bool) -> None:
+    typer.echo(json.dumps(values, indent=2) if as_json else text)
+
+
+def _require_absent(path: Path, force: bool) -> None:
+    if path.exists() and not force:
+        raise ValueError(f"{path} is there already. Give --force to write over it, or another place.")
+
+
+def _require_room(folder: Path, force: bool) -> None:
+    """Requires that nothing is lost if a model is saved into a folder."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and a model is saved into a folder.")
+    if not force and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty. Give --force to replace the model in it, or another --output.")
+
+
+def _base_of(model: str, folder: Path) -> str | None:
+    """The name on the Hub of the model that another one is made from."""
+    return base_model_of(folder / CARD_NAME) if Path(model).exists() else model
 
 
 if __name__ == "__main__":

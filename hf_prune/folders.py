@@ -15,6 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 from .compression import BITMASK, decompress
 
+# Weights, configs, and tokenizers of all kinds: nothing that is code or a pickle.
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
+
 
 class Stored(NamedTuple):
     """A tensor of a saved model.
@@ -92,7 +95,7 @@ def local_folder(model: str) -> Path:
         validate_repo_id(model)
     except HFValidationError as error:
         raise ValueError(f"{model!r} is neither a folder nor a name on the Hub.") from error
-    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
+    return Path(snapshot_download(model, allow_patterns=_PATTERNS))
 
 
 def _files_of(folder: Path) -> list[Path]:

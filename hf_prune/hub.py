@@ -14,10 +14,7 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
-from transformers.feature_extraction_utils import FeatureExtractionMixin
-from transformers.image_processing_base import ImageProcessingMixin
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .callback import PruningTrainerCallback
 from .cards import Facts, loaded_as, model_card
@@ -26,6 +23,7 @@ from .config import CONFIG_NAME, PruningConfig
 from .contexts import keep_random_state
 from .costs import Cost, measure_costs
 from .history import HISTORY_NAME, PruningHistory
+from .opening import Processing
 from .plots import PLOT_NAME, can_plot
 from .processes import rank_and_size
 from .reports import sparsity_report
@@ -36,8 +34,6 @@ from .zero import has_partitions
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-Processing = PreTrainedTokenizerBase | ImageProcessingMixin | FeatureExtractionMixin | ProcessorMixin
 
 logger = logging.getLogger(__name__)
 

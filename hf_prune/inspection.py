@@ -1,20 +1,26 @@
 """Inspection: the zeros of saved models, and how two of them differ."""
 
+import logging
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
 from transformers.utils.logging import tqdm
 
 from .folders import SavedModel, Stored
+from .opening import names_in, open_empty
+from .reports import StructureSparsity
+from .structures.shrinking import find_removable
 from .tables import table
 
+logger = logging.getLogger(__name__)
+
 _CHUNK = 2**20  # elements that are looked at together, few enough to stay in the cache
-_PATTERNS = ((1, 4), (2, 4), (4, 8), (2, 8))
+_PATTERNS = ((1, 4), (2, 8), (2, 4), (4, 8))  # each is implied by some of those before it, and by none behind it
 _INTEGERS: dict[int, type[np.unsignedinteger]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 """Unsigned ones, by their number of bytes."""
 
@@ -59,11 +65,14 @@ class FolderReport:
         folder: Where it is.
         tensors: A row for each tensor.
         record: What `config.json` says that hf_prune has recorded: shapes of a model that was shrunk, and the like.
+        structures: A row for the heads, neurons, channels or layers of each place, of the kinds of which all of some
+            is zero; empty if there are none, or the family is unknown.
     """
 
     folder: str
     tensors: tuple[TensorZeros, ...]
     record: Mapping[str, object] = field(default_factory=dict)
+    structures: tuple[StructureSparsity, ...] = ()
 
     @property
     def zeros(self) -> int:
@@ -80,6 +89,11 @@ class FolderReport:
         """What the tensors take in the files."""
         return sum(row.bytes for row in self.tensors)
 
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the elements that are zero."""
+        return self.zeros / max(self.total, 1)
+
     def to_dict(self) -> dict[str, object]:
         """The report as JSON primitives."""
         rows = [{**asdict(row), "shape": list(row.shape), "sparsity": row.sparsity} for row in self.tensors]
@@ -87,21 +101,42 @@ class FolderReport:
             "folder": self.folder,
             "zeros": self.zeros,
             "total": self.total,
-            "sparsity": self.zeros / max(self.total, 1),
+            "sparsity": self.sparsity,
             "bytes": self.bytes,
             "shrunk": sorted(self.record.get("shapes", {})),  # type: ignore[call-overload]
             "tensors": rows,
+            "structures": [{**asdict(row), "sparsity": row.sparsity} for row in self.structures],
         }
 
-    def __str__(self) -> str:
+    def rows(self) -> list[list[str]]:
+        """The report as cells: a head, a row for each tensor, and one for all."""
         rows = [["tensor", "shape", "dtype", "zeros", "sparsity", "N:M", "zero rows", "MB"]]
         for row in self.tensors:
             shape, size = " x ".join(map(str, row.shape)), f"{row.bytes / 1e6:.3f}"
             found = [", ".join(row.patterns), f"{row.zero_rows:,}" if row.zero_rows else ""]
             rows.append([row.name, shape, row.dtype, f"{row.zeros:,}", f"{row.sparsity:.4f}", *found, size])
-        sparsity = f"{self.zeros / max(self.total, 1):.4f}"
-        rows.append(["all", f"{self.total:,}", "", f"{self.zeros:,}", sparsity, "", "", f"{self.bytes / 1e6:.3f}"])
-        return table(rows, rules=(1, len(rows) - 1))
+        sparsity, size = f"{self.sparsity:.4f}", f"{self.bytes / 1e6:.3f}"
+        return [*rows, ["all", f"{self.total:,}", "", f"{self.zeros:,}", sparsity, "", "", size]]
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        text = table(rows, rules=(1, len(rows) - 1))
+        if self.structures:
+            text += "\n\n" + table(self.structure_rows(), rules=(1,))
+        return f"{text}\n\n{sentence}" if (sentence := self.shrunk()) else text
+
+    def structure_rows(self) -> list[list[str]]:
+        """The structures as cells, the head of the table first."""
+        rows = [["place", "structures", "zeros", "sparsity"]]
+        rows += [[s.name, f"{s.total:,} {s.kind}s", f"{s.zeros:,}", f"{s.sparsity:.4f}"] for s in self.structures]
+        return rows
+
+    def shrunk(self) -> str | None:
+        """A sentence about shapes that are recorded; None if there are none."""
+        shapes = self.record.get("shapes")
+        if not isinstance(shapes, Mapping) or not shapes:
+            return None
+        return f"{len(shapes)} tensors have recorded shapes, which no config of the family can say: it was shrunk."
 
 
 def report_folder(folder: str | os.PathLike[str], *, show_progress: bool = False) -> FolderReport:
@@ -115,8 +150,10 @@ def report_folder(folder: str | os.PathLike[str], *, show_progress: bool = False
         ValueError: as `SavedModel` does.
     """
     model = SavedModel(folder)
-    rows = [_count(name, model[name]) for name in _shown(model, show_progress)]
-    return FolderReport(str(folder), tuple(rows), model.record)
+    rows = tuple(_count(name, model[name]) for name in _shown(model, show_progress))
+    return FolderReport(
+        str(folder), rows, model.record, _structures(model, {row.name for row in rows if row.zero_rows})
+    )
 
 
 @dataclass(frozen=True)
@@ -205,6 +242,31 @@ def compare_folders(
     return FolderChange(tuple(rows), (only[0], only[1]))
 
 
+def _structures(model: SavedModel, with_zero_rows: Collection[str]) -> tuple[StructureSparsity, ...]:
+    """The structures of a saved model of which all is zero; tensors without a zero row are in none of them."""
+    if not with_zero_rows:
+        return ()
+    try:
+        empty = open_empty(model.folder)
+        places, names = find_removable(empty), names_in(empty, model)
+    except (OSError, ModuleNotFoundError, ValueError) as error:
+        logger.debug("The structures of %s are not known: %s", model.folder, error)
+        return ()
+    rows = []
+    for name, place in places.items():
+        in_files = [names.get(member.name) for member in place.members]
+        zeros = 0
+        if any(name in with_zero_rows for name in in_files):
+            kept = torch.zeros(place.count, dtype=torch.bool)
+            for member, file_name in zip(place.members, in_files, strict=True):  # One at a time in memory.
+                masks = {} if file_name is None else {member.name: model[file_name].tensor != 0}
+                kept |= replace(place, members=(member,)).kept_of(masks)
+            zeros = place.count - int(kept.count_nonzero())
+        rows.append(StructureSparsity(name, place.kind, zeros, place.count))
+    kinds = {row.kind for row in rows if row.zeros}
+    return tuple(row for row in rows if row.kind in kinds)
+
+
 def _shown(names: Collection[str], show_progress: bool) -> Iterable[str]:
     return tqdm(names, unit="tensor", disable=not show_progress or None)  # None: only on a terminal
 
@@ -223,21 +285,29 @@ def _change(name: str, first: torch.Tensor, second: torch.Tensor) -> TensorChang
 def _count(name: str, stored: Stored) -> TensorZeros:
     tensor, size, compressed = stored
     width = math.prod(tensor.shape[1:])
-    rows = tensor.reshape(-1, width) if tensor.numel() else tensor.reshape(0, 1)
+    rows = _bits(tensor.reshape(-1, width) if tensor.numel() else tensor.reshape(0, 1))
     has_rows = tensor.ndim > 1 and bool(tensor.numel())
     possible = [(n, m) for n, m in _PATTERNS if has_rows and tensor.shape[-1] % m == 0]
     # The first row tells almost as surely as all of them that there is no pattern.
-    possible = _among(possible, _nonzero(rows[:1]))
+    possible = _among(possible, _nonzero(rows[:1], *_room(rows[:1])))
 
-    def look(chunk: torch.Tensor) -> tuple[int, int, list[tuple[int, int]]]:
-        kept = _nonzero(chunk)
-        count = int(np.count_nonzero(kept))
-        zero_rows = int((~kept.any(1)).sum()) if has_rows and count < kept.size else 0
-        return kept.size - count, zero_rows, _among(possible, kept)
+    def look(some: np.ndarray) -> tuple[int, int, list[tuple[int, int]]]:
+        zeros, zero_rows, left, step = 0, 0, possible, max(1, _CHUNK // max(width, 1))
+        room = _room(some[:step])  # Memory that is new each time would take longer than what is done in it.
+        for start in range(0, len(some), step):
+            kept = _nonzero(some[start : start + step], *room)
+            count = int(np.count_nonzero(kept))
+            zeros += kept.size - count
+            if has_rows and count < kept.size:
+                zero_rows += int((~kept.any(1)).sum())
+            left = _among(left, kept)
+        return zeros, zero_rows, left
 
     zeros = zero_rows = 0
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy lets others compute meanwhile.
-        for some_zeros, some_rows, left in threads.map(look, rows.split(max(1, _CHUNK // max(width, 1)))):
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as threads:  # NumPy lets others compute meanwhile.
+        each = max(1, -(-len(rows) // workers))
+        for some_zeros, some_rows, left in threads.map(look, (rows[i : i + each] for i in range(0, len(rows), each))):
             zeros, zero_rows = zeros + some_zeros, zero_rows + some_rows
             possible = [pattern for pattern in possible if pattern in left]
     patterns = tuple(f"{n}:{m}" for n, m in possible) if 0 < zeros < tensor.numel() else ()
@@ -245,21 +315,38 @@ def _count(name: str, stored: Stored) -> TensorZeros:
     return TensorZeros(name, tuple(tensor.shape), dtype, zeros, tensor.numel(), size, patterns, zero_rows, compressed)
 
 
-def _nonzero(rows: torch.Tensor) -> np.ndarray:
-    """Which elements are not zero, by their bits: NumPy knows no bfloat16, and counts integers fastest."""
+def _bits(rows: torch.Tensor) -> np.ndarray:
+    """Floating-point numbers as unsigned integers: NumPy knows no bfloat16, and counts integers fastest."""
     if not rows.is_floating_point():
-        return (rows != 0).numpy()
-    bits = rows.contiguous().view(torch.uint8).numpy().view(_INTEGERS[rows.element_size()])
-    return np.left_shift(bits, 1) != 0  # without the sign
+        integers = rows.numpy()
+        return integers.view(f"i{integers.itemsize}") if integers.dtype.kind == "u" else integers
+    return rows.contiguous().view(torch.uint8).numpy().view(_INTEGERS[rows.element_size()])
+
+
+def _room(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Memory for what `_nonzero` does with so much."""
+    return np.empty_like(bits), np.empty(bits.shape, bool)
+
+
+def _nonzero(bits: np.ndarray, room: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Which numbers are not zero."""
+    room, kept = room[: len(bits)], kept[: len(bits)]
+    if bits.dtype.kind == "u":
+        bits = np.left_shift(bits, 1, out=room)  # without the sign
+    return np.not_equal(bits, 0, out=kept)
 
 
 def _among(patterns: Sequence[tuple[int, int]], kept: np.ndarray) -> list[tuple[int, int]]:
-    """Those of N:M patterns that all of some rows have."""
-    most = {m: _most(kept, m) for m in {m for _, m in patterns}}
-    return [(n, m) for n, m in patterns if most[m] <= n]
+    """Those of N:M patterns that all of some rows have; what follows from another one is not looked for."""
+    found: list[tuple[int, int]] = []
+    for n, m in patterns:
+        follows = any(n >= other_n * max(1, m // other_m) for other_n, other_m in found)
+        if follows or _most(kept, m) <= n:
+            found.append((n, m))
+    return found
 
 
 def _most(kept: np.ndarray, m: int) -> int:
     """The most elements that are not zero in any m of a row that stand together."""
-    groups = np.ascontiguousarray(kept).view(_INTEGERS[m])  # A byte for each: their sum comes to stand in the highest.
-    return int(((groups * _INTEGERS[m](0x0101010101010101 >> 64 - 8 * m)) >> _INTEGERS[m](8 * m - 8)).max(initial=0))
+    groups = kept.view(_INTEGERS[m])  # A byte for each: their sum comes to stand in the highest.
+    return int((groups * _INTEGERS[m](0x0101010101010101 >> 64 - 8 * m)).max(initial=0)) >> 8 * m - 8

@@ -65,6 +65,11 @@ def required_statistics(config: PruningConfig, criterion: Criterion | None = Non
     return tuple(dict.fromkeys(names))
 
 
+def looks_at_data(config: PruningConfig, criterion: Criterion | None = None) -> bool:
+    """Whether a cut needs calibration samples."""
+    return bool(required_statistics(config, criterion)) or is_reconstruction(config, criterion)
+
+
 def require_whole_where_needed(
     targets: Iterable[Target], config: PruningConfig, criterion: Criterion | None = None
 ) -> None:

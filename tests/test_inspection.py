@@ -55,7 +55,7 @@ def test_negative_zeros_are_zeros_and_the_smallest_numbers_are_not(dtype, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("granularity", "patterns"), [("2:4", ("2:4", "4:8")), ("1:4", ("1:4", "2:4", "4:8", "2:8")), ("4:8", ("4:8",))]
+    ("granularity", "patterns"), [("2:4", ("2:4", "4:8")), ("1:4", ("1:4", "2:8", "2:4", "4:8")), ("4:8", ("4:8",))]
 )
 def test_patterns_are_found(granularity, patterns, tmp_path):
     folder = saved(tmp_path, config=PruningConfig(granularity=granularity))
@@ -74,6 +74,13 @@ def test_a_pattern_that_one_group_lacks_is_none(tmp_path):
     weight[0, :8] = 0
     save_file({"a": weight}, tmp_path / "model.safetensors")
     assert "2:4" not in report_folder(tmp_path).tensors[0].patterns
+
+
+def test_integers_have_no_sign_to_leave_out(tmp_path):
+    values = {dtype: torch.tensor([[0, 1, 128, 0]]).to(dtype) for dtype in (torch.uint8, torch.int8, torch.int64)}
+    values[torch.bool] = torch.tensor([[True, False, False, True]])
+    save_file({str(dtype): tensor for dtype, tensor in values.items()}, tmp_path / "model.safetensors")
+    assert [row.zeros for row in report_folder(tmp_path).tensors] == [2] * 4
 
 
 def test_what_is_dense_or_empty_has_no_pattern(tmp_path):

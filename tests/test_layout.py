@@ -71,9 +71,12 @@ ORDER = [
     "moments",
     "cards",
     "callback",
+    "opening",
+    "readers",
     "hub",
     "folders",
     "inspection",
+    "pages",
     "cli",
 ]
 PACKAGES = ["__init__", "structures.__init__"]

@@ -196,7 +196,7 @@ def can_say(config: PretrainedConfig, fields: Mapping[str, int]) -> bool:
 def record_shapes_(model: PreTrainedModel) -> None:
     """Records in a model's config the shapes that it does not say. If it says all, it stays an ordinary one."""
     Record().write_(model.config)
-    said = built_from(model.config, model)
+    said = built_from(model.config, type(model))
     # What the class does not build by itself, such as a head that its owner has put there, is no business of ours.
     expected = {name: list(tensor.shape) for name, tensor in _tensors(said)}
     shapes = {name: list(tensor.shape) for name, tensor in _tensors(model) if name in expected}
@@ -212,18 +212,27 @@ def record_shapes_(model: PreTrainedModel) -> None:
     ).write_(model.config)
 
 
-def built_from(config: PretrainedConfig, model: PreTrainedModel) -> PreTrainedModel:
-    """What a config says that a model is, without weights.
+def built_of(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """What a config says that a model is, without weights, and in the shapes that are recorded in it."""
+    model = built_from(config, kind)
+    record = getattr(config, "quantization_config", None)
+    if isinstance(record, dict) and record.get("quant_method") == METHOD:
+        _apply_(model, Record(**record))
+    return model
+
+
+def built_from(config: PretrainedConfig, kind: type[PreTrainedModel]) -> PreTrainedModel:
+    """What a config says that a model is, without weights, records left aside.
 
     Raises:
         ValueError: if the model's class needs more than a config.
     """
     try:
         with torch.device("meta"), no_init_weights(), no_tie_weights():
-            return type(model)(copy.deepcopy(config))
+            return kind(copy.deepcopy(config))
     except TypeError as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be built from its config alone ({error}), and so not be loaded either. "
+            f"{kind.__name__} cannot be built from its config alone ({error}), and so not be loaded either. "
             "Shrink the model inside of it."
         ) from error
 

@@ -125,7 +125,7 @@ def remove_(model: PreTrainedModel, places: Places, kept: Mapping[str, torch.Ten
             )
         if not kept[name][list(place.stay)].all():
             raise ValueError(f"{place.kind} {place.stay[0]} of {name!r} is pruned, and makes what the others read.")
-    built_from(model.config, model)  # Else nothing could be recorded.
+    built_from(model.config, type(model))  # Else nothing could be recorded.
     with whole_on_error(model):
         _remove_(model, parts, layers, kept)
 

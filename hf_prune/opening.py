@@ -1,0 +1,106 @@
+"""Opening: saved models by the class that their config names, with tokenizer or processor, without their code."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.feature_extraction_utils import FeatureExtractionMixin
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .structures.loading import built_of
+
+Processing = PreTrainedTokenizerBase | ImageProcessingMixin | FeatureExtractionMixin | ProcessorMixin
+
+_FILES_OF_PROCESSING = ("processor_config.json", "tokenizer_config.json", "preprocessor_config.json")
+
+
+def open_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
+    """Loads a model in the dtype of its files, in evaluation mode.
+
+    Args:
+        folder: Where it is.
+        device: Where to.
+
+    Raises:
+        ValueError: if there is none, or its config names no class of Transformers.
+        OSError: if there are no weights in safetensors.
+    """
+    kind, config = _kind_of(folder)
+    model: PreTrainedModel = kind.from_pretrained(folder, config=config, dtype="auto", use_safetensors=True)
+    model.eval()
+    return model.to(torch.device(device))  # type: ignore[arg-type]
+
+
+def open_empty(folder: Path) -> PreTrainedModel:
+    """A saved model in its recorded shapes, with weights that nobody has set: they take no memory until they are read.
+
+    Args:
+        folder: Where it is.
+
+    Raises:
+        ValueError: as `open_model` does.
+    """
+    kind, config = _kind_of(folder)
+    return built_of(kind, config).to_empty(device="cpu")
+
+
+def names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Translates names in files into names in a model, where they are names of the same tensor.
+
+    Args:
+        model: The model.
+        names: Names in its files, which may be those of another version of it, with its body alone, or with a head.
+
+    Returns:
+        Name in the model → name in the files, of those that are in both.
+    """
+    known, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    found = {}
+    for name in names:
+        renamed = name
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        for own in (renamed, prefix + renamed, renamed.removeprefix(prefix)):
+            if own in known:
+                found[own] = name
+                break
+    return found
+
+
+def _kind_of(folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """The class of a saved model, and its config."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a saved model: it has no config.json.")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    name = (config.architectures or ["nothing"])[0]
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise ValueError(
+            f"{folder / 'config.json'} names {name!r} as its architecture, which is no model of Transformers. Models "
+            "with code of their own are not loaded from the command line: call hf_prune from a script."
+        )
+    return kind, config
+
+
+def open_processing(folder: Path) -> Processing | None:
+    """Loads the processor, tokenizer, image processor or feature extractor that was saved with a model.
+
+    Args:
+        folder: Where the model is.
+
+    Returns:
+        Whichever says most; None if there is none.
+
+    Raises:
+        ValueError, OSError: if it cannot be loaded.
+    """
+    if not any((folder / file).is_file() for file in _FILES_OF_PROCESSING):
+        return None
+    found: Processing = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    return found

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -27,9 +28,13 @@ def open_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
         device: Where to.
 
     Raises:
-        ValueError: if there is none, or its config names no class of Transformers.
+        ValueError: if there is none, its config names no class of Transformers, or there is no such device.
         OSError: if there are no weights in safetensors.
     """
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # the former where torch has no CUDA at all
+        raise ValueError(f"there is no device {device!r} here: {error}") from error
     kind, config = _kind_of(folder)
     model: PreTrainedModel = kind.from_pretrained(folder, config=config, dtype="auto", use_safetensors=True)
     model.eval()
@@ -77,7 +82,10 @@ def _kind_of(folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     """The class of a saved model, and its config."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a saved model: it has no config.json.")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
     name = (config.architectures or ["nothing"])[0]
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):

@@ -58,7 +58,7 @@ def figure_of_run(
     ):
         if points:
             axes[0].plot(*zip(*points, strict=True), label=label, **style)
-    axes[0].set_ylabel(metric)
+    axes[0].set_ylabel(metric, parse_math=False)
     values = [value for _, value in (*evaluations, *after_cuts)] + ([] if dense is None else [dense])
     positive = [value for value in values if value > 0]
     if positive and max(positive) > 20 * min(positive):
@@ -96,7 +96,7 @@ def figure_of_modules(sparsity: Mapping[str, float]) -> "Figure":
         vmin=0, vmax=1, cmap="Blues", aspect="auto",
     )  # fmt: skip
     axes.set_facecolor("whitesmoke")
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_yticks(range(len(rows)), rows, parse_math=False)  # Names are names, whatever is in them.
     every = max(1, len(columns) // 20)
     axes.set_xticks(range(0, len(columns), every), [str(column) for column in columns[::every]])
     axes.set(xlabel="layer", title="sparsity by module")

@@ -26,6 +26,7 @@ from transformers import (
 from hf_prune import MaskSet, PruningConfig, PruningHistory, PruningTrainerCallback, prune, sparsity_report
 from hf_prune.targets import find_targets
 from tests.tiny import FAMILIES, batch, build, twin
+from tests.words import word_tokenizer
 
 FOUR_ROUNDS = PruningConfig(sparsity=0.8, schedule="geometric", rounds=4, end=0.99)  # of any length
 
@@ -277,14 +278,6 @@ def test_seq2seq_trainer(make_trainer):
 @pytest.mark.slow
 def test_sft_trainer(make_trainer, tmp_path):
     trl = pytest.importorskip("trl")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<pad>", "<eos>", "<unk>", *"abcdefghij"]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
     model = build("llama")
     pruning = PruningTrainerCallback(FOUR_ROUNDS)
     arguments = trl.SFTConfig(
@@ -297,7 +290,7 @@ def test_sft_trainer(make_trainer, tmp_path):
     )
     data = Dataset.from_dict({"text": ["a b c d e", "f g h i j"] * 20})
     trainer = trl.SFTTrainer(
-        model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[pruning, Watch(pruning)]
+        model, arguments, train_dataset=data, processing_class=word_tokenizer(), callbacks=[pruning, Watch(pruning)]
     )
     pruning.log = trainer.log
     trainer.train()

@@ -7,13 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoTokenizer, GPT2LMHeadModel
 from typer.testing import CliRunner
 
-from hf_prune import PruningConfig, PruningHistory, prune, save_pretrained
+from hf_prune import PruningConfig, PruningHistory, prune, push_to_hub, save_pretrained, shrink
 from hf_prune.cli import app, main
+from hf_prune.readers import read_batches
 from tests.hub import environment_of, running_hub, use
 from tests.test_inspection import saved
+from tests.test_readers import images, processor, text
 from tests.tiny import build
+from tests.words import word_tokenizer
 
 
 def run(*words: object) -> str:
@@ -60,6 +66,135 @@ def test_plot_writes_over_nothing_unless_it_is_forced(tmp_path, monkeypatch, cap
     assert output.read_bytes().startswith(b"\x89PNG")
 
 
+def dense(folder: Path, family: str = "llama") -> Path:
+    """A model with its tokenizer or image processor."""
+    build(family).save_pretrained(folder)
+    if family == "vit":
+        processor().save_pretrained(folder)
+    else:
+        word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("granularity", ["unstructured", "2:4", "block:2x2", "head", "neuron", "layer"])
+def test_prune_does_what_the_function_does(granularity, tmp_path):
+    source, output = dense(tmp_path / "dense", "gpt2"), tmp_path / "out"
+    sparsity = [] if granularity == "2:4" else ["--sparsity", "0.5"]
+    found = json.loads(run("prune", source, "--output", output, "--granularity", granularity, *sparsity, "--json"))
+    model = build("gpt2")
+    config = PruningConfig(sparsity=0.5, granularity=granularity)
+    expected = prune(model, config)
+    assert found == json.loads(json.dumps({"output": str(output), **expected.to_dict()}))
+    saved_model = GPT2LMHeadModel.from_pretrained(output)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in saved_model.state_dict().items())
+    assert PruningConfig.from_pretrained(output).granularity == granularity
+    assert AutoTokenizer.from_pretrained(output)("the fox")["input_ids"] == word_tokenizer()("the fox")["input_ids"]
+    assert str(expected).splitlines()[-1] in run("prune", source, "--output", output, "--granularity", granularity,
+                                                 *sparsity, "--force")  # fmt: skip
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "taylor"])
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_prune_looks_at_data(family, criterion, tmp_path):
+    source = dense(tmp_path / "dense", family)
+    data = images(tmp_path, ["0", "1", "2"]) if family == "vit" else text(tmp_path)
+    words = ["--sparsity", "0.5", "--criterion", criterion, "--samples", "8", "--length", "8", "--seed", "3"]
+    run(
+        "prune", source, "--output", tmp_path / "out", *words, "--calibration", data, "--batch-size", "4", "--compress"
+    )
+    model = build(family)
+    processing = processor() if family == "vit" else word_tokenizer()
+    batches = read_batches(data, model, processing, samples=8, batch_size=4, length=8, seed=3)
+    prune(model, PruningConfig(sparsity=0.5, criterion=criterion, calibration_samples=8), batches, seed=3)
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def test_prune_by_a_saved_config(tmp_path):
+    source = dense(tmp_path / "dense")
+    PruningConfig(sparsity=0.5, exclude_modules=["up_proj"]).save_pretrained(tmp_path / "config")
+    words = ["--config", tmp_path / "config", "--sparsity", "0.75", "--output", tmp_path / "out"]
+    rows = {row["name"]: row for row in json.loads(run("prune", source, *words, "--json"))["modules"]}
+    assert not any("up_proj" in name for name in rows)
+    assert PruningConfig.from_pretrained(tmp_path / "out").sparsity == 0.75
+
+
+@pytest.mark.parametrize("family", ["gpt2", "vit", "resnet"])
+def test_shrink_removes_what_prune_has_zeroed(family, tmp_path):
+    source, kind = tmp_path / "dense", "channel" if family == "resnet" else "head+neuron"
+    build(family).save_pretrained(source)
+    config = PruningConfig(sparsity=0.5, granularity=kind, multiple_of=1)
+    config.save_pretrained(tmp_path / "config")
+    run("prune", source, "--output", tmp_path / "pruned", "--config", tmp_path / "config")
+    counts = json.loads(run("shrink", tmp_path / "pruned", "--output", tmp_path / "small", "--json"))
+    model = build(family)
+    before = model.num_parameters()
+    prune(model, config)
+    shrink(model)
+    assert (counts["masked_parameters"], counts["shrunk_parameters"]) == (before, model.num_parameters())
+    again = type(model).from_pretrained(tmp_path / "small")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "which were removed" in card
+    assert f"{before:,} | {model.num_parameters():,}" in card
+
+
+def test_a_card_names_the_dense_model_that_the_card_before_it_names(tmp_path):
+    source = dense(tmp_path / "dense", "gpt2")
+    prune_words = ["--granularity", "neuron", "--sparsity", "0.5"]
+    save_pretrained(build("gpt2"), source, base_model="somebody/gpt")
+    run("prune", source, "--output", tmp_path / "pruned", *prune_words)
+    run("shrink", tmp_path / "pruned", "--output", tmp_path / "small")
+    assert ModelCard.load(tmp_path / "small" / "README.md").data.base_model == "somebody/gpt"
+    (source / "README.md").write_text("---\n: [\n---\n")
+    run("prune", source, "--output", tmp_path / "pruned", *prune_words, "--force")
+    assert ModelCard.load(tmp_path / "pruned" / "README.md").data.base_model is None
+
+
+def test_a_model_of_the_hub_is_pruned(tmp_path, monkeypatch):
+    with running_hub() as hub:
+        use(hub, monkeypatch, str(tmp_path / "cache"))
+        push_to_hub(str(dense(tmp_path / "dense")), "mine")
+        run("prune", "tester/mine", "--sparsity", "0.5", "--output", tmp_path / "out")
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "tester/mine"
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("command", ["prune", "shrink"])
+def test_nothing_in_a_folder_is_lost_unless_it_is_forced(command, tmp_path, monkeypatch, capsys):
+    source, output = saved(tmp_path / "a", "gpt2", PruningConfig(sparsity=0.5, granularity="head")), tmp_path / "out"
+    output.mkdir()
+    (output / "model.safetensors").write_text("mine")
+    words = [command, source, "--output", output, *(["--sparsity", "0.5"] if command == "prune" else [])]
+    assert fails(monkeypatch, *words) == 2
+    assert f"hf-prune: {output} is not empty. Give --force to replace the model" in capsys.readouterr().err
+    assert (output / "model.safetensors").read_text() == "mine"
+    (output / "notes.txt").write_text("mine")
+    run(*words, "--force")
+    assert (output / "notes.txt").read_text() == "mine"
+    GPT2LMHeadModel.from_pretrained(output)
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert fails(monkeypatch, *words[:3], file, *words[4:], "--force") == 2
+    assert "is a file, and a model is saved into a folder" in capsys.readouterr().err
+
+
+def test_a_model_is_pruned_in_its_place_if_that_is_forced(tmp_path):
+    source = dense(tmp_path / "dense")
+    run("prune", source, "--output", source, "--sparsity", "0.5", "--force")
+    assert json.loads(run("report", source, "--json"))["zeros"] > 0
+
+
+def test_a_report_as_a_page(tmp_path, monkeypatch, capsys):
+    folder, page = saved(tmp_path / "model"), tmp_path / "report.html"
+    run("report", folder, "--html", page)
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    page.write_text("mine")
+    assert fails(monkeypatch, "report", folder, "--html", page) == 2
+    assert f"{page} is there already. Give --force" in capsys.readouterr().err
+    assert page.read_text() == "mine"
+
+
 def test_push_and_a_report_of_what_is_on_the_hub(tmp_path, monkeypatch):
     with running_hub() as hub:
         use(hub, monkeypatch, str(tmp_path / "cache"))
@@ -81,6 +216,13 @@ def test_push_and_a_report_of_what_is_on_the_hub(tmp_path, monkeypatch):
         (["report", "."], "is not a saved model"),
         (["push", ".", "mine"], "holds no model"),
         (["plot", "no-such-history.json"], "No such file"),
+        (["prune", ".", "--sparsity", "0.5", "--output", "out"], "is not a saved model"),
+        (["prune", ".", "--output", "out"], "sparsity is missing"),
+        (["prune", ".", "--sparsity", "80", "--output", "out"], "Did you mean 0.8?"),
+        (["prune", ".", "--sparsity", "0.5", "--criterion", "best", "--output", "out"], "criterion must be one of"),
+        (["prune", ".", "--config", "none", "--output", "out"], "no pruning_config.json in none"),
+        (["prune", ".", "--sparsity", "0.5", "--calibration", ".", "--output", "out"], "looks at no data"),
+        (["shrink", ".", "--output", "out"], "is not a saved model"),
     ],
 )
 def test_what_a_user_can_mend_is_said_in_a_line(words, message, tmp_path, monkeypatch, capsys):
@@ -90,6 +232,28 @@ def test_what_a_user_can_mend_is_said_in_a_line(words, message, tmp_path, monkey
     assert errors.startswith("hf-prune: ")
     assert message in errors
     assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prune", "--sparsity", "0.5", "--criterion", "wanda"], "Give a dataloader of calibration samples"),
+        (["prune", "--sparsity", "0.5", "--criterion", "wanda", "--calibration", "none"], "no calibration samples in"),
+        (["prune", "--sparsity", "0.5", "--granularity", "channel"], "channels are those of convolutional networks"),
+        (["prune", "--sparsity", "0.5", "--device", "abacus"], "there is no device 'abacus' here"),
+        (["prune", "--sparsity", "0.5", "--device", "cuda:99"], "there is no device 'cuda:99' here"),
+        (["shrink"], "there is nothing to remove"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_said_in_a_line(words, message, tmp_path, monkeypatch, capsys):
+    source = dense(tmp_path / "dense")
+    assert fails(monkeypatch, words[0], source, "--output", tmp_path / "out", *words[1:]) == 2
+    errors = capsys.readouterr().err
+    assert "hf-prune: " in errors
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_compressed_and_a_plain_model_are_told_apart(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_prune import PruningConfig, prune, save_pretrained
+from hf_prune import PruningConfig, prune, save_pretrained, shrink
 from hf_prune.folders import SavedModel, local_folder
 from hf_prune.inspection import compare_folders, report_folder
 from tests.tiny import FAMILIES, build
@@ -118,6 +118,44 @@ def test_models_of_other_shapes_are_an_error(tmp_path):
         save_file({"x": torch.ones(width)}, tmp_path / name / "model.safetensors")
     with pytest.raises(ValueError, match=r"'x' has shape \[4\] in .* and \[5\] in .*; only models of the same shapes"):
         compare_folders(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize(
+    ("family", "granularity"),
+    [(family, kind) for family in ("gpt2", "gpt_neo", "vit", "bert") for kind in ("head", "neuron")]
+    + [("llama", "neuron"), ("gpt2", "layer"), ("resnet", "channel"), ("t5", "head+neuron")],
+)
+def test_structures_are_found(family, granularity, compress, tmp_path):
+    config = PruningConfig(sparsity=0.5, granularity=granularity, multiple_of=1) if granularity not in (
+        "head", "layer") else PruningConfig(sparsity=0.5, granularity=granularity)  # fmt: skip
+    model = build(family)
+    expected = {(row.name, row.kind): (row.zeros, row.total) for row in prune(model, config).structures}
+    save_pretrained(model, tmp_path, compress=compress)
+    report = report_folder(tmp_path)
+    found = {(row.name, row.kind): (row.zeros, row.total) for row in report.structures}
+    assert found.items() >= expected.items()
+    kinds = {kind for _, kind in expected}
+    if granularity not in ("layer", "channel"):  # Of a layer that is gone, heads and neurons are gone too.
+        assert {kind for _, kind in found} == kinds
+    assert report.to_dict()["structures"]
+    assert all(name in str(report) for name, _ in expected)
+
+
+def test_models_without_structures_that_are_gone_show_none(tmp_path):
+    assert report_folder(saved(tmp_path / "a", config=PruningConfig(sparsity=0.3))).structures == ()
+    weight = torch.ones(4, 4)
+    weight[1] = 0
+    (tmp_path / "b").mkdir()
+    save_file({"x": weight}, tmp_path / "b" / "model.safetensors")
+    assert report_folder(tmp_path / "b").structures == ()
+
+
+def test_a_shrunk_model_says_so(tmp_path):
+    model = build("gpt2")
+    prune(model, PruningConfig(sparsity=0.5, granularity="head"))
+    shrink(model).save_pretrained(tmp_path)
+    assert "tensors have recorded shapes, which no config of the family can say" in str(report_folder(tmp_path))
 
 
 def test_several_files(tmp_path):

@@ -69,8 +69,9 @@ class Record(QuantizationConfigMixin):
         self.shapes = shapes = shapes or {}
         self.attributes = attributes = attributes or {}
         self.compressed = compressed = compressed or {}
-        if not isinstance(compressed, dict):
-            raise ValueError(f"the recorded shapes of compressed tensors must be an object, got {compressed!r}.")
+        for what in (shapes, attributes, compressed):
+            if not isinstance(what, dict):
+                raise ValueError(f"what is recorded of a pruned model must be objects, got {what!r}.")
         for name, shape in [*shapes.items(), *compressed.items()]:
             if not isinstance(shape, list) or not shape or not all(_is_size(length) for length in shape):
                 raise ValueError(f"the recorded shape of {name!r} must be positive whole numbers, got {shape!r}.")

@@ -1,0 +1,160 @@
+"""Calibration samples read from files: what is read is what the tokenizer and the image processor make of them."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from hf_prune import PruningConfig, prune
+from hf_prune.readers import read_batches
+from tests.tiny import build
+from tests.words import WORDS, word_tokenizer
+
+
+def text(folder: Path, words: int = 100) -> Path:
+    drawn = random.Random(0).choices(WORDS, k=words)
+    path = folder / "text.txt"
+    path.write_text(" ".join(drawn), encoding="utf-8")
+    return path
+
+
+def images(folder: Path, labels: list[str], count: int = 4) -> Path:
+    values = np.random.default_rng(0)
+    for label in labels:
+        (folder / "images" / label).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            pixels = values.integers(0, 256, (10, 12), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / label / f"{number}.png")
+    return folder / "images"
+
+
+def processor() -> transformers.ViTImageProcessorPil:
+    return transformers.ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
+
+
+def tokens_of(path: Path) -> list[int]:
+    return word_tokenizer()(path.read_text(encoding="utf-8"))["input_ids"]
+
+
+def test_a_text_is_cut_into_samples(tmp_path):
+    path = text(tmp_path)
+    batches = read_batches(path, build("llama"), word_tokenizer(), samples=7, batch_size=3, length=9)
+    assert [len(batch["input_ids"]) for batch in batches] == [3, 3, 1]
+    read = torch.cat([batch["input_ids"] for batch in batches])
+    assert read.flatten().tolist() == tokens_of(path)[:63]
+    assert all(torch.equal(batch["labels"], batch["input_ids"]) for batch in batches)
+
+
+def test_a_sample_is_no_longer_than_the_model_reads(tmp_path):
+    (batch,) = read_batches(text(tmp_path), build("gpt2"), word_tokenizer(), samples=2)
+    assert batch["input_ids"].shape == (2, 16)
+
+
+def test_a_short_text_is_one_sample(tmp_path):
+    (batch,) = read_batches(text(tmp_path, words=5), build("llama"), word_tokenizer(), samples=8)
+    assert batch["input_ids"].shape == (1, 5)
+
+
+def test_the_rest_that_fills_no_sample_is_left_out(tmp_path):
+    (batch,) = read_batches(text(tmp_path, words=25), build("llama"), word_tokenizer(), samples=8, length=10)
+    assert batch["input_ids"].shape == (2, 10)
+
+
+def test_what_generates_nothing_gets_no_labels(tmp_path):
+    (batch,) = read_batches(text(tmp_path), build("bert"), word_tokenizer(), samples=2, length=8)
+    assert set(batch) == {"input_ids"}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "mixtral"])
+@pytest.mark.parametrize("criterion", ["taylor", "wanda", "sparsegpt"])
+def test_language_models_are_pruned_by_text(criterion, family, tmp_path):
+    model = build(family)
+    batches = read_batches(text(tmp_path, 400), model, word_tokenizer(), samples=16, length=16)
+    config = PruningConfig(sparsity=0.5, criterion=criterion, calibration_samples=16)
+    assert prune(model, config, batches).sparsity == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("labels", [["LABEL_0", "LABEL_2"], ["0", "2"]])
+def test_the_names_of_folders_are_labels(labels, tmp_path):
+    folder, model = images(tmp_path, labels), build("vit")
+    batches = read_batches(folder, model, processor(), samples=6, batch_size=4, seed=3)
+    assert [batch["pixel_values"].shape for batch in batches] == [(4, 1, 8, 8), (2, 1, 8, 8)]
+    again = read_batches(folder, model, processor(), samples=6, batch_size=4, seed=3)
+    others = read_batches(folder, model, processor(), samples=6, batch_size=4, seed=4)
+    assert torch.equal(batches[0]["pixel_values"], again[0]["pixel_values"])
+    assert not torch.equal(batches[0]["pixel_values"], others[0]["pixel_values"])
+    expected = {}
+    for label in labels:
+        for path in (folder / label).iterdir():
+            with Image.open(path) as image:
+                pixels = processor()(images=image.convert("L"), return_tensors="pt")["pixel_values"]
+            expected[pixels.numpy().tobytes()] = int(label[-1])
+    for batch in batches:
+        for pixels, label in zip(batch["pixel_values"], batch["labels"], strict=True):
+            assert expected[pixels.numpy().tobytes()] == label
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet", "convnext"])
+@pytest.mark.parametrize("criterion", ["fisher", "wanda", "sparsegpt"])
+def test_classifiers_are_pruned_by_images(criterion, family, tmp_path):
+    model = build(family)
+    batches = read_batches(images(tmp_path, ["0", "1", "2"]), model, processor(), samples=12)
+    config = PruningConfig(sparsity=0.5, criterion=criterion, calibration_samples=12)
+    assert prune(model, config, batches).sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_images_without_labels(tmp_path):
+    (batch,) = read_batches(images(tmp_path, ["."]), build("vit"), processor(), samples=3)
+    assert set(batch) == {"pixel_values"}
+    model = build("vit")
+    with pytest.raises(ValueError, match="labels"):
+        prune(model, PruningConfig(sparsity=0.5, criterion="taylor", calibration_samples=3), [batch])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["cat", "0"], "lies in 'cat', which is no label of the model. Its labels are LABEL_0, LABEL_1, LABEL_2"),
+        (["3"], "lies in '3', which is no label"),
+        ([".", "1"], "lies in '', which is no label"),
+    ],
+)
+def test_a_folder_that_is_no_label_is_an_error(labels, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_batches(images(tmp_path, labels), build("vit"), processor(), samples=100)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("nothing", "there are no calibration samples in .*: it is neither a file nor a folder"),
+        ("empty folder", "it holds no images"),
+        ("empty text", "it has no text"),
+        ("bytes", "is not text in UTF-8"),
+        ("text for a model of images", "is a file, so a text, and no tokenizer is saved with the model"),
+        ("images for a model of text", "is a folder, so of images, and no image processor is saved with the model"),
+        ("no image", "cannot identify image file"),
+    ],
+)
+def test_what_cannot_be_read_is_an_error(what, message, tmp_path):
+    path, processing = tmp_path / "it", processor() if "image" in what or "folder" in what else word_tokenizer()
+    if what == "bytes":
+        path.write_bytes(b"\xff\xfe\x00")
+    elif what == "empty text":
+        path.write_text("  \n")
+    elif what == "no image":
+        images(tmp_path, ["0"])
+        (tmp_path / "images" / "0" / "0.png").write_text("no image")
+        path = tmp_path / "images"
+    elif what.startswith("text"):
+        path.write_text("a b c")
+    elif what != "nothing":
+        path.mkdir()
+    if what == "images for a model of text":
+        processing = word_tokenizer()
+    with pytest.raises((ValueError, OSError), match=message):
+        read_batches(path, build("vit"), processing, samples=100)

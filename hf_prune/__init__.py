@@ -8,6 +8,7 @@ from .hub import push_to_hub, save_pretrained
 from .masks import MaskSet
 from .pruning import prune
 from .reports import SparsityReport, sparsity_report
+from .semi_structured import to_sparse_semi_structured
 from .structures.families import Heads, Neurons, Stack, describe_family
 from .structures.shrinking import shrink
 
@@ -29,4 +30,5 @@ __all__ = [
     "save_pretrained",
     "shrink",
     "sparsity_report",
+    "to_sparse_semi_structured",
 ]

@@ -260,7 +260,7 @@ def _what_zeros_are_worth(facts: Facts) -> str:
     if isinstance(kind, Pattern):
         return (
             f"{alone}, unless a runtime makes use of the pattern {facts.config.granularity}, as "  # type: ignore[union-attr]
-            "`torch.sparse.to_sparse_semi_structured` does of 2:4 on GPUs."
+            "`hf_prune.to_sparse_semi_structured(model)` does of 2:4 on GPUs."
         )
     return f"{alone}, unless a runtime makes use of them."
 

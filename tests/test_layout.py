@@ -52,6 +52,7 @@ ORDER = [
     "structures.loading",
     "structures.finding",
     "structures.shrinking",
+    "semi_structured",
     "costs",
     "tables",
     "plots",
@@ -266,6 +267,7 @@ def test_the_public_names_are_those_of_the_design():
         "save_pretrained",
         "shrink",
         "sparsity_report",
+        "to_sparse_semi_structured",
     }
 
 

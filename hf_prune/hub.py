@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -275,7 +276,10 @@ def _replacing(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        yield stage
+        try:
+            yield stage
+        except SafetensorError as error:  # A full disk, in the words of the library that writes weights.
+            raise OSError(f"the weights could not be written, and {folder} is as it was: {error}") from error
         new = [path.relative_to(stage) for path in stage.rglob("*") if path.is_file()]
         for path in new:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)

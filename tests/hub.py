@@ -210,13 +210,13 @@ def environment_of(hub: Hub, cache: str) -> dict[str, str]:
 _PLAIN = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-def use(hub: Hub, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
-    """Has the client of this process take it for the Hub."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+def use(url: str, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    """Has the client of this process take a hub at an address for the Hub."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
-    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(hf_api.api, "endpoint", url)
     monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # It may have been made for another one.
     monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -153,7 +153,7 @@ def test_a_card_names_the_dense_model_that_the_card_before_it_names(tmp_path):
 
 def test_a_model_of_the_hub_is_pruned(tmp_path, monkeypatch):
     with running_hub() as hub:
-        use(hub, monkeypatch, str(tmp_path / "cache"))
+        use(hub.url, monkeypatch, str(tmp_path / "cache"))
         push_to_hub(str(dense(tmp_path / "dense")), "mine")
         run("prune", "tester/mine", "--sparsity", "0.5", "--output", tmp_path / "out")
     assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "tester/mine"
@@ -197,7 +197,7 @@ def test_a_report_as_a_page(tmp_path, monkeypatch, capsys):
 
 def test_push_and_a_report_of_what_is_on_the_hub(tmp_path, monkeypatch):
     with running_hub() as hub:
-        use(hub, monkeypatch, str(tmp_path / "cache"))
+        use(hub.url, monkeypatch, str(tmp_path / "cache"))
         folder = saved(tmp_path / "model")
         assert json.loads(run("push", folder, "mine", "--json"))["commit"] == hub.sha("tester/mine")
         (tmp_path / "home").mkdir()

@@ -4,6 +4,8 @@ import copy
 import json
 import logging
 import os
+import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -19,9 +21,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import hf_prune
 from hf_prune import PruningConfig, PruningHistory, PruningTrainerCallback, prune, push_to_hub, save_pretrained, shrink
+from hf_prune.weights import WeightsCopy
 from tests.hub import TOKEN, Hub, environment_of, running_hub, use
+from tests.processes import on_two_processes
 from tests.structures.models import build as build_of_structures
 from tests.tiny import batch, build
+from tests.training import FSDP, trainer_factory, zero
 
 CONFIG = PruningConfig(sparsity=0.8, schedule="geometric", rounds=2, end=4)
 
@@ -29,7 +34,7 @@ CONFIG = PruningConfig(sparsity=0.8, schedule="geometric", rounds=2, end=4)
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with running_hub() as hub:
-        use(hub, monkeypatch, str(tmp_path / "cache"))
+        use(hub.url, monkeypatch, str(tmp_path / "cache"))
         yield hub
 
 
@@ -115,6 +120,44 @@ def test_what_was_pushed_is_what_a_new_process_loads(lfs, hub, tmp_path):
         assert torch.equal(found, logits(model)), name
     put = [path for method, path in hub.requests if method == "PUT"]
     assert bool(put) == lfs
+
+
+KINDS = {"ddp": {}, "fsdp": FSDP, "zero-2": zero(2), "zero-3": zero(3)}
+
+
+def push_what_was_trained(rank: int, folder: Path, url: str, kind: str, compress: bool) -> dict[str, torch.Tensor]:
+    """Trains on two processes, and pushes the trainer; with DistributedDataParallel, its model and folder too."""
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use(url, monkeypatch, str(folder / "cache"))
+        trainer, _ = train(trainer_factory(folder), per_device_train_batch_size=2, **KINDS[kind])
+        committed = [push_to_hub(trainer, "trainer", compress=compress)]
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if kind == "ddp":
+            committed += [push_to_hub(model, "model", compress=compress), push_to_hub(folder / "out", "folder")]
+        else:
+            with pytest.raises(ValueError, match="several processes hold parts of the model"):
+                push_to_hub(model, "model")
+        assert [commit is None for commit in committed] == [rank > 0] * len(committed)
+    weights = WeightsCopy.of(model)
+    return {name: weights.whole(name) for name in weights.tensors}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("kind", "compress"), [("ddp", True), ("fsdp", True), ("zero-2", False), ("zero-3", False)])
+def test_two_processes_push_one_model(kind, compress, hub, tmp_path):
+    first, second = on_two_processes(push_what_was_trained, tmp_path, tmp_path, hub.url, kind, compress)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    pushed = {name.partition("/")[2] for name in hub.files}
+    assert pushed == ({"trainer", "model", "folder"} if kind == "ddp" else {"trainer"})
+    for name in pushed:
+        folder = tmp_path / name
+        folder.mkdir()
+        for path, content in hub.files[f"tester/{name}"].items():
+            (folder / path).write_bytes(content)
+        found = LlamaForCausalLM.from_pretrained(folder).state_dict()
+        assert all(torch.equal(found[key], tensor) for key, tensor in first.items())
+        assert sum(int((tensor == 0).sum()) for tensor in found.values()) >= round(0.8 * 4608)
 
 
 def test_a_folder_is_pushed_as_it_is_without_checkpoints(hub, tmp_path):
@@ -344,6 +387,23 @@ def test_saving_that_fails_leaves_the_folder_as_it_was(compress, tmp_path, monke
         save_pretrained(build("llama"), tmp_path, compress=compress, config=CONFIG)
     assert files_in(tmp_path) == before
     assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_a_disk_that_is_full_in_the_middle_of_the_weights(compress, tmp_path):
+    model = pruned()
+    save_pretrained(model, tmp_path, compress=compress, config=CONFIG)
+    before = files_in(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # So that writing is an error, as on a full disk.
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        with pytest.raises(OSError, match=r"the weights could not be written, and .* is as it was: .*too large"):
+            save_pretrained(build("llama"), tmp_path, compress=compress, config=CONFIG)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert files_in(tmp_path) == before
 
 
 def test_files_of_an_earlier_model_are_replaced(tmp_path):

@@ -36,7 +36,7 @@ def test_python_runs(block, tmp_path, capsys, monkeypatch):
     )  # fmt: skip
     names = {"model": model, "args": arguments, "train_dataset": batch(model, 24), "eval_dataset": batch(model, 8)}
     with running_hub() as hub:
-        use(hub, monkeypatch, "cache")
+        use(hub.url, monkeypatch, "cache")
         exec(compile(block, "README.md", "exec"), names)
     if "print(" in block:
         assert capsys.readouterr().out.strip()

@@ -2,18 +2,23 @@
 
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import TrainingArguments
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from hf_prune import PruningConfig, prune, schedules
 from hf_prune.cli import app
 from hf_prune.criteria import ScoreInputs
 from tests.hub import running_hub, use
+from tests.structures.models import build as build_of_structures
+from tests.test_history import history
 from tests.tiny import batch, build
+from tests.words import word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,6 +32,8 @@ def test_there_is_python_to_run():
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40])
 def test_python_runs(block, tmp_path, capsys, monkeypatch):
+    if ".cuda()" in block and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = build("gpt_neo")
@@ -71,6 +78,25 @@ def test_the_examples_of_contributing_go_with_what_is_there():
     )
 
 
-@pytest.mark.parametrize("words", re.findall(r"^hf-prune (\w+)", README, flags=re.MULTILINE))
-def test_commands_are_there(words):
-    assert CliRunner().invoke(app, [words, "--help"]).exit_code == 0
+COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^hf-prune .*", README, flags=re.MULTILINE)]
+
+
+def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
+    assert {words[1] for words in COMMANDS} == set(get_command(app).commands)
+    monkeypatch.chdir(tmp_path)
+    model = build_of_structures("gpt_neox")
+    for name in ("dense", "before", "after"):
+        model.save_pretrained(name)
+        word_tokenizer().save_pretrained(name)
+        prune(model, PruningConfig(sparsity=0.3 if name == "dense" else 0.6))
+    Path("text.txt").write_text("the fox " * 2000)
+    Path("output/tinystories").mkdir(parents=True)
+    history().save("output/tinystories/pruning_history.json")
+    with running_hub() as hub:
+        use(hub.url, monkeypatch, "cache")
+        hub.files["EleutherAI/pythia-70m"] = {path.name: path.read_bytes() for path in Path("dense").iterdir()}
+        for _, *words in COMMANDS:
+            done = CliRunner().invoke(app, words)
+            assert done.exit_code == (words[0] == "diff"), (words, done.output, done.exception)
+        assert "model.safetensors" in hub.files["tester/my-model"]
+    assert {path.name for path in tmp_path.iterdir()} >= {"half", "small", "report.html", "pruning.png"}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PredictionOutput
 
-from hf_prune import PruningTrainerCallback
+from hf_prune import PruningTrainerCallback, push_to_hub
 
 
 class DenseTest(TrainerCallback, ExportableState):
@@ -47,7 +47,8 @@ class DenseTest(TrainerCallback, ExportableState):
 
 
 def report(trainer: Trainer, callback: PruningTrainerCallback, dense: DenseTest) -> None:
-    """Measures on test, prints the rounds and the result; saves model, test metrics and plot where the history is.
+    """Measures on test, prints the rounds and the result; saves model, test metrics and plot where the history is,
+    and pushes them with a card if the arguments say `push_to_hub`.
 
     Args:
         trainer: The trainer, after training.
@@ -65,6 +66,8 @@ def report(trainer: Trainer, callback: PruningTrainerCallback, dense: DenseTest)
     trainer.save_metrics("test", results)
     if trainer.is_world_process_zero():
         history.plot(folder / "pruning.png")
+    if trainer.args.push_to_hub:
+        push_to_hub(trainer, metrics=results)
     several = ""
     if (size := trainer.args.world_size) > 1:
         kinds = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}

@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tinystories
 from hf_prune import PruningConfig, sparsity_report
+from tests.hub import environment_of, running_hub
 from tests.recipes.launch import ROUND, launch, oldest_checkpoint, report_in
 
 SHORT = ("--max_steps=20", "--dense_steps=20", "--num_stories=200")
@@ -64,6 +66,23 @@ print(tokenizer.decode(ids[0])[:16], ids.shape[1] > 5)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout == "Once upon a time True\n", done.stderr
     assert sparsity_report(AutoModelForCausalLM.from_pretrained(output)).sparsity == pytest.approx(0.9, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_what_is_pushed_has_the_card_of_the_run(short_run: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = short_run
+    (tmp_path / "home").mkdir()
+    with running_hub() as hub, pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in environment_of(hub, str(tmp_path / "home")).items():
+            monkeypatch.setenv(name, value)
+        launch("tinystories.py", folder, *SHORT, "--output_dir=pushed", "--push_to_hub", "--hub_model_id=stories")
+    files = hub.files["tester/stories"]
+    assert files["model.safetensors"] == (folder / "pushed" / "model.safetensors").read_bytes()
+    card = ModelCard(files["README.md"].decode())
+    results = json.loads((folder / "pushed" / "test_results.json").read_text())
+    told = {result.metric_type: result.metric_value for result in card.data.eval_results or ()}
+    assert told == {"loss": results["test_loss"], "perplexity": results["test_perplexity"]}
+    assert f"{results['dense_test_perplexity']:.4f} | {results['test_perplexity']:.4f}" in card.text
 
 
 @pytest.mark.slow

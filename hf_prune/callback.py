@@ -6,7 +6,7 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -26,8 +26,7 @@ from .checkpoints import (
     require_same,
 )
 from .config import PruningConfig
-from .contexts import keep_random_state, whole_on_error
-from .costs import measure_cost_or_parameters
+from .contexts import keep_random_state
 from .criteria import Criterion
 from .finished import FinishedRun
 from .history import HISTORY_NAME, PruningHistory
@@ -42,7 +41,7 @@ from .monitor import (
     require_evaluations,
     warn_of_few_evaluations,
 )
-from .movement import Movement
+from .movement import Movement, require_gatherable
 from .optimizers import (
     cut_state_,
     require_not_retired,
@@ -58,10 +57,10 @@ from .pruning import cut_, require_room
 from .reports import sparsity_report
 from .resolving import require_whole_where_needed, required_statistics, resolve_targets
 from .rounds import Rounds
+from .savings import shrink_measured
 from .shards import reshard_
 from .structures.finding import find_places, held_zeros, require_prunable, zeros_of
 from .structures.members import Place, parameters_of
-from .structures.shrinking import shrink
 from .targets import Target
 from .zero import has_partitions
 
@@ -298,10 +297,12 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             )  # fmt: skip
         if self._places and self.config.shrink_at_end and self.masks.masked:
             try:
-                self._shrink(Moment.of(args, state, kwargs))
+                batches = Moment.of(args, state, kwargs).batches(args.train_batch_size * args.world_size)
+                self.history.costs = shrink_measured(model, self.masks, batches)
             except (RuntimeError, ValueError) as error:  # What was trained must not be lost for it.
                 logger.error("The model was not shrunk, and its pruned structures stay as zeros: %s", error)
             else:
+                self._weights = {}  # They are no longer the model's.
                 retire(kwargs["optimizer"])
                 self._say(self.history.savings(), state)
         if args.should_save:
@@ -317,27 +318,6 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             self._save_reports(folder)
             if self.history and can_plot():
                 self.history.plot(folder / PLOT_NAME)
-
-    def _shrink(self, now: Moment) -> None:
-        """Removes what is masked as a whole, and measures what that saves.
-
-        Raises:
-            ValueError, RuntimeError: if it cannot be removed, or the model could be called before and cannot be called
-                without it. It is then as it was.
-        """
-        model = cast(PreTrainedModel, now.model)  # Others have no structures to find.
-        batches = now.batches(now.args.train_batch_size * now.args.world_size)
-        masked = measure_cost_or_parameters(model, batches)
-        with whole_on_error(model):
-            shrink(model, self.masks)
-            shrunk = measure_cost_or_parameters(model, batches)
-            if masked.flops is not None and shrunk.flops is None:
-                raise ValueError(
-                    f"without them {type(model).__name__} cannot be called any more. Does describe_family name all "
-                    "that goes with a head or a neuron?"
-                )
-        self.history.costs = {"masked": masked, "shrunk": shrunk}
-        self._weights = {}  # They are no longer the model's.
 
     # Rounds.
 
@@ -365,17 +345,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         )
         self._rounds = Rounds.plan(self.config, history, now.state.max_steps)
         if "movement" in required_statistics(self.config, self.criterion):
-            if has_partitions(now.model):
-                raise ValueError(
-                    "movement is the sum of gradients of each step, which DeepSpeed shows to nobody. Take another "
-                    "criterion, or train with FSDP or DistributedDataParallel."
-                )
+            require_gatherable(now.model, self._rounds.pacing.is_due(0))
             self._movement = Movement.zeros(self._targets.values(), self._run_id)
-            if self._rounds.pacing.is_due(0):
-                raise ValueError(
-                    "movement is gathered while training, and the first cut comes before the first step. Set "
-                    "begin to a number of steps, or to a fraction of the run."
-                )
         if isinstance(self._rounds.pacing, Patience):
             warn_of_few_evaluations(self._rounds.pacing, now.args, now.state)
         if self.config.hold_zeros:

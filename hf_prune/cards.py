@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from transformers import PreTrainedModel
 from yaml import YAMLError
@@ -223,8 +224,14 @@ def _before_and_after(facts: Facts) -> list[list[str]]:
     return rows
 
 
+def _class_of(model: PreTrainedModel) -> str:
+    """The class of Transformers that a model is of, itself or by inheritance."""
+    names = (kind.__name__ for kind in type(model).__mro__ if getattr(transformers, kind.__name__, None) is kind)
+    return next(names, type(model).__name__)
+
+
 def _how_to_load(name: str, facts: Facts) -> str:
-    kind = type(facts.model).__name__
+    kind = _class_of(facts.model)
     lines = [f"from transformers import {kind}", "", f"model = {kind}.from_pretrained({json.dumps(name)})"]
     if not facts.needs_hf_prune:
         return _code("\n".join(lines), "python") + "\n\nIt is an ordinary model: hf_prune is not needed."

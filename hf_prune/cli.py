@@ -14,7 +14,6 @@ from typer import Argument, Option
 
 from .cards import base_model_of
 from .config import CONFIG_NAME, PruningConfig
-from .costs import measure_costs
 from .folders import local_folder
 from .history import HISTORY_NAME, PruningHistory
 from .hub import CARD_NAME, push_to_hub, save_pretrained
@@ -24,7 +23,7 @@ from .pages import page_of
 from .pruning import prune
 from .readers import read_batches
 from .resolving import looks_at_data
-from .structures.shrinking import shrink
+from .savings import shrink_measured
 
 app = typer.Typer(
     help="Pruned models: how they are made, what is in them, and where they go.", no_args_is_help=True,
@@ -95,15 +94,12 @@ def shrink_command(
     _require_room(output, force)
     folder = local_folder(model)
     opened, processing = open_model(folder, device), open_processing(folder)
-    costs = measure_costs({"masked": opened}, None)
-    shrink(opened)
-    costs |= measure_costs({"shrunk": opened}, None)
     history = PruningHistory.load(folder / HISTORY_NAME) if (folder / HISTORY_NAME).is_file() else PruningHistory()
-    history.costs = costs
+    history.costs = shrink_measured(opened)
     config = PruningConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
     base = _base_of(model, folder)
     save_pretrained(opened, output, processing_class=processing, config=config, history=history, base_model=base)
-    counts = {f"{name}_parameters": cost.parameters for name, cost in costs.items()}
+    counts = {f"{name}_parameters": cost.parameters for name, cost in history.costs.items()}
     _print({"output": str(output), **counts}, f"{history.savings()}\n\nSaved in {output}.", as_json)
 
 

@@ -4,10 +4,10 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from .costs import Cost
 from .plots import figure_of_run, save
@@ -119,12 +119,13 @@ class PruningHistory(Sequence[Round]):
         return value - over if self.greater_is_better else over - value
 
     def to_dict(self) -> dict[str, object]:
-        """The history as JSON primitives."""
-        return dataclasses.asdict(self)
+        """The history as JSON primitives; what is not finite, which JSON has no numbers for, as "nan" or "inf"."""
+        return _each(_as_json, dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "PruningHistory":
         """The inverse of `to_dict`."""
+        values = _each(_from_json, values)
         rounds = [Round(**row) for row in values["rounds"]]  # type: ignore[attr-defined]
         evaluations = [tuple(pair) for pair in values["evaluations"]]  # type: ignore[attr-defined]
         costs = {name: Cost(**cost) for name, cost in values.get("costs", {}).items()}  # type: ignore[attr-defined]
@@ -234,3 +235,21 @@ def perplexity_from_loss(loss: float) -> float:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def _as_json(value: object) -> object:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _from_json(value: object) -> object:
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _each(change: Callable[[object], object], value: Any) -> Any:
+    """Nested lists and dicts, with each value in them changed."""
+    if isinstance(value, Mapping):
+        return {name: _each(change, each) for name, each in value.items()}
+    return [_each(change, each) for each in value] if isinstance(value, (list, tuple)) else change(value)

@@ -3,11 +3,35 @@
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch import nn
 
 from .files import Tensors
 from .processes import sum_over_processes_
 from .shards import from_own, is_sharded, own
 from .targets import Target
+from .zero import has_partitions
+
+
+def require_gatherable(model: nn.Module, is_due_at_start: bool) -> None:
+    """Requires a training that shows how its weights move, before the first cut.
+
+    Args:
+        model: The model, unwrapped.
+        is_due_at_start: Whether the first cut comes before the first step.
+
+    Raises:
+        ValueError: if DeepSpeed trains it, or there is no step before the first cut.
+    """
+    if has_partitions(model):
+        raise ValueError(
+            "movement is the sum of gradients of each step, which DeepSpeed shows to nobody. Take another criterion, "
+            "or train with FSDP or DistributedDataParallel."
+        )
+    if is_due_at_start:
+        raise ValueError(
+            "movement is gathered while training, and the first cut comes before the first step. Set begin to a "
+            "number of steps, or to a fraction of the run."
+        )
 
 
 class Movement(Tensors):

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import LlamaForCausalLM
 
 from hf_prune import PruningConfig, prune, shrink
 from hf_prune.cards import Facts, command, loaded_as, model_card, pipeline_tag
@@ -79,3 +80,13 @@ def test_the_way_to_load_it_is_python(name):
     exec(block.split("from_pretrained")[1].join(["name = (lambda x: x)", ""]), found)
     assert found["name"] == name
     ModelCard(loaded_as(name, text))
+
+
+def test_a_class_of_ones_own_is_loaded_as_the_one_of_transformers():
+    class Mine(LlamaForCausalLM):
+        """With something that is not saved."""
+
+    model = build("llama")
+    model.__class__ = Mine
+    card = str(model_card("a", Facts(model, sparsity_report(model))))
+    assert "from transformers import LlamaForCausalLM\n" in card

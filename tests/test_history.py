@@ -72,6 +72,20 @@ def test_a_history_comes_back_from_json_and_from_disk(tmp_path, kind):
     assert PruningHistory.load(str(tmp_path / "history.json")) == original
 
 
+def test_what_is_not_finite_is_strict_json(tmp_path):
+    original = history(dense=math.nan, evaluations=[(1, math.inf), (2, -math.inf)])
+    original.save(tmp_path / "history.json")
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    json.loads((tmp_path / "history.json").read_text(), parse_constant=refuse)
+    again = PruningHistory.load(tmp_path / "history.json")
+    assert math.isnan(again.dense)
+    assert again.evaluations == [(1, math.inf), (2, -math.inf)]
+    assert again.rounds == original.rounds
+
+
 def test_a_history_that_came_back_is_another_object():
     original = history()
     copy = PruningHistory.from_dict(original.to_dict())

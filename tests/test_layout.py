@@ -54,6 +54,7 @@ ORDER = [
     "structures.shrinking",
     "semi_structured",
     "costs",
+    "savings",
     "tables",
     "plots",
     "history",

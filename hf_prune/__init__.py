@@ -5,6 +5,7 @@ from .config import PruningConfig
 from .criteria import ScoreInputs
 from .history import PruningHistory
 from .hub import push_to_hub, save_pretrained
+from .lora import keep_sparsity
 from .masks import MaskSet
 from .pruning import prune
 from .reports import SparsityReport, sparsity_report
@@ -25,6 +26,7 @@ __all__ = [
     "SparsityReport",
     "Stack",
     "describe_family",
+    "keep_sparsity",
     "prune",
     "push_to_hub",
     "save_pretrained",

@@ -53,6 +53,8 @@ ORDER = [
     "structures.finding",
     "structures.shrinking",
     "semi_structured",
+    "masked_lora",
+    "lora",
     "costs",
     "savings",
     "tables",
@@ -187,9 +189,10 @@ def test_a_file_imports_what_is_optional_only_where_it_is_needed(module):
         for node in ast.walk(block)
     ]
     at_the_top = imported_packages(set(ast.walk(source)) - set(inside) - set(for_the_type_checker))
-    # The metrics are a room of their own, which `import hf_prune` does not enter.
-    assert at_the_top & set(OPTIONAL) == ({"evaluate", "datasets"} if module == "metrics" else set())
-    needed = {"plots": {"matplotlib"}, "structures.channels": {"torch_pruning"}}
+    # Rooms of their own, which `import hf_prune` does not enter.
+    rooms = {"metrics": {"evaluate", "datasets"}, "masked_lora": {"peft"}}
+    assert at_the_top & set(OPTIONAL) == rooms.get(module, set())
+    needed = {"lora": {"peft"}, "plots": {"matplotlib"}, "structures.channels": {"torch_pruning"}}
     assert imported_packages(inside) & set(OPTIONAL) == needed.get(module, set())
 
 
@@ -263,6 +266,7 @@ def test_the_public_names_are_those_of_the_design():
         "SparsityReport",
         "Stack",
         "describe_family",
+        "keep_sparsity",
         "prune",
         "push_to_hub",
         "save_pretrained",

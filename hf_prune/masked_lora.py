@@ -1,0 +1,160 @@
+"""LoRA layers that leave pruned weights at zero, in forward passes and when they are merged."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear
+from torch import nn
+
+
+class MaskedLinear(Linear):
+    """A LoRA layer of peft on a Linear or Conv1D, `y = x (W + M ∘ Σ s B A)ᵀ + b`: its adapters reach no pruned weight.
+
+    Made of a `peft.tuners.lora.Linear` by its class alone: parameters, names and files are peft's. Adapters that are
+    added later are masked too.
+
+    A product with `W + M ∘ s B A` costs what one with `W` does, and is all there is where weights and adapters are of
+    one dtype and nothing else looks at the layer. With dropout, under autocast, and where adapters are of a higher
+    precision than weights, `M ∘ s B A` has a product of its own. The backward pass makes it anew: none is kept.
+
+    Attributes:
+        sparsity_mask: `[shape of the weight]`, bool: True where a weight is kept. Not in the state dict.
+    """
+
+    sparsity_mask: torch.Tensor
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What an adapter adds to the weight, of its shape: zero where it is pruned."""
+        delta = super().get_delta_weight(adapter)
+        return delta.where(self._mask_on(delta.device), 0)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`[…, in]` → `[…, out]`.
+
+        Raises:
+            ValueError: if the samples of a batch are to go through different adapters, or an adapter is of a variant
+                of LoRA that cannot be masked.
+        """
+        adapters = [name for name in self.active_adapters if name in self.lora_A]
+        require_plain(self, adapters)
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names, one for each sample of a batch, cannot be used where sparsity is kept.")
+        if self.disable_adapters or self.merged or not adapters:
+            return super().forward(x, *args, **kwargs)
+        base: Any = self.get_base_layer()
+        dropouts = [self.lora_dropout[name] for name in adapters]
+        drops = self.training and not all(isinstance(dropout, nn.Identity) for dropout in dropouts)
+        if not drops and self._is_of_one_dtype(x, base, adapters) and not _is_looked_at(base):
+            y = self._product(x, adapters, base.weight, base.bias)
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+            for name, dropout in zip(adapters, dropouts, strict=True):
+                y = y + self._product(dropout(x).to(y.dtype), [name])
+        for name in adapters:
+            if self.lora_bias[name]:
+                y = y + (self.lora_B[name].bias * self.scaling[name]).to(y.dtype)
+        return y
+
+    def _product(
+        self,
+        x: torch.Tensor,
+        adapters: Sequence[str],
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        factors = [part[name].weight for name in adapters for part in (self.lora_A, self.lora_B)]
+        scalings = tuple(self.scaling[name] for name in adapters)
+        mask = self._mask_on(x.device)
+        product: torch.Tensor = _MaskedProduct.apply(x, weight, bias, mask, self.fan_in_fan_out, scalings, *factors)
+        return product
+
+    def _is_of_one_dtype(self, x: torch.Tensor, base: nn.Module, adapters: Sequence[str]) -> bool:
+        weights = [base.weight, *(self.lora_A[name].weight for name in adapters)]
+        return not torch.is_autocast_enabled(x.device.type) and {weight.dtype for weight in weights} == {x.dtype}
+
+    def _mask_on(self, device: torch.device) -> torch.Tensor:
+        # No buffer: DistributedDataParallel sends those of the first process to all others, in each forward pass.
+        if self.sparsity_mask.device != device:
+            self.sparsity_mask = self.sparsity_mask.to(device)
+        return self.sparsity_mask
+
+
+def require_plain(layer: Linear, adapters: Sequence[str]) -> None:
+    """Requires that adapters of a layer are LoRA as it was first published, or scaled by its rank's root.
+
+    Raises:
+        ValueError: if one is a variant of it.
+    """
+    for name in adapters:
+        if (variant := layer.lora_variant.get(name)) is not None:
+            raise ValueError(
+                f"the adapter {name!r} is a {type(variant).__name__}, which does more than to add to weights, so that "
+                "sparsity cannot be kept. Take plain LoRA, with or without use_rslora."
+            )
+
+
+def _is_looked_at(base: nn.Module) -> bool:
+    """Whether something waits for a layer to be called: hooks, or a forward in place of its own."""
+    return bool(base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base))
+
+
+class _MaskedProduct(torch.autograd.Function):
+    """`x (W + M ∘ Σ s B A)ᵀ + b`, by a weight that is made anew in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        mask: torch.Tensor,
+        fan_in_fan_out: bool,
+        scalings: tuple[float, ...],
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, mask, *factors)
+        ctx.fan_in_fan_out, ctx.scalings = fan_in_fan_out, scalings
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, _effective(x.dtype, weight, mask, fan_in_fan_out, scalings, factors), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mask, *factors = ctx.saved_tensors
+        wanted, fan_in_fan_out, scalings = ctx.needs_input_grad, ctx.fan_in_fan_out, ctx.scalings
+        found: list[torch.Tensor | None] = [None] * len(wanted)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if wanted[0]:
+            found[0] = gradient @ _effective(x.dtype, weight, mask, fan_in_fan_out, scalings, factors)
+        if wanted[2]:
+            found[2] = rows.sum(0)
+        if wanted[1] or any(wanted[6:]):
+            of_weight = rows.T @ x.reshape(-1, x.shape[-1])  # [out, in]
+            if wanted[1]:
+                found[1] = of_weight.T if fan_in_fan_out else of_weight
+            of_delta = of_weight.where(mask.T if fan_in_fan_out else mask, 0).to(factors[0].dtype)
+            for i, scaling in enumerate(scalings):
+                a, b = factors[2 * i : 2 * i + 2]
+                found[6 + 2 * i] = scaling * (b.T @ of_delta) if wanted[6 + 2 * i] else None
+                found[7 + 2 * i] = scaling * (of_delta @ a.T) if wanted[7 + 2 * i] else None
+        return tuple(found)
+
+
+def _effective(
+    dtype: torch.dtype,
+    weight: torch.Tensor | None,
+    mask: torch.Tensor,
+    fan_in_fan_out: bool,
+    scalings: Sequence[float],
+    factors: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """`[out, in]`: `W + M ∘ Σ s B A`, without `W` if there is none."""
+    pairs = zip(scalings, factors[::2], factors[1::2], strict=True)
+    delta = torch.stack([scaling * (b @ a) for scaling, a, b in pairs]).sum(0) if len(scalings) > 1 else None
+    if delta is None:
+        delta = (factors[1] @ factors[0]).mul_(scalings[0])
+    delta = delta.masked_fill_(~(mask.T if fan_in_fan_out else mask), 0)
+    if weight is not None:
+        delta += weight.T if fan_in_fan_out else weight
+    return delta.to(dtype)

@@ -22,10 +22,11 @@ from yaml import YAMLError
 from . import granularities
 from .config import PruningConfig
 from .costs import Cost
-from .granularities import Pattern, Structural
+from .granularities import Granularity, Pattern, Structural
 from .history import PruningHistory
 from .reports import SparsityReport
-from .structures.loading import METHOD
+from .structures.loading import recorded_in
+from .tables import number
 
 TAGS = ("hf_prune", "pruning")
 UNKNOWN = "unknown"
@@ -67,8 +68,7 @@ class Facts:
     @property
     def needs_hf_prune(self) -> bool:
         """Whether hf_prune has to be imported to load the model."""
-        record = getattr(self.model.config, "quantization_config", None)
-        return self.compressed or (isinstance(record, dict) and record.get("quant_method") == METHOD)
+        return self.compressed or bool(recorded_in(self.model.config))
 
 
 def model_card(name: str, facts: Facts) -> ModelCard:
@@ -131,7 +131,7 @@ def pipeline_tag(model: PreTrainedModel) -> str | None:
 
     for task, classes in cast(dict[str, dict[str, str]], TASK_MAPPING).items():
         for names in classes.values():
-            if type(model).__name__ in ((names,) if isinstance(names, str) else names):
+            if _class_of(model) in ((names,) if isinstance(names, str) else names):
                 return task
     return None
 
@@ -190,37 +190,41 @@ def _summary(facts: Facts) -> str:
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "A model"
     report, history = facts.report, facts.history
     if _is_shrunk(facts):
-        share = f"pruned to {history[-1].reached:.1%} of its" if history else "pruned of some of its"
-        how = f"{share} {_units(facts)}, which were removed"
+        share = f"{history[-1].reached:.1%}" if history else "some"
+        how = f"{share} of its {_units(facts)} were removed"
     else:
-        how = f"pruned: {report.zeros:,} of {report.total:,} targeted {report.units} are zero ({report.sparsity:.2%})"
-    lines = [f"{base} ({type(facts.model).__name__}), {how}, with hf_prune."]
+        how = f"{report.zeros:,} of {report.total:,} targeted {report.units} are zero ({report.sparsity:.2%})"
+    lines = [f"{base} ({_class_of(facts.model)}), pruned with hf_prune: {how}."]
     if rows := _before_and_after(facts):
         lines.append(_markdown([["", "dense", "pruned"], *rows]))
     return "\n\n".join(lines)
 
 
 def _is_shrunk(facts: Facts) -> bool:
-    """Whether what was pruned is gone."""
-    kind = granularities.parse(facts.config.granularity) if facts.config else None
-    if facts.history is not None and facts.history.costs:
-        return True
-    return isinstance(kind, Structural) and not facts.report.zeros
+    """Whether it is known that structures were removed: what that saved was counted, or the shapes are recorded."""
+    counted = facts.history is not None and bool(facts.history.costs)
+    return counted or "shapes" in recorded_in(facts.model.config)
+
+
+def _granularity(facts: Facts) -> Granularity | None:
+    return None if facts.config is None else granularities.parse(facts.config.granularity)
 
 
 def _units(facts: Facts) -> str:
-    return facts.config.granularity.replace("+", "s and ") + "s" if facts.config else "structures"
+    if facts.config is None or not isinstance(_granularity(facts), Structural):
+        return "structures"
+    return facts.config.granularity.replace("+", "s and ") + "s"
 
 
 def _before_and_after(facts: Facts) -> list[list[str]]:
     """The history's metric, and every metric that was measured."""
     history, rows = facts.history, []
     if history is not None and (value := _last_value(history, facts.config)) is not None:
-        rows.append([f"{history.metric} (validation)", _number(history.dense), _number(value)])
+        rows.append([f"{history.metric} (validation)", number(history.dense), number(value)])
     for metric, split, value in _results(facts):
         dense = facts.metrics.get(f"dense_{split}_{metric}")
         if split == "test" or dense is not None or not rows:
-            rows.append([f"{metric} ({split})", _number(dense), _number(value)])
+            rows.append([f"{metric} ({split})", number(dense), number(value)])
     return rows
 
 
@@ -248,21 +252,23 @@ def _size_and_speed(facts: Facts) -> str:
     rows.append(["parameters", _count(dense.parameters if dense else None), f"{parameters:,}"])
     rows.append(["of them zero", "", f"{report.model_zeros:,} ({report.model_sparsity:.2%})"])
     size = next(facts.model.parameters()).element_size()
-    rows.append(["MB of weights", _number(dense.parameters * size / 1e6) if dense else "", _number(facts.bytes / 1e6)])
+    rows.append(["MB of weights", number(dense.parameters * size / 1e6) if dense else "", number(facts.bytes / 1e6)])
     if dense and pruned and dense.flops is not None and pruned.flops is not None:
-        rows.append(["GFLOPs of a forward pass", _number(dense.flops / 1e9), _number(pruned.flops / 1e9)])
+        rows.append(["GFLOPs of a forward pass", number(dense.flops / 1e9), number(pruned.flops / 1e9)])
     if dense and pruned and dense.seconds is not None and pruned.seconds is not None:
         where = "CPU" if facts.model.device.type == "cpu" else torch.cuda.get_device_name(facts.model.device)
-        rows.append([f"ms of a forward pass ({where})", _number(1e3 * dense.seconds), _number(1e3 * pruned.seconds)])
+        rows.append([f"ms of a forward pass ({where})", number(1e3 * dense.seconds), number(1e3 * pruned.seconds)])
     return f"{_markdown(rows)}\n\n{_what_zeros_are_worth(facts)}"
 
 
 def _what_zeros_are_worth(facts: Facts) -> str:
-    kind = granularities.parse(facts.config.granularity) if facts.config else None
-    if _is_shrunk(facts):
-        return "What was pruned is gone: this is a smaller dense model."
-    if isinstance(kind, Structural):
-        return "Pruned structures are still there, as zeros: `hf_prune.shrink(model)` removes them."
+    kind, gone = _granularity(facts), "Pruned structures were removed, which makes the model smaller and faster."
+    if isinstance(kind, Structural) and not _is_shrunk(facts):
+        if facts.report.zeros:
+            return "Pruned structures are still there, as zeros: `hf_prune.shrink(model)` removes them."
+        return f"None of its {_units(facts)} is zero: what was pruned has been removed, or nothing was."
+    if _is_shrunk(facts) and not facts.report.model_zeros:
+        return gone
     alone = "Zeros alone make nothing faster or smaller: the model takes the time and the memory of the dense one"
     if isinstance(kind, Pattern):
         return (
@@ -272,19 +278,8 @@ def _what_zeros_are_worth(facts: Facts) -> str:
     return f"{alone}, unless a runtime makes use of them."
 
 
-def round_rows(history: PruningHistory) -> list[list[str]]:
-    """The rounds of a history as cells, the head of the table first."""
-    rows = [["round", "step", "asked", "reached", f"{history.metric} after the cut", "best", "last", "ended"]]
-    rows.append(["dense", "", "", "", _number(history.dense), "", "", ""])
-    for row in history:
-        asked = "" if row.asked is None else f"{row.asked:.4f}"
-        values = [_number(value) for value in (row.after_cut, row.best, row.last)]
-        rows.append([str(row.round), str(row.step), asked, f"{row.reached:.4f}", *values, row.ended or ""])
-    return rows
-
-
 def _rounds(history: PruningHistory) -> str:
-    text = _markdown(round_rows(history))
+    text = _markdown(history.rows())
     return f"{text}\n\n{shortfall}" if (shortfall := history.shortfall()) else text
 
 
@@ -304,15 +299,8 @@ def _how_made(facts: Facts) -> str:
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     parts = [_code(command(), "bash"), f"With {versions}, Python {platform.python_version()}."]
     if facts.config is not None:
-        parts.append(f"`pruning_config.json`, without defaults:\n\n{_code(as_asked(facts.config), 'json')}")
+        parts.append(f"`pruning_config.json`, without defaults:\n\n{_code(facts.config.without_defaults(), 'json')}")
     return "\n\n".join(parts)
-
-
-def as_asked(config: PruningConfig) -> str:
-    """A config as JSON, without the fields that nobody has set."""
-    default = PruningConfig(sparsity=0.5).to_dict()
-    asked = {k: v for k, v in config.to_dict().items() if k == "sparsity" or v != default[k]}
-    return json.dumps(asked, indent=2)
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -323,10 +311,6 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def _code(text: str, language: str) -> str:
     return f"```{language}\n{text}\n```"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}"
 
 
 def _count(value: int | None) -> str:

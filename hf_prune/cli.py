@@ -20,6 +20,7 @@ from .hub import CARD_NAME, push_to_hub, save_pretrained
 from .inspection import compare_folders, report_folder
 from .opening import open_model, open_processing
 from .pages import page_of
+from .plots import require_matplotlib
 from .pruning import prune
 from .readers import read_batches
 from .resolving import looks_at_data
@@ -35,6 +36,10 @@ Force = Annotated[bool, Option("--force", help="Write over what is there.")]
 Output = Annotated[Path, Option(help="The folder to save into.")]
 Compress = Annotated[bool, Option("--compress", help="Leave zeros out of the files, where that makes them smaller.")]
 Device = Annotated[str, Option(help="Where to compute, such as cpu or cuda.")]
+# Network errors are the bases of the Hub's own: OSError, and that of the HTTP library which its client uses.
+_FAILURES = cast(
+    tuple[type[Exception], ...], (ValueError, ImportError, torch.OutOfMemoryError, *HfHubHTTPError.__bases__)
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -42,16 +47,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def prune_command(
     model: Model,
     output: Output,
-    sparsity: Annotated[float | None, Option(help="Fraction of the targeted weights to remove.")] = None,
+    sparsity: Annotated[float | None, Option(help="Fraction of the targeted weights to remove, in [0, 1).")] = None,
     granularity: Annotated[str | None, Option(help="unstructured, 2:4, block:4x4, head, neuron, …")] = None,
     criterion: Annotated[str | None, Option(help="magnitude, wanda, sparsegpt, taylor, …")] = None,
     scope: Annotated[str | None, Option(help="auto, global, layer, row, erk, owl")] = None,
-    config: Annotated[Path | None, Option(help=f"A folder with a {CONFIG_NAME}, for all else.")] = None,
+    config: Annotated[Path | None, Option(help=f"A folder with a {CONFIG_NAME}; flags go before it.")] = None,
     calibration: Annotated[Path | None, Option(help="A text file, or a folder of images.")] = None,
     samples: Annotated[int | None, Option(help="Number of calibration samples.")] = None,
-    length: Annotated[int, Option(min=1, help="Tokens in a sample of text.")] = 512,
-    batch_size: Annotated[int, Option(min=1, help="Samples in a batch.")] = 8,
-    seed: Annotated[int, Option(help="Of what is drawn.")] = 0,
+    length: Annotated[int | None, Option(min=1, help="Tokens in a sample of text; at most 512.")] = None,
+    batch_size: Annotated[int | None, Option(min=1, help="Samples in a batch; 8.")] = None,
+    seed: Annotated[int, Option(help="Seed of drawn images, and of criteria that draw numbers.")] = 0,
     compress: Compress = False,
     device: Device = DEVICE,
     force: Force = False,
@@ -68,14 +73,15 @@ def prune_command(
             f"the criterion {asked.criterion} with scope {asked.scope} looks at no data: leave --calibration out, or "
             "take another --criterion, such as wanda."
         )
+    if calibration is None and not (samples is length is batch_size is None):
+        raise ValueError("--samples, --length and --batch-size need --calibration: give it, or leave them out.")
     folder = local_folder(model)
     opened, processing = open_model(folder, device), open_processing(folder)
     batches = None
     if calibration is not None:
-        batches = read_batches(
-            calibration, opened, processing, samples=asked.calibration_samples, batch_size=batch_size, length=length,
-            seed=seed,
-        )  # fmt: skip
+        sizes = {name: value for name, value in (("length", length), ("batch_size", batch_size)) if value is not None}
+        samples = asked.calibration_samples
+        batches = read_batches(calibration, opened, processing, samples=samples, seed=seed, **sizes)
     report = prune(opened, asked, batches, seed=seed)
     base = _base_of(model, folder)
     save_pretrained(opened, output, processing_class=processing, config=asked, base_model=base, compress=compress)
@@ -86,19 +92,21 @@ def prune_command(
 def shrink_command(
     model: Model,
     output: Output,
-    device: Device = DEVICE,
+    compress: Compress = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Removes heads, neurons, channels and layers of which all is zero: the model becomes smaller and faster."""
     _require_room(output, force)
     folder = local_folder(model)
-    opened, processing = open_model(folder, device), open_processing(folder)
+    opened, processing = open_model(folder), open_processing(folder)
     history = PruningHistory.load(folder / HISTORY_NAME) if (folder / HISTORY_NAME).is_file() else PruningHistory()
     history.costs = shrink_measured(opened)
     config = PruningConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
     base = _base_of(model, folder)
-    save_pretrained(opened, output, processing_class=processing, config=config, history=history, base_model=base)
+    save_pretrained(
+        opened, output, processing_class=processing, config=config, history=history, base_model=base, compress=compress
+    )
     counts = {f"{name}_parameters": cost.parameters for name, cost in history.costs.items()}
     _print({"output": str(output), **counts}, f"{history.savings()}\n\nSaved in {output}.", as_json)
 
@@ -110,9 +118,12 @@ def report(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """The zeros of a saved model, tensor by tensor: N:M patterns, rows that are zero, size."""
+    """The zeros of a saved model, by tensor, N:M pattern, row, head, neuron, channel and layer, and its size."""
     if page is not None:
         _require_absent(page, force)
+        if not page.parent.is_dir():
+            raise ValueError(f"there is no folder {page.parent} to write {page.name} into.")
+        require_matplotlib()
     found = report_folder(local_folder(model), show_progress=True)
     if page is not None:
         page.write_text(page_of(model, found), encoding="utf-8")
@@ -145,7 +156,9 @@ def plot(
 def push(
     folder: Annotated[Path, Argument(help="A saved model.")],
     repo: Annotated[str, Argument(help="A name on the Hub: yours, or user/name.")],
-    private: Annotated[bool | None, Option("--private/--public", help="Of a new repository.")] = None,
+    private: Annotated[
+        bool | None, Option("--private/--public", help="Make a new repository private or public.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Uploads a folder. The token is that of `hf auth login`, or HF_TOKEN."""
@@ -157,7 +170,7 @@ def main() -> None:
     """Runs the command. What a user can mend is said in a line, with exit code 2."""
     try:
         app()
-    except (ValueError, OSError, ModuleNotFoundError, HfHubHTTPError) as error:
+    except _FAILURES as error:
         typer.echo(f"hf-prune: {error}", err=True)
         sys.exit(2)
 
@@ -180,8 +193,8 @@ def _require_room(folder: Path, force: bool) -> None:
 
 
 def _base_of(model: str, folder: Path) -> str | None:
-    """The name on the Hub of the model that another one is made from."""
-    return base_model_of(folder / CARD_NAME) if Path(model).exists() else model
+    """The name of the dense model on the Hub: the one that the card of a model gives, else its own."""
+    return base_model_of(folder / CARD_NAME) or (None if Path(model).exists() else model)
 
 
 if __name__ == "__main__":

@@ -433,6 +433,12 @@ class PruningConfig:
         """The fields as JSON primitives."""
         return dataclasses.asdict(self)
 
+    def without_defaults(self) -> str:
+        """What was asked for, as JSON: the sparsity, and the fields that somebody has set."""
+        default = type(self)(sparsity=0.5).to_dict()
+        asked = {name: v for name, v in self.to_dict().items() if name == "sparsity" or v != default[name]}
+        return json.dumps(asked, indent=2)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "PruningConfig":
         """The inverse of `to_dict`.

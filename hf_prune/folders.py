@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +12,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from .compression import BITMASK, decompress
+from .structures.loading import recorded_in
 
-# Weights, configs, and tokenizers of all kinds: nothing that is code or a pickle.
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
+# Weights, configs, tokenizers of all kinds, and the card: nothing that is code or a pickle.
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja", "README.md"]
 
 
 class Stored(NamedTuple):
@@ -98,6 +102,30 @@ def local_folder(model: str) -> Path:
     return Path(snapshot_download(model, allow_patterns=_PATTERNS))
 
 
+def names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Translates names in files into names in a model, where they are names of the same tensor.
+
+    Args:
+        model: The model.
+        names: Names in its files, which may be those of another version of it, with its body alone, or with a head.
+
+    Returns:
+        Name in the model → name in the files, of those that are in both.
+    """
+    known, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    found = {}
+    for name in names:
+        renamed = name
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        for own in (renamed, prefix + renamed, renamed.removeprefix(prefix)):
+            if own in known:
+                found[own] = name
+                break
+    return found
+
+
 def _files_of(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -113,8 +141,7 @@ def _files_of(folder: Path) -> list[Path]:
 
 def _record_of(folder: Path) -> Mapping[str, object]:
     file = folder / "config.json"
-    found = (_read_json(file) if file.is_file() else {}).get("quantization_config")
-    return found if isinstance(found, Mapping) and found.get("quant_method") == "hf_prune" else {}
+    return recorded_in(_read_json(file)) if file.is_file() else {}
 
 
 def _read_json(path: Path) -> Mapping[str, object]:

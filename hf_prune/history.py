@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from .costs import Cost
-from .plots import figure_of_run, save
-from .tables import table
+from .plots import figure_of_run, save_figure
+from .tables import number, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,14 +153,14 @@ class PruningHistory(Sequence[Round]):
             "round": ["dense", *(str(row.round) for row in self)],
             "step": ["", *(str(row.step) for row in self)],
             "sparsity": [f"{0:.4f}", *(f"{row.reached:.4f}" for row in self)],
-            f"{self.metric} after the cut": [_number(self.dense), *(_number(row.after_cut) for row in self)],
-            "best": ["", *(_number(row.best) for row in self)],
-            "last": ["", *(_number(row.last) for row in self)],
+            f"{self.metric} after the cut": [number(self.dense), *(number(row.after_cut) for row in self)],
+            "best": ["", *(number(row.best) for row in self)],
+            "last": ["", *(number(row.last) for row in self)],
         }
         # Where only the loss is known, its exponential is shown too, and marked for what it is.
         if exponential := self.language_model and self.metric == "eval_loss":
             losses = [self.dense, *(row.last for row in self)]
-            columns["exp(last)*"] = [_number(None if x is None else perplexity_from_loss(x)) for x in losses]
+            columns["exp(last)*"] = [number(None if x is None else perplexity_from_loss(x)) for x in losses]
         if any(row.ended not in (None, "planned", "max_steps") for row in self):
             columns["ended"] = ["", *(row.ended or "" for row in self)]
         lines = [table([list(columns), *zip(*columns.values(), strict=True)], rules=(1,))]
@@ -171,6 +171,16 @@ class PruningHistory(Sequence[Round]):
         if shortfall := self.shortfall():
             lines.append(shortfall)
         return "\n".join(lines)
+
+    def rows(self) -> list[list[str]]:
+        """The rounds as cells: a head, a row for the dense model, and one for each round."""
+        rows = [["round", "step", "asked", "reached", f"{self.metric} after the cut", "best", "last", "ended"]]
+        rows.append(["dense", "", "", "", number(self.dense), "", "", ""])
+        for row in self:
+            asked = "" if row.asked is None else f"{row.asked:.4f}"
+            values = [number(value) for value in (row.after_cut, row.best, row.last)]
+            rows.append([str(row.round), str(row.step), asked, f"{row.reached:.4f}", *values, row.ended or ""])
+        return rows
 
     def savings(self) -> str | None:
         """A sentence that says what was saved where structures were removed; None if none were."""
@@ -201,7 +211,7 @@ class PruningHistory(Sequence[Round]):
         Raises:
             ModuleNotFoundError: if matplotlib is not installed.
         """
-        save(self.figure(), path)
+        save_figure(self.figure(), path)
 
     def figure(self) -> "Figure":
         """What `plot` draws.
@@ -231,10 +241,6 @@ def perplexity_from_loss(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}"
 
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

@@ -1,6 +1,5 @@
 """Inspection: the zeros of saved models, and how two of them differ."""
 
-import logging
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,14 +10,17 @@ import numpy as np
 import torch
 from transformers.utils.logging import tqdm
 
-from .folders import SavedModel, Stored
-from .opening import names_in, open_empty
-from .reports import StructureSparsity
+from .folders import SavedModel, Stored, names_in
+from .opening import open_empty
+from .reports import StructureSparsity, structure_rows
 from .structures.shrinking import find_removable
 from .tables import table
 
-logger = logging.getLogger(__name__)
-
+# What a class may raise that is built from a config that somebody else wrote.
+_NOT_BUILT = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 _CHUNK = 2**20  # elements that are looked at together, few enough to stay in the cache
 _PATTERNS = ((1, 4), (2, 8), (2, 4), (4, 8))  # each is implied by some of those before it, and by none behind it
 _INTEGERS: dict[int, type[np.unsignedinteger]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -66,13 +68,15 @@ class FolderReport:
         tensors: A row for each tensor.
         record: What `config.json` says that hf_prune has recorded: shapes of a model that was shrunk, and the like.
         structures: A row for the heads, neurons, channels or layers of each place, of the kinds of which all of some
-            is zero; empty if there are none, or the family is unknown.
+            is zero; empty if there are none.
+        structures_unknown: Why they were not looked for, though there are rows of zeros; None if they were.
     """
 
     folder: str
     tensors: tuple[TensorZeros, ...]
     record: Mapping[str, object] = field(default_factory=dict)
     structures: tuple[StructureSparsity, ...] = ()
+    structures_unknown: str | None = None
 
     @property
     def zeros(self) -> int:
@@ -106,6 +110,7 @@ class FolderReport:
             "shrunk": sorted(self.record.get("shapes", {})),  # type: ignore[call-overload]
             "tensors": rows,
             "structures": [{**asdict(row), "sparsity": row.sparsity} for row in self.structures],
+            "structures_unknown": self.structures_unknown,
         }
 
     def rows(self) -> list[list[str]]:
@@ -122,21 +127,21 @@ class FolderReport:
         rows = self.rows()
         text = table(rows, rules=(1, len(rows) - 1))
         if self.structures:
-            text += "\n\n" + table(self.structure_rows(), rules=(1,))
-        return f"{text}\n\n{sentence}" if (sentence := self.shrunk()) else text
+            text += "\n\n" + table(structure_rows(self.structures), rules=(1,))
+        return "\n\n".join([text, *self.remarks()])
 
-    def structure_rows(self) -> list[list[str]]:
-        """The structures as cells, the head of the table first."""
-        rows = [["place", "structures", "zeros", "sparsity"]]
-        rows += [[s.name, f"{s.total:,} {s.kind}s", f"{s.zeros:,}", f"{s.sparsity:.4f}"] for s in self.structures]
-        return rows
-
-    def shrunk(self) -> str | None:
-        """A sentence about shapes that are recorded; None if there are none."""
-        shapes = self.record.get("shapes")
-        if not isinstance(shapes, Mapping) or not shapes:
-            return None
-        return f"{len(shapes)} tensors have recorded shapes, which no config of the family can say: it was shrunk."
+    def remarks(self) -> list[str]:
+        """Sentences about what the tables do not show."""
+        shapes, remarks = self.record.get("shapes"), []
+        if shapes and isinstance(shapes, Mapping):
+            remarks.append(
+                f"The model was shrunk: {len(shapes)} tensors have shapes that no config of its family can say."
+            )
+        if self.structures_unknown is not None:
+            remarks.append(
+                f"There are rows of zeros. Whether whole structures are zero is not known: {self.structures_unknown}"
+            )
+        return remarks
 
 
 def report_folder(folder: str | os.PathLike[str], *, show_progress: bool = False) -> FolderReport:
@@ -151,9 +156,11 @@ def report_folder(folder: str | os.PathLike[str], *, show_progress: bool = False
     """
     model = SavedModel(folder)
     rows = tuple(_count(name, model[name]) for name in _shown(model, show_progress))
-    return FolderReport(
-        str(folder), rows, model.record, _structures(model, {row.name for row in rows if row.zero_rows})
-    )
+    with_zero_rows = {row.name for row in rows if row.zero_rows}
+    try:
+        return FolderReport(str(folder), rows, model.record, _structures(model, with_zero_rows))
+    except _NOT_BUILT as error:  # Zeros are there whether or not they can be told from a model.
+        return FolderReport(str(folder), rows, model.record, structures_unknown=f"{type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True)
@@ -243,15 +250,11 @@ def compare_folders(
 
 
 def _structures(model: SavedModel, with_zero_rows: Collection[str]) -> tuple[StructureSparsity, ...]:
-    """The structures of a saved model of which all is zero; tensors without a zero row are in none of them."""
+    """The structures of a saved model, of the kinds of which some are zero; those have a row of zeros somewhere."""
     if not with_zero_rows:
         return ()
-    try:
-        empty = open_empty(model.folder)
-        places, names = find_removable(empty), names_in(empty, model)
-    except (OSError, ModuleNotFoundError, ValueError) as error:
-        logger.debug("The structures of %s are not known: %s", model.folder, error)
-        return ()
+    empty = open_empty(model.folder)
+    places, names = find_removable(empty), names_in(empty, model)
     rows = []
     for name, place in places.items():
         in_files = [names.get(member.name) for member in place.members]

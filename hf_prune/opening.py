@@ -1,19 +1,16 @@
-"""Opening: saved models by the class that their config names, with tokenizer or processor, without their code."""
+"""Opening: saved models of the classes that Transformers has, and their tokenizers or processors."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .structures.loading import built_of
+from .structures.loading import build_recorded
 
 Processing = PreTrainedTokenizerBase | ImageProcessingMixin | FeatureExtractionMixin | ProcessorMixin
 
@@ -36,13 +33,19 @@ def open_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
     except (AssertionError, RuntimeError) as error:  # the former where torch has no CUDA at all
         raise ValueError(f"there is no device {device!r} here: {error}") from error
     kind, config = _kind_of(folder)
-    model: PreTrainedModel = kind.from_pretrained(folder, config=config, dtype="auto", use_safetensors=True)
+    try:
+        model: PreTrainedModel = kind.from_pretrained(folder, config=config, dtype="auto", use_safetensors=True)
+    except RuntimeError as error:  # Shapes that do not fit, in the words of Transformers.
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
     model.eval()
     return model.to(torch.device(device))  # type: ignore[arg-type]
 
 
 def open_empty(folder: Path) -> PreTrainedModel:
-    """A saved model in its recorded shapes, with weights that nobody has set: they take no memory until they are read.
+    """A saved model in its recorded shapes, with weights that nobody has set.
+
+    They are not on the meta device, where structures cannot be looked for; yet they take no memory, since a system
+    gives it page by page, when one is touched.
 
     Args:
         folder: Where it is.
@@ -51,49 +54,7 @@ def open_empty(folder: Path) -> PreTrainedModel:
         ValueError: as `open_model` does.
     """
     kind, config = _kind_of(folder)
-    return built_of(kind, config).to_empty(device="cpu")
-
-
-def names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Translates names in files into names in a model, where they are names of the same tensor.
-
-    Args:
-        model: The model.
-        names: Names in its files, which may be those of another version of it, with its body alone, or with a head.
-
-    Returns:
-        Name in the model → name in the files, of those that are in both.
-    """
-    known, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
-    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
-    found = {}
-    for name in names:
-        renamed = name
-        for renaming in renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
-        for own in (renamed, prefix + renamed, renamed.removeprefix(prefix)):
-            if own in known:
-                found[own] = name
-                break
-    return found
-
-
-def _kind_of(folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    """The class of a saved model, and its config."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a saved model: it has no config.json.")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except StrictDataclassError as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
-    name = (config.architectures or ["nothing"])[0]
-    kind = getattr(transformers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise ValueError(
-            f"{folder / 'config.json'} names {name!r} as its architecture, which is no model of Transformers. Models "
-            "with code of their own are not loaded from the command line: call hf_prune from a script."
-        )
-    return kind, config
+    return build_recorded(kind, config).to_empty(device="cpu")
 
 
 def open_processing(folder: Path) -> Processing | None:
@@ -112,3 +73,25 @@ def open_processing(folder: Path) -> Processing | None:
         return None
     found: Processing = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     return found
+
+
+def _kind_of(folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """The class of a saved model, and its config."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a saved model: it has no config.json.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
+    if not config.architectures:
+        raise ValueError(
+            f"{folder / 'config.json'} names no architecture. Save the model with save_pretrained, which writes it."
+        )
+    name = config.architectures[0]
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise ValueError(
+            f"{folder / 'config.json'} names {name!r} as its architecture, which is no model of Transformers. Models "
+            "with code of their own are not loaded from the command line: call hf_prune from a script."
+        )
+    return kind, config

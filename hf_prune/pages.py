@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cards import as_asked, round_rows
 from .config import CONFIG_NAME, PruningConfig
 from .history import HISTORY_NAME, PruningHistory
 from .inspection import FolderReport
 from .plots import as_svg, figure_of_modules
+from .reports import structure_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,14 +67,16 @@ def page_of(name: str, report: FolderReport) -> str:
         said = "".join(f"<p>{html.escape(text)}</p>" for text in (history.savings(), history.shortfall()) if text)
         if history:
             sections.append(("The run", _picture(history.figure(), "metric and sparsity over the steps of the run")))
-            sections.append(("Rounds", _table(round_rows(history), total=False) + said))
+            sections.append(("Rounds", _table(history.rows(), total=False) + said))
         elif said:
             sections.append(("Size", said))
     sections.append(("Layers", _picture(figure_of_modules(matrices), "sparsity of each matrix, by layer")))
     if report.structures:
-        sections.append(("Structures", _table(report.structure_rows(), total=False)))
+        sections.append(("Structures", _table(structure_rows(report.structures), total=False)))
+    if remarks := report.remarks():
+        sections.append(("Remarks", "".join(f"<p>{html.escape(remark)}</p>" for remark in remarks)))
     if (folder / CONFIG_NAME).is_file():
-        config = as_asked(PruningConfig.from_pretrained(folder))
+        config = PruningConfig.from_pretrained(folder).without_defaults()
         sections.append(("Config", f"<p>Without defaults:</p><pre>{html.escape(config)}</pre>"))
     sections.append(("Tensors", _table(report.rows())))
     shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts.items())

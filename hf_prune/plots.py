@@ -23,6 +23,18 @@ def can_plot() -> bool:
     return find_spec("matplotlib") is not None
 
 
+def require_matplotlib() -> None:
+    """Requires something to draw with.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install matplotlib.") from error
+
+
 def figure_of_run(
     metric: str,
     evaluations: Sequence[Point],
@@ -121,7 +133,7 @@ def _row_and_column(name: str) -> tuple[str, int]:
     return (name, 0) if found is None else (f"{name[: found.start()]}*{name[found.end() :]}", int(found.group()))
 
 
-def save(figure: "Figure", path: str | os.PathLike[str]) -> None:
+def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
     """Writes a figure; the suffix says the format, such as `.png`."""
     figure.savefig(path, dpi=150)
 
@@ -134,8 +146,7 @@ def as_svg(figure: "Figure") -> str:
 
 
 def _figure(width: float, height: float) -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install matplotlib.") from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")

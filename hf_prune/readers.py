@@ -1,9 +1,9 @@
 """Readers: calibration samples from a text or from a folder of images."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ def read_batches(
     Args:
         path: A text in UTF-8, of which pieces are taken from the beginning, or a folder of images, of which some are
             drawn. The names of its folders are labels: names as in the config's `label2id`, or numbers.
-        model: The model that they are for. What it generates are its labels, where it generates text.
+        model: The model that they are for. One that generates text gets its inputs as labels.
         processing: Its tokenizer or image processor.
         samples: Number of samples; there may be fewer.
         batch_size: Number of samples in a batch.
@@ -55,7 +55,8 @@ def read_batches(
     if path.is_dir():
         if not isinstance(image_processor, ImageProcessingMixin):
             raise ValueError(f"{path} is a folder, so of images, and no image processor is saved with the model.")
-        rows = _read_images(path, image_processor, model, samples, seed, takes_labels)
+        process = cast(Callable[..., Mapping[str, torch.Tensor]], image_processor)
+        rows = _read_images(path, process, model, samples, seed, takes_labels)
     else:
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"{path} is a file, so a text, and no tokenizer is saved with the model.")
@@ -73,18 +74,21 @@ def _read_text(path: Path, tokenizer: PreTrainedTokenizerBase, samples: int, len
             text = file.read(samples * length * _CHARACTERS)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}).") from error
-    pieces = tokenizer(
-        text, truncation=True, max_length=length, return_overflowing_tokens=True, return_attention_mask=False
-    )["input_ids"]
-    pieces = pieces if len(pieces) == 1 else [piece for piece in pieces if len(piece) == length]
-    if not pieces or not pieces[0]:
+    if not text.strip():
         raise ValueError(f"there are no calibration samples in {path}: it has no text.")
+    if tokenizer.is_fast:
+        options = {"truncation": True, "max_length": length, "return_overflowing_tokens": True}
+        pieces = tokenizer(text, return_attention_mask=False, **options)["input_ids"]
+    else:  # Those written in Python cut a text once.
+        tokens = tokenizer(text, return_attention_mask=False)["input_ids"]
+        pieces = [tokens[i : i + length] for i in range(0, len(tokens), length)]
+    pieces = pieces if len(pieces) == 1 else [piece for piece in pieces if len(piece) == length]
     return {"input_ids": torch.tensor(pieces[:samples])}
 
 
 def _read_images(
     folder: Path,
-    processor: ImageProcessingMixin,
+    process: Callable[..., Mapping[str, torch.Tensor]],
     model: PreTrainedModel,
     samples: int,
     seed: int,
@@ -104,7 +108,6 @@ def _read_images(
     for path in chosen:
         with Image.open(path) as image:
             images.append(image.convert(mode))
-    process: Any = processor
     rows = {"pixel_values": process(images=images, return_tensors="pt")["pixel_values"]}
     if takes_labels and any(path.parent != folder for path in files):
         rows["labels"] = torch.tensor(_labels_of(chosen, folder, cast(dict[str, int], model.config.label2id)))

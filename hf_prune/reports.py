@@ -12,7 +12,7 @@ from torch import nn
 from .access import accessible
 from .config import PruningConfig
 from .masks import masked_in
-from .plots import figure_of_modules, save
+from .plots import figure_of_modules, save_figure
 from .processes import sum_over_processes_
 from .shards import is_sharded, own
 from .structures.finding import find_places
@@ -71,6 +71,12 @@ class StructureSparsity:
     def sparsity(self) -> float:
         """Fraction of the structures of which all is zero."""
         return self.zeros / self.total
+
+
+def structure_rows(structures: Iterable[StructureSparsity]) -> list[list[str]]:
+    """Structures as cells, the head of the table first."""
+    rows = [["place", "structures", "zeros", "sparsity"]]
+    return rows + [[s.name, f"{s.total:,} {s.kind}s", f"{s.zeros:,}", f"{s.sparsity:.4f}"] for s in structures]
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ class SparsityReport:
         Raises:
             ModuleNotFoundError: if matplotlib is not installed.
         """
-        save(self.figure(), path)
+        save_figure(self.figure(), path)
 
     def figure(self) -> "Figure":
         """What `plot` draws.
@@ -161,8 +167,7 @@ class SparsityReport:
 
     def __str__(self) -> str:
         if self.structures:
-            rows = [["place", "structures", "zeros", "sparsity"]]
-            rows += [[s.name, f"{s.total:,} {s.kind}s", f"{s.zeros:,}", f"{s.sparsity:.4f}"] for s in self.structures]
+            rows = structure_rows(self.structures)
             rows += [[f"all {self.units}", f"{self.total:,}", f"{self.zeros:,}", f"{self.sparsity:.4f}"]]
         else:
             rows = [["module", "shape", "zeros", "sparsity"]]

@@ -15,8 +15,9 @@ def to_sparse_semi_structured(model: nn.Module) -> nn.Module:
     """Stores the 2:4 weights of a model as `torch.sparse.to_sparse_semi_structured` does, for faster products on GPUs.
 
     For inference: such weights cannot be trained or saved. How much faster it is depends on shapes and batch; small
-    ones become slower, so measure. Weights that are not 2:4 along their inputs stay as they are; those of Conv1D
-    (GPT-2) do too, since the kernels want them the other way round.
+    ones become slower, so measure. Converted are the weights of Linear, `[out, in]`, that are 2:4 along `in` and of a
+    shape that the kernels take: multiples of 16 or 32 by 16, 32 or 64, depending on them. Those of Conv1D (GPT-2) lie
+    the other way round, and stay as they are.
 
     Args:
         model: The model, unwrapped, on a CUDA device of compute capability 8.0 or later, in float16 or bfloat16;
@@ -29,6 +30,7 @@ def to_sparse_semi_structured(model: nn.Module) -> nn.Module:
         ValueError: if a weight is not on such a device or of another dtype, or no Linear has a 2:4 weight of a shape
             that the kernels take. The model is then as it was.
     """
+    # Of Linear itself: other classes may do more with a weight than to multiply by it.
     linears = {name: each for name, each in model.named_modules() if type(each) is nn.Linear and _is_2_4(each.weight)}
     if not linears:
         raise ValueError(
@@ -65,5 +67,5 @@ def _is_2_4(weight: torch.Tensor) -> bool:
     """Whether at most two of every four weights along the inputs are not zero, and some are."""
     if weight.shape[1] % 4:
         return False
-    most = int((weight != 0).view(len(weight), -1, 4).sum(-1).max())
+    most = int((weight != 0).unflatten(1, (-1, 4)).sum(-1).max())
     return 0 < most <= 2

@@ -13,3 +13,8 @@ def table(rows: Sequence[Sequence[str]], rules: Iterable[int]) -> str:
     for i in sorted(rules, reverse=True):
         lines.insert(i, "-" * len(lines[0]))
     return "\n".join(lines)
+
+
+def number(value: float | None) -> str:
+    """A measured value in a cell; nothing for None."""
+    return "" if value is None else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}"

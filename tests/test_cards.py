@@ -60,7 +60,17 @@ def test_what_was_shrunk_without_a_trainer_is_gone():
     assert "Pruned structures are still there, as zeros" in before
     shrink(model)
     after = str(model_card("a", Facts(model, sparsity_report(model, config), config=config)))
-    assert "What was pruned is gone" in after
+    assert "Pruned structures were removed, which makes the model smaller and faster." in after
+    assert "some of its neurons were removed" in after
+
+
+def test_where_nothing_tells_what_was_removed_the_card_does_not_either():
+    model = build_of_structures("llama")
+    config = PruningConfig(sparsity=0.5, granularity="neuron", multiple_of=4, uniform=True)
+    prune(model, config)
+    shrink(model)
+    card = str(model_card("a", Facts(model, sparsity_report(model, config), config=config)))
+    assert "None of its neurons is zero: what was pruned has been removed, or nothing was." in card
 
 
 def test_metrics_that_are_no_numbers_are_left_out():

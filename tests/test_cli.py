@@ -135,7 +135,10 @@ def test_shrink_removes_what_prune_has_zeroed(family, tmp_path):
     again = type(model).from_pretrained(tmp_path / "small")
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
     card = (tmp_path / "small" / "README.md").read_text()
-    assert "which were removed" in card
+    assert (
+        f"pruned with hf_prune: some of its {'channels' if kind == 'channel' else 'heads and neurons'} were removed"
+        in card
+    )
     assert f"{before:,} | {model.num_parameters():,}" in card
 
 
@@ -185,10 +188,42 @@ def test_a_model_is_pruned_in_its_place_if_that_is_forced(tmp_path):
     assert json.loads(run("report", source, "--json"))["zeros"] > 0
 
 
+def test_a_compressed_model_is_shrunk_into_a_compressed_one(tmp_path):
+    source = tmp_path / "dense"
+    build("gpt2").save_pretrained(source)
+    run("prune", source, "--output", tmp_path / "a", "--sparsity", "0.9")
+    run("prune", tmp_path / "a", "--output", tmp_path / "b", "--sparsity", "0.5", "--granularity", "neuron")
+    run("shrink", tmp_path / "b", "--output", tmp_path / "c", "--compress")
+    found = json.loads(run("report", tmp_path / "c", "--json"))
+    assert any(row["compressed"] for row in found["tensors"])
+    assert found["zeros"] > 0
+    card = (tmp_path / "c" / "README.md").read_text()
+    assert "some of its neurons were removed" in card
+    assert "Zeros alone make nothing faster" in card
+
+
+def test_an_error_of_the_network_is_a_line(tmp_path, monkeypatch, capsys):
+    with running_hub() as hub:
+        use("http://127.0.0.1:1", monkeypatch, str(tmp_path / "cache"))
+        assert fails(monkeypatch, "push", saved(tmp_path / "model"), "mine") == 2
+        assert "hf-prune: " in capsys.readouterr().err
+        assert hub.requests == []
+
+
+def test_a_missing_package_is_a_line(tmp_path, monkeypatch, capsys):
+    folder, page = saved(tmp_path / "model"), tmp_path / "report.html"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert fails(monkeypatch, "report", folder, "--html", page) == 2
+    assert "hf-prune: plots need matplotlib: pip install matplotlib." in capsys.readouterr().err
+    assert not page.exists()
+
+
 def test_a_report_as_a_page(tmp_path, monkeypatch, capsys):
     folder, page = saved(tmp_path / "model"), tmp_path / "report.html"
     run("report", folder, "--html", page)
     assert page.read_text().startswith("<!DOCTYPE html>")
+    assert fails(monkeypatch, "report", folder, "--html", tmp_path / "none" / "page.html") == 2
+    assert "there is no folder" in capsys.readouterr().err
     page.write_text("mine")
     assert fails(monkeypatch, "report", folder, "--html", page) == 2
     assert f"{page} is there already. Give --force" in capsys.readouterr().err
@@ -222,6 +257,7 @@ def test_push_and_a_report_of_what_is_on_the_hub(tmp_path, monkeypatch):
         (["prune", ".", "--sparsity", "0.5", "--criterion", "best", "--output", "out"], "criterion must be one of"),
         (["prune", ".", "--config", "none", "--output", "out"], "no pruning_config.json in none"),
         (["prune", ".", "--sparsity", "0.5", "--calibration", ".", "--output", "out"], "looks at no data"),
+        (["prune", ".", "--sparsity", "0.5", "--length", "8", "--output", "out"], "need --calibration"),
         (["shrink", ".", "--output", "out"], "is not a saved model"),
     ],
 )

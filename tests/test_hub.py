@@ -258,8 +258,8 @@ def test_what_was_shrunk_is_told_with_what_it_saves(hub, make_trainer):
     costs = history.costs
     text = hub.files["tester/smaller"]["README.md"].decode()
     assert f"| parameters | {costs['masked'].parameters:,} | {costs['shrunk'].parameters:,} |" in text
-    assert "pruned to 50.0% of its neurons, which were removed" in text
-    assert "What was pruned is gone" in text
+    assert "pruned with hf_prune: 50.0% of its neurons were removed" in text
+    assert "Pruned structures were removed" in text
 
 
 def test_trainers_own_push_has_weights_rounds_plot_and_tags(hub, make_trainer, tmp_path):

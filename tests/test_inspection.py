@@ -1,6 +1,7 @@
 """Saved models, read tensor by tensor: what is counted is what torch counts in the model."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,11 +152,45 @@ def test_models_without_structures_that_are_gone_show_none(tmp_path):
     assert report_folder(tmp_path / "b").structures == ()
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"pad_token_id": 1000},
+        {"hidden_act": "nope"},
+        {"num_attention_heads": 0},
+        {"vocab_size": -5},
+        {"model_type": "x"},
+    ],
+)
+def test_zeros_are_counted_whatever_the_config_says(values, tmp_path):
+    folder = saved(tmp_path, config=PruningConfig(sparsity=0.5, granularity="neuron"))
+    config = json.loads((folder / "config.json").read_text())
+    report = report_folder(folder)
+    assert report.structures
+    assert report.structures_unknown is None
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    again = report_folder(folder)
+    assert again.tensors == report.tensors
+    if not again.structures:
+        assert again.structures_unknown is not None
+        assert f"not known: {again.structures_unknown}" in str(again)
+
+
+def test_why_structures_are_not_known_is_said(tmp_path, monkeypatch):
+    folder = saved(tmp_path, "resnet", PruningConfig(sparsity=0.5, granularity="channel", multiple_of=1))
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    report = report_folder(folder)
+    assert "channels need torch-pruning" in report.structures_unknown
+    assert "Whether whole structures are zero is not known: ModuleNotFoundError: channels need" in str(report)
+
+
 def test_a_shrunk_model_says_so(tmp_path):
     model = build("gpt2")
     prune(model, PruningConfig(sparsity=0.5, granularity="head"))
     shrink(model).save_pretrained(tmp_path)
-    assert "tensors have recorded shapes, which no config of the family can say" in str(report_folder(tmp_path))
+    assert "The model was shrunk: 6 tensors have shapes that no config of its family can say." in str(
+        report_folder(tmp_path)
+    )
 
 
 def test_several_files(tmp_path):

@@ -59,6 +59,19 @@ def test_a_short_text_is_one_sample(tmp_path):
     assert batch["input_ids"].shape == (1, 5)
 
 
+def test_a_tokenizer_that_is_written_in_python_cuts_as_well(tmp_path):
+    (tmp_path / "text").write_text("the fox " * 20)
+    batches = read_batches(tmp_path / "text", build("t5"), transformers.ByT5Tokenizer(), samples=3, length=10)
+    read = torch.cat([batch["input_ids"] for batch in batches])
+    assert read.flatten().tolist() == transformers.ByT5Tokenizer()("the fox " * 20)["input_ids"][:30]
+
+
+def test_blanks_are_no_text_whatever_the_tokenizer_adds(tmp_path):
+    (tmp_path / "text").write_text(" \n ")
+    with pytest.raises(ValueError, match="it has no text"):
+        read_batches(tmp_path / "text", build("t5"), transformers.ByT5Tokenizer(), samples=3)
+
+
 def test_the_rest_that_fills_no_sample_is_left_out(tmp_path):
     (batch,) = read_batches(text(tmp_path, words=25), build("llama"), word_tokenizer(), samples=8, length=10)
     assert batch["input_ids"].shape == (2, 10)

@@ -27,6 +27,7 @@ from ..compression import BITMASK, decompress
 from .families import FAMILIES
 
 METHOD = "hf_prune"
+_KEY = "quantization_config"
 # Where modules write down the lengths of the axes of their weights.
 WIDTHS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("out_features", "in_features"),
@@ -69,9 +70,9 @@ class Record(QuantizationConfigMixin):
         self.shapes = shapes = shapes or {}
         self.attributes = attributes = attributes or {}
         self.compressed = compressed = compressed or {}
-        for what in (shapes, attributes, compressed):
+        for field, what in (("shapes", shapes), ("attributes", attributes), ("compressed", compressed)):
             if not isinstance(what, dict):
-                raise ValueError(f"what is recorded of a pruned model must be objects, got {what!r}.")
+                raise ValueError(f"{field!r} of a pruned model, recorded in config.json, must be an object: {what!r}.")
         for name, shape in [*shapes.items(), *compressed.items()]:
             if not isinstance(shape, list) or not shape or not all(_is_size(length) for length in shape):
                 raise ValueError(f"the recorded shape of {name!r} must be positive whole numbers, got {shape!r}.")
@@ -197,7 +198,7 @@ def can_say(config: PretrainedConfig, fields: Mapping[str, int]) -> bool:
 def record_shapes_(model: PreTrainedModel) -> None:
     """Records in a model's config the shapes that it does not say. If it says all, it stays an ordinary one."""
     Record().write_(model.config)
-    said = built_from(model.config, type(model))
+    said = build_empty(type(model), model.config)
     # What the class does not build by itself, such as a head that its owner has put there, is no business of ours.
     expected = {name: list(tensor.shape) for name, tensor in _tensors(said)}
     shapes = {name: list(tensor.shape) for name, tensor in _tensors(model) if name in expected}
@@ -213,17 +214,20 @@ def record_shapes_(model: PreTrainedModel) -> None:
     ).write_(model.config)
 
 
-def built_of(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """What a config says that a model is, without weights, and in the shapes that are recorded in it."""
-    model = built_from(config, kind)
-    record = getattr(config, "quantization_config", None)
-    if isinstance(record, dict) and record.get("quant_method") == METHOD:
+def build_recorded(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """What a config and the shapes that are recorded in it say that a model is, without weights.
+
+    Raises:
+        ValueError: as `build_empty` does, or if the record is of another model.
+    """
+    model = build_empty(kind, config)
+    if record := recorded_in(config):
         _apply_(model, Record(**record))
     return model
 
 
-def built_from(config: PretrainedConfig, kind: type[PreTrainedModel]) -> PreTrainedModel:
-    """What a config says that a model is, without weights, records left aside.
+def build_empty(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """What a config alone says that a model is, without weights.
 
     Raises:
         ValueError: if the model's class needs more than a config.
@@ -236,6 +240,12 @@ def built_from(config: PretrainedConfig, kind: type[PreTrainedModel]) -> PreTrai
             f"{kind.__name__} cannot be built from its config alone ({error}), and so not be loaded either. "
             "Shrink the model inside of it."
         ) from error
+
+
+def recorded_in(config: PretrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """What hf_prune has recorded in a model's config, or in its JSON; empty if that is nothing."""
+    found = config.get(_KEY) if isinstance(config, Mapping) else getattr(config, _KEY, None)
+    return found if isinstance(found, dict) and found.get("quant_method") == METHOD else {}
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

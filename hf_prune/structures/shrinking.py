@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..contexts import whole_on_error
 from ..targets import find_targets
 from .channels import find_channels, is_convolutional
-from .loading import WIDTHS, built_from, can_say, record_shapes_
+from .loading import WIDTHS, build_empty, can_say, record_shapes_
 from .members import (
     Place,
     Places,
@@ -125,7 +125,7 @@ def remove_(model: PreTrainedModel, places: Places, kept: Mapping[str, torch.Ten
             )
         if not kept[name][list(place.stay)].all():
             raise ValueError(f"{place.kind} {place.stay[0]} of {name!r} is pruned, and makes what the others read.")
-    built_from(model.config, type(model))  # Else nothing could be recorded.
+    build_empty(type(model), model.config)  # Else nothing could be recorded.
     with whole_on_error(model):
         _remove_(model, parts, layers, kept)
 

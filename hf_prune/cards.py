@@ -16,6 +16,8 @@ from typing import cast
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
@@ -121,8 +123,13 @@ def base_model_of(card: Path) -> str | None:
         found = metadata_load(card) if card.is_file() else None
     except (ValueError, YAMLError):
         return None
-    base = (found or {}).get("base_model")
-    return base if isinstance(base, str) else None
+    names = (found or {}).get("base_model")
+    name = names[0] if isinstance(names, list) and len(names) == 1 else names
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if isinstance(name, str) else None
 
 
 def pipeline_tag(model: PreTrainedModel) -> str | None:

@@ -101,7 +101,10 @@ def shrink_command(
     folder = local_folder(model)
     opened, processing = open_model(folder), open_processing(folder)
     history = PruningHistory.load(folder / HISTORY_NAME) if (folder / HISTORY_NAME).is_file() else PruningHistory()
-    history.costs = shrink_measured(opened)
+    history.costs = {
+        **shrink_measured(opened),
+        **({"masked": before} if (before := history.costs.get("masked")) else {}),
+    }
     config = PruningConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
     base = _base_of(model, folder)
     save_pretrained(

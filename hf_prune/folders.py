@@ -1,6 +1,7 @@
 """Folders: saved models, read from their files tensor by tensor, so that they may be larger than memory."""
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from .compression import BITMASK, decompress
-from .structures.loading import recorded_in
+from .structures.loading import Record, recorded_in
 
 # Weights, configs, tokenizers of all kinds, and the card: nothing that is code or a pickle.
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja", "README.md"]
@@ -58,7 +59,7 @@ class SavedModel(Mapping[str, Stored]):
         self.record = _record_of(self.folder)
         self._shapes: Mapping[str, list[int]] = self.record.get("compressed", {})  # type: ignore[assignment]
         self._files: dict[str, Path] = {}
-        for path in _files_of(self.folder):
+        for path in files_of_weights(self.folder):
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 - it is no mapping
                     self._files[self._whole(name)] = path
@@ -76,6 +77,17 @@ class SavedModel(Mapping[str, Stored]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._files))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype of its floating-point tensors, `torch.float32` if there are none."""
+        found: set[torch.dtype] = set()
+        for path in set(self._files.values()):
+            with _opened(path) as file:
+                # An empty slice has the dtype, and reads nothing.
+                found |= {file.get_slice(name)[:0].dtype for name in file.keys() if file.get_slice(name).get_shape()}  # noqa: SIM118
+        floating = [dtype for dtype in found if dtype.is_floating_point]
+        return functools.reduce(torch.promote_types, floating) if floating else torch.float32
 
     def __len__(self) -> int:
         return len(self._files)
@@ -126,14 +138,21 @@ def names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _files_of(folder: Path) -> list[Path]:
+def files_of_weights(folder: Path) -> list[Path]:
+    """The files that hold the weights of a saved model; where there are several kinds, those that Transformers reads.
+
+    Raises:
+        ValueError: if there are none, or one is missing.
+    """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))  # type: ignore[attr-defined]
+    names = ["model.safetensors"]
+    if index.is_file() and not (folder / names[0]).is_file():
+        found = read_json(index).get("weight_map")
+        if not isinstance(found, Mapping) or not found or not all(isinstance(name, str) for name in found.values()):
+            raise ValueError(f"{index} must name a file for each weight in its 'weight_map'.")
+        names = sorted(set(found.values()))
         if strange := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{index} names {strange[0]!r}, which is not a file beside it.")
-    else:
-        names = ["model.safetensors"]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{folder} is not a saved model: it has no {missing[0]}.")
     return [folder / name for name in names]
@@ -141,13 +160,18 @@ def _files_of(folder: Path) -> list[Path]:
 
 def _record_of(folder: Path) -> Mapping[str, object]:
     file = folder / "config.json"
-    return recorded_in(_read_json(file)) if file.is_file() else {}
+    return Record(**recorded_in(read_json(file))).to_dict() if file.is_file() else {}
 
 
-def _read_json(path: Path) -> Mapping[str, object]:
+def read_json(path: Path) -> Mapping[str, object]:
+    """Reads an object from a file of JSON.
+
+    Raises:
+        ValueError: if there is none in it.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} is truncated or not JSON ({error}).") from error
     if not isinstance(found, Mapping):
         raise ValueError(f"{path} must hold an object, got {type(found).__name__}.")

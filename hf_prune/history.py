@@ -1,6 +1,7 @@
 """History: the rounds of a run, as a table, a file and a plot."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -127,9 +128,21 @@ class PruningHistory(Sequence[Round]):
         """The inverse of `to_dict`."""
         values = _each(_from_json, values)
         rounds = [Round(**row) for row in values["rounds"]]  # type: ignore[attr-defined]
-        evaluations = [tuple(pair) for pair in values["evaluations"]]  # type: ignore[attr-defined]
+        evaluations = [(step, value) for step, value in values["evaluations"]]  # type: ignore[attr-defined]
         costs = {name: Cost(**cost) for name, cost in values.get("costs", {}).items()}  # type: ignore[attr-defined]
-        return cls(**{**values, "rounds": rounds, "evaluations": evaluations, "costs": costs})  # type: ignore[arg-type]
+        history = cls(**{**values, "rounds": rounds, "evaluations": evaluations, "costs": costs})  # type: ignore[arg-type]
+        records: list[Round | Cost] = [*rounds, *costs.values()]
+        for record in records:
+            for field_ in dataclasses.fields(record):
+                _require_kind(field_.name, getattr(record, field_.name), field_.type)
+        _require_kind("metric", history.metric, str)
+        _require_kind("dense", history.dense, float | None)
+        _require_kind("ended", history.ended, str | None)
+        for value in (*history.asked, *itertools.chain(*evaluations)):
+            _require_kind("asked or evaluations", value, float)
+        if costs and set(costs) != {"masked", "shrunk"}:
+            raise ValueError(f"costs must be of masked and shrunk, got {', '.join(costs)}")
+        return history
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the history as JSON."""
@@ -145,7 +158,7 @@ class PruningHistory(Sequence[Round]):
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a pruning history ({error!r}).") from error
 
     def __str__(self) -> str:
@@ -241,6 +254,14 @@ def perplexity_from_loss(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+def _require_kind(name: str, value: object, kind: Any) -> None:
+    """Requires a value of a type, in JSON's sense: a whole number is a number, and a huge one is none."""
+    if not isinstance(value, kind) and not (type(value) is int and isinstance(float(value), kind)):
+        raise ValueError(f"{name} holds {value!r}")
+    if isinstance(value, int):
+        float(value)
 
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

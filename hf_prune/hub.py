@@ -5,10 +5,10 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
@@ -23,6 +23,7 @@ from .compression import compressed_state
 from .config import CONFIG_NAME, PruningConfig
 from .contexts import keep_random_state
 from .costs import Cost, measure_costs
+from .folders import files_of_weights
 from .history import HISTORY_NAME, PruningHistory
 from .opening import Processing
 from .plots import PLOT_NAME, can_plot
@@ -49,7 +50,7 @@ def save_pretrained(
     model: PreTrainedModel,
     folder: str | os.PathLike[str],
     *,
-    processing_class: Processing | None = None,
+    processing_class: Processing | Sequence[Processing] | None = None,
     config: PruningConfig | None = None,
     history: PruningHistory | None = None,
     metrics: Mapping[str, float] | None = None,
@@ -66,7 +67,7 @@ def save_pretrained(
     Args:
         model: The model, unwrapped.
         folder: Where to; made if it is not there. Files of an earlier model in it are replaced.
-        processing_class: Tokenizer or processor to save with it.
+        processing_class: Tokenizer or processor to save with it, or several.
         config: How it was pruned; goes into `pruning_config.json` and the card.
         history: Its rounds, as in `PruningTrainerCallback.history`; go into `pruning_history.json`, the card, and, if
             matplotlib is installed, `pruning.png`.
@@ -92,7 +93,7 @@ def push_to_hub(
     what: "Trainer | PreTrainedModel | str | os.PathLike[str]",
     repo_id: str | None = None,
     *,
-    processing_class: Processing | None = None,
+    processing_class: Processing | Sequence[Processing] | None = None,
     config: PruningConfig | None = None,
     history: PruningHistory | None = None,
     metrics: Mapping[str, float] | None = None,
@@ -140,10 +141,9 @@ def push_to_hub(
         if not is_first:
             return None
         folder = Path(what)
-        if not (folder / "config.json").is_file() or not any(
-            path for pattern in _WEIGHTS for path in folder.glob(pattern)
-        ):
-            raise ValueError(f"{folder} holds no model: config.json and model.safetensors are what is looked for.")
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} is not a saved model: it has no config.json.")
+        files_of_weights(folder)  # Raises if there are none.
         return _upload(folder, repo_id or folder.resolve().name, private, token, commit_message)
     if isinstance(what, nn.Module):
         if repo_id is None:
@@ -243,7 +243,7 @@ def _save(
     facts: Facts,
     folder: Path,
     name: str,
-    processing_class: Processing | None,
+    processing_class: Processing | Sequence[Processing] | None,
     state: Mapping[str, torch.Tensor],
     max_shard_size: int | str,
     compress: bool,
@@ -258,8 +258,9 @@ def _save(
                 )
         else:
             facts.model.save_pretrained(stage, state_dict=dict(state), max_shard_size=max_shard_size)
-        if processing_class is not None:
-            processing_class.save_pretrained(stage)
+        several = isinstance(processing_class, Sequence)
+        for each in cast(Sequence[Processing], processing_class if several else filter(None, [processing_class])):
+            each.save_pretrained(stage)
         if facts.config is not None:
             facts.config.save_pretrained(stage)
         if facts.history is not None:
@@ -281,6 +282,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
         except SafetensorError as error:  # A full disk, in the words of the library that writes weights.
             raise OSError(f"the weights could not be written, and {folder} is as it was: {error}") from error
         new = [path.relative_to(stage) for path in stage.rglob("*") if path.is_file()]
+        if in_the_way := [path for path in new if (folder / path).is_dir()]:
+            raise OSError(f"{folder / in_the_way[0]} is a folder, where a file is to be written.")
         for path in new:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / path, folder / path)

@@ -5,26 +5,60 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers.utils.logging import tqdm
 
 from .folders import SavedModel, Stored, names_in
-from .opening import open_empty
+from .opening import DAMAGED, open_empty
 from .reports import StructureSparsity, structure_rows
 from .structures.shrinking import find_removable
 from .tables import table
 
-# What a class may raise that is built from a config that somebody else wrote.
-_NOT_BUILT = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
-    ValueError,
-)  # fmt: skip
+# What may come of building a model from a config that somebody else wrote.
+_NOT_BUILT = (*DAMAGED, ImportError, OSError)
 _CHUNK = 2**20  # elements that are looked at together, few enough to stay in the cache
 _PATTERNS = ((1, 4), (2, 8), (2, 4), (4, 8))  # each is implied by some of those before it, and by none behind it
+_ALIGNED = 8  # rows that are looked at together at least, so that groups of them are whole
+_ONES = 0x0101010101010101
+_WITH_A_SIGN = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
+"""Those with a zero of either sign and no other number that has no other bits; others are converted."""
 _INTEGERS: dict[int, type[np.unsignedinteger]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 """Unsigned ones, by their number of bytes."""
+
+
+class Pattern(NamedTuple):
+    """N:M along a dimension of a tensor.
+
+    Attributes:
+        n: Most elements that are not zero in a group.
+        m: Number of elements in a group.
+        dim: The dimension.
+        stride: Number of elements of the tensor between two of a group.
+    """
+
+    n: int
+    m: int
+    dim: int
+    stride: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.dim == -1 else f"{self.n}:{self.m} (dim {self.dim})"
+
+    def follows_from(self, other: "Pattern") -> bool:
+        """Whether what has another pattern has this one."""
+        return self.dim == other.dim and self.n >= other.n * max(1, self.m // other.m)
+
+    def most(self, kept: np.ndarray) -> int:
+        """The most elements that are not zero in a group of some rows."""
+        if self.stride > 1:
+            return int(kept.reshape(-1, self.m, self.stride).sum(1, dtype=np.uint8).max(initial=0))
+        groups = kept.view(_INTEGERS[self.m])  # A byte for each: their sum comes to stand in the highest.
+        return int((groups * _INTEGERS[self.m](_ONES >> 64 - 8 * self.m)).max(initial=0)) >> 8 * self.m - 8
 
 
 @dataclass(frozen=True)
@@ -38,7 +72,8 @@ class TensorZeros:
         zeros: Number of zeros, negative ones included.
         total: Number of elements.
         bytes: What it takes in the file, compressed or not.
-        patterns: The N:M patterns that all of it has along its last dimension, the sparsest first.
+        patterns: The N:M patterns that all of it has along its last dimension, the sparsest first, and those along the
+            inputs of what is no Linear: the first dimension of a matrix (of Conv1D), the second of a larger tensor.
         zero_rows: Number of indices of the first dimension at which all is zero.
         compressed: Whether the file leaves zeros out.
     """
@@ -158,7 +193,7 @@ def report_folder(folder: str | os.PathLike[str], *, show_progress: bool = False
     rows = tuple(_count(name, model[name]) for name in _shown(model, show_progress))
     with_zero_rows = {row.name for row in rows if row.zero_rows}
     try:
-        return FolderReport(str(folder), rows, model.record, _structures(model, with_zero_rows))
+        return FolderReport(str(folder), rows, model.record, *_structures(model, with_zero_rows))
     except _NOT_BUILT as error:  # Zeros are there whether or not they can be told from a model.
         return FolderReport(str(folder), rows, model.record, structures_unknown=f"{type(error).__name__}: {error}")
 
@@ -249,25 +284,31 @@ def compare_folders(
     return FolderChange(tuple(rows), (only[0], only[1]))
 
 
-def _structures(model: SavedModel, with_zero_rows: Collection[str]) -> tuple[StructureSparsity, ...]:
-    """The structures of a saved model, of the kinds of which some are zero; those have a row of zeros somewhere."""
+def _structures(model: SavedModel, with_zero_rows: set[str]) -> tuple[tuple[StructureSparsity, ...], str | None]:
+    """The structures of a saved model, of the kinds of which some are zero, and why others are not known.
+
+    Those that are zero have a row of zeros somewhere.
+    """
     if not with_zero_rows:
-        return ()
+        return (), None
     empty = open_empty(model.folder)
     places, names = find_removable(empty), names_in(empty, model)
-    rows = []
+    rows, unknown = [], []
     for name, place in places.items():
         in_files = [names.get(member.name) for member in place.members]
         zeros = 0
-        if any(name in with_zero_rows for name in in_files):
+        if None in in_files:
+            unknown.append(name)
+        elif with_zero_rows.intersection(in_files):
             kept = torch.zeros(place.count, dtype=torch.bool)
             for member, file_name in zip(place.members, in_files, strict=True):  # One at a time in memory.
-                masks = {} if file_name is None else {member.name: model[file_name].tensor != 0}
+                masks = {member.name: model[str(file_name)].tensor != 0}
                 kept |= replace(place, members=(member,)).kept_of(masks)
             zeros = place.count - int(kept.count_nonzero())
         rows.append(StructureSparsity(name, place.kind, zeros, place.count))
     kinds = {row.kind for row in rows if row.zeros}
-    return tuple(row for row in rows if row.kind in kinds)
+    why = f"files put weights of {', '.join(unknown)} together that the model has apart." if unknown else None
+    return tuple(row for row in rows if row.kind in kinds), why
 
 
 def _shown(names: Collection[str], show_progress: bool) -> Iterable[str]:
@@ -280,7 +321,8 @@ def _change(name: str, first: torch.Tensor, second: torch.Tensor) -> TensorChang
         was, now = a != 0, b != 0
         zeros[0] += len(a) - int(was.count_nonzero())
         zeros[1] += len(b) - int(now.count_nonzero())
-        for i, differs in enumerate((~was & now, was & ~now, was & now & (a != b))):
+        moved = was & now & (a != b) & ~(a.isnan() & b.isnan())
+        for i, differs in enumerate((~was & now, was & ~now, moved)):
             totals[i] += int(differs.count_nonzero())
     return TensorChange(name, (zeros[0], zeros[1]), *totals)
 
@@ -290,12 +332,18 @@ def _count(name: str, stored: Stored) -> TensorZeros:
     width = math.prod(tensor.shape[1:])
     rows = _bits(tensor.reshape(-1, width) if tensor.numel() else tensor.reshape(0, 1))
     has_rows = tensor.ndim > 1 and bool(tensor.numel())
-    possible = [(n, m) for n, m in _PATTERNS if has_rows and tensor.shape[-1] % m == 0]
-    # The first row tells almost as surely as all of them that there is no pattern.
-    possible = _among(possible, _nonzero(rows[:1], *_room(rows[:1])))
+    # Elements that stand together in a group of N:M, and the number of elements between two of them.
+    axis = 0 if tensor.ndim == 2 else 1
+    strides = {-1: 1, axis: math.prod(tensor.shape[axis + 1 :])} if has_rows else {}
+    possible = [
+        Pattern(n, m, dim, strides[dim]) for dim in strides for n, m in _PATTERNS if tensor.shape[dim] % m == 0
+    ]
+    # The first rows tell almost as surely as all of them that there is no pattern.
+    possible = _among(possible, _nonzero(rows[:_ALIGNED], *_room(rows[:_ALIGNED])))
 
-    def look(some: np.ndarray) -> tuple[int, int, list[tuple[int, int]]]:
-        zeros, zero_rows, left, step = 0, 0, possible, max(1, _CHUNK // max(width, 1))
+    def look(some: np.ndarray) -> tuple[int, int, list[Pattern]]:
+        zeros, zero_rows, left = 0, 0, possible
+        step = max(_ALIGNED, _CHUNK // max(width, 1) // _ALIGNED * _ALIGNED)
         room = _room(some[:step])  # Memory that is new each time would take longer than what is done in it.
         for start in range(0, len(some), step):
             kept = _nonzero(some[start : start + step], *room)
@@ -309,11 +357,11 @@ def _count(name: str, stored: Stored) -> TensorZeros:
     zeros = zero_rows = 0
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as threads:  # NumPy lets others compute meanwhile.
-        each = max(1, -(-len(rows) // workers))
+        each = max(1, -(-len(rows) // workers // _ALIGNED)) * _ALIGNED
         for some_zeros, some_rows, left in threads.map(look, (rows[i : i + each] for i in range(0, len(rows), each))):
             zeros, zero_rows = zeros + some_zeros, zero_rows + some_rows
             possible = [pattern for pattern in possible if pattern in left]
-    patterns = tuple(f"{n}:{m}" for n, m in possible) if 0 < zeros < tensor.numel() else ()
+    patterns = tuple(map(str, possible)) if 0 < zeros < tensor.numel() else ()
     dtype = str(tensor.dtype).removeprefix("torch.")
     return TensorZeros(name, tuple(tensor.shape), dtype, zeros, tensor.numel(), size, patterns, zero_rows, compressed)
 
@@ -323,6 +371,8 @@ def _bits(rows: torch.Tensor) -> np.ndarray:
     if not rows.is_floating_point():
         integers = rows.numpy()
         return integers.view(f"i{integers.itemsize}") if integers.dtype.kind == "u" else integers
+    if rows.dtype not in _WITH_A_SIGN:
+        rows = rows.float()
     return rows.contiguous().view(torch.uint8).numpy().view(_INTEGERS[rows.element_size()])
 
 
@@ -339,17 +389,10 @@ def _nonzero(bits: np.ndarray, room: np.ndarray, kept: np.ndarray) -> np.ndarray
     return np.not_equal(bits, 0, out=kept)
 
 
-def _among(patterns: Sequence[tuple[int, int]], kept: np.ndarray) -> list[tuple[int, int]]:
-    """Those of N:M patterns that all of some rows have; what follows from another one is not looked for."""
-    found: list[tuple[int, int]] = []
-    for n, m in patterns:
-        follows = any(n >= other_n * max(1, m // other_m) for other_n, other_m in found)
-        if follows or _most(kept, m) <= n:
-            found.append((n, m))
+def _among(patterns: Sequence[Pattern], kept: np.ndarray) -> list[Pattern]:
+    """Those that all of some rows have; what follows from another one is not looked for."""
+    found: list[Pattern] = []
+    for pattern in patterns:
+        if any(pattern.follows_from(other) for other in found) or pattern.most(kept) <= pattern.n:
+            found.append(pattern)
     return found
-
-
-def _most(kept: np.ndarray, m: int) -> int:
-    """The most elements that are not zero in any m of a row that stand together."""
-    groups = kept.view(_INTEGERS[m])  # A byte for each: their sum comes to stand in the highest.
-    return int((groups * _INTEGERS[m](0x0101010101010101 >> 64 - 8 * m)).max(initial=0)) >> 8 * m - 8

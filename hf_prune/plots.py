@@ -1,6 +1,7 @@
 """Plots: figures of runs and of models, by matplotlib where that is installed."""
 
 import io
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ PLOT_NAME = "pruning.png"
 Point = tuple[int, float]
 """A step, and a value at it."""
 
+_LONGEST = 80  # characters of a name
+_MOST_ROWS = 100  # that a picture shows
 _MOST_WITH_NUMBERS = 16  # columns in which a number can be read
 
 
@@ -70,10 +73,10 @@ def figure_of_run(
     ):
         if points:
             axes[0].plot(*zip(*points, strict=True), label=label, **style)
-    axes[0].set_ylabel(metric, parse_math=False)
+    axes[0].set_ylabel(_printable(metric), parse_math=False)
     values = [value for _, value in (*evaluations, *after_cuts)] + ([] if dense is None else [dense])
-    positive = [value for value in values if value > 0]
-    if positive and max(positive) > 20 * min(positive):
+    finite = [value for value in values if math.isfinite(value)]
+    if finite and 0 < 20 * min(finite) < max(finite):  # On a logarithmic axis what is not positive would be lost.
         axes[0].set_yscale("log")
     if axes[0].get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper center", ncols=4)
@@ -98,9 +101,15 @@ def figure_of_modules(sparsity: Mapping[str, float]) -> "Figure":
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
     """
-    cells = {_row_and_column(name): value for name, value in sparsity.items()}
+    cells = {_row_and_column(_printable(name)): value for name, value in sparsity.items()}
     rows, columns = list(dict.fromkeys(row for row, _ in cells)), sorted({column for _, column in cells})
-    figure = _figure(max(6.0, 3.5 + 0.45 * len(columns)), 1.6 + 0.3 * len(rows))
+    title = "sparsity by module"
+    if len(rows) > _MOST_ROWS:
+        title += f" (the first {_MOST_ROWS} of {len(rows)} rows)"
+        rows = rows[:_MOST_ROWS]
+        cells = {(row, column): value for (row, column), value in cells.items() if row in set(rows)}
+    names = 0.09 * max([0, *map(len, rows)])  # inches
+    figure = _figure(max(6.0, 1.5 + names + 0.45 * len(columns)), 1.6 + 0.3 * len(rows))
     axes = figure.subplots()
     nothing = float("nan")
     image = axes.imshow(
@@ -111,7 +120,7 @@ def figure_of_modules(sparsity: Mapping[str, float]) -> "Figure":
     axes.set_yticks(range(len(rows)), rows, parse_math=False)  # Names are names, whatever is in them.
     every = max(1, len(columns) // 20)
     axes.set_xticks(range(0, len(columns), every), [str(column) for column in columns[::every]])
-    axes.set(xlabel="layer", title="sparsity by module")
+    axes.set(xlabel="layer", title=title)
     axes.set_xticks([i - 0.5 for i in range(1, len(columns))], minor=True)
     axes.set_yticks([i - 0.5 for i in range(1, len(rows))], minor=True)
     axes.grid(which="minor", color="white", linewidth=1)
@@ -127,9 +136,15 @@ def figure_of_modules(sparsity: Mapping[str, float]) -> "Figure":
     return figure
 
 
+def _printable(name: str) -> str:
+    """A name as an image can hold it: without control characters, and not too long."""
+    name = name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 2 :]}"
+    return "".join(character if character.isprintable() else "?" for character in name)
+
+
 def _row_and_column(name: str) -> tuple[str, int]:
     """The module of a layer and the number of the layer."""
-    found = re.search(r"(?<=\.)\d+(?=\.)", name)
+    found = re.search(r"(?<=\.)\d{1,9}(?=\.)", name)
     return (name, 0) if found is None else (f"{name[: found.start()]}*{name[found.end() :]}", int(found.group()))
 
 

@@ -65,7 +65,7 @@ def to_sparse_semi_structured(model: nn.Module) -> nn.Module:
 
 def _is_2_4(weight: torch.Tensor) -> bool:
     """Whether at most two of every four weights along the inputs are not zero, and some are."""
-    if weight.shape[1] % 4:
+    if weight.shape[1] % 4 or not weight.numel():
         return False
     most = int((weight != 0).unflatten(1, (-1, 4)).sum(-1).max())
     return 0 < most <= 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 from typer.testing import CliRunner
 
@@ -103,7 +105,7 @@ def test_prune_looks_at_data(family, criterion, tmp_path):
         "prune", source, "--output", tmp_path / "out", *words, "--calibration", data, "--batch-size", "4", "--compress"
     )
     model = build(family)
-    processing = processor() if family == "vit" else word_tokenizer()
+    processing = [processor() if family == "vit" else word_tokenizer()]
     batches = read_batches(data, model, processing, samples=8, batch_size=4, length=8, seed=3)
     prune(model, PruningConfig(sparsity=0.5, criterion=criterion, calibration_samples=8), batches, seed=3)
     again = type(model).from_pretrained(tmp_path / "out")
@@ -142,6 +144,21 @@ def test_shrink_removes_what_prune_has_zeroed(family, tmp_path):
     assert f"{before:,} | {model.num_parameters():,}" in card
 
 
+def test_a_model_that_is_shrunk_twice_is_compared_with_the_first(tmp_path):
+    source = tmp_path / "dense"
+    build("gpt2").save_pretrained(source)
+    counts = []
+    for number, kind in enumerate(("head", "neuron")):
+        pruned, source_of = tmp_path / f"pruned-{number}", tmp_path / f"small-{number}"
+        run("prune", source, "--output", pruned, "--granularity", kind, "--sparsity", "0.5")
+        if (source / "pruning_history.json").is_file():
+            shutil.copy(source / "pruning_history.json", pruned)
+        counts.append(json.loads(run("shrink", pruned, "--output", source_of, "--json")))
+        source = source_of
+    assert counts[0]["masked_parameters"] == counts[1]["masked_parameters"] == build("gpt2").num_parameters()
+    assert counts[1]["shrunk_parameters"] < counts[0]["shrunk_parameters"]
+
+
 def test_a_card_names_the_dense_model_that_the_card_before_it_names(tmp_path):
     source = dense(tmp_path / "dense", "gpt2")
     prune_words = ["--granularity", "neuron", "--sparsity", "0.5"]
@@ -152,6 +169,10 @@ def test_a_card_names_the_dense_model_that_the_card_before_it_names(tmp_path):
     (source / "README.md").write_text("---\n: [\n---\n")
     run("prune", source, "--output", tmp_path / "pruned", *prune_words, "--force")
     assert ModelCard.load(tmp_path / "pruned" / "README.md").data.base_model is None
+    for name, expected in (("[org/x]", "org/x"), ("[a/b, c/d]", None), ("'[x](javascript:alert(1))'", None)):
+        (source / "README.md").write_text(f"---\nbase_model: {name}\n---\n")
+        run("prune", source, "--output", tmp_path / "pruned", *prune_words, "--force")
+        assert ModelCard.load(tmp_path / "pruned" / "README.md").data.base_model == expected
 
 
 def test_a_model_of_the_hub_is_pruned(tmp_path, monkeypatch):
@@ -182,6 +203,15 @@ def test_nothing_in_a_folder_is_lost_unless_it_is_forced(command, tmp_path, monk
     assert "is a file, and a model is saved into a folder" in capsys.readouterr().err
 
 
+def test_what_is_in_the_way_is_found_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    (output / "config.json").mkdir(parents=True)
+    words = ["prune", dense(tmp_path / "dense"), "--output", output, "--sparsity", "0.5", "--force"]
+    assert fails(monkeypatch, *words) == 2
+    assert "config.json is a folder, where a file is to be written" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["config.json"]
+
+
 def test_a_model_is_pruned_in_its_place_if_that_is_forced(tmp_path):
     source = dense(tmp_path / "dense")
     run("prune", source, "--output", source, "--sparsity", "0.5", "--force")
@@ -200,6 +230,26 @@ def test_a_compressed_model_is_shrunk_into_a_compressed_one(tmp_path):
     card = (tmp_path / "c" / "README.md").read_text()
     assert "some of its neurons were removed" in card
     assert "Zeros alone make nothing faster" in card
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "shapes"])
+@pytest.mark.parametrize("command", ["prune", "shrink"])
+def test_damaged_weights_are_a_line(command, damage, tmp_path, monkeypatch, capsys):
+    folder = saved(tmp_path / "a", "gpt2", PruningConfig(sparsity=0.5, granularity="head"))
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "missing":
+        save_file({name: tensor for name, tensor in tensors.items() if "c_fc.weight" not in name}, file)
+    else:
+        save_file({**tensors, "transformer.h.0.mlp.c_fc.weight": torch.ones(3, 3)}, file)
+    words = ["--sparsity", "0.5"] if command == "prune" else []
+    assert fails(monkeypatch, command, folder, "--output", tmp_path / "out", *words) == 2
+    said = {"missing": "lack weights of a GPT2LMHeadModel, which would be random: transformer.h.0.mlp.c_fc.weight, ",
+            "truncated": "is truncated or not a file of weights", "shapes": "cannot be loaded"}  # fmt: skip
+    assert said[damage] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_error_of_the_network_is_a_line(tmp_path, monkeypatch, capsys):
@@ -249,7 +299,7 @@ def test_push_and_a_report_of_what_is_on_the_hub(tmp_path, monkeypatch):
     [
         (["report", "no/such/folder"], "neither a folder nor a name on the Hub"),
         (["report", "."], "is not a saved model"),
-        (["push", ".", "mine"], "holds no model"),
+        (["push", ".", "mine"], "is not a saved model"),
         (["plot", "no-such-history.json"], "No such file"),
         (["prune", ".", "--sparsity", "0.5", "--output", "out"], "is not a saved model"),
         (["prune", ".", "--output", "out"], "sparsity is missing"),

@@ -121,6 +121,30 @@ def test_a_history_cut_off_anywhere_is_an_error(tmp_path):
             PruningHistory.load(tmp_path / "cut")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"costs": []}, {"costs": {"shrunk": {"parameters": 1}}}, {"metric": 5}, {"dense": "x"}, {"asked": 5},
+        {"asked": ["x"]}, {"evaluations": [[1, None]]}, {"evaluations": [["a", "b"]]}, {"evaluations": [[10**400, 1]]},
+        {"rounds": [5]}, {"reached": "x"}, {"reached": None}, {"step": None}, {"step": 1.5}, {"best": "x"},
+        {"ended": 3},
+    ],
+)  # fmt: skip
+def test_a_history_whose_values_are_none_of_a_history_is_an_error(change, tmp_path):
+    values = history().to_dict()
+    (name,) = change
+    (values if name in values else values["rounds"][0]).update(change)
+    (tmp_path / "history.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="is not a pruning history"):
+        PruningHistory.load(tmp_path / "history.json")
+
+
+def test_a_history_that_is_nested_too_deeply_is_an_error(tmp_path):
+    (tmp_path / "history.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not a pruning history"):
+        PruningHistory.load(tmp_path / "history.json")
+
+
 def test_a_history_that_is_not_text_is_an_error(tmp_path):
     (tmp_path / "history").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ValueError, match="is not a pruning history"):

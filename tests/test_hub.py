@@ -367,7 +367,7 @@ def test_names_that_the_hub_does_not_allow(repo_id, hub, tmp_path):
 
 
 def test_nothing_to_push(hub, tmp_path):
-    with pytest.raises(ValueError, match=r"holds no model: config\.json and model\.safetensors"):
+    with pytest.raises(ValueError, match=r"is not a saved model: it has no config\.json"):
         push_to_hub(tmp_path)
     with pytest.raises(ValueError, match="repo_id must be given"):
         push_to_hub(pruned())

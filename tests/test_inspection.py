@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from hf_prune import PruningConfig, prune, save_pretrained, shrink
@@ -77,6 +78,56 @@ def test_a_pattern_that_one_group_lacks_is_none(tmp_path):
     assert "2:4" not in report_folder(tmp_path).tensors[0].patterns
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "expected"),
+    [
+        ("gpt2", "transformer.h.0.mlp.c_fc.weight", ("2:4 (dim 0)", "4:8 (dim 0)")),
+        ("resnet", "resnet.encoder.stages.0.layers.0.layer.1.convolution.weight", ("2:4 (dim 1)", "4:8 (dim 1)")),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.0.w1.weight", ("2:4", "4:8")),
+    ],
+)
+def test_patterns_are_found_along_the_inputs_of_other_layers(family, name, expected, tmp_path):
+    rows = {row.name: row for row in report_folder(saved(tmp_path, family, PruningConfig(granularity="2:4"))).tensors}
+    assert rows[name].patterns == expected
+
+
+def test_patterns_along_the_first_dimension_are_those_of_the_transpose(tmp_path):
+    torch.manual_seed(0)
+    for rows, width in ((8, 3), (64, 5), (1000, 9000)):
+        weight = torch.randn(rows, width)
+        for group in weight.view(rows // 4, 4, width):
+            group.masked_fill_(group.abs().argsort(0).argsort(0) < 2, 0)
+        save_file({"a": weight}, tmp_path / "model.safetensors")
+        assert report_folder(tmp_path).tensors[0].patterns == ("2:4 (dim 0)", "4:8 (dim 0)")
+        weight[-4:, -1] = 1
+        save_file({"a": weight}, tmp_path / "model.safetensors")
+        assert "2:4 (dim 0)" not in report_folder(tmp_path).tensors[0].patterns
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_every_byte_of_a_small_dtype_is_what_torch_says(name, tmp_path):
+    dtype = getattr(torch, name)
+    values = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(dtype)
+    save_file({"a": values}, tmp_path / "model.safetensors")
+    assert report_folder(tmp_path).tensors[0].zeros == int((values.float() == 0).sum())
+
+
+def test_weights_that_files_put_together_are_said(tmp_path):
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, use_swiglu_ffn=True, image_size=8,
+        patch_size=4, num_labels=3,
+    )  # fmt: skip
+    model = transformers.Dinov2ForImageClassification(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    prune(model, PruningConfig(sparsity=0.5, granularity="neuron", multiple_of=1))
+    model.save_pretrained(tmp_path)
+    report = report_folder(tmp_path)
+    if not report.structures:  # Files of some versions of Transformers have them apart.
+        assert "together that the model has apart" in str(report)
+
+
 def test_integers_have_no_sign_to_leave_out(tmp_path):
     values = {dtype: torch.tensor([[0, 1, 128, 0]]).to(dtype) for dtype in (torch.uint8, torch.int8, torch.int64)}
     values[torch.bool] = torch.tensor([[True, False, False, True]])
@@ -111,6 +162,21 @@ def test_differences(tmp_path):
     assert change.only == (("model.norm.weight",), ("new",))
     assert not change.are_equal
     assert "Only in the second: new" in str(change)
+
+
+def test_what_is_not_a_number_in_both_has_not_moved(tmp_path):
+    for name, value in (("a", float("nan")), ("b", float("nan")), ("c", 1.0)):
+        (tmp_path / name).mkdir()
+        save_file({"x": torch.tensor([value, 2.0])}, tmp_path / name / "model.safetensors")
+    assert compare_folders(tmp_path / "a", tmp_path / "b").are_equal
+    assert compare_folders(tmp_path / "a", tmp_path / "c").tensors[0].moved == 1
+
+
+def test_of_two_models_in_a_folder_the_one_that_transformers_reads_is_read(tmp_path):
+    saved(tmp_path, max_shard_size="10KB")
+    build("llama").save_pretrained(tmp_path / "dense")
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "dense" / "model.safetensors").read_bytes())
+    assert report_folder(tmp_path).zeros == 0
 
 
 def test_models_of_other_shapes_are_an_error(tmp_path):
@@ -201,6 +267,8 @@ def test_several_files(tmp_path):
 
 def damage(folder: Path, how: str) -> None:
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if how in ("another place", "index", "nested", "no map") or how.startswith("map of"):
+        file.rename(folder / "model-0.safetensors")
     if how == "no file":
         file.unlink()
     elif how == "truncated":
@@ -209,6 +277,15 @@ def damage(folder: Path, how: str) -> None:
         index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
     elif how == "index":
         index.write_text("{")
+    elif how.startswith("map of"):
+        maps = {"nothing": {}, "a list": [], "numbers": {"a": 1}}
+        index.write_text(json.dumps({"weight_map": maps[how.removeprefix("map of ")]}))
+    elif how == "nested":
+        index.write_text("[" * 100_000)
+    elif how == "no map":
+        index.write_text("{}")
+    elif how == "record":
+        (folder / "config.json").write_text('{"quantization_config": {"quant_method": "hf_prune", "compressed": 5}}')
     elif how == "config":
         (folder / "config.json").write_text("[]")
     else:
@@ -224,6 +301,10 @@ def damage(folder: Path, how: str) -> None:
         ("truncated", "is truncated or not a file of weights"),
         ("another place", r"names '\.\./model\.safetensors', which is not a file beside it"),
         ("index", "is truncated or not JSON"),
+        ("nested", "is truncated or not JSON"),
+        *((f"map of {what}", "must name a file for each weight") for what in ("nothing", "a list", "numbers")),
+        ("no map", "must name a file for each weight"),
+        ("record", "'compressed' of a pruned model, recorded in config.json, must be an object: 5"),
         ("config", "must hold an object, got list"),
         ("bits", "is compressed, and its bits are missing"),
     ],

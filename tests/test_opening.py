@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from hf_prune import PruningConfig, prune, save_pretrained, shrink
 from hf_prune.folders import names_in
@@ -108,8 +109,8 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"hidden_size": "wide"}, r"config\.json is damaged: .*hidden_size"),
-        ({"num_attention_heads": []}, r"config\.json is damaged: .*num_attention_heads"),
+        ({"hidden_size": "wide"}, r"config\.json is damaged, or of no model of Transformers: .*hidden_size"),
+        ({"num_attention_heads": []}, r"config\.json is damaged, .*: .*num_attention_heads"),
         (
             {"quantization_config": {"quant_method": "hf_prune", "shapes": 3}},
             r"'shapes' of a pruned model, recorded in config\.json, must be an object: 3",
@@ -125,22 +126,78 @@ def test_pickles_are_not_loaded(tmp_path):
     build("llama").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(build("llama").state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match=r"is not a saved model: it has no model\.safetensors"):
         open_model(tmp_path)
 
 
 def test_no_model_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"is not a saved model: it has no config\.json"):
+    with pytest.raises(ValueError, match=r"is not a saved model: it has no model\.safetensors"):
         open_model(tmp_path)
+    with pytest.raises(ValueError, match=r"is not a saved model: it has no config\.json"):
+        open_empty(tmp_path)
+
+
+def test_a_dtype_is_that_of_the_files_whatever_the_config_says(tmp_path):
+    folder = with_config(tmp_path, dtype="bfloat16")
+    assert {tensor.dtype for tensor in open_model(folder).state_dict().values()} == {torch.float32}
+
+
+def test_of_several_dtypes_the_widest_loses_nothing(tmp_path):
+    model = build("llama", torch.bfloat16)
+    model.model.norm.float()
+    with torch.no_grad():
+        model.model.norm.weight.add_(1e-4)
+    model.save_pretrained(tmp_path)
+    opened = open_model(tmp_path).state_dict()
+    assert all(torch.equal(opened[name], tensor.float()) for name, tensor in model.state_dict().items())
+
+
+def test_weights_without_a_place_are_named(tmp_path, caplog):
+    build("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "second_head.weight": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    open_model(tmp_path)
+    assert (
+        "A LlamaForCausalLM has no place for these weights, and they are left out: second_head.weight." in caplog.text
+    )
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_code_of_the_hub_for_attention_is_not_asked_for(key, tmp_path):
+    """Without the package that would load it, asking is an ImportError."""
+    folder = with_config(tmp_path, **{key: "evil/attn"})
+    assert open_model(folder).config._attn_implementation == "eager"
+    assert find_removable(open_empty(folder))
 
 
 def test_processing(tmp_path):
-    assert open_processing(tmp_path) is None
+    assert open_processing(tmp_path) == []
     word_tokenizer().save_pretrained(tmp_path)
-    assert open_processing(tmp_path)("a b")["input_ids"] == word_tokenizer()("a b")["input_ids"]
+    build("llama").config.save_pretrained(tmp_path)
+    for name in ("", "tokenizer_config.json"):  # With all files, and with one.
+        (tmp_path / name).unlink() if name else None
+        (found,) = open_processing(tmp_path)
+        assert found("a b")["input_ids"] == word_tokenizer()("a b")["input_ids"]
 
 
-def test_an_image_processor(tmp_path):
+def test_a_tokenizer_and_an_image_processor(tmp_path):
     transformers.ViTConfig().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
     transformers.ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
-    assert open_processing(tmp_path).size["height"] == 8
+    tokenizer, image_processor = open_processing(tmp_path)
+    assert tokenizer("a")["input_ids"] == word_tokenizer()("a")["input_ids"]
+    assert image_processor.size["height"] == 8
+
+
+def test_a_feature_extractor(tmp_path):
+    transformers.WhisperConfig().save_pretrained(tmp_path)
+    transformers.WhisperFeatureExtractor().save_pretrained(tmp_path)
+    (found,) = open_processing(tmp_path)
+    assert isinstance(found, transformers.WhisperFeatureExtractor)
+
+
+def test_damaged_processing_is_an_error(tmp_path):
+    build("llama").config.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="to prepare inputs cannot be loaded"):
+        open_processing(tmp_path)

@@ -57,6 +57,15 @@ def test_a_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     assert not (tmp_path / "history.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [([1.0, 100.0], "log"), ([1.0, 2.0], "linear"), ([0.0, 100.0], "linear"), ([-0.2, 0.5], "linear")],
+)
+def test_no_point_is_lost_on_a_logarithmic_axis(values, scale):
+    figure = history(dense=None, evaluations=list(enumerate(values)), rounds=[]).figure()
+    assert figure.axes[0].get_yscale() == scale
+
+
 # The picture of a model
 
 
@@ -96,3 +105,15 @@ def test_layers_are_columns():
 def test_many_layers_and_none():
     assert "</svg>" in as_svg(figure_of_modules({f"layers.{i}.mlp": i / 100 for i in range(100)}))
     assert "</svg>" in as_svg(figure_of_modules({}))
+
+
+def test_names_that_no_image_can_hold():
+    figure = figure_of_modules({"a\x00\x1b\ud800": 0.5, f"layers.{'9' * 5000}.mlp": 0.1})
+    assert "a???" in [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert "</svg>" in as_svg(figure)
+
+
+def test_of_very_many_modules_the_first_are_shown_and_that_is_said():
+    figure = figure_of_modules({f"expert{i}.up": 0.5 for i in range(4000)})
+    assert figure.axes[0].get_title() == "sparsity by module (the first 100 of 4000 rows)"
+    assert len(figure.axes[0].get_yticklabels()) == 100

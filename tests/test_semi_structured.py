@@ -82,7 +82,7 @@ def test_if_none_has_the_shape_that_is_an_error(kernels):
 def test_no_2_4_weight_is_an_error():
     zeros = nn.Linear(64, 64)
     nn.init.zeros_(zeros.weight)
-    for model in (build("llama"), nn.Sequential(nn.Linear(6, 4)), zeros):
+    for model in (build("llama"), nn.Linear(6, 4), nn.Linear(8, 0), nn.Linear(0, 8), zeros):
         with pytest.raises(ValueError, match=r'no Linear of this model has a 2:4 weight .*granularity="2:4"'):
             to_sparse_semi_structured(model)
 

@@ -1,0 +1,198 @@
+"""Distillation: a trainer whose loss also asks for what a teacher says, the dense model for example."""
+
+import copy
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .samples import IGNORED_LABEL
+from .zero import has_partitions
+
+logger = logging.getLogger(__name__)
+
+
+class DistillationMixin:
+    """Goes before `Trainer`, or a subclass of it, and adds to its loss while it trains; evaluations stay as they are.
+
+    `(1 − w) · L + w · T² · KL(p_teacher ‖ p_student) + h · mean‖s − t‖² / mean‖t‖²`, with the softmax of both at the
+    temperature `T`, over the positions that have a label, and with hidden states `s` and `t` of student and teacher.
+    Data, collator and labels stay as they are: the teacher reads what the student reads.
+
+    Structures that are pruned change no hidden state's shape. Where layers are gone, those that are left are compared
+    with the teacher's at the same relative depth.
+
+    Args:
+        teacher: Gives the logits that are asked for; in evaluation mode and without gradients. It may have other
+            layers, and must have as many logits. If None, a copy of the model as it is when the trainer is made, so
+            before `PruningTrainerCallback` cuts.
+        temperature: `T`, above 0.
+        distillation_weight: `w`, in `[0, 1]`.
+        hidden_states_weight: `h`, 0 or more; 0 leaves hidden states out.
+
+    Attributes:
+        teacher: The teacher.
+        teacher_seconds: Wall-clock time of its forward passes so far, on this process.
+
+    Raises:
+        ValueError: if a number is out of its range, or there is no teacher and the model is divided by DeepSpeed; from
+            `train()`, if the logits of the two differ in number, or no hidden states of equal shape can be compared.
+
+    Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531; hidden
+    states as in Romero et al. 2015, "FitNets", arXiv 1412.6550.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: nn.Module | None = None,
+        temperature: float = 2.0,
+        distillation_weight: float = 0.5,
+        hidden_states_weight: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}.")
+        if not 0 <= distillation_weight <= 1:
+            raise ValueError(f"distillation_weight must be in [0, 1], got {distillation_weight}.")
+        if not hidden_states_weight >= 0:
+            raise ValueError(f"hidden_states_weight must be 0 or more, got {hidden_states_weight}.")
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        if teacher is None:
+            if has_partitions(trainer.model):
+                raise ValueError("DeepSpeed holds the model in parts, of which no copy can teach: give a teacher.")
+            teacher = copy.deepcopy(trainer.model)
+        self.teacher: nn.Module = teacher.eval().requires_grad_(False)
+        self.temperature = temperature
+        self.distillation_weight = distillation_weight
+        self.hidden_states_weight = hidden_states_weight
+        self.teacher_seconds = 0.0
+        self._soft: list[torch.Tensor] = []
+        size = sum(parameter.nbytes for parameter in teacher.parameters())
+        logger.info("The teacher takes %.1f MB more of memory.", size / 1e6)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As in `Trainer`, with what is added to the loss while the model is in training mode."""
+        trainer: Any = super()
+        if not model.training:
+            return trainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.get("labels")
+        wanted = {"output_hidden_states": True} if self.hidden_states_weight else {}
+        read = {name: value for name, value in inputs.items() if name != "labels"} | wanted
+        loss, outputs = trainer.compute_loss(model, {**inputs, **wanted}, True, num_items_in_batch)
+        taught = self._ask_teacher(read, next(model.parameters()).device, labels)
+        soft = self._soft_loss(outputs["logits"], taught["logits"], labels, num_items_in_batch)
+        self._soft.append(soft.detach())
+        loss = (1 - self.distillation_weight) * loss + self.distillation_weight * soft
+        if self.hidden_states_weight:
+            far = _distance(_hidden_states(outputs), _hidden_states(taught))
+            loss = loss + self.hidden_states_weight * self._share_of_step(far, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`; where the loss is logged, with the mean of the teacher's part of it, and its time."""
+        if "loss" in logs and self._soft:
+            logs["distillation_loss"] = float(torch.stack(self._soft).mean())
+            logs["teacher_seconds"] = round(self.teacher_seconds, 3)
+            self._soft.clear()
+        trainer: Any = super()
+        trainer.log(logs, *args, **kwargs)
+
+    def _ask_teacher(self, inputs: Mapping[str, Any], device: torch.device, labels: torch.Tensor | None) -> Any:
+        start = time.perf_counter()
+        if next(self.teacher.parameters()).device != device:
+            self.teacher.to(device)
+        # Decoders make their inputs of the labels.
+        config = getattr(self.teacher, "config", None)
+        needs_labels = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs
+        with torch.no_grad():
+            outputs = self.teacher(**inputs, **({"labels": labels} if needs_labels else {}))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.teacher_seconds += time.perf_counter() - start
+        return outputs
+
+    def _soft_loss(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"the student gives logits of shape {list(student.shape)}, the teacher {list(teacher.shape)}: they "
+                "must be alike."
+            )
+        if labels is not None and not labels.is_floating_point():
+            if _shifts_labels(self):
+                student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
+            if labels.shape == student.shape[:-1]:
+                student, teacher = (logits[labels != IGNORED_LABEL] for logits in (student, teacher))
+        log_student, log_teacher = (
+            F.log_softmax(logits.flatten(0, -2).float() / self.temperature, -1) for logits in (student, teacher)
+        )
+        total = self.temperature**2 * F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+        trainer: Any = self
+        if num_items_in_batch is None or not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func):
+            return self._share_of_step(total / max(len(log_student), 1), num_items_in_batch)
+        # As the loss of labels: over all batches that are accumulated, and on all processes.
+        return total / num_items_in_batch * _processes_of_the_mean(trainer)
+
+    def _share_of_step(self, mean: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+        """A mean over a batch as its share of an optimizer step, where Trainer does not divide the loss by itself."""
+        trainer: Any = self
+        is_divided = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        if is_divided or trainer.compute_loss_func is not None:
+            return mean / trainer.current_gradient_accumulation_steps
+        return mean
+
+
+class DistillationTrainer(DistillationMixin, Trainer):
+    """`transformers.Trainer` with a teacher: see `DistillationMixin` for what it takes beyond Trainer's arguments.
+
+    Example:
+        >>> # trainer = DistillationTrainer(model, args, train_dataset=train_dataset, callbacks=[pruning])
+    """
+
+
+def _processes_of_the_mean(trainer: Any) -> int:
+    if not trainer.args.average_tokens_across_devices:
+        return 1
+    return int(trainer.args.n_gpu if trainer.args.n_gpu > 1 else trainer.accelerator.num_processes)
+
+
+def _shifts_labels(trainer: Any) -> bool:
+    """Whether the label of a position is that of the next token."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return any(kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for kind in type(model).__mro__)
+
+
+def _hidden_states(outputs: Any) -> list[torch.Tensor]:
+    """Those of an encoder and a decoder, or of whatever there is."""
+    names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+    return [states for name in names for states in outputs.get(name) or ()]
+
+
+def _distance(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> torch.Tensor:
+    """Mean over the pairs at the same relative depth of `mean‖s − t‖² / mean‖t‖²`."""
+    depth = (len(teacher) - 1) / max(len(student) - 1, 1)
+    pairs = [(state, teacher[round(i * depth)]) for i, state in enumerate(student)]
+    losses = [F.mse_loss(s.float(), t.float()) / t.float().square().mean() for s, t in pairs if s.shape == t.shape]
+    if not losses:
+        raise ValueError("student and teacher have no hidden states of equal shape: set hidden_states_weight=0.")
+    return torch.stack(losses).mean()

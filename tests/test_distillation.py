@@ -1,0 +1,253 @@
+"""Distillation: the loss is what its formula says, however the batches of a step are divided."""
+
+import copy
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Trainer, TrainerCallback, default_data_collator
+
+from hf_prune import DistillationTrainer, PruningConfig, PruningTrainerCallback, prune, shrink
+from hf_prune.shards import whole
+from tests.processes import on_two_processes
+from tests.structures.models import build as build_of_structures
+from tests.tiny import batch, build
+from tests.training import FSDP, trainer_factory
+
+FAMILIES = ["llama", "gpt2", "t5", "bert", "vit", "resnet"]
+
+
+def student_of(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    model = build(family, dtype)
+    prune(model, PruningConfig(sparsity=0.6))
+    return model
+
+
+def uneven(model: nn.Module, size: int = 24) -> list[dict[str, torch.Tensor]]:
+    """Samples of which each has another number of labels."""
+    samples = batch(model, size)
+    for i, sample in enumerate(samples):
+        if sample["labels"].ndim:
+            sample["labels"][: 1 + i % 7] = -100
+    return samples
+
+
+def trainer_of(folder: Path, model: nn.Module, *callbacks: TrainerCallback, **options) -> DistillationTrainer:
+    names = ("teacher", "temperature", "distillation_weight", "hidden_states_weight")
+    cls = functools.partial(DistillationTrainer, **{name: options.pop(name) for name in names if name in options})
+    samples = options.pop("train_dataset", None) or uneven(model)
+    return trainer_factory(folder)(
+        model, *callbacks, cls=cls, train_dataset=samples, eval_dataset=batch(model, 8, seed=1), **options
+    )
+
+
+def soft_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """By torch, as papers have it: a mean over rows."""
+    log_student, soft_teacher = F.log_softmax(student / temperature, -1), F.softmax(teacher / temperature, -1)
+    return F.kl_div(log_student, soft_teacher, reduction="batchmean") * temperature**2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_that_of_its_formula(family, temperature, tmp_path):
+    student, teacher = student_of(family), build(family, torch.float64)
+    trainer = trainer_of(tmp_path, student, teacher=teacher, temperature=temperature, distillation_weight=0.3)
+    inputs = default_data_collator(uneven(student, 4))
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    found = trainer.compute_loss(student.train(), dict(inputs))
+    outputs = student(**inputs)
+    logits, expected, labels = outputs.logits, teacher.eval()(**inputs).logits, inputs["labels"]
+    if family in ("llama", "gpt2"):
+        logits, expected, labels = logits[:, :-1], expected[:, :-1], labels[:, 1:]
+    kept = labels != -100
+    soft = soft_loss(logits[kept], expected[kept], temperature)
+    if family in ("gpt2", "t5", "bert", "resnet"):  # with dropout or batch statistics
+        student.eval()
+        student.training = True
+        outputs = student(**inputs)
+        logits = outputs.logits[:, :-1] if family == "gpt2" else outputs.logits
+        soft = soft_loss(logits[kept], expected[kept], temperature)
+        found = trainer.compute_loss(student, dict(inputs))
+    assert found.item() == pytest.approx((0.7 * outputs.loss + 0.3 * soft).item(), rel=1e-5)
+    found.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_evaluations_are_those_without_a_teacher(tmp_path):
+    student = student_of("llama", torch.float32)
+    plain = trainer_factory(tmp_path)(copy.deepcopy(student))
+    assert trainer_of(tmp_path, student).evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+
+
+def weights_after(folder: Path, samples: int, **options) -> dict[str, torch.Tensor]:
+    """What two steps make of a model."""
+    student = student_of("llama")
+    options = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.5, "per_device_train_batch_size": samples, **options}
+    trainer_of(folder, student, teacher=build("llama", torch.float64), **options).train()
+    return {name: whole(parameter.detach()).clone() for name, parameter in student.named_parameters()}
+
+
+def are_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return all(torch.allclose(found[name], tensor, rtol=0, atol=1e-7) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_step_is_the_same_however_its_samples_are_accumulated(smoothing, tmp_path):
+    plain = weights_after(tmp_path, 4, label_smoothing_factor=smoothing)
+    before = dict(student_of("llama").named_parameters())
+    assert not are_close(before, plain)
+    for samples in (2, 1):
+        steps = 4 // samples
+        found = weights_after(tmp_path, samples, gradient_accumulation_steps=steps, label_smoothing_factor=smoothing)
+        assert are_close(found, plain)
+    other = weights_after(tmp_path, 4, label_smoothing_factor=smoothing, distillation_weight=0.0)
+    assert not are_close(other, plain)
+
+
+def test_a_loss_of_ones_own_is_accumulated_alike(tmp_path):
+    def compute_loss(outputs, labels, num_items_in_batch=None):
+        logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+    class Own(DistillationTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, compute_loss_func=compute_loss, **kwargs)
+
+    results = []
+    for samples in (4, 2, 1):
+        student = student_of("llama")
+        cls = functools.partial(Own, teacher=build("llama", torch.float64))
+        trainer = trainer_factory(tmp_path)(
+            student, cls=cls, train_dataset=uneven(student), max_steps=2, optim="sgd", learning_rate=0.5,
+            per_device_train_batch_size=samples, gradient_accumulation_steps=4 // samples,
+        )  # fmt: skip
+        trainer.train()
+        results.append(dict(student.named_parameters()))
+    assert are_close(results[1], results[0])
+    assert are_close(results[2], results[0])
+    assert are_close(weights_after(tmp_path, 4), results[0])
+
+
+class Watch(TrainerCallback):
+    """Keeps what was logged."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def test_a_model_that_is_its_own_teacher_learns_nothing(tmp_path):
+    student = build("llama", torch.float64)
+    before, watch = copy.deepcopy(student.state_dict()), Watch()
+    trainer = trainer_of(
+        tmp_path, student, watch, distillation_weight=1.0, optim="sgd", logging_strategy="steps", logging_steps=1
+    )
+    trainer.train()
+    assert all(torch.allclose(tensor, before[name], atol=1e-6) for name, tensor in student.state_dict().items())
+    losses = [logs["distillation_loss"] for logs in watch.logs if "distillation_loss" in logs]
+    assert len(losses) == 6
+    assert losses == pytest.approx([0.0] * 6, abs=1e-6)
+    assert watch.logs[0]["teacher_seconds"] > 0
+
+
+def test_the_dense_model_teaches_while_it_is_pruned(tmp_path):
+    model = build("llama", torch.float64)
+    before, pruning = copy.deepcopy(model.state_dict()), PruningTrainerCallback(PruningConfig(sparsity=0.8))
+    trainer = trainer_of(tmp_path, model, pruning)
+    trainer.train()
+    assert pruning.masks.sparsity == pytest.approx(0.8, abs=1e-3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.teacher.state_dict().items())
+    assert not trainer.teacher.training
+    assert set(trainer.model.state_dict()) == set(before)
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "head+neuron", "layer"])
+def test_hidden_states_are_compared_with_a_shrunk_model(granularity, tmp_path):
+    teacher = build_of_structures("llama").double()
+    student = copy.deepcopy(teacher)
+    options = {"multiple_of": 1} if "neuron" in granularity else {}
+    prune(student, PruningConfig(sparsity=0.5, granularity=granularity, **options))
+    shrink(student)
+    trainer = trainer_of(
+        tmp_path, student, teacher=teacher, hidden_states_weight=100.0, max_steps=30,
+        learning_rate=3e-3,
+    )  # fmt: skip
+    inputs = default_data_collator(batch(student, 8))
+
+    def far() -> float:
+        with torch.no_grad():
+            states = [m(**inputs, output_hidden_states=True).hidden_states for m in (student, teacher)]
+        last = [each[-1] for each in states]
+        return float((last[0] - last[1]).square().mean() / last[1].square().mean())
+
+    first = far()
+    trainer.train()
+    assert far() < 0.9 * first
+
+
+def test_layers_are_compared_at_the_same_depth():
+    from hf_prune.distillation import _distance
+
+    teacher = [torch.full((2, 2), float(i + 1)) for i in range(5)]
+    assert _distance([teacher[0], teacher[2], teacher[4]], teacher) == 0
+    assert _distance([teacher[4]], teacher) > 0
+    expected = ((2.0 - 3.0) ** 2 / 3.0**2) / 3
+    assert float(_distance([teacher[0], teacher[1], teacher[4]], teacher)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"temperature": float("nan")}, "temperature must be above 0, got nan"),
+        ({"distillation_weight": 1.5}, r"distillation_weight must be in \[0, 1\], got 1.5"),
+        ({"hidden_states_weight": -1.0}, "hidden_states_weight must be 0 or more, got -1.0"),
+    ],
+)
+def test_numbers_out_of_range_are_errors(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, build("llama"), **options)
+
+
+def test_other_logits_are_an_error(tmp_path):
+    teacher = build("llama")
+    teacher.lm_head = nn.Linear(16, 61)
+    with pytest.raises(ValueError, match=r"logits of shape \[4, 12, 60\], the teacher \[4, 12, 61\]"):
+        trainer_of(tmp_path, build("llama"), teacher=teacher).train()
+
+
+def test_no_hidden_state_of_equal_shape_is_an_error(tmp_path):
+    import transformers
+
+    from tests.tiny import TEXT
+
+    teacher = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TEXT, "hidden_size": 32}))
+    trainer = trainer_of(tmp_path, build("llama"), teacher=teacher, hidden_states_weight=1.0)
+    with pytest.raises(ValueError, match="have no hidden states of equal shape: set hidden_states_weight=0"):
+        trainer.train()
+
+
+def test_a_mixin_goes_before_another_trainer(tmp_path):
+    from hf_prune import DistillationMixin
+
+    class Own(DistillationMixin, Trainer):
+        """Somebody's own."""
+
+    assert isinstance(trainer_factory(tmp_path)(build("llama"), cls=Own), DistillationMixin)
+
+
+def train_apart(rank: int, folder: Path, options: dict) -> dict[str, torch.Tensor]:
+    return weights_after(folder / str(rank), 2, **options)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_does(kind, tmp_path):
+    one = weights_after(tmp_path, 4)
+    for found in on_two_processes(train_apart, tmp_path, tmp_path, FSDP if kind == "fsdp" else {}):
+        assert are_close(found, one)

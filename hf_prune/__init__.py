@@ -3,7 +3,6 @@
 from .callback import PruningTrainerCallback
 from .config import PruningConfig
 from .criteria import ScoreInputs
-from .distillation import DistillationMixin, DistillationTrainer
 from .history import PruningHistory
 from .hub import push_to_hub, save_pretrained
 from .lora import keep_sparsity
@@ -17,8 +16,6 @@ from .structures.shrinking import shrink
 __version__ = "0.1.0"
 
 __all__ = [
-    "DistillationMixin",
-    "DistillationTrainer",
     "Heads",
     "MaskSet",
     "Neurons",

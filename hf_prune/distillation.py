@@ -162,11 +162,7 @@ class DistillationMixin:
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
-    """`transformers.Trainer` with a teacher: see `DistillationMixin` for what it takes beyond Trainer's arguments.
-
-    Example:
-        >>> # trainer = DistillationTrainer(model, args, train_dataset=train_dataset, callbacks=[pruning])
-    """
+    """`transformers.Trainer` with a teacher: see `DistillationMixin` for what it takes beyond Trainer's arguments."""
 
 
 def _processes_of_the_mean(trainer: Any) -> int:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Trainer, TrainerCallback, default_data_collator
 
-from hf_prune import DistillationTrainer, PruningConfig, PruningTrainerCallback, prune, shrink
+from hf_prune import PruningConfig, PruningTrainerCallback, prune, shrink
+from hf_prune.distillation import DistillationMixin, DistillationTrainer, _distance
 from hf_prune.shards import whole
 from tests.processes import on_two_processes
 from tests.structures.models import build as build_of_structures
@@ -191,8 +192,6 @@ def test_hidden_states_are_compared_with_a_shrunk_model(granularity, tmp_path):
 
 
 def test_layers_are_compared_at_the_same_depth():
-    from hf_prune.distillation import _distance
-
     teacher = [torch.full((2, 2), float(i + 1)) for i in range(5)]
     assert _distance([teacher[0], teacher[2], teacher[4]], teacher) == 0
     assert _distance([teacher[4]], teacher) > 0
@@ -233,8 +232,6 @@ def test_no_hidden_state_of_equal_shape_is_an_error(tmp_path):
 
 
 def test_a_mixin_goes_before_another_trainer(tmp_path):
-    from hf_prune import DistillationMixin
-
     class Own(DistillationMixin, Trainer):
         """Somebody's own."""
 

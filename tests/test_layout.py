@@ -257,8 +257,6 @@ def test_the_public_names_are_there_and_the_package_holds_nothing_else():
 
 def test_the_public_names_are_those_of_the_design():
     assert set(hf_prune.__all__) == {
-        "DistillationMixin",
-        "DistillationTrainer",
         "Heads",
         "MaskSet",
         "Neurons",

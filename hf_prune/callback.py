@@ -31,6 +31,7 @@ from .criteria import Criterion
 from .finished import FinishedRun
 from .history import HISTORY_NAME, PruningHistory
 from .hooks import GradientHooks
+from .lora import has_adapters, mask_adapters_
 from .masks import MaskSet
 from .moments import Moment
 from .monitor import (
@@ -55,7 +56,12 @@ from .plots import PLOT_NAME, can_plot
 from .processes import gather_from_processes, require_agreement
 from .pruning import cut_, require_room
 from .reports import sparsity_report
-from .resolving import require_whole_where_needed, required_statistics, resolve_targets
+from .resolving import (
+    require_prunable_under_adapters,
+    require_whole_where_needed,
+    required_statistics,
+    resolve_targets,
+)
 from .rounds import Rounds
 from .savings import shrink_measured
 from .shards import reshard_
@@ -80,6 +86,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     `pruning_config.json` and `pruning_history.json` are written beside the model, into each checkpoint and into
     `output_dir` at the end. `trainer.train(resume_from_checkpoint=…)` goes on bit for bit. Each `train()` that is
     not a resumption starts clean. With `load_best_model_at_end`, only evaluations at the final sparsity compete.
+    Of a `PeftModel` the base weights are pruned while its LoRA adapters are trained, which are masked as
+    `keep_sparsity` does it. Trainer saves adapters alone; `pruning_masks.safetensors` beside them says what is zero.
+
     Evaluate and save by the same strategy: where Trainer saves in steps and evaluates in epochs, the evaluation at an
     epoch's end comes after the checkpoint, and a run that is resumed there does not make it up.
 
@@ -102,9 +111,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     Raises:
         TypeError: if `config` is not a `PruningConfig`, or `criterion` not a function.
         ValueError: from `trainer.train()`, if the config does not fit the model, the run or the checkpoint, if scores
-            or what a calibration gathers are not finite, if the model carries adapters, if its parameters are sharded
-            otherwise than by FSDP2 or DeepSpeed's ZeRO, or if it was evaluated before `train()` and there are several
-            processes.
+            or what a calibration gathers are not finite, if the model carries adapters that cannot be masked, if its
+            parameters are sharded otherwise than by FSDP2 or DeepSpeed's ZeRO, or if it was evaluated before `train()`
+            and there are several processes.
 
     Example:
         >>> callback = PruningTrainerCallback(PruningConfig(sparsity=0.8))
@@ -307,6 +316,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 self._say(self.history.savings(), state)
         if args.should_save:
             self._save_reports(Path(str(args.output_dir)))
+            if has_adapters(model) and self.masks:  # Beside adapters there are no base weights to read them from.
+                self.masks.save(Path(str(args.output_dir)) / MASKS_NAME)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -331,6 +342,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 "DeepSpeed holds on to the shapes that parameters have, so that they cannot be shrunk at the end of "
                 "training. Set shrink_at_end=False, and call shrink on the saved model."
             )
+        if has_adapters(now.model):
+            require_prunable_under_adapters(now.model, self.config, self._targets, self.criterion)
         self._weights = dict(now.model.named_parameters())
         self._hooks.release_(self._weights.values())  # What an interrupted run of another callback has left.
         self._tokens_seen = now.state.num_input_tokens_seen
@@ -387,7 +400,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             self._movement = movement.beside(self._targets)
         if self.masks:
             self.masks.settle_()
-            self._hooks.hold_(self._weights, self.masks)
+            self._hold(model)
         if pacing.is_run_over(state.global_step):
             self._finished = FinishedRun.of(state, model)
 
@@ -424,6 +437,12 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             self._lr_start = now.scheduler.last_epoch
             restart_lr_(now.scheduler, self._lr_start, pacing.steps_left(state.global_step), state.max_steps)
 
+    def _hold(self, model: nn.Module) -> None:
+        """Has gradients, and adapters if there are any, leave what is masked at zero."""
+        self._hooks.hold_(self._weights, self.masks)
+        if has_adapters(model):
+            mask_adapters_(model, self.masks)
+
     def _stop_if_over(self, state: TrainerState, control: TrainerControl) -> None:
         if self._rounds.pacing.is_run_over(state.global_step):
             control.should_training_stop = True
@@ -438,7 +457,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         cut_state_(
             now.optimizer, self.config.optimizer_state, {w: masks.get(name) for name, w in self._weights.items()}
         )
-        self._hooks.hold_(self._weights, masks)
+        self._hold(model)
         # Metrics of a less sparse model must not keep a sparser one from becoming the best.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 

@@ -17,6 +17,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from .history import PruningHistory
+from .lora import has_adapters
 from .masks import MaskSet
 from .movement import Movement
 from .processes import gather_from_processes, sum_over_processes_
@@ -127,6 +128,19 @@ def recover_(
         raise ValueError(f"the weights of this {type(model).__name__} cannot be found to be resumed. {ELSEWHERE}")
     sharded = sharded_tensors(model)
     try:
+        # A run that is killed between the trainer's state and the masks leaves a checkpoint without the latter; unless
+        # a weight that is not pruned happens to be zero, they are the zeros of its weights.
+        adapted = has_adapters(model)  # Of such a model the weights are those from before the first cut.
+        masks = _recorded(
+            "masks of the checkpoint are",
+            MASKS_NAME,
+            progress["masks"],
+            (lambda: _load(MaskSet, folder, MASKS_NAME, {name: model.get_parameter(name) for name in names}), zeros),
+            folder,
+            lambda found: set(found) == set(names) and (adapted or _are_zero(model, found)),
+        )
+        if adapted and masks:
+            masks.apply_(model)
         best = _recorded(
             "best weights of the round are",
             BEST_NAME,
@@ -134,16 +148,6 @@ def recover_(
             # They may be those of the checkpoint itself.
             (lambda: WeightsCopy.of(model), lambda: _load(WeightsCopy, folder, BEST_NAME, sharded)),
             folder,
-        )
-        # A run that is killed between the trainer's state and the masks leaves a checkpoint without the latter; unless
-        # a weight that is not pruned happens to be zero, they are the zeros of its weights.
-        masks = _recorded(
-            "masks of the checkpoint are",
-            MASKS_NAME,
-            progress["masks"],
-            (lambda: _load(MaskSet, folder, MASKS_NAME, {name: model.get_parameter(name) for name in names}), zeros),
-            folder,
-            lambda found: set(found) == set(names) and _are_zero(model, found),
         )
         return Recovered(
             masks or MaskSet(),

@@ -25,6 +25,7 @@ from .contexts import keep_random_state
 from .costs import Cost, measure_costs
 from .folders import files_of_weights
 from .history import HISTORY_NAME, PruningHistory
+from .lora import has_adapters
 from .opening import Processing
 from .plots import PLOT_NAME, can_plot
 from .processes import rank_and_size
@@ -198,7 +199,7 @@ def _facts(
     base_model: str | None,
     batch: Batch | None,
 ) -> Facts:
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+    if has_adapters(model) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             "the model carries adapters, beside which no base weights would be saved. Merge them first "
             "(merge_and_unload), or save the adapter with its own save_pretrained."

@@ -1,6 +1,6 @@
 """LoRA on pruned models: adapters that fill no zeros."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +10,11 @@ from .shards import has_shards
 from .zero import has_partitions
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether peft has put adapters into a model."""
+    return hasattr(model, "peft_config")
 
 
 def keep_sparsity(model: Model, masks: Mapping[str, torch.Tensor] | None = None) -> Model:
@@ -35,49 +40,92 @@ def keep_sparsity(model: Model, masks: Mapping[str, torch.Tensor] | None = None)
 
     Source: peft's LoRA, Hu et al. 2021, arXiv 2106.09685.
     """
-    from peft.tuners.lora.layer import Linear, LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    from .masked_lora import MaskedLinear, require_plain
-
     if has_shards(model) or has_partitions(model):
         raise ValueError("several processes hold parts of the model: call keep_sparsity before they divide it.")
-    layers: dict[str, Any] = {name: each for name, each in model.named_modules() if isinstance(each, BaseTunerLayer)}
-    if not layers:
-        raise ValueError(f"this {type(model).__name__} has no adapters. Add them first: peft.get_peft_model.")
     given = None if masks is None else {_plain_name(name): mask for name, mask in masks.items()}
     found: dict[str, torch.Tensor] = {}
-    for name, layer in layers.items():
-        weight = getattr(layer.get_base_layer(), "weight", None)
-        if not torch.is_tensor(weight) or not weight.is_floating_point():
-            continue
-        mask = weight != 0 if given is None else given.get(_plain_name(f"{name}.weight"))
+    for name, layer in _adapted_layers(model).items():
+        weight = layer.get_base_layer().weight
+        mask = weight != 0 if given is None else given.get(name)
         if mask is None or bool(mask.all()):
             continue
         if mask.shape != weight.shape:
             raise ValueError(f"the mask of {name!r} has shape {list(mask.shape)}, its weight {list(weight.shape)}.")
         if bool(weight[~mask.to(weight.device)].any()):
             raise ValueError(f"masked weights of {name!r} are not zero. Set them to zero with MaskSet.apply_.")
-        if type(layer) not in (Linear, MaskedLinear):
-            kind = "LoRA on such a layer" if isinstance(layer, LoraLayer) else "adapters of another kind"
-            raise ValueError(
-                f"{name!r} is a {type(layer).__module__}.{type(layer).__name__}: {kind} cannot keep sparsity. It can "
-                "be kept of LoRA on Linear and Conv1D."
-            )
-        require_plain(layer, list(layer.lora_A))
-        if layer.merged:
-            raise ValueError(f"the adapters of {name!r} are merged, and may have filled zeros. Unmerge them first.")
         found[name] = mask
     if not found:
         raise ValueError(
             "no adapter is on a weight with zeros: there is no sparsity to keep. Prune the base model first, or let "
             "target_modules of the LoraConfig name pruned modules."
         )
-    for name, mask in found.items():
-        layer = layers[name]
-        layer.__class__ = MaskedLinear
-        layer.sparsity_mask = mask.to(layer.get_base_layer().weight.device)
+    require_maskable(model, found)
+    mask_adapters_(model, found)
     return model
+
+
+def require_maskable(model: nn.Module, names: Collection[str]) -> None:
+    """Requires adapters that can be masked.
+
+    Args:
+        model: The model with its adapters.
+        names: The parameters that are pruned, with or without the names that peft has added.
+
+    Raises:
+        ValueError: as `keep_sparsity` does, if those on one of these parameters cannot.
+    """
+    from peft.tuners.lora.layer import Linear, LoraLayer
+
+    from .masked_lora import MaskedLinear, require_plain
+
+    layers = _adapted_layers(model)
+    for name in map(_plain_name, names):
+        if (layer := layers.get(name)) is None:
+            continue
+        if type(layer) not in (Linear, MaskedLinear):
+            kind = "LoRA on such a layer" if isinstance(layer, LoraLayer) else "adapters of another kind"
+            raise ValueError(
+                f"{name!r} is in a {type(layer).__module__}.{type(layer).__name__}: {kind} cannot keep sparsity. It "
+                "can be kept of LoRA on Linear and Conv1D."
+            )
+        require_plain(layer, list(layer.lora_A))
+        if layer.merged:
+            raise ValueError(f"the adapters of {name!r} are merged, and may have filled zeros. Unmerge them first.")
+
+
+def mask_adapters_(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
+    """Has LoRA layers leave at zero what is pruned of their weights; where there is no adapter, nothing changes.
+
+    Args:
+        model: The model with its adapters; `require_maskable` has found nothing wrong with them.
+        masks: As in `keep_sparsity`.
+    """
+    from .masked_lora import MaskedLinear
+
+    layers = _adapted_layers(model)
+    for name, mask in masks.items():
+        if (layer := layers.get(_plain_name(name))) is not None:
+            layer.__class__ = MaskedLinear
+            layer.sparsity_mask = mask.to(layer.get_base_layer().weight.device)
+
+
+def _adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers of peft on floating-point weights, by the plain name of the weight.
+
+    Raises:
+        ValueError: if there are no adapters at all.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = {name: each for name, each in model.named_modules() if isinstance(each, BaseTunerLayer)}
+    if not layers:
+        raise ValueError(f"this {type(model).__name__} has no adapters. Add them first: peft.get_peft_model.")
+    found = {}
+    for name, layer in layers.items():
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if torch.is_tensor(weight) and weight.is_floating_point():
+            found[_plain_name(f"{name}.weight")] = layer
+    return found
 
 
 def _plain_name(name: str) -> str:

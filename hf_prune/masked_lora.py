@@ -96,8 +96,9 @@ def require_plain(layer: Linear, adapters: Sequence[str]) -> None:
 
 
 def _is_looked_at(base: nn.Module) -> bool:
-    """Whether something waits for a layer to be called: hooks, or a forward in place of its own."""
-    return bool(base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base))
+    """Whether something waits for a layer to be called, or for its weight to be multiplied by."""
+    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
+    return bool(hooks) or torch._C._len_torch_function_stack() > 0  # as calibrations do
 
 
 class _MaskedProduct(torch.autograd.Function):

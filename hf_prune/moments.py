@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 
+from .lora import has_adapters
 from .processes import failing_together
 from .samples import Batch, batches_of
 from .shards import has_shards
@@ -54,14 +55,14 @@ class Moment(NamedTuple):
         """Requires a training whose masks hold.
 
         Raises:
-            ValueError: if the model carries adapters, its parameters are sharded otherwise than by FSDP2 or by
-                DeepSpeed's ZeRO in memory, or its gradients will not be averaged over the processes.
+            ValueError: if its parameters are sharded otherwise than by FSDP2 or by DeepSpeed's ZeRO in memory, or at
+                all while it carries adapters, or its gradients will not be averaged over the processes.
         """
         kind = type(self.model).__name__
-        if hasattr(self.model, "peft_config"):
+        if has_adapters(self.model) and (has_shards(self.model) or has_partitions(self.model)):
             raise ValueError(
-                f"this {kind} carries adapters: its checkpoints hold no base weights, and merging would "
-                "fill their zeros. Merge the adapters first (merge_and_unload), or prune before adding them."
+                f"this {kind} carries adapters, whose base weights are pruned on one process or with "
+                "DistributedDataParallel, and not with FSDP or DeepSpeed."
             )
         if has_shards(self.model):
             return  # By FSDP2, which also averages gradients; `find_targets` looks at how.

@@ -15,6 +15,7 @@ from .config import PruningConfig
 from .criteria import CRITERIA, Criterion, fisher, is_elementwise, magnitude, wanda
 from .granularities import Pattern, Structural
 from .levels import levels_of
+from .lora import has_adapters
 from .masks import MaskSet, masked_in
 from .reconstruction import Quota, reconstruct_
 from .reports import SparsityReport, sparsity_report
@@ -300,8 +301,10 @@ def prune(
         targets = resolve_targets(model, config)
         places = find_places(model, config, targets)
         require_prunable(model, config, places)
-        if hasattr(model, "peft_config"):
-            logger.warning("The base weights are pruned. Merging trained adapters into them fills the zeros again.")
+        if has_adapters(model):
+            logger.warning(
+                "The base weights are pruned. Adapters fill the zeros again, unless keep_sparsity masks them."
+            )
         if isinstance(dataloader, Iterator):
             raise ValueError(
                 f"dataloader is a {type(dataloader).__name__}, which can be read once, and a cut may read the samples "

@@ -8,6 +8,7 @@ from . import granularities
 from .config import PruningConfig
 from .criteria import CRITERIA, Criterion, fisher, needs_of, scope_of, wanda
 from .granularities import Pattern, Structural
+from .lora import require_maskable
 from .reconstruction import RECONSTRUCTIONS
 from .targets import Target, are_sharded, find_targets
 
@@ -90,6 +91,31 @@ def require_whole_where_needed(
         f"{what} needs whole weights, and FSDP has sharded them. Prune unstructured, N:M or in blocks by another "
         "criterion, or train with DistributedDataParallel."
     )
+
+
+def require_prunable_under_adapters(
+    model: nn.Module, config: PruningConfig, targets: Mapping[str, Target], criterion: Criterion | None = None
+) -> None:
+    """Requires a config by which base weights can be pruned while adapters are trained.
+
+    Args:
+        model: The model with its adapters.
+        config: The pruning config.
+        targets: What is to be pruned.
+        criterion: A criterion in place of the config's.
+
+    Raises:
+        ValueError: if base weights would be changed, which checkpoints of adapters do not hold, or have to move; or as
+            `require_maskable` does.
+    """
+    if is_reconstruction(config, criterion):
+        raise ValueError(
+            f"criterion {config.criterion!r} changes base weights, which checkpoints of adapters do not hold. Prune "
+            "first (hf_prune.prune), and add adapters then."
+        )
+    if "movement" in required_statistics(config, criterion):
+        raise ValueError("base weights under adapters do not move, so that criterion 'movement' says nothing of them.")
+    require_maskable(model, targets)
 
 
 def is_reconstruction(config: PruningConfig, criterion: Criterion | None = None) -> bool:

@@ -384,9 +384,11 @@ def test_no_adapters_no_zeros_and_other_masks_are_errors():
     with pytest.raises(ValueError, match="no adapter is on a weight with zeros"):
         keep_sparsity(model, {"something.else": torch.zeros(2, 2, dtype=torch.bool)})
     name = "model.layers.0.mlp.up_proj.weight"
-    with pytest.raises(ValueError, match=r"the mask of .*up_proj' has shape \[2, 2\], its weight \[32, 16\]"):
+    with pytest.raises(ValueError, match=r"the mask of .*up_proj.weight' has shape \[2, 2\], its weight \[32, 16\]"):
         keep_sparsity(model, {name: torch.zeros(2, 2, dtype=torch.bool)})
-    with pytest.raises(ValueError, match=r"masked weights of .*up_proj' are not zero. Set them to zero with MaskSet"):
+    with pytest.raises(
+        ValueError, match=r"masked weights of .*up_proj.weight' are not zero. Set them to zero with MaskSet"
+    ):
         keep_sparsity(model, {name: torch.zeros(32, 16, dtype=torch.bool)})
     assert not any(type(module) is MaskedLinear for module in model.modules())
 

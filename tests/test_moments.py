@@ -16,14 +16,6 @@ from tests.training import trainer_factory
 HALF = PruningConfig(sparsity=0.5)
 
 
-def test_adapters_are_refused(make_trainer):
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
-    trainer = make_trainer(model, PruningTrainerCallback(HALF))
-    with pytest.raises(ValueError, match=r"carries adapters: its checkpoints hold no base weights"):
-        trainer.train()
-
-
 def evaluate_and_train(rank: int, folder: Path) -> str:
     """What is said to a model that was evaluated and is then trained on."""
     make_trainer = trainer_factory(folder)

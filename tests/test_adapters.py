@@ -1,0 +1,162 @@
+"""The callback on a model with adapters: base weights are pruned while adapters are trained."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, keep_sparsity
+from hf_prune.criteria import CRITERIA
+from hf_prune.masked_lora import MaskedLinear
+from tests.processes import on_two_processes
+from tests.test_lora import logits
+from tests.tiny import batch, build
+from tests.training import trainer_factory
+
+EVEN = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, end=4)
+PATIENT = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, patience=1, min_round_steps=1, restart_lr=True)
+
+
+def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, **options) -> PeftModel:
+    torch.manual_seed(0)
+    return get_peft_model(build(family, dtype), LoraConfig(**{"target_modules": "all-linear", "r": 2, **options}))
+
+
+def train(folder: Path, config: PruningConfig, model: nn.Module, resume: bool | str = False, **options):
+    pruning = PruningTrainerCallback(config)
+    trainer = trainer_factory(folder)(
+        model, pruning, train_dataset=batch(model.get_base_model(), 24),
+        eval_dataset=batch(model.get_base_model(), 8, seed=1), eval_strategy="steps", eval_steps=1, **options,
+    )  # fmt: skip
+    pruning.evaluate = trainer.evaluate
+    trainer.train(resume_from_checkpoint=resume)
+    return pruning, trainer
+
+
+@pytest.mark.parametrize("config", [EVEN, PATIENT, PruningConfig(granularity="2:4")], ids=["even", "patience", "2:4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neo"])
+def test_base_weights_are_pruned_while_adapters_are_trained(family, config, tmp_path):
+    model = adapted(family)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    options = {"max_steps": 30, "learning_rate": 0.3} if config.patience else {}
+    pruning, trainer = train(tmp_path, config, model, **options)
+    assert pruning.masks.masked == round(config.round_sparsities[-1] * pruning.masks.total)
+    assert len(pruning.history) == len(config.round_sparsities)
+    moved = 0
+    for name, parameter in model.named_parameters():
+        if name in pruning.masks:
+            assert torch.equal(parameter, before[name] * pruning.masks[name])
+        elif "lora_" in name:
+            moved += not torch.equal(parameter, before[name])
+        else:
+            assert torch.equal(parameter, before[name])
+    assert moved > 0
+    expected = logits(model.eval())
+    merged = copy.deepcopy(model).merge_and_unload()
+    zeros = MaskSet.from_zeros(merged)
+    assert zeros.masked == pruning.masks.masked
+    assert torch.allclose(logits(merged), expected, atol=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(pruning.history[-1].last, rel=1e-5) or config.patience
+
+
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "movement"])
+def test_every_criterion(criterion, tmp_path):
+    config = dataclasses.replace(EVEN, criterion=criterion, calibration_samples=8, scope="auto")
+    model = adapted()
+    pruning, _ = train(tmp_path, config, model)
+    assert pruning.masks.sparsity == pytest.approx(0.8, abs=0.02)  # wanda rounds in each row
+    assert any(type(module) is MaskedLinear for module in model.modules())
+
+
+def test_scores_under_adapters_are_those_of_the_model_as_it_computes(tmp_path):
+    """With adapters at zero, as peft makes them, those are the scores of the model without adapters."""
+    from hf_prune import prune
+
+    for criterion in ("taylor", "wanda", "fisher"):
+        config = PruningConfig(sparsity=0.5, criterion=criterion, calibration_samples=8)
+        plain = build("llama")
+        samples = [{key: torch.stack([s[key] for s in batch(plain, 8)]) for key in ("input_ids", "labels")}]
+        prune(plain, config, samples)
+        zeros = {name.removesuffix(".weight"): mask for name, mask in MaskSet.from_zeros(plain).items()}
+        half = PruningConfig(sparsity=0.25)
+        model, other = adapted(), build("llama")
+        prune(model, half)
+        keep_sparsity(model)  # Its layers compute by one product, unless somebody looks.
+        prune(model, dataclasses.replace(config, hold_zeros=False), samples)
+        prune(other, half)
+        prune(other, config, samples)
+        found = {n.replace("base_model.model.", "").replace(".base_layer.weight", ""): m
+                 for n, m in MaskSet.from_zeros(model).items()}  # fmt: skip
+        expected = {n.removesuffix(".weight"): m for n, m in MaskSet.from_zeros(other).items()}
+        assert found.keys() == expected.keys() == zeros.keys()
+        assert all(torch.equal(mask, expected[name]) for name, mask in found.items()), criterion
+
+
+@pytest.mark.parametrize("at", [2, 3, 5])
+@pytest.mark.parametrize("config", [EVEN, PATIENT], ids=["even", "patience"])
+def test_a_resumed_run_is_the_undisturbed_one(config, at, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 9, "learning_rate": 0.1}
+    whole, part = adapted(), adapted()
+    pruning, _ = train(tmp_path / "whole", config, whole, **options)
+    again, _ = train(
+        tmp_path / "whole", config, part, resume=str(tmp_path / "whole" / "out" / f"checkpoint-{at}"),
+        resume_from_checkpoint=str(tmp_path / "whole" / "out" / f"checkpoint-{at}"), **options,
+    )  # fmt: skip
+    assert again.masks == pruning.masks
+    expected = dict(whole.named_parameters())
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in part.named_parameters())
+    for ours, theirs in zip(again.history, pruning.history, strict=True):
+        assert dataclasses.replace(ours, seconds=0) == dataclasses.replace(theirs, seconds=0)
+
+
+def test_what_is_saved_makes_the_model_again(tmp_path):
+    model = adapted()
+    _, trainer = train(tmp_path, EVEN, model)
+    trainer.save_model()
+    expected = logits(model.eval())
+    base, folder = build("llama"), tmp_path / "out"
+    MaskSet.load(folder / "pruning_masks.safetensors").apply_(again := PeftModel.from_pretrained(base, str(folder)))
+    assert torch.equal(logits(keep_sparsity(again).eval()), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"granularity": "neuron"},
+            "adapters, whose matrices are as wide as the layers that they stand",
+        ),
+        ({"criterion": "sparsegpt"}, "criterion 'sparsegpt' changes base weights, which checkpoints of adapters"),
+        ({"criterion": "movement", "begin": 1}, "base weights under adapters do not move"),
+        ({"target_modules": ["lora_A"]}, "matches no prunable module"),
+    ],
+)
+def test_what_does_not_go_with_adapters_is_an_error(changes, message, tmp_path):
+    config = PruningConfig(**{"sparsity": 0.5, **changes})
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, config, adapted())
+
+
+def test_adapters_that_cannot_be_masked_are_an_error(tmp_path):
+    model = adapted(use_dora=True)
+    with pytest.raises(ValueError, match="is a DoraLinearVariant, which does more than to add to weights"):
+        train(tmp_path, EVEN, model)
+    assert not any(bool((p == 0).any()) for n, p in model.named_parameters() if "base_layer.weight" in n)
+
+
+def train_apart(rank: int, folder: Path, samples: int) -> dict[str, torch.Tensor]:
+    model = adapted(dtype=torch.float64)
+    train(folder / str(rank), EVEN, model, per_device_train_batch_size=samples)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.multiprocess
+def test_two_processes_prune_and_learn_what_one_does(tmp_path):
+    one = train_apart(0, tmp_path / "one", 4)
+    for found in on_two_processes(train_apart, tmp_path / "two", tmp_path / "two", 2):
+        assert all(torch.allclose(found[name], tensor, rtol=0, atol=1e-7) for name, tensor in one.items())
+        assert all(torch.equal(found[name] == 0, tensor == 0) for name, tensor in one.items() if "base" in name)

@@ -19,9 +19,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
-import torch
-import transformers
 from transformers import (
     HfArgumentParser,
     PreTrainedModel,
@@ -36,7 +33,7 @@ import resnet
 import tinystories
 import vit
 from common.arguments import EVALUATIONS, set_defaults, task_and_flags
-from common.cells import DENSE, Cell, Result, keep_settings, run_cells
+from common.cells import DENSE, Cell, Result, be_quiet, keep_settings, run_cells
 from common.dense import dense_model
 from common.figures import draw
 from common.findings import Findings, choose
@@ -124,14 +121,6 @@ def run_cell(cell: Cell) -> Result:
         seconds=time.monotonic() - began,
         history=pruning.history.to_dict() if pruning else None,
     )
-
-
-def be_quiet() -> None:
-    """One thread a process, and no progress bars."""
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def main() -> None:

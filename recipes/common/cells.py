@@ -10,7 +10,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, Protocol, TypedDict, TypeVar, cast
+
+import datasets
+import torch
+import transformers
 
 from common.dense import IRRELEVANT
 
@@ -70,14 +74,35 @@ class Result(TypedDict):
     history: dict[str, object] | None
 
 
+class Named(Protocol):
+    """A cell of any kind: a frozen dataclass of JSON primitives, with a name for a file."""
+
+    @property
+    def name(self) -> str:
+        """The name."""
+
+
+C = TypeVar("C", bound=Named)
+R = TypeVar("R", bound=Mapping[str, Any])
+
+
+def be_quiet() -> None:
+    """One thread a process, and no progress bars."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
 def run_cells(
-    cells: Iterable[Cell], run: Callable[[Cell], Result], folder: Path, workers: int, initializer: Callable[[], None]
-) -> dict[Cell, Result]:
+    cells: Iterable[C], run: Callable[[C], R], folder: Path, workers: int, initializer: Callable[[], None]
+) -> dict[C, R]:
     """Runs the cells that are not yet in `folder`.
 
     Args:
         cells: What to run.
-        run: Runs one. What it raises is reported, and the rest goes on.
+        run: Runs one, and gives among others its "metric", "validation" and "seconds". What it raises is reported, and
+            the rest goes on.
         folder: Where finished cells are kept, each as JSON.
         workers: Number of processes that run cells side by side.
         initializer: Called once in each of them.
@@ -87,13 +112,13 @@ def run_cells(
     """
     folder.mkdir(parents=True, exist_ok=True)
     cells = list(dict.fromkeys(cells))
-    results = {cell: found for cell in cells if (found := _read(folder / f"{cell.name}.json")) is not None}
+    results: dict[C, R] = {cell: found for cell in cells if (found := _read(folder, cell)) is not None}
     missing = [cell for cell in cells if cell not in results]
     if missing:
         print(f"{len(cells)} cells, {len(results)} of them finished before.", flush=True)
     todo, done = missing, 0
     while todo:
-        ended: dict[Cell, tuple[Result | None, str]] = {}
+        ended: dict[C, tuple[R | None, str]] = {}
         # Processes that begin from nothing: a fork of one that has used threads may wait for them forever.
         with ProcessPoolExecutor(workers, get_context("spawn"), initializer) as pool:
             running = {pool.submit(_run_and_keep, run, folder, cell): cell for cell in todo}
@@ -133,7 +158,7 @@ def keep_settings(path: Path, settings: Mapping[str, object]) -> None:
     path.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
 
-def _run_and_keep(run: Callable[[Cell], Result], folder: Path, cell: Cell) -> tuple[Result | None, str]:
+def _run_and_keep(run: Callable[[C], R], folder: Path, cell: C) -> tuple[R | None, str]:
     failed = folder / f"{cell.name}.error"
     try:
         result = run(cell)
@@ -141,14 +166,15 @@ def _run_and_keep(run: Callable[[Cell], Result], folder: Path, cell: Cell) -> tu
         failed.write_text(traceback.format_exc(), encoding="utf-8")
         return None, f"FAILED with {error!r}; see {failed}"
     unfinished = folder / f".{cell.name}.{os.getpid()}"
-    unfinished.write_text(json.dumps({**dataclasses.asdict(cell), **result}, indent=1), encoding="utf-8")
+    unfinished.write_text(json.dumps({**dataclasses.asdict(cast(Any, cell)), **result}, indent=1), encoding="utf-8")
     unfinished.replace(folder / f"{cell.name}.json")
     failed.unlink(missing_ok=True)
     return result, f"{result['metric']} {result['validation']:.4f} on validation, {result['seconds']:.0f} s"
 
 
-def _read(path: Path) -> Result | None:
+def _read(folder: Path, cell: Named) -> Any:
+    path = folder / f"{cell.name}.json"
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return cast(Result, {name: found[name] for name in Result.__annotations__})
+    asked = dataclasses.asdict(cast(Any, cell))
+    return {name: value for name, value in json.loads(path.read_text(encoding="utf-8")).items() if name not in asked}

@@ -18,6 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 Run = TypeVar("Run")
+Result = TypeVar("Result")
 
 
 def on_two_processes(function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
@@ -79,11 +80,18 @@ def _import_once() -> None:
 
 def in_turn(runs: Iterable[Run], train: Callable[[Run], None]) -> None:
     """One training after the other, as if each were the first; then the processes end."""
+    results_in_turn(runs, train)
+    end_processes()
+
+
+def results_in_turn(runs: Iterable[Run], train: Callable[[Run], Result]) -> list[Result]:
+    """What each training gives, one after the other, as if each were the first."""
+    results = []
     for run in runs:
-        train(run)
+        results.append(train(run))
         AcceleratorState._reset_state(reset_partial_state=True)
         unset_hf_deepspeed_config()
-    end_processes()
+    return results
 
 
 def end_processes() -> None:

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, default_data_collator
 from hf_prune import PruningConfig, PruningTrainerCallback, prune, shrink
 from hf_prune.distillation import DistillationMixin, DistillationTrainer, _distance
 from hf_prune.shards import whole
-from tests.processes import on_two_processes
+from tests.processes import on_two_processes, results_in_turn
 from tests.structures.models import build as build_of_structures
 from tests.tiny import batch, build
 from tests.training import FSDP, trainer_factory
@@ -238,13 +238,12 @@ def test_a_mixin_goes_before_another_trainer(tmp_path):
     assert isinstance(trainer_factory(tmp_path)(build("llama"), cls=Own), DistillationMixin)
 
 
-def train_apart(rank: int, folder: Path, options: dict) -> dict[str, torch.Tensor]:
-    return weights_after(folder / str(rank), 2, **options)
+def train_apart(rank: int, folder: Path) -> list[dict[str, torch.Tensor]]:
+    return results_in_turn([{}, FSDP], lambda options: weights_after(folder / str(rank), 2, **options))
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_learn_what_one_does(kind, tmp_path):
+def test_two_processes_learn_what_one_does(tmp_path):
     one = weights_after(tmp_path, 4)
-    for found in on_two_processes(train_apart, tmp_path, tmp_path, FSDP if kind == "fsdp" else {}):
-        assert are_close(found, one)
+    for of_rank in on_two_processes(train_apart, tmp_path, tmp_path):
+        assert all(are_close(found, one) for found in of_rank)

@@ -20,10 +20,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, Trainer
 
 import hf_prune
-from hf_prune import PruningConfig, PruningHistory, PruningTrainerCallback, prune, push_to_hub, save_pretrained, shrink
+from hf_prune import (
+    MaskSet,
+    PruningConfig,
+    PruningHistory,
+    PruningTrainerCallback,
+    keep_sparsity,
+    prune,
+    push_to_hub,
+    save_pretrained,
+    shrink,
+)
 from hf_prune.weights import WeightsCopy
 from tests.hub import TOKEN, Hub, environment_of, running_hub, use
-from tests.processes import on_two_processes
+from tests.processes import on_two_processes, results_in_turn
 from tests.structures.models import build as build_of_structures
 from tests.tiny import batch, build
 from tests.training import FSDP, trainer_factory, zero
@@ -72,9 +82,13 @@ LOAD = """
 
     for name in sys.argv[2:]:
         if name == "adapter":
+            from hf_prune import keep_sparsity
             from peft import PeftModel
             base = LlamaForCausalLM.from_pretrained("tester/unstructured")
-            model = PeftModel.from_pretrained(base, "tester/adapter")
+            model = keep_sparsity(PeftModel.from_pretrained(base, "tester/adapter"))
+            merged = keep_sparsity(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("tester/unstructured"),
+                                                             "tester/adapter")).merge_and_unload()
+            torch.save({"logits": logits(merged), **merged.state_dict()}, Path(sys.argv[1]) / "merged")
         else:
             model = LlamaForCausalLM.from_pretrained(f"tester/{name}")
         torch.save(logits(model), Path(sys.argv[1]) / name)
@@ -107,7 +121,7 @@ def test_what_was_pushed_is_what_a_new_process_loads(lfs, hub, tmp_path):
     assert models["uneven"].config.quantization_config["shapes"]
     for name, model in models.items():
         push_to_hub(model, name, compress=name == "compressed")
-    models["adapter"] = with_adapter(models["unstructured"])
+    models["adapter"] = keep_sparsity(with_adapter(models["unstructured"]))
     models["adapter"].push_to_hub("tester/adapter")
     for folder in ("loaded", "home"):
         (tmp_path / folder).mkdir()
@@ -118,46 +132,56 @@ def test_what_was_pushed_is_what_a_new_process_loads(lfs, hub, tmp_path):
     for name, model in models.items():
         found = torch.load(tmp_path / "loaded" / name, weights_only=True)
         assert torch.equal(found, logits(model)), name
+    merged = torch.load(tmp_path / "loaded" / "merged", weights_only=True)
+    assert torch.allclose(merged["logits"], logits(models["adapter"]), atol=1e-5)
+    for name, mask in MaskSet.from_zeros(models["unstructured"]).items():
+        assert torch.equal(merged[name] == 0, ~mask)
     put = [path for method, path in hub.requests if method == "PUT"]
     assert bool(put) == lfs
 
 
-KINDS = {"ddp": {}, "fsdp": FSDP, "zero-2": zero(2), "zero-3": zero(3)}
+KINDS = {"ddp": ({}, True), "fsdp": (FSDP, True), "zero-2": (zero(2), False), "zero-3": (zero(3), False)}
+"""How two processes train, and whether what they push is compressed."""
 
 
-def push_what_was_trained(rank: int, folder: Path, url: str, kind: str, compress: bool) -> dict[str, torch.Tensor]:
+def push_what_was_trained(rank: int, folder: Path, url: str) -> list[dict[str, torch.Tensor]]:
     """Trains on two processes, and pushes the trainer; with DistributedDataParallel, its model and folder too."""
-    folder.mkdir(exist_ok=True)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        use(url, monkeypatch, str(folder / "cache"))
-        trainer, _ = train(trainer_factory(folder), per_device_train_batch_size=2, **KINDS[kind])
-        committed = [push_to_hub(trainer, "trainer", compress=compress)]
+
+    def push(kind: str) -> dict[str, torch.Tensor]:
+        options, compress = KINDS[kind]
+        trainer, _ = train(trainer_factory(folder / kind), per_device_train_batch_size=2, **options)
+        committed = [push_to_hub(trainer, f"{kind}-trainer", compress=compress)]
         model = trainer.accelerator.unwrap_model(trainer.model)
         if kind == "ddp":
-            committed += [push_to_hub(model, "model", compress=compress), push_to_hub(folder / "out", "folder")]
+            committed.append(push_to_hub(model, "ddp-model", compress=compress))
+            committed.append(push_to_hub(folder / kind / "out", "ddp-folder"))
         else:
             with pytest.raises(ValueError, match="several processes hold parts of the model"):
                 push_to_hub(model, "model")
         assert [commit is None for commit in committed] == [rank > 0] * len(committed)
-    weights = WeightsCopy.of(model)
-    return {name: weights.whole(name) for name in weights.tensors}
+        weights = WeightsCopy.of(model)
+        return {name: weights.whole(name) for name in weights.tensors}
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use(url, monkeypatch, str(folder / "cache"))
+        return results_in_turn(KINDS, push)
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("kind", "compress"), [("ddp", True), ("fsdp", True), ("zero-2", False), ("zero-3", False)])
-def test_two_processes_push_one_model(kind, compress, hub, tmp_path):
-    first, second = on_two_processes(push_what_was_trained, tmp_path, tmp_path, hub.url, kind, compress)
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+def test_two_processes_push_one_model(hub, tmp_path):
+    first, second = on_two_processes(push_what_was_trained, tmp_path, tmp_path, hub.url)
     pushed = {name.partition("/")[2] for name in hub.files}
-    assert pushed == ({"trainer", "model", "folder"} if kind == "ddp" else {"trainer"})
-    for name in pushed:
-        folder = tmp_path / name
-        folder.mkdir()
-        for path, content in hub.files[f"tester/{name}"].items():
-            (folder / path).write_bytes(content)
-        found = LlamaForCausalLM.from_pretrained(folder).state_dict()
-        assert all(torch.equal(found[key], tensor) for key, tensor in first.items())
-        assert sum(int((tensor == 0).sum()) for tensor in found.values()) >= round(0.8 * 4608)
+    assert pushed == {*(f"{kind}-trainer" for kind in KINDS), "ddp-model", "ddp-folder"}
+    for kind, ours, theirs in zip(KINDS, first, second, strict=True):
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+        for name in (name for name in pushed if name.startswith(kind)):
+            folder = tmp_path / name
+            folder.mkdir()
+            for path, content in hub.files[f"tester/{name}"].items():
+                (folder / path).write_bytes(content)
+            found = LlamaForCausalLM.from_pretrained(folder).state_dict()
+            assert all(torch.equal(found[key], tensor) for key, tensor in ours.items())
+            assert sum(int((tensor == 0).sum()) for tensor in found.values()) >= round(0.8 * 4608)
 
 
 def test_a_folder_is_pushed_as_it_is_without_checkpoints(hub, tmp_path):

@@ -74,7 +74,7 @@ class DistillationMixin:
         self.distillation_weight = distillation_weight
         self.hidden_states_weight = hidden_states_weight
         self.teacher_seconds = 0.0
-        self._soft: list[torch.Tensor] = []
+        self._soft: tuple[torch.Tensor | float, int] = (0.0, 0)  # the sum since it was logged, and of how many
         size = sum(parameter.nbytes for parameter in teacher.parameters())
         logger.info("The teacher takes %.1f MB more of memory.", size / 1e6)
 
@@ -95,7 +95,7 @@ class DistillationMixin:
         loss, outputs = trainer.compute_loss(model, {**inputs, **wanted}, True, num_items_in_batch)
         taught = self._ask_teacher(read, next(model.parameters()).device, labels)
         soft = self._soft_loss(outputs["logits"], taught["logits"], labels, num_items_in_batch)
-        self._soft.append(soft.detach())
+        self._soft = self._soft[0] + soft.detach(), self._soft[1] + 1
         loss = (1 - self.distillation_weight) * loss + self.distillation_weight * soft
         if self.hidden_states_weight:
             far = _distance(_hidden_states(outputs), _hidden_states(taught))
@@ -104,10 +104,11 @@ class DistillationMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`; where the loss is logged, with the mean of the teacher's part of it, and its time."""
-        if "loss" in logs and self._soft:
-            logs["distillation_loss"] = float(torch.stack(self._soft).mean())
+        total, count = self._soft
+        if "loss" in logs and count:
+            logs["distillation_loss"] = float(total / count)
             logs["teacher_seconds"] = round(self.teacher_seconds, 3)
-            self._soft.clear()
+            self._soft = 0.0, 0
         trainer: Any = super()
         trainer.log(logs, *args, **kwargs)
 

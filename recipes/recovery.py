@@ -49,7 +49,7 @@ class RecoveryArguments:
     budget: int = field(default=300, metadata={"help": "Optimizer steps of each run."})
     rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
     rates: list[float] = field(
-        default_factory=lambda: [0.3, 1.0, 3.0], metadata={"help": "Learning rates to choose from."}
+        default_factory=lambda: [1.0, 3.0, 10.0], metadata={"help": "Learning rates to choose from."}
     )
     choose_at: str = field(default="0.9", metadata={"help": "The level at which they are chosen."})
     workers: int = field(default=2, metadata={"help": "Processes side by side, of one thread each."})

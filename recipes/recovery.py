@@ -10,6 +10,7 @@ measured after it was merged. Data and dense model are those of the study.
 """
 
 import copy
+import csv
 import dataclasses
 import functools
 import tempfile
@@ -172,6 +173,11 @@ def main() -> None:
     )
     text = "\n\n".join(table(level, results) for level in recovery.levels)
     (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
+    rows = [{**dataclasses.asdict(cell), **result} for cell, result in results.items()]
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
     seeds = ", ".join(map(str, recovery.seeds))
     print(f"\n{recovery.budget} steps of {name}, seeds {seeds}.\n\n{text}\n\nIt is in {folder}.")
 

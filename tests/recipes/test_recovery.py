@@ -1,3 +1,4 @@
+import csv
 import math
 import os
 import re
@@ -38,6 +39,8 @@ def test_every_way_is_measured_at_every_level(tmp_path: Path) -> None:
         assert ways == [way + more for way in TRAINABLE for more in ("", ", teacher")]
         counts = [int(row.split("|")[5].replace(",", "")) for row in rows]
         assert counts[0] > counts[2] > counts[4] > 0
+    with (tmp_path / "out" / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2 * 3 * 2 * 2
     cells = list((tmp_path / "out" / "cells").glob("*.json"))
     assert len(cells) == 2 * 3 * 2 * 2  # levels, ways, teachers, seeds
     again = run(tmp_path, "vit", *SHORT, *flags, "--output_dir=out")

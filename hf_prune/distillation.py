@@ -2,9 +2,10 @@
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from .samples import IGNORED_LABEL
 from .zero import has_partitions
 
 logger = logging.getLogger(__name__)
+
+Number = TypeVar("Number", torch.Tensor, float)
 
 
 class DistillationMixin:
@@ -41,8 +44,9 @@ class DistillationMixin:
         teacher_seconds: Wall-clock time of its forward passes so far, on this process.
 
     Raises:
-        ValueError: if a number is out of its range, or there is no teacher and the model is divided by DeepSpeed; from
-            `train()`, if the logits of the two differ in number, or no hidden states of equal shape can be compared.
+        ValueError: if a number is out of its range, the teacher shares parameters with the model, or there is none and
+            the model is divided by DeepSpeed; from `train()`, if there are no logits of classes (`[B, C]` or
+            `[B, T, C]`), those of the two differ in number, or no hidden states of equal shape can be compared.
 
     Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531; hidden
     states as in Romero et al. 2015, "FitNets", arXiv 1412.6550.
@@ -69,12 +73,15 @@ class DistillationMixin:
             if has_partitions(trainer.model):
                 raise ValueError("DeepSpeed holds the model in parts, of which no copy can teach: give a teacher.")
             teacher = copy.deepcopy(trainer.model)
+        own = {id(parameter) for parameter in trainer.model.parameters()}
+        if any(id(parameter) in own for parameter in teacher.parameters()):
+            raise ValueError("teacher shares parameters with the model that it is to teach: give a copy of them.")
         self.teacher: nn.Module = teacher.eval().requires_grad_(False)
         self.temperature = temperature
         self.distillation_weight = distillation_weight
         self.hidden_states_weight = hidden_states_weight
         self.teacher_seconds = 0.0
-        self._soft: tuple[torch.Tensor | float, int] = (0.0, 0)  # the sum since it was logged, and of how many
+        self._soft: tuple[torch.Tensor | float, float] = (0.0, 0.0)  # the sum since it was logged, and of how many
         size = sum(parameter.nbytes for parameter in teacher.parameters())
         logger.info("The teacher takes %.1f MB more of memory.", size / 1e6)
 
@@ -94,13 +101,22 @@ class DistillationMixin:
         read = {name: value for name, value in inputs.items() if name != "labels"} | wanted
         loss, outputs = trainer.compute_loss(model, {**inputs, **wanted}, True, num_items_in_batch)
         taught = self._ask_teacher(read, next(model.parameters()).device, labels)
+        if "logits" not in outputs or "logits" not in taught:
+            raise ValueError(f"{type(model).__name__} or its teacher gives no logits, which are what is distilled.")
         soft = self._soft_loss(outputs["logits"], taught["logits"], labels, num_items_in_batch)
-        self._soft = self._soft[0] + soft.detach(), self._soft[1] + 1
+        # Where Trainer adds up the losses of a step, each is a share of it.
+        self._soft = self._soft[0] + soft.detach(), self._soft[1] + self._share_of_step(1.0, num_items_in_batch)
         loss = (1 - self.distillation_weight) * loss + self.distillation_weight * soft
         if self.hidden_states_weight:
-            far = _distance(_hidden_states(outputs), _hidden_states(taught))
+            far = _distance(outputs, taught)
             loss = loss + self.hidden_states_weight * self._share_of_step(far, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`."""
+        self._soft = 0.0, 0.0
+        trainer: Any = super()
+        return trainer.train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`; where the loss is logged, with the mean of the teacher's part of it, and its time."""
@@ -108,7 +124,7 @@ class DistillationMixin:
         if "loss" in logs and count:
             logs["distillation_loss"] = float(total / count)
             logs["teacher_seconds"] = round(self.teacher_seconds, 3)
-            self._soft = 0.0, 0
+            self._soft = 0.0, 0.0
         trainer: Any = super()
         trainer.log(logs, *args, **kwargs)
 
@@ -138,7 +154,13 @@ class DistillationMixin:
                 f"the student gives logits of shape {list(student.shape)}, the teacher {list(teacher.shape)}: they "
                 "must be alike."
             )
-        if labels is not None and not labels.is_floating_point():
+        if student.shape[-1] < 2 or student.ndim > 3:
+            raise ValueError(
+                f"logits of shape {list(student.shape)} are not those of classes along the last of two or three "
+                "dimensions, of which soft targets are made."
+            )
+        are_classes = labels is not None and not labels.is_floating_point()
+        if labels is not None and are_classes:
             if _shifts_labels(self):
                 student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
             if labels.shape == student.shape[:-1]:
@@ -146,19 +168,22 @@ class DistillationMixin:
         log_student, log_teacher = (
             F.log_softmax(logits.flatten(0, -2).float() / self.temperature, -1) for logits in (student, teacher)
         )
-        total = self.temperature**2 * F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+        # A class that neither allows counts for nothing, and not for infinity less infinity.
+        ratio = (log_teacher - log_student).masked_fill(log_teacher == -math.inf, 0)
+        total = self.temperature**2 * (log_teacher.exp() * ratio).sum()
         trainer: Any = self
-        if num_items_in_batch is None or not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func):
+        knows_items = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func
+        if num_items_in_batch is None or not knows_items or not are_classes:
             return self._share_of_step(total / max(len(log_student), 1), num_items_in_batch)
         # As the loss of labels: over all batches that are accumulated, and on all processes.
         return total / num_items_in_batch * _processes_of_the_mean(trainer)
 
-    def _share_of_step(self, mean: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+    def _share_of_step(self, mean: Number, num_items_in_batch: torch.Tensor | int | None) -> Number:
         """A mean over a batch as its share of an optimizer step, where Trainer does not divide the loss by itself."""
         trainer: Any = self
         is_divided = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
         if is_divided or trainer.compute_loss_func is not None:
-            return mean / trainer.current_gradient_accumulation_steps
+            return mean / getattr(trainer, "current_gradient_accumulation_steps", 1)
         return mean
 
 
@@ -174,22 +199,23 @@ def _processes_of_the_mean(trainer: Any) -> int:
 
 def _shifts_labels(trainer: Any) -> bool:
     """Whether the label of a position is that of the next token."""
+    if getattr(trainer, "_loss_shifts_labels", False):  # Trainer does not know it of every model.
+        return True
     model = trainer.accelerator.unwrap_model(trainer.model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return any(kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for kind in type(model).__mro__)
 
 
-def _hidden_states(outputs: Any) -> list[torch.Tensor]:
-    """Those of an encoder and a decoder, or of whatever there is."""
-    names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
-    return [states for name in names for states in outputs.get(name) or ()]
-
-
-def _distance(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> torch.Tensor:
-    """Mean over the pairs at the same relative depth of `mean‖s − t‖² / mean‖t‖²`."""
-    depth = (len(teacher) - 1) / max(len(student) - 1, 1)
-    pairs = [(state, teacher[round(i * depth)]) for i, state in enumerate(student)]
-    losses = [F.mse_loss(s.float(), t.float()) / t.float().square().mean() for s, t in pairs if s.shape == t.shape]
+def _distance(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> torch.Tensor:
+    """Mean over the pairs at the same relative depth of `mean‖s − t‖² / mean‖t‖²`; encoder and decoder apart."""
+    losses = []
+    for name in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
+        states, asked = student.get(name) or (), teacher.get(name) or ()
+        depth = (len(asked) - 1) / max(len(states) - 1, 1)
+        pairs = [(state, asked[round(i * depth)]) for i, state in enumerate(states) if asked]
+        losses += [
+            F.mse_loss(s.float(), t.float()) / t.float().square().mean() for s, t in pairs if s.shape == t.shape
+        ]
     if not losses:
         raise ValueError("student and teacher have no hidden states of equal shape: set hidden_states_weight=0.")
     return torch.stack(losses).mean()

@@ -25,7 +25,8 @@ def keep_sparsity(model: Model, masks: Mapping[str, torch.Tensor] | None = None)
     as ever; masks are not saved with them, so call this again on what `PeftModel.from_pretrained` gives.
 
     Args:
-        model: A `PeftModel`, unwrapped; its layers are changed in place. Adapters may be added later.
+        model: A `PeftModel`, unwrapped; its layers are changed in place. Adapters that are added to these layers later
+            are masked too; after adding some to others, call this again.
         masks: Parameter → bool mask, True = kept, by the names of the pruned model, with or without those that peft
             has added; such as `PruningTrainerCallback.masks`. If None, what is not zero is kept.
 
@@ -42,10 +43,12 @@ def keep_sparsity(model: Model, masks: Mapping[str, torch.Tensor] | None = None)
     """
     if has_shards(model) or has_partitions(model):
         raise ValueError("several processes hold parts of the model: call keep_sparsity before they divide it.")
+    layers = _adapted(model)
+    if not layers:
+        raise ValueError(f"this {type(model).__name__} has no adapters. Add them first: peft.get_peft_model.")
     given = None if masks is None else {_plain_name(name): mask for name, mask in masks.items()}
     found: dict[str, torch.Tensor] = {}
-    for name, layer in _adapted_layers(model).items():
-        weight = layer.get_base_layer().weight
+    for name, (_, weight) in layers.items():
         mask = weight != 0 if given is None else given.get(name)
         if mask is None or bool(mask.all()):
             continue
@@ -78,10 +81,11 @@ def require_maskable(model: nn.Module, names: Collection[str]) -> None:
 
     from .masked_lora import MaskedLinear, require_plain
 
-    layers = _adapted_layers(model)
+    layers = _adapted(model)
     for name in map(_plain_name, names):
-        if (layer := layers.get(name)) is None:
+        if name not in layers:
             continue
+        layer, _ = layers[name]
         if type(layer) not in (Linear, MaskedLinear):
             kind = "LoRA on such a layer" if isinstance(layer, LoraLayer) else "adapters of another kind"
             raise ValueError(
@@ -102,29 +106,27 @@ def mask_adapters_(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """
     from .masked_lora import MaskedLinear
 
-    layers = _adapted_layers(model)
+    layers = _adapted(model)
     for name, mask in masks.items():
-        if (layer := layers.get(_plain_name(name))) is not None:
+        if _plain_name(name) in layers:
+            layer, weight = layers[_plain_name(name)]
             layer.__class__ = MaskedLinear
-            layer.sparsity_mask = mask.to(layer.get_base_layer().weight.device)
+            layer.sparsity_mask = mask.to(weight.device)
 
 
-def _adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """The layers of peft on floating-point weights, by the plain name of the weight.
-
-    Raises:
-        ValueError: if there are no adapters at all.
-    """
+def _adapted(model: nn.Module) -> dict[str, tuple[Any, torch.Tensor]]:
+    """The layers of peft with the floating-point parameters that they adapt, by their plain names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = {name: each for name, each in model.named_modules() if isinstance(each, BaseTunerLayer)}
-    if not layers:
-        raise ValueError(f"this {type(model).__name__} has no adapters. Add them first: peft.get_peft_model.")
     found = {}
-    for name, layer in layers.items():
-        weight = getattr(layer.get_base_layer(), "weight", None)
-        if torch.is_tensor(weight) and weight.is_floating_point():
-            found[_plain_name(f"{name}.weight")] = layer
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            base = layer.get_base_layer()
+            # Of experts that are one parameter it has the name, and of attention in one piece there is no `weight`.
+            own = getattr(layer, "parameter_name", "weight" if hasattr(base, "weight") else "in_proj_weight")
+            weight = getattr(base, own, None)
+            if torch.is_tensor(weight) and weight.is_floating_point():
+                found[_plain_name(f"{name}.{own}")] = (layer, weight)
     return found
 
 

@@ -7,13 +7,16 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+_INITS = (True, False, "gaussian", "orthogonal", "eva")  # that leave base weights alone
 
 
 class MaskedLinear(Linear):
     """A LoRA layer of peft on a Linear or Conv1D, `y = x (W + M ∘ Σ s B A)ᵀ + b`: its adapters reach no pruned weight.
 
     Made of a `peft.tuners.lora.Linear` by its class alone: parameters, names and files are peft's. Adapters that are
-    added later are masked too.
+    added to it later are masked too.
 
     A product with `W + M ∘ s B A` costs what one with `W` does, and is all there is where weights and adapters are of
     one dtype and nothing else looks at the layer. With dropout, under autocast, and where adapters are of a higher
@@ -24,6 +27,17 @@ class MaskedLinear(Linear):
     """
 
     sparsity_mask: torch.Tensor
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter.
+
+        Raises:
+            ValueError: if it is to begin with what is taken from the base weight, which would fill the zeros.
+        """
+        how = getattr(kwargs.get("config"), "init_lora_weights", True)
+        if how not in _INITS:
+            raise ValueError(f"init_lora_weights={how!r} changes base weights, and fills their zeros. Take True.")
+        super().update_layer(adapter_name, *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What an adapter adds to the weight, of its shape: zero where it is pruned."""
@@ -96,8 +110,10 @@ def require_plain(layer: Linear, adapters: Sequence[str]) -> None:
 
 
 def _is_looked_at(base: nn.Module) -> bool:
-    """Whether something waits for a layer to be called, or for its weight to be multiplied by."""
-    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
+    """Whether a layer does more than to multiply by its weight, or something waits for it to do so."""
+    if type(base).forward not in (nn.Linear.forward, Conv1D.forward) or "forward" in vars(base):
+        return True
+    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
     return bool(hooks) or torch._C._len_torch_function_stack() > 0  # as calibrations do
 
 

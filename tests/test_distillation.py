@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from transformers import Trainer, TrainerCallback, default_data_collator
 
@@ -15,7 +16,7 @@ from hf_prune.distillation import DistillationMixin, DistillationTrainer, _dista
 from hf_prune.shards import whole
 from tests.processes import on_two_processes, results_in_turn
 from tests.structures.models import build as build_of_structures
-from tests.tiny import batch, build
+from tests.tiny import TEXT, batch, build
 from tests.training import FSDP, trainer_factory
 
 FAMILIES = ["llama", "gpt2", "t5", "bert", "vit", "resnet"]
@@ -193,10 +194,92 @@ def test_hidden_states_are_compared_with_a_shrunk_model(granularity, tmp_path):
 
 def test_layers_are_compared_at_the_same_depth():
     teacher = [torch.full((2, 2), float(i + 1)) for i in range(5)]
-    assert _distance([teacher[0], teacher[2], teacher[4]], teacher) == 0
-    assert _distance([teacher[4]], teacher) > 0
-    expected = ((2.0 - 3.0) ** 2 / 3.0**2) / 3
-    assert float(_distance([teacher[0], teacher[1], teacher[4]], teacher)) == pytest.approx(expected)
+
+    def far(student: list[torch.Tensor]) -> float:
+        return float(_distance({"hidden_states": student}, {"hidden_states": teacher}))
+
+    assert far([teacher[0], teacher[2], teacher[4]]) == 0
+    assert far([teacher[4]]) > 0
+    assert far([teacher[0], teacher[1], teacher[4]]) == pytest.approx(((2.0 - 3.0) ** 2 / 3.0**2) / 3)
+
+
+def test_encoder_and_decoder_are_compared_apart():
+    states = [torch.full((2, 2), float(i + 1)) for i in range(5)]
+    teacher = {"encoder_hidden_states": states, "decoder_hidden_states": states[:3]}
+    assert _distance({"encoder_hidden_states": states[::2], "decoder_hidden_states": states[:3]}, teacher) == 0
+
+
+def soft_of(model: nn.Module, teacher: nn.Module, inputs: dict[str, torch.Tensor], folder: Path) -> torch.Tensor:
+    trainer = trainer_of(folder, model, teacher=teacher, temperature=1.0, distillation_weight=1.0)
+    return trainer.compute_loss(model.train(), inputs, num_items_in_batch=torch.tensor(inputs["labels"].numel()))
+
+
+def test_several_labels_of_a_sample_are_no_several_samples(tmp_path):
+    def make() -> nn.Module:
+        config = transformers.LlamaConfig(**TEXT, num_labels=4, problem_type="multi_label_classification")
+        return transformers.LlamaForSequenceClassification(config).double()
+
+    student, teacher = make(), make()
+    inputs = {"input_ids": torch.randint(3, 60, (8, 6)), "labels": torch.rand(8, 4, dtype=torch.float64)}
+    found = soft_of(student, teacher, dict(inputs), tmp_path)
+    student.train()
+    expected = soft_loss(student(inputs["input_ids"]).logits, teacher(inputs["input_ids"]).logits, 1.0)
+    assert found.item() * 1 == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_what_has_no_soft_targets_is_an_error(tmp_path):
+    one = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**TEXT, num_labels=1))
+    inputs = {"input_ids": torch.randint(3, 60, (8, 6)), "labels": torch.rand(8)}
+    with pytest.raises(ValueError, match=r"logits of shape \[8, 1\] are not those of classes"):
+        soft_of(one, copy.deepcopy(one), inputs, tmp_path)
+    spans = transformers.BertForQuestionAnswering(transformers.BertConfig(**TEXT, max_position_embeddings=16))
+    rows = {"input_ids": torch.ones(2, 6, dtype=torch.long), "start_positions": torch.tensor([1, 2]),
+            "end_positions": torch.tensor([2, 3])}  # fmt: skip
+    trainer = trainer_of(tmp_path, spans, train_dataset=[{k: v[0] for k, v in rows.items()}])
+    with pytest.raises(ValueError, match="gives no logits, which are what is distilled"):
+        trainer.compute_loss(spans.train(), rows)
+
+
+def test_classes_that_nobody_allows_count_for_nothing(tmp_path):
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build("llama", torch.float64)
+            self.main_input_name, self.config = self.inner.main_input_name, self.inner.config
+
+        def forward(self, input_ids, labels=None):
+            output = self.inner(input_ids=input_ids, labels=labels)
+            output.logits = output.logits.index_fill(-1, torch.tensor([5, 7]), float("-inf"))
+            return output
+
+    student, samples = Masked(), batch(build("llama"), 4)
+    trainer = trainer_of(tmp_path, student, teacher=Masked(), train_dataset=samples)
+    loss = trainer.compute_loss(student.train(), default_data_collator(samples))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+
+
+def test_what_is_logged_does_not_depend_on_accumulation(tmp_path):
+    found = []
+    for samples in (4, 1):
+        watch = Watch()
+        trainer = trainer_of(
+            tmp_path, student_of("llama"), watch, teacher=build("llama", torch.float64), optim="sgd", max_steps=2,
+            per_device_train_batch_size=samples, gradient_accumulation_steps=4 // samples, logging_strategy="steps",
+            logging_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        found.append([logs["distillation_loss"] for logs in watch.logs if "distillation_loss" in logs])
+    assert len(found[0]) == 2
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_a_teacher_that_is_the_student_is_an_error(tmp_path):
+    model = build("llama")
+    with pytest.raises(ValueError, match="teacher shares parameters with the model that it is to teach"):
+        trainer_of(tmp_path, model, teacher=model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -221,10 +304,6 @@ def test_other_logits_are_an_error(tmp_path):
 
 
 def test_no_hidden_state_of_equal_shape_is_an_error(tmp_path):
-    import transformers
-
-    from tests.tiny import TEXT
-
     teacher = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TEXT, "hidden_size": 32}))
     trainer = trainer_of(tmp_path, build("llama"), teacher=teacher, hidden_states_weight=1.0)
     with pytest.raises(ValueError, match="have no hidden states of equal shape: set hidden_states_weight=0"):

@@ -361,6 +361,63 @@ def test_variants_and_other_adapters_are_errors():
         keep_sparsity(conv(pruned("resnet")))
 
 
+def test_experts_that_are_one_parameter_are_an_error():
+    base = pruned("mixtral")
+    options = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    model = get_peft_model(base, LoraConfig(**options))
+    with pytest.raises(ValueError, match=r"gate_up_proj' is in a .*ParamWrapper: LoRA on such a layer cannot keep"):
+        keep_sparsity(model)
+    assert not any(type(module) is MaskedLinear for module in model.modules())
+
+
+def test_attention_in_one_piece_is_an_error():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+
+    net = Net()
+    with torch.no_grad():
+        net.attention.in_proj_weight[0] = 0
+    model = get_peft_model(net, LoraConfig(target_modules=["attention"]))
+    with pytest.raises(ValueError, match="LoRA on such a layer cannot keep sparsity"):
+        keep_sparsity(model)
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_an_adapter_that_would_change_base_weights_is_an_error(how):
+    base = pruned()
+    before = zeros_of(base)
+    model = adapted(base)
+    with pytest.raises(ValueError, match=f"init_lora_weights='{how}' changes base weights, and fills their zeros"):
+        model.add_adapter("two", LoraConfig(target_modules="all-linear", init_lora_weights=how))
+    assert same(zeros_of(model), before)
+
+
+def test_adapters_on_other_layers_are_masked_when_it_is_called_again():
+    base = pruned()
+    before = zeros_of(base)
+    model = adapted(base, target_modules=["q_proj"])
+    model.add_adapter("two", LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
+    model.set_adapter("two")
+    assert same(zeros_of(keep_sparsity(model).merge_and_unload()), before)
+
+
+def test_a_layer_that_does_more_than_to_multiply_does_it_still():
+    class Twice(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    net = One(nn.Linear, True)
+    net.it = Twice(7, 5)
+    with torch.no_grad():
+        net.it.weight[0] = 0
+    expected = net(x := torch.randn(3, 7))
+    model = keep_sparsity(get_peft_model(net, LoraConfig(target_modules=["it"])))
+    assert type(model.base_model.model.it) is MaskedLinear
+    assert torch.equal(model(x), expected)
+
+
 def test_a_variant_that_is_added_later_is_an_error():
     model = adapted(pruned())
     model.add_adapter("dora", LoraConfig(target_modules=["q_proj"], use_dora=True))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from .costs import Cost
-from .plots import figure_of_run, save_figure
+from .plots import Drawn, figure_of_run
 from .tables import number, table
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Round:
 
 
 @dataclass
-class PruningHistory(Sequence[Round]):
+class PruningHistory(Drawn, Sequence[Round]):
     """The rounds of a run, in order. Prints as a table.
 
     Attributes:
@@ -215,23 +215,8 @@ class PruningHistory(Sequence[Round]):
             f"not the {self.asked[-1]:.4f} asked for."
         )
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws metric and sparsity against steps into an image file: cuts and the best of each round are marked.
-
-        Args:
-            path: Where to; the suffix says the format, such as `.png`.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        save_figure(self.figure(), path)
-
     def figure(self) -> "Figure":
-        """What `plot` draws.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
+        """Metric and sparsity against steps: cuts and the best of each round are marked."""
         return figure_of_run(
             self.metric,
             self.evaluations,

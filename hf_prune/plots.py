@@ -148,9 +148,27 @@ def _row_and_column(name: str) -> tuple[str, int]:
     return (name, 0) if found is None else (f"{name[: found.start()]}*{name[found.end() :]}", int(found.group()))
 
 
-def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
-    """Writes a figure; the suffix says the format, such as `.png`."""
-    figure.savefig(path, dpi=150)
+class Drawn:
+    """What can be drawn: its `figure` says how."""
+
+    def figure(self) -> "Figure":
+        """What `plot` draws.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+        """
+        raise NotImplementedError
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws into an image file.
+
+        Args:
+            path: Where to; the suffix says the format, such as `.png`.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+        """
+        self.figure().savefig(path, dpi=150)
 
 
 def as_svg(figure: "Figure") -> str:

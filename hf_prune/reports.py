@@ -1,7 +1,6 @@
 """Reports: how sparse a model is."""
 
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from torch import nn
 from .access import accessible
 from .config import PruningConfig
 from .masks import masked_in
-from .plots import figure_of_modules, save_figure
+from .plots import Drawn, figure_of_modules
 from .processes import sum_over_processes_
 from .shards import is_sharded, own
 from .structures.finding import find_places
@@ -80,7 +79,7 @@ def structure_rows(structures: Iterable[StructureSparsity]) -> list[list[str]]:
 
 
 @dataclass(frozen=True)
-class SparsityReport:
+class SparsityReport(Drawn):
     """How sparse a model is. Prints as a table.
 
     Attributes:
@@ -146,23 +145,8 @@ class SparsityReport:
             "structures": [{**dataclasses.asdict(row), "sparsity": row.sparsity} for row in self.structures],
         }
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws the sparsity of each row into an image file: a column for each layer of the model.
-
-        Args:
-            path: Where to; the suffix says the format, such as `.png`.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        save_figure(self.figure(), path)
-
     def figure(self) -> "Figure":
-        """What `plot` draws.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
+        """The sparsity of each row: a column for each layer of the model."""
         return figure_of_modules({row.name: row.sparsity for row in self._rows})
 
     def __str__(self) -> str:

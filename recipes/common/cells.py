@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 import datasets
 import torch
@@ -21,8 +21,17 @@ from common.dense import IRRELEVANT
 DENSE = "dense"  # in place of a schedule: the dense model, trained on for the same steps
 
 
+class Named:
+    """A cell of any kind: a frozen dataclass of JSON primitives, whose values are its name."""
+
+    @property
+    def name(self) -> str:
+        """A name for a file."""
+        return "-".join(str(value) for value in dataclasses.astuple(cast(Any, self))).replace(":", "_")
+
+
 @dataclass(frozen=True)
-class Cell:
+class Cell(Named):
     """One run of a study.
 
     Attributes:
@@ -46,11 +55,6 @@ class Cell:
     steps: int
     seed: int
 
-    @property
-    def name(self) -> str:
-        """A name for a file."""
-        return "-".join(str(value) for value in dataclasses.astuple(self)).replace(":", "_")
-
 
 class Result(TypedDict):
     """What a run gave.
@@ -72,14 +76,6 @@ class Result(TypedDict):
     reached: float
     seconds: float
     history: dict[str, object] | None
-
-
-class Named(Protocol):
-    """A cell of any kind: a frozen dataclass of JSON primitives, with a name for a file."""
-
-    @property
-    def name(self) -> str:
-        """The name."""
 
 
 C = TypeVar("C", bound=Named)

@@ -1,6 +1,5 @@
 """What recoveries are compared: a run of each, and what they gave."""
 
-import dataclasses
 import itertools
 import math
 import statistics
@@ -8,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
+from common.cells import Named
 from common.tables import markdown, spread
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Named):
     """One run.
 
     Attributes:
@@ -28,11 +28,6 @@ class Cell:
     teacher: bool
     rate: float
     seed: int
-
-    @property
-    def name(self) -> str:
-        """A name for a file."""
-        return "-".join(str(value) for value in dataclasses.astuple(self)).replace(":", "_")
 
 
 class Result(TypedDict):

@@ -314,10 +314,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 self._weights = {}  # They are no longer the model's.
                 retire(kwargs["optimizer"])
                 self._say(self.history.savings(), state)
+        folder = Path(str(args.output_dir))
         if args.should_save:
-            self._save_reports(Path(str(args.output_dir)))
-            if has_adapters(model) and self.masks:  # Beside adapters there are no base weights to read them from.
-                self.masks.save(Path(str(args.output_dir)) / MASKS_NAME)
+            self._save_reports(folder)
+        if has_adapters(model) and self.masks:  # Beside adapters there are no base weights to read them from.
+            self.masks.save(folder / MASKS_NAME, write=args.should_save)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,13 +1,17 @@
 """LoRA on pruned models: adapters that fill no zeros."""
 
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from .shards import has_shards
+from .masks import masked_in
+from .shards import has_shards, is_sharded
 from .zero import has_partitions
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -100,9 +104,12 @@ def require_maskable(model: nn.Module, names: Collection[str]) -> None:
 def mask_adapters_(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """Has LoRA layers leave at zero what is pruned of their weights; where there is no adapter, nothing changes.
 
+    Where processes hold parts of the weights, all of them call this, and adapters leave every zero of theirs alone:
+    see `MaskedLinear`.
+
     Args:
         model: The model with its adapters; `require_maskable` has found nothing wrong with them.
-        masks: As in `keep_sparsity`.
+        masks: As in `keep_sparsity`. Masked weights are zero.
     """
     from .masked_lora import MaskedLinear
 
@@ -111,7 +118,12 @@ def mask_adapters_(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
         if _plain_name(name) in layers:
             layer, weight = layers[_plain_name(name)]
             layer.__class__ = MaskedLinear
-            layer.sparsity_mask = mask.to(weight.device)
+            layer.sparsity_mask = None if is_sharded(weight) else mask.to(weight.device)
+            if is_sharded(weight) and (more := masked_in(weight.detach() != 0) - masked_in(mask)):
+                logger.warning(
+                    "%d weights of %r are zero without being pruned. FSDP2 holds no masks for adapters, which leave "
+                    "these at zero too.", more, _plain_name(name),
+                )  # fmt: skip
 
 
 def _adapted(model: nn.Module) -> dict[str, tuple[Any, torch.Tensor]]:

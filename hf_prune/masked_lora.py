@@ -1,7 +1,8 @@
 """LoRA layers that leave pruned weights at zero, in forward passes and when they are merged."""
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +19,17 @@ class MaskedLinear(Linear):
     Made of a `peft.tuners.lora.Linear` by its class alone: parameters, names and files are peft's. Adapters that are
     added to it later are masked too.
 
-    A product with `W + M ∘ s B A` costs what one with `W` does, and is all there is where weights and adapters are of
-    one dtype and nothing else looks at the layer. With dropout, under autocast, and where adapters are of a higher
-    precision than weights, `M ∘ s B A` has a product of its own. The backward pass makes it anew: none is kept.
+    A product with `W + M ∘ s B A` costs what one with `W` does, and is all there is in float32 and float64, if nothing
+    else looks at the layer. With dropout, under autocast, and in lower precision, where small adapters would be lost
+    in the sum, `M ∘ s B A` has a product of its own. The backward pass makes it anew: none is kept.
 
     Attributes:
-        sparsity_mask: `[shape of the weight]`, bool: True where a weight is kept. Not in the state dict.
+        sparsity_mask: `[shape of the weight]`, bool: True where a weight is kept. Not in the state dict. None where
+            processes hold parts of the weight, which passes gather: then what is zero in it is pruned, and no process
+            holds more than its part.
     """
 
-    sparsity_mask: torch.Tensor
+    sparsity_mask: torch.Tensor | None
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter.
@@ -42,7 +45,8 @@ class MaskedLinear(Linear):
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What an adapter adds to the weight, of its shape: zero where it is pruned."""
         delta = super().get_delta_weight(adapter)
-        return delta.where(self._mask_on(delta.device), 0)
+        weight: Any = self.get_base_layer().weight
+        return delta.where(_kept(self._mask_on(delta.device), weight), 0)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`[…, in]` → `[…, out]`.
@@ -60,8 +64,8 @@ class MaskedLinear(Linear):
         base: Any = self.get_base_layer()
         dropouts = [self.lora_dropout[name] for name in adapters]
         drops = self.training and not all(isinstance(dropout, nn.Identity) for dropout in dropouts)
-        if not drops and self._is_of_one_dtype(x, base, adapters) and not _is_looked_at(base):
-            y = self._product(x, adapters, base.weight, base.bias)
+        if not drops and self._is_precise(x, base, adapters) and not _is_looked_at(base):
+            y = self._product(x, adapters, base.bias, adds_weight=True)
         else:
             y = self.base_layer(x, *args, **kwargs)
             for name, dropout in zip(adapters, dropouts, strict=True):
@@ -72,25 +76,23 @@ class MaskedLinear(Linear):
         return y
 
     def _product(
-        self,
-        x: torch.Tensor,
-        adapters: Sequence[str],
-        weight: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
+        self, x: torch.Tensor, adapters: Sequence[str], bias: torch.Tensor | None = None, *, adds_weight: bool = False
     ) -> torch.Tensor:
+        how = _How(self.fan_in_fan_out, tuple(self.scaling[name] for name in adapters), adds_weight)
         factors = [part[name].weight for name in adapters for part in (self.lora_A, self.lora_B)]
-        scalings = tuple(self.scaling[name] for name in adapters)
-        mask = self._mask_on(x.device)
-        product: torch.Tensor = _MaskedProduct.apply(x, weight, bias, mask, self.fan_in_fan_out, scalings, *factors)
+        weight: Any = self.get_base_layer().weight
+        weight = weight if adds_weight else weight.detach()  # of which only the zeros are read, if anything
+        product: torch.Tensor = _MaskedProduct.apply(x, weight, bias, self._mask_on(x.device), how, *factors)
         return product
 
-    def _is_of_one_dtype(self, x: torch.Tensor, base: nn.Module, adapters: Sequence[str]) -> bool:
-        weights = [base.weight, *(self.lora_A[name].weight for name in adapters)]
-        return not torch.is_autocast_enabled(x.device.type) and {weight.dtype for weight in weights} == {x.dtype}
+    def _is_precise(self, x: torch.Tensor, base: nn.Module, adapters: Sequence[str]) -> bool:
+        dtypes = {base.weight.dtype, *(self.lora_A[name].weight.dtype for name in adapters)}
+        precise = x.dtype in (torch.float32, torch.float64) and dtypes == {x.dtype}
+        return precise and not torch.is_autocast_enabled(x.device.type)
 
-    def _mask_on(self, device: torch.device) -> torch.Tensor:
+    def _mask_on(self, device: torch.device) -> torch.Tensor | None:
         # No buffer: DistributedDataParallel sends those of the first process to all others, in each forward pass.
-        if self.sparsity_mask.device != device:
+        if self.sparsity_mask is not None and self.sparsity_mask.device != device:
             self.sparsity_mask = self.sparsity_mask.to(device)
         return self.sparsity_mask
 
@@ -117,6 +119,32 @@ def _is_looked_at(base: nn.Module) -> bool:
     return bool(hooks) or torch._C._len_torch_function_stack() > 0  # as calibrations do
 
 
+class _How(NamedTuple):
+    """How a masked product is made.
+
+    Attributes:
+        fan_in_fan_out: Whether the weight is `[in, out]`, as that of Conv1D.
+        scalings: `s` of each pair of factors.
+        adds_weight: Whether `W` is added, or `M ∘ Σ s B A` stands alone.
+    """
+
+    fan_in_fan_out: bool
+    scalings: tuple[float, ...]
+    adds_weight: bool
+
+    def as_matrix(self, of_weight: torch.Tensor) -> torch.Tensor:
+        """What has the weight's shape, as `[out, in]`; and back."""
+        return of_weight.T if self.fan_in_fan_out else of_weight
+
+    def matrix(
+        self, dtype: torch.dtype, weight: torch.Tensor, mask: torch.Tensor | None, factors: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """`[out, in]`: `W + M ∘ Σ s B A`."""
+        scaled = [s * (b @ a) for s, a, b in zip(self.scalings, factors[::2], factors[1::2], strict=True)]
+        delta = functools.reduce(torch.Tensor.add_, scaled).masked_fill_(~self.as_matrix(_kept(mask, weight)), 0)
+        return (delta.add_(self.as_matrix(weight)) if self.adds_weight else delta).to(dtype)
+
+
 class _MaskedProduct(torch.autograd.Function):
     """`x (W + M ∘ Σ s B A)ᵀ + b`, by a weight that is made anew in the backward pass."""
 
@@ -124,54 +152,39 @@ class _MaskedProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor | None,
+        weight: torch.Tensor,
         bias: torch.Tensor | None,
-        mask: torch.Tensor,
-        fan_in_fan_out: bool,
-        scalings: tuple[float, ...],
+        mask: torch.Tensor | None,
+        how: _How,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, mask, *factors)
-        ctx.fan_in_fan_out, ctx.scalings = fan_in_fan_out, scalings
+        ctx.how = how
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, _effective(x.dtype, weight, mask, fan_in_fan_out, scalings, factors), bias)
+            return F.linear(x, how.matrix(x.dtype, weight, mask, factors), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, mask, *factors = ctx.saved_tensors
-        wanted, fan_in_fan_out, scalings = ctx.needs_input_grad, ctx.fan_in_fan_out, ctx.scalings
+        wanted, how = ctx.needs_input_grad, ctx.how
         found: list[torch.Tensor | None] = [None] * len(wanted)
         rows = gradient.reshape(-1, gradient.shape[-1])
         if wanted[0]:
-            found[0] = gradient @ _effective(x.dtype, weight, mask, fan_in_fan_out, scalings, factors)
+            found[0] = gradient @ how.matrix(x.dtype, weight, mask, factors)
         if wanted[2]:
             found[2] = rows.sum(0)
-        if wanted[1] or any(wanted[6:]):
+        if wanted[1] or any(wanted[5:]):
             of_weight = rows.T @ x.reshape(-1, x.shape[-1])  # [out, in]
             if wanted[1]:
-                found[1] = of_weight.T if fan_in_fan_out else of_weight
-            of_delta = of_weight.where(mask.T if fan_in_fan_out else mask, 0).to(factors[0].dtype)
-            for i, scaling in enumerate(scalings):
+                found[1] = how.as_matrix(of_weight)
+            of_delta = of_weight.where(how.as_matrix(_kept(mask, weight)), 0).to(factors[0].dtype)
+            for i, scaling in enumerate(how.scalings):
                 a, b = factors[2 * i : 2 * i + 2]
-                found[6 + 2 * i] = scaling * (b.T @ of_delta) if wanted[6 + 2 * i] else None
-                found[7 + 2 * i] = scaling * (of_delta @ a.T) if wanted[7 + 2 * i] else None
+                found[5 + 2 * i] = scaling * (b.T @ of_delta) if wanted[5 + 2 * i] else None
+                found[6 + 2 * i] = scaling * (of_delta @ a.T) if wanted[6 + 2 * i] else None
         return tuple(found)
 
 
-def _effective(
-    dtype: torch.dtype,
-    weight: torch.Tensor | None,
-    mask: torch.Tensor,
-    fan_in_fan_out: bool,
-    scalings: Sequence[float],
-    factors: Sequence[torch.Tensor],
-) -> torch.Tensor:
-    """`[out, in]`: `W + M ∘ Σ s B A`, without `W` if there is none."""
-    pairs = zip(scalings, factors[::2], factors[1::2], strict=True)
-    delta = torch.stack([scaling * (b @ a) for scaling, a, b in pairs]).sum(0) if len(scalings) > 1 else None
-    if delta is None:
-        delta = (factors[1] @ factors[0]).mul_(scalings[0])
-    delta = delta.masked_fill_(~(mask.T if fan_in_fan_out else mask), 0)
-    if weight is not None:
-        delta += weight.T if fan_in_fan_out else weight
-    return delta.to(dtype)
+def _kept(mask: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    """Where adapters may reach."""
+    return weight != 0 if mask is None else mask

@@ -55,14 +55,14 @@ class Moment(NamedTuple):
         """Requires a training whose masks hold.
 
         Raises:
-            ValueError: if its parameters are sharded otherwise than by FSDP2 or by DeepSpeed's ZeRO in memory, or at
-                all while it carries adapters, or its gradients will not be averaged over the processes.
+            ValueError: if its parameters are sharded otherwise than by FSDP2 or by DeepSpeed's ZeRO in memory, or by
+                the latter while it carries adapters, or its gradients will not be averaged over the processes.
         """
         kind = type(self.model).__name__
-        if has_adapters(self.model) and (has_shards(self.model) or has_partitions(self.model)):
+        if has_adapters(self.model) and has_partitions(self.model):
             raise ValueError(
-                f"this {kind} carries adapters, whose base weights are pruned on one process or with "
-                "DistributedDataParallel, and not with FSDP or DeepSpeed."
+                f"this {kind} carries adapters, whose base weights are pruned on one process, with "
+                "DistributedDataParallel or with FSDP2, and not with DeepSpeed."
             )
         if has_shards(self.model):
             return  # By FSDP2, which also averages gradients; `find_targets` looks at how.

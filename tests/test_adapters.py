@@ -2,20 +2,24 @@
 
 import copy
 import dataclasses
+import logging
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, keep_sparsity
 from hf_prune.criteria import CRITERIA
 from hf_prune.masked_lora import MaskedLinear
-from tests.processes import on_two_processes
+from hf_prune.shards import has_shards, whole
+from tests.processes import on_two_processes, results_in_turn
+from tests.resuming import KINDS
 from tests.test_lora import logits
-from tests.tiny import batch, build
-from tests.training import trainer_factory
+from tests.tiny import TEXT, batch, build
+from tests.training import FSDP, trainer_factory
 
 EVEN = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, end=4)
 PATIENT = PruningConfig(sparsity=0.8, schedule="geometric", rounds=3, patience=1, min_round_steps=1, restart_lr=True)
@@ -149,15 +153,100 @@ def test_adapters_that_cannot_be_masked_are_an_error(tmp_path):
     assert not any(bool((p == 0).any()) for n, p in model.named_parameters() if "base_layer.weight" in n)
 
 
-def train_apart(rank: int, folder: Path, samples: int) -> dict[str, torch.Tensor]:
-    model = adapted(dtype=torch.float64)
-    train(folder / str(rank), EVEN, model, per_device_train_batch_size=samples)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+# Several processes
+
+
+def of_odd_width() -> PeftModel:
+    """Of base weights and of adapters one process holds more rows than the other."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**TEXT, "intermediate_size": 33}, num_key_value_heads=1)
+    base = transformers.LlamaForCausalLM(config).double()
+    return get_peft_model(base, LoraConfig(target_modules="all-linear", r=3))
+
+
+def train_apart(rank: int, folder: Path, criterion: str, samples: int, options: dict) -> dict[str, torch.Tensor]:
+    model = of_odd_width()
+    config = dataclasses.replace(EVEN, criterion=criterion, calibration_samples=8, scope="auto")
+    train(folder / str(rank), config, model, per_device_train_batch_size=samples, **options)
+    assert has_shards(model) == ("fsdp" in options)
+    assert any(type(module) is MaskedLinear for module in model.modules())
+    return {name: whole(parameter.detach()).clone() for name, parameter in model.named_parameters()}
+
+
+CELLS = [("fisher", {}), *((criterion, FSDP) for criterion in ("magnitude", "taylor", "fisher", "wanda"))]
+
+
+def train_cells_apart(rank: int, folder: Path) -> list[dict[str, torch.Tensor]]:
+    return results_in_turn(CELLS, lambda cell: train_apart(rank, folder, cell[0], 2, cell[1]))
 
 
 @pytest.mark.multiprocess
 def test_two_processes_prune_and_learn_what_one_does(tmp_path):
-    one = train_apart(0, tmp_path / "one", 4)
-    for found in on_two_processes(train_apart, tmp_path / "two", tmp_path / "two", 2):
-        assert all(torch.allclose(found[name], tensor, rtol=0, atol=1e-7) for name, tensor in one.items())
-        assert all(torch.equal(found[name] == 0, tensor == 0) for name, tensor in one.items() if "base" in name)
+    one = {criterion: train_apart(0, tmp_path / criterion, criterion, 4, {}) for criterion, _ in CELLS}
+    for of_rank in on_two_processes(train_cells_apart, tmp_path / "two", tmp_path / "two"):
+        for (criterion, _), found in zip(CELLS, of_rank, strict=True):
+            expected = one[criterion]
+            assert all(torch.allclose(found[name], tensor, rtol=0, atol=1e-7) for name, tensor in expected.items())
+            assert all(torch.equal(found[n] == 0, tensor == 0) for n, tensor in expected.items() if "base_layer" in n)
+
+
+RESUMED = [("ddp", PATIENT), ("fsdp", PATIENT), ("fsdp-sharded", EVEN)]
+
+
+def resume_apart(rank: int, folder: Path) -> list[tuple]:
+    def run(cell: tuple[str, PruningConfig, bool]) -> tuple:
+        kind, config, resumes = cell
+        model, checkpoint = of_odd_width(), str(folder / kind / "out" / "checkpoint-3")
+        more = {"resume_from_checkpoint": checkpoint} if resumes else {}
+        pruning, trainer = train(
+            folder / kind, config, model, checkpoint if resumes else False, save_strategy="steps", save_steps=1,
+            max_steps=9, learning_rate=0.1, per_device_train_batch_size=2, **KINDS[kind], **more,
+        )  # fmt: skip
+        trainer.save_model()
+        weights = {name: whole(parameter.detach()).clone() for name, parameter in model.named_parameters()}
+        rows = [dataclasses.asdict(dataclasses.replace(row, seconds=0)) for row in pruning.history]
+        return weights, pruning.masks.digest(), rows
+
+    return results_in_turn([(*cell, resumes) for cell in RESUMED for resumes in (False, True)], run)
+
+
+@pytest.mark.multiprocess
+def test_two_processes_resume_and_save(tmp_path):
+    for of_rank in on_two_processes(resume_apart, tmp_path, tmp_path):
+        for (kind, _), straight, resumed in zip(RESUMED, of_rank[::2], of_rank[1::2], strict=True):
+            weights, *rest = straight
+            assert resumed[1:] == tuple(rest), kind
+            assert all(torch.equal(resumed[0][name], weight) for name, weight in weights.items()), kind
+            masks = MaskSet.load(tmp_path / kind / "out" / "pruning_masks.safetensors")
+            assert masks.digest() == rest[0]
+            if kind != "fsdp-sharded":  # Trainer saves no adapters of such a run: they are in its checkpoints.
+                again = PeftModel.from_pretrained(of_odd_width().unload(), str(tmp_path / kind / "out"))
+                masks.apply_(again)
+                assert all(torch.equal(tensor, weights[name]) for name, tensor in again.named_parameters())
+
+
+def with_zeros_that_are_kept(rank: int, folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    model, said = of_odd_width(), []
+    name = "base_model.model.model.layers.1.mlp.down_proj"
+    with torch.no_grad():
+        model.get_submodule(name).base_layer.weight[:3].zero_()
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hf_prune.lora").addHandler(handler)
+    config = PruningConfig(sparsity=0.5, layer_sparsity={r".*down_proj": 0.05}, scope="layer", criterion="random")
+    pruning, _ = train(folder, config, model, per_device_train_batch_size=2, **FSDP)
+    delta = model.get_submodule(name).get_delta_weight("default").detach()
+    return whole(delta), whole(pruning.masks[f"{name}.base_layer.weight"]), said
+
+
+@pytest.mark.multiprocess
+def test_zeros_that_are_not_pruned_are_told_of_where_no_process_holds_masks(tmp_path):
+    for delta, mask, said in on_two_processes(with_zeros_that_are_kept, tmp_path, tmp_path):
+        kept_zeros = int(mask[:3].sum())
+        assert kept_zeros > 0
+        assert said == [
+            f"{kept_zeros} weights of 'model.layers.1.mlp.down_proj.weight' are zero without being pruned. FSDP2 "
+            "holds no masks for adapters, which leave these at zero too."
+        ]
+        assert not bool(delta[:3].any())
+        assert bool(delta[3:].any())

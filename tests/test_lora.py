@@ -184,6 +184,21 @@ def test_lower_precision(how):
         assert torch.allclose(ours.grad.double(), theirs.grad, rtol=0.05, atol=0.1)
 
 
+def test_what_is_far_smaller_than_the_weights_is_not_lost_in_lower_precision():
+    """What adapters add is less than half of the last bit of each weight, and is all that comes out."""
+    layer = layer_of(nn.Linear, bias=False).bfloat16()
+    signs = torch.tensor([1.0, -1.0] * 3 + [0.0])
+    with torch.no_grad():
+        layer.get_base_layer().weight.copy_(signs.abs().expand(5, 7))
+        layer.lora_A["default"].weight.copy_(signs.expand(3, 7) * 2**-6)
+        layer.lora_B["default"].weight.fill_(2**-6)
+    keep_sparsity(layer)
+    x = signs.expand(4, 7).bfloat16()
+    assert not bool(layer.get_base_layer()(x).any())
+    expected = 6 * 3 * 2**-12 * layer.scaling["default"]
+    assert torch.allclose(layer(x).double(), torch.tensor(expected, dtype=torch.float64), rtol=0.01, atol=0)
+
+
 def test_no_other_weight_is_kept_for_the_backward_pass():
     layer = layer_of(nn.Linear)
     kept: list[tuple[int, ...]] = []

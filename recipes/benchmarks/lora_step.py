@@ -46,7 +46,8 @@ def contenders(rank: int) -> dict[str, nn.Module]:
 def kept_by(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
     """Megabytes that a forward pass keeps, each memory once."""
     known = {p.data_ptr() for p in model.parameters()}
-    known |= {module.sparsity_mask.data_ptr() for module in model.modules() if isinstance(module, MaskedLinear)}
+    masks = [module.sparsity_mask for module in model.modules() if isinstance(module, MaskedLinear)]
+    known |= {mask.data_ptr() for mask in masks if mask is not None}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

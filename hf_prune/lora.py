@@ -27,6 +27,7 @@ def keep_sparsity(model: Model, masks: Mapping[str, torch.Tensor] | None = None)
     What an adapter adds to a weight is masked: `W + M ∘ s B A`. So the model that is trained is the model that
     `merge_and_unload` gives, with the zeros that it had; without it a merge fills them. Adapters are saved and loaded
     as ever; masks are not saved with them, so call this again on what `PeftModel.from_pretrained` gives.
+    Zeros of weights that are trained themselves (`modules_to_save`) are held by `PruningTrainerCallback` alone.
 
     Args:
         model: A `PeftModel`, unwrapped; its layers are changed in place. Adapters that are added to these layers later

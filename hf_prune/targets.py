@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,8 @@ _AXES: dict[type[nn.Module], tuple[int, ...]] = {
 }
 _TYPES = "the weights of Linear, Conv1D, Conv2d and fused (3-D) experts"
 _HEADS = {"classifier", "score", "qa_outputs", "pooler", "head", "class_predictor"}  # And whatever ends in _head.
-_WRAPPED = "base_layer"  # Where peft's layers keep the one that they have replaced.
+_WRAPPED = "base_layer"  # Where peft's layers keep the one that they have replaced,
+_REPLACED, _COPIES = "original_module", "modules_to_save"  # and modules that it trains whole themselves and copies.
 _NOT_A_NAME = re.compile(r"[*+?|()\[\]{}^$\\]")
 
 
@@ -51,9 +53,10 @@ class Target:
     def module(self) -> str:
         """The name of the module that holds the parameter, or of the parameter where a module holds several.
 
-        A layer that peft has wrapped goes by its own name, without the `base_layer` behind it.
+        What peft has wrapped goes by its own name, without what it has put in between.
         """
-        return self.name.removesuffix(".weight").removesuffix(f".{_WRAPPED}")
+        name = self.name.removesuffix(".weight").removesuffix(f".{_WRAPPED}")
+        return re.sub(rf"\.({_REPLACED}|{_COPIES}\.[^.]+)(?=\.|$)", "", name)
 
     def own(self) -> "Target":
         """The rows of a sharded parameter that this process holds, as one part; a whole one as it is."""
@@ -135,7 +138,8 @@ def find_targets(
     By default these are the weights of Linear, Conv1D and Conv2d in the body of the model and the 3-D weights of
     fused experts. Not among them: embeddings (the convolutions that embed patches or pixels included), heads
     (whatever lies outside the base model, and classifier, `lm_head`, pooler by name), expert routers, norms, biases,
-    and any weight that is tied to one that is left out; nor peft's adapters, whereas the layers that they wrap are.
+    and any weight that is tied to one that is left out; nor peft's adapters, whereas the layers that they wrap are,
+    and its copies of modules that it trains whole (`modules_to_save`), in place of what they replace.
 
     The words are PEFT's: a string is a regular expression that has to match the whole module name; a list holds
     exact names or their last components. An entry of a list that cannot be a name, because it holds one of
@@ -205,12 +209,11 @@ def find_targets(
 def _candidates(model: nn.Module) -> Iterator[Target]:
     """Every weight of a prunable kind, once for each of its names, in the model's order.
 
-    Of a layer with adapters only the layer: what peft puts beside it stays as it is.
+    Of what peft has wrapped only the part that the model is, and would be after a merge.
     """
     beside: tuple[str, ...] = ()
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(getattr(module, _WRAPPED, None), nn.Module):
-            beside += tuple(f"{prefix}.{name}." for name, _ in module.named_children() if name != _WRAPPED)
+        beside += tuple(f"{prefix}.{name}." for name in _beside(module))
         if f"{prefix}.".startswith(beside):
             continue
         axes = next((axes for kind, axes in _AXES.items() if isinstance(module, kind)), None)
@@ -225,6 +228,19 @@ def _candidates(model: nn.Module) -> Iterator[Target]:
             for name, parameter in module.named_parameters(prefix, recurse=False):
                 if parameter.ndim == 3:
                     yield Target(name, parameter, (0, 2, 1) if transposed else (0, 1, 2), len(parameter))
+
+
+def _beside(module: nn.Module) -> Iterator[str]:
+    """The names, in a module, of what peft has put beside what it wraps there, or has replaced."""
+    copies = getattr(module, _COPIES, None)
+    if isinstance(getattr(module, _WRAPPED, None), nn.Module):
+        yield from (name for name, _ in module.named_children() if name != _WRAPPED)
+    elif isinstance(getattr(module, _REPLACED, None), nn.Module) and isinstance(copies, nn.ModuleDict):
+        wrapper: Any = module
+        used = [] if wrapper.disable_adapters else [name for name in wrapper.active_adapters if name in copies]
+        yield from (f"{_COPIES}.{name}" for name in copies if name not in used)
+        if used:
+            yield _REPLACED
 
 
 def are_sharded(targets: Iterable[Target]) -> bool:

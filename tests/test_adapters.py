@@ -15,6 +15,7 @@ from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, keep_sparsi
 from hf_prune.criteria import CRITERIA
 from hf_prune.masked_lora import MaskedLinear
 from hf_prune.shards import has_shards, whole
+from hf_prune.targets import find_targets
 from tests.processes import on_two_processes, results_in_turn
 from tests.resuming import KINDS
 from tests.test_lora import logits
@@ -66,6 +67,28 @@ def test_base_weights_are_pruned_while_adapters_are_trained(family, config, tmp_
     assert torch.allclose(logits(merged), expected, atol=1e-5)
     row = pruning.history[-1]  # With patience its best weights have come back.
     assert trainer.evaluate()["eval_loss"] == pytest.approx(row.best if config.patience else row.last, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_modules_that_are_trained_whole_are_pruned_where_they_are_trained(family, tmp_path):
+    modules = ["down_proj", "layers.1"] if family == "llama" else ["output.dense", "classifier"]
+    model = adapted(family, target_modules=["q_proj", "query"], modules_to_save=modules)
+    plain = build(family)
+    pruning, _ = train(tmp_path, EVEN, model)
+    assert pruning.masks.total == sum(target.weight.numel() for target in find_targets(plain).values())
+    copies = [name for name in pruning.masks if "modules_to_save.default" in name]
+    assert copies
+    assert not any("original_module" in name for name in pruning.masks)
+    before = dict(plain.named_parameters())
+    for name in copies:
+        moved = model.get_parameter(name) != before[name.replace("base_model.model.", "").replace(
+            "modules_to_save.default.", ""
+        )] * pruning.masks[name]  # fmt: skip
+        assert bool(moved.any())
+    expected = logits(model.eval())
+    merged = model.merge_and_unload()
+    assert MaskSet.from_zeros(merged).masked == pruning.masks.masked
+    assert torch.allclose(logits(merged), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "movement"])

@@ -12,7 +12,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 
-from .lora import has_adapters
 from .processes import failing_together
 from .samples import Batch, batches_of
 from .shards import has_shards
@@ -55,15 +54,9 @@ class Moment(NamedTuple):
         """Requires a training whose masks hold.
 
         Raises:
-            ValueError: if its parameters are sharded otherwise than by FSDP2 or by DeepSpeed's ZeRO in memory, or by
-                the latter while it carries adapters, or its gradients will not be averaged over the processes.
+            ValueError: if its parameters are sharded otherwise than by FSDP2 or by DeepSpeed's ZeRO in memory, or its
+                gradients will not be averaged over the processes.
         """
-        kind = type(self.model).__name__
-        if has_adapters(self.model) and has_partitions(self.model):
-            raise ValueError(
-                f"this {kind} carries adapters, whose base weights are pruned on one process, with "
-                "DistributedDataParallel or with FSDP2, and not with DeepSpeed."
-            )
         if has_shards(self.model):
             return  # By FSDP2, which also averages gradients; `find_targets` looks at how.
         distributed = PartialState().distributed_type
@@ -81,7 +74,7 @@ class Moment(NamedTuple):
         # prepared for evaluation alone. Then it finds it marked, and wraps it no more.
         if self.args.world_size > 1 and getattr(self.model, "_is_accelerate_prepared", False):
             raise ValueError(
-                f"evaluate() or predict() came before train(): accelerate takes this {kind} for prepared, and would "
-                f"train it on each of the {self.args.world_size} processes apart. Evaluate a copy of the model with "
-                "a Trainer of its own, or load the model again."
+                f"evaluate() or predict() came before train(): accelerate takes this {type(self.model).__name__} for "
+                f"prepared, and would train it on each of the {self.args.world_size} processes apart. Evaluate a copy "
+                "of the model with a Trainer of its own, or load the model again."
             )

@@ -32,9 +32,9 @@ class DistillationMixin:
     with the teacher's at the same relative depth.
 
     Args:
-        teacher: Gives the logits that are asked for; in evaluation mode and without gradients. It may have other
-            layers, and must have as many logits. If None, a copy of the model as it is when the trainer is made, so
-            before `PruningTrainerCallback` cuts.
+        teacher: Gives the logits that are asked for. It is put into evaluation mode, and its parameters require no
+            gradients any more. It may have other layers, and must have as many logits. If None, a copy of the model
+            as it is when the trainer is made, so before `PruningTrainerCallback` cuts.
         temperature: `T`, above 0.
         distillation_weight: `w`, in `[0, 1]`.
         hidden_states_weight: `h`, 0 or more; 0 leaves hidden states out.
@@ -97,10 +97,10 @@ class DistillationMixin:
         if not model.training:
             return trainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.get("labels")
-        wanted = {"output_hidden_states": True} if self.hidden_states_weight else {}
-        read = {name: value for name, value in inputs.items() if name != "labels"} | wanted
-        loss, outputs = trainer.compute_loss(model, {**inputs, **wanted}, True, num_items_in_batch)
-        taught = self._ask_teacher(read, next(model.parameters()).device, labels)
+        if self.hidden_states_weight:
+            inputs = {**inputs, "output_hidden_states": True}
+        loss, outputs = trainer.compute_loss(model, {**inputs}, True, num_items_in_batch)  # It may take labels out.
+        taught = self._ask_teacher(inputs, next(model.parameters()).device)
         if "logits" not in outputs or "logits" not in taught:
             raise ValueError(f"{type(model).__name__} or its teacher gives no logits, which are what is distilled.")
         soft = self._soft_loss(outputs["logits"], taught["logits"], labels, num_items_in_batch)
@@ -128,15 +128,16 @@ class DistillationMixin:
         trainer: Any = super()
         trainer.log(logs, *args, **kwargs)
 
-    def _ask_teacher(self, inputs: Mapping[str, Any], device: torch.device, labels: torch.Tensor | None) -> Any:
+    def _ask_teacher(self, inputs: Mapping[str, Any], device: torch.device) -> Any:
         start = time.perf_counter()
         if next(self.teacher.parameters()).device != device:
             self.teacher.to(device)
-        # Decoders make their inputs of the labels.
+        # Labels are of use only to decoders, which make their inputs of them.
         config = getattr(self.teacher, "config", None)
         needs_labels = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs
+        read = {name: value for name, value in inputs.items() if needs_labels or name != "labels"}
         with torch.no_grad():
-            outputs = self.teacher(**inputs, **({"labels": labels} if needs_labels else {}))
+            outputs = self.teacher(**read)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.teacher_seconds += time.perf_counter() - start
@@ -159,8 +160,9 @@ class DistillationMixin:
                 f"logits of shape {list(student.shape)} are not those of classes along the last of two or three "
                 "dimensions, of which soft targets are made."
             )
-        are_classes = labels is not None and not labels.is_floating_point()
-        if labels is not None and are_classes:
+        if labels is not None and labels.is_floating_point():
+            labels = None  # Values, not classes: they leave no position out.
+        if labels is not None:
             if _shifts_labels(self):
                 student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
             if labels.shape == student.shape[:-1]:
@@ -173,7 +175,7 @@ class DistillationMixin:
         total = self.temperature**2 * (log_teacher.exp() * ratio).sum()
         trainer: Any = self
         knows_items = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func
-        if num_items_in_batch is None or not knows_items or not are_classes:
+        if num_items_in_batch is None or not knows_items or labels is None:
             return self._share_of_step(total / max(len(log_student), 1), num_items_in_batch)
         # As the loss of labels: over all batches that are accumulated, and on all processes.
         return total / num_items_in_batch * _processes_of_the_mean(trainer)

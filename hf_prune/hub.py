@@ -199,7 +199,7 @@ def _facts(
     base_model: str | None,
     batch: Batch | None,
 ) -> Facts:
-    if has_adapters(model) or getattr(model, "_hf_peft_config_loaded", False):
+    if has_adapters(model):
         raise ValueError(
             "the model carries adapters, beside which no base weights would be saved. Merge them first "
             "(merge_and_unload), or save the adapter with its own save_pretrained."

@@ -1,6 +1,7 @@
 """LoRA on pruned models: adapters that fill no zeros."""
 
 import logging
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
@@ -41,7 +42,7 @@ def keep_sparsity(model: Model, masks: Mapping[str, torch.Tensor] | None = None)
     Raises:
         ValueError: if there are no LoRA adapters, or none on a weight with zeros; if a masked weight is not zero, a
             mask has another shape, adapters are merged, or of a kind that cannot be masked: DoRA, and others that do
-            more than to add a product of two matrices; or if several processes hold parts of the model. The model is
+            more than add a product of two matrices; or if several processes hold parts of the model. The model is
             then as it was.
 
     Source: peft's LoRA, Hu et al. 2021, arXiv 2106.09685.
@@ -67,20 +68,20 @@ def keep_sparsity(model: Model, masks: Mapping[str, torch.Tensor] | None = None)
             "no adapter is on a weight with zeros: there is no sparsity to keep. Prune the base model first, or let "
             "target_modules of the LoraConfig name pruned modules."
         )
-    require_maskable(model, found)
+    require_maskable_adapters(model, found)
     mask_adapters_(model, found)
     return model
 
 
-def require_maskable(model: nn.Module, names: Collection[str]) -> None:
-    """Requires adapters that can be masked.
+def require_maskable_adapters(model: nn.Module, names: Collection[str]) -> None:
+    """Requires that the adapters on pruned parameters can be masked.
 
     Args:
         model: The model with its adapters.
         names: The parameters that are pruned, with or without the names that peft has added.
 
     Raises:
-        ValueError: as `keep_sparsity` does, if those on one of these parameters cannot.
+        ValueError: if one is another kind than plain LoRA on Linear or Conv1D, or is merged.
     """
     from peft.tuners.lora.layer import Linear, LoraLayer
 
@@ -105,26 +106,26 @@ def require_maskable(model: nn.Module, names: Collection[str]) -> None:
 def mask_adapters_(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """Has LoRA layers leave at zero what is pruned of their weights; where there is no adapter, nothing changes.
 
-    Where processes hold parts of the weights, all of them call this, and adapters leave every zero of theirs alone:
-    see `MaskedLinear`.
+    Under FSDP2 all processes call this, and adapters leave every zero of the weights alone: see `MaskedLinear`.
 
     Args:
-        model: The model with its adapters; `require_maskable` has found nothing wrong with them.
+        model: The model with its adapters; `require_maskable_adapters` has found nothing wrong with them.
         masks: As in `keep_sparsity`. Masked weights are zero.
     """
     from .masked_lora import MaskedLinear
 
     layers = _adapted(model)
-    for name, mask in masks.items():
-        if _plain_name(name) in layers:
-            layer, weight = layers[_plain_name(name)]
-            layer.__class__ = MaskedLinear
-            layer.sparsity_mask = None if is_sharded(weight) else mask.to(weight.device)
-            if is_sharded(weight) and (more := masked_in(weight.detach() != 0) - masked_in(mask)):
-                logger.warning(
-                    "%d weights of %r are zero without being pruned. FSDP2 holds no masks for adapters, which leave "
-                    "these at zero too.", more, _plain_name(name),
-                )  # fmt: skip
+    for name, mask in ((_plain_name(name), mask) for name, mask in masks.items()):
+        if name not in layers:
+            continue
+        layer, weight = layers[name]
+        layer.__class__ = MaskedLinear
+        layer.sparsity_mask = None if is_sharded(weight) else mask.to(weight.device)
+        if is_sharded(weight) and (more := masked_in(weight.detach() != 0) - masked_in(mask)):
+            logger.warning(
+                "%d weights of %r are zero without being pruned. Under FSDP2 adapters are masked by the zeros, and "
+                "leave these at zero too.", more, name,
+            )  # fmt: skip
 
 
 def _adapted(model: nn.Module) -> dict[str, tuple[Any, torch.Tensor]]:
@@ -145,4 +146,4 @@ def _adapted(model: nn.Module) -> dict[str, tuple[Any, torch.Tensor]]:
 
 def _plain_name(name: str) -> str:
     """The name of a parameter in the model without peft."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model."))

@@ -24,9 +24,8 @@ class MaskedLinear(Linear):
     in the sum, `M ∘ s B A` has a product of its own. The backward pass makes it anew: none is kept.
 
     Attributes:
-        sparsity_mask: `[shape of the weight]`, bool: True where a weight is kept. Not in the state dict. None where
-            processes hold parts of the weight, which passes gather: then what is zero in it is pruned, and no process
-            holds more than its part.
+        sparsity_mask: `[shape of the weight]`, bool: True where a weight is kept. Not in the state dict. None under
+            FSDP2, where no process holds a mask of the whole weight: what is zero in the gathered weight is pruned.
     """
 
     sparsity_mask: torch.Tensor | None
@@ -65,7 +64,7 @@ class MaskedLinear(Linear):
         dropouts = [self.lora_dropout[name] for name in adapters]
         drops = self.training and not all(isinstance(dropout, nn.Identity) for dropout in dropouts)
         if not drops and self._is_precise(x, base, adapters) and not _is_looked_at(base):
-            y = self._product(x, adapters, base.bias, adds_weight=True)
+            y = self._product(x, adapters, with_base=True)
         else:
             y = self.base_layer(x, *args, **kwargs)
             for name, dropout in zip(adapters, dropouts, strict=True):
@@ -75,15 +74,14 @@ class MaskedLinear(Linear):
                 y = y + (self.lora_B[name].bias * self.scaling[name]).to(y.dtype)
         return y
 
-    def _product(
-        self, x: torch.Tensor, adapters: Sequence[str], bias: torch.Tensor | None = None, *, adds_weight: bool = False
-    ) -> torch.Tensor:
-        how = _How(self.fan_in_fan_out, tuple(self.scaling[name] for name in adapters), adds_weight)
+    def _product(self, x: torch.Tensor, adapters: Sequence[str], *, with_base: bool = False) -> torch.Tensor:
+        """`x (M ∘ Σ s B A)ᵀ`, or what the whole layer gives: `x (W + M ∘ Σ s B A)ᵀ + b`."""
+        base: Any = self.get_base_layer()
+        # Alone, the product reads at most the zeros of the weight.
+        weight, bias = (base.weight, base.bias) if with_base else (base.weight.detach(), None)
+        how = _How(self.fan_in_fan_out, tuple(self.scaling[name] for name in adapters), with_base)
         factors = [part[name].weight for name in adapters for part in (self.lora_A, self.lora_B)]
-        weight: Any = self.get_base_layer().weight
-        weight = weight if adds_weight else weight.detach()  # of which only the zeros are read, if anything
-        product: torch.Tensor = _MaskedProduct.apply(x, weight, bias, self._mask_on(x.device), how, *factors)
-        return product
+        return _MaskedProduct.apply(x, weight, bias, self._mask_on(x.device), how, *factors)
 
     def _is_precise(self, x: torch.Tensor, base: nn.Module, adapters: Sequence[str]) -> bool:
         dtypes = {base.weight.dtype, *(self.lora_A[name].weight.dtype for name in adapters)}
@@ -98,7 +96,7 @@ class MaskedLinear(Linear):
 
 
 def require_plain(layer: Linear, adapters: Sequence[str]) -> None:
-    """Requires that adapters of a layer are LoRA as it was first published, or scaled by its rank's root.
+    """Requires plain LoRA, with or without the scaling of rsLoRA.
 
     Raises:
         ValueError: if one is a variant of it.
@@ -106,17 +104,18 @@ def require_plain(layer: Linear, adapters: Sequence[str]) -> None:
     for name in adapters:
         if (variant := layer.lora_variant.get(name)) is not None:
             raise ValueError(
-                f"the adapter {name!r} is a {type(variant).__name__}, which does more than to add to weights, so that "
+                f"the adapter {name!r} is a {type(variant).__name__}, which does more than add to weights, so that "
                 "sparsity cannot be kept. Take plain LoRA, with or without use_rslora."
             )
 
 
 def _is_looked_at(base: nn.Module) -> bool:
-    """Whether a layer does more than to multiply by its weight, or something waits for it to do so."""
+    """Whether a layer does more than multiply by its weight, or something waits for it to be called."""
     if type(base).forward not in (nn.Linear.forward, Conv1D.forward) or "forward" in vars(base):
         return True
-    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
-    return bool(hooks) or torch._C._len_torch_function_stack() > 0  # as calibrations do
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    # Calibrations wait in a mode of torch's functions.
+    return any(hooks) or torch._C._len_torch_function_stack() > 0
 
 
 class _How(NamedTuple):
@@ -125,12 +124,12 @@ class _How(NamedTuple):
     Attributes:
         fan_in_fan_out: Whether the weight is `[in, out]`, as that of Conv1D.
         scalings: `s` of each pair of factors.
-        adds_weight: Whether `W` is added, or `M ∘ Σ s B A` stands alone.
+        with_base: Whether `W` is added, or `M ∘ Σ s B A` stands alone.
     """
 
     fan_in_fan_out: bool
     scalings: tuple[float, ...]
-    adds_weight: bool
+    with_base: bool
 
     def as_matrix(self, of_weight: torch.Tensor) -> torch.Tensor:
         """What has the weight's shape, as `[out, in]`; and back."""
@@ -142,7 +141,7 @@ class _How(NamedTuple):
         """`[out, in]`: `W + M ∘ Σ s B A`."""
         scaled = [s * (b @ a) for s, a, b in zip(self.scalings, factors[::2], factors[1::2], strict=True)]
         delta = functools.reduce(torch.Tensor.add_, scaled).masked_fill_(~self.as_matrix(_kept(mask, weight)), 0)
-        return (delta.add_(self.as_matrix(weight)) if self.adds_weight else delta).to(dtype)
+        return (delta.add_(self.as_matrix(weight)) if self.with_base else delta).to(dtype)
 
 
 class _MaskedProduct(torch.autograd.Function):

@@ -45,7 +45,7 @@ class Moment(NamedTuple):
         )
 
     def batches(self, samples: int) -> Callable[[], Iterator[Batch]] | None:
-        """What draws batches of training samples, so many of all processes together; None where there are no data."""
+        """What draws `samples` training samples, of all processes together, in batches; None where there are none."""
         if self.dataloader is None:
             return None
         return functools.partial(batches_of, self.dataloader, samples, self.args.train_batch_size, self.args.seed)

@@ -8,7 +8,7 @@ from . import granularities
 from .config import PruningConfig
 from .criteria import CRITERIA, Criterion, fisher, needs_of, scope_of, wanda
 from .granularities import Pattern, Structural
-from .lora import require_maskable
+from .lora import require_maskable_adapters
 from .reconstruction import RECONSTRUCTIONS
 from .targets import Target, are_sharded, find_targets
 
@@ -105,8 +105,8 @@ def require_prunable_under_adapters(
         criterion: A criterion in place of the config's.
 
     Raises:
-        ValueError: if base weights would be changed, which checkpoints of adapters do not hold, or have to move; or as
-            `require_maskable` does.
+        ValueError: if the criterion changes the weights that it keeps, or reads how weights move; or as
+            `require_maskable_adapters` does.
     """
     if is_reconstruction(config, criterion):
         raise ValueError(
@@ -114,8 +114,11 @@ def require_prunable_under_adapters(
             "first (hf_prune.prune), and add adapters then."
         )
     if "movement" in required_statistics(config, criterion):
-        raise ValueError("base weights under adapters do not move, so that criterion 'movement' says nothing of them.")
-    require_maskable(model, targets)
+        raise ValueError(
+            "base weights under adapters do not move, so that criterion 'movement' says nothing of them. Take another "
+            "one, or prune before adapters are added."
+        )
+    require_maskable_adapters(model, targets)
 
 
 def is_reconstruction(config: PruningConfig, criterion: Criterion | None = None) -> bool:

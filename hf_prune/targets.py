@@ -25,8 +25,9 @@ _AXES: dict[type[nn.Module], tuple[int, ...]] = {
 }
 _TYPES = "the weights of Linear, Conv1D, Conv2d and fused (3-D) experts"
 _HEADS = {"classifier", "score", "qa_outputs", "pooler", "head", "class_predictor"}  # And whatever ends in _head.
-_WRAPPED = "base_layer"  # Where peft's layers keep the one that they have replaced,
-_REPLACED, _COPIES = "original_module", "modules_to_save"  # and modules that it trains whole themselves and copies.
+# Names that peft gives: to the layer inside one of its own; to a module that it trains whole, and to the copies of it.
+_WRAPPED, _REPLACED, _COPIES = "base_layer", "original_module", "modules_to_save"
+_INSERTED = re.compile(rf"\.(?:{_WRAPPED}|{_REPLACED}|{_COPIES}\.[^.]+)(?=\.|$)")
 _NOT_A_NAME = re.compile(r"[*+?|()\[\]{}^$\\]")
 
 
@@ -53,10 +54,9 @@ class Target:
     def module(self) -> str:
         """The name of the module that holds the parameter, or of the parameter where a module holds several.
 
-        What peft has wrapped goes by its own name, without what it has put in between.
+        Without what peft has put in between.
         """
-        name = self.name.removesuffix(".weight").removesuffix(f".{_WRAPPED}")
-        return re.sub(rf"\.({_REPLACED}|{_COPIES}\.[^.]+)(?=\.|$)", "", name)
+        return _INSERTED.sub("", self.name).removesuffix(".weight")
 
     def own(self) -> "Target":
         """The rows of a sharded parameter that this process holds, as one part; a whole one as it is."""
@@ -231,7 +231,10 @@ def _candidates(model: nn.Module) -> Iterator[Target]:
 
 
 def _beside(module: nn.Module) -> Iterator[str]:
-    """The names, in a module, of what peft has put beside what it wraps there, or has replaced."""
+    """The children of a module, by name, that are no part of the model as peft computes it.
+
+    Those are adapters, copies that are not in use, and a module that a copy replaces.
+    """
     copies = getattr(module, _COPIES, None)
     if isinstance(getattr(module, _WRAPPED, None), nn.Module):
         yield from (name for name, _ in module.named_children() if name != _WRAPPED)
@@ -261,7 +264,7 @@ def _expressions(patterns: str | Sequence[str] | None) -> dict[str, re.Pattern[s
 
 
 def _matches(target: Target, expressions: Iterable[re.Pattern[str]]) -> bool:
-    names = (target.module, target.name.rpartition(".")[0])
+    names = (target.module, _INSERTED.sub("", target.name).rpartition(".")[0])
     return any(expression.fullmatch(name) for expression in expressions for name in names)
 
 

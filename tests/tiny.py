@@ -90,6 +90,14 @@ def batch(model: nn.Module, size: int = 4, seed: int = 0) -> list[dict[str, torc
     return [{"input_ids": ids, "labels": ids.clone()} for ids in tokens]
 
 
+def logits(model: nn.Module) -> torch.Tensor:
+    """What a model, with adapters or without, says of samples."""
+    samples = batch(model.get_base_model() if hasattr(model, "peft_config") else model)
+    inputs = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
 def twin(model: nn.Module) -> nn.Module:
     """An independent copy with equal weights."""
     return copy.deepcopy(model)

@@ -22,7 +22,8 @@ class ScoreInputs:
 
     Attributes:
         name: The parameter's name in the model.
-        weight: The parameter's values, of the parameter's own shape; not to be changed.
+        weight: The parameter's values, of the parameter's own shape, with what LoRA adapters add to them; not to be
+            changed.
         seed: The run's seed, for criteria that draw random numbers.
         statistics: What the criterion has declared to need, by the names of `hf_prune.calibration.STATISTICS`, and
             "movement": float32, of a shape that broadcasts with the weight's.

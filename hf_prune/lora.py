@@ -1,5 +1,6 @@
 """LoRA on pruned models: adapters that fill no zeros."""
 
+import dataclasses
 import logging
 import re
 from collections.abc import Collection, Mapping
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 from .masks import masked_in
-from .shards import has_shards, is_sharded
+from .shards import has_shards, is_sharded, whole
+from .targets import Adapter, Target
 from .zero import has_partitions
 
 logger = logging.getLogger(__name__)
@@ -126,6 +128,35 @@ def mask_adapters_(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
                 "%d weights of %r are zero without being pruned. Under FSDP2 adapters are masked by the zeros, and "
                 "leave these at zero too.", more, name,
             )  # fmt: skip
+
+
+def with_adapters(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Target]:
+    """Targets that know what the active LoRA adapters add to them; all processes call this.
+
+    Args:
+        model: The model with its adapters.
+        targets: What `find_targets` found in it.
+
+    Returns:
+        The same, by the same names. Adapters that are merged, or do more than add, are left out.
+    """
+    from peft.tuners.lora.layer import Linear
+
+    from .masked_lora import MaskedLinear
+
+    layers = _adapted(model)
+
+    def adapters_on(name: str) -> tuple[Adapter, ...]:
+        layer: Any = layers.get(_plain_name(name), (None,))[0]
+        if type(layer) not in (Linear, MaskedLinear) or layer.merged or layer.disable_adapters:
+            return ()
+        return tuple(
+            Adapter(whole(layer.lora_A[each].weight.detach()), whole(layer.lora_B[each].weight.detach()), scaling)
+            for each, scaling in layer.scaling.items()
+            if each in layer.active_adapters and each in layer.lora_A and each not in layer.lora_variant
+        )
+
+    return {name: dataclasses.replace(target, adapters=adapters_on(name)) for name, target in targets.items()}
 
 
 def _adapted(model: nn.Module) -> dict[str, tuple[Any, torch.Tensor]]:

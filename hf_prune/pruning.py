@@ -15,7 +15,7 @@ from .config import PruningConfig
 from .criteria import CRITERIA, Criterion, fisher, is_elementwise, magnitude, wanda
 from .granularities import Pattern, Structural
 from .levels import levels_of
-from .lora import has_adapters
+from .lora import has_adapters, with_adapters
 from .masks import MaskSet, masked_in
 from .reconstruction import Quota, reconstruct_
 from .reports import SparsityReport, sparsity_report
@@ -168,6 +168,8 @@ def cut_(
             none. The weights are then as they were.
     """
     reshard_(model)
+    if has_adapters(model):
+        targets = with_adapters(model, targets)
     require_whole_where_needed(targets.values(), config, criterion)
     reconstructs, known = is_reconstruction(config, criterion), statistics or {}
     missing = [name for name in required_statistics(config, criterion) if name not in known]

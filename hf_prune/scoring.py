@@ -15,7 +15,7 @@ from .targets import Target, are_sharded
 def score_inputs(target: Target, statistics: Statistics | None, seed: int = 0) -> ScoreInputs:
     """What a criterion is told of a target, or of the rows that it holds."""
     own = {name: target.fit(values[target.name]) for name, values in (statistics or {}).items()}
-    return ScoreInputs(target.name, target.weight.detach(), seed, own)
+    return ScoreInputs(target.name, target.merged, seed, own)
 
 
 def weight_scores(target: Target, criterion: Criterion, statistics: Statistics | None, seed: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +31,20 @@ _INSERTED = re.compile(rf"\.(?:{_WRAPPED}|{_REPLACED}|{_COPIES}\.[^.]+)(?=\.|$)"
 _NOT_A_NAME = re.compile(r"[*+?|()\[\]{}^$\\]")
 
 
+class Adapter(NamedTuple):
+    """What LoRA adds to a weight that reads `[out, in]`: `s B A`.
+
+    Attributes:
+        a: `[r, in]`, all of it.
+        b: `[out, r]`, all of it.
+        scaling: `s`.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
 @dataclass(frozen=True)
 class Target:
     """One parameter that is pruned.
@@ -42,6 +56,7 @@ class Target:
         parts: The number of equal parts of its rows that have inputs of their own: fused experts, or the groups of a
             convolution.
         rows: Which rows of the parameter the weight holds, if they are the process's own; None if all.
+        adapters: What is added to the parameter, where it is not zero, whenever the model computes.
     """
 
     name: str
@@ -49,6 +64,7 @@ class Target:
     axes: tuple[int, ...]
     parts: int = 1
     rows: slice | None = None
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def module(self) -> str:
@@ -73,6 +89,16 @@ class Target:
         if self.rows is None:
             return whole(values)
         return own(values) if is_sharded(values) or len(values) == 1 else values[self.rows]
+
+    @property
+    def merged(self) -> torch.Tensor:
+        """The weight as the model computes with it: a new tensor, if adapters add to it."""
+        weight = self.weight.detach()
+        if not self.adapters:
+            return weight
+        added = torch.stack([adapter.scaling * (adapter.b @ adapter.a) for adapter in self.adapters]).sum(0)
+        added = added.permute(self._inverse)[self.rows or slice(None)]
+        return torch.where(weight != 0, weight + added, 0).to(weight.dtype)
 
     @property
     def offset(self) -> int:

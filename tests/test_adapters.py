@@ -102,18 +102,28 @@ def test_every_criterion(criterion, tmp_path):
     assert any(type(module) is MaskedLinear for module in model.modules())
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "wanda", "fisher"])
-def test_scores_under_adapters_at_zero_are_those_without_adapters(criterion):
-    model, plain = adapted(), build("llama")
-    samples = [{key: torch.stack([s[key] for s in batch(plain, 8)]) for key in ("input_ids", "labels")}]
+@pytest.mark.parametrize("names", [[], ["default"], ["default", "other"]])
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "wanda", "fisher"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_scores_under_adapters_are_those_of_the_merged_model(family, criterion, names):
+    model = adapted(family, torch.float64)
+    model.add_adapter("other", LoraConfig(target_modules="all-linear", r=3))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name and any(each in name for each in names):
+                parameter.copy_(torch.randn_like(parameter) * 0.05)
+    model.base_model.set_adapter(names or ["default"])
+    samples = [
+        {key: torch.stack([s[key] for s in batch(model.get_base_model(), 8)]) for key in ("input_ids", "labels")}
+    ]
     first = PruningConfig(sparsity=0.25)
     second = PruningConfig(sparsity=0.5, criterion=criterion, calibration_samples=8)
     prune(model, first)
     keep_sparsity(model)  # Its layers compute by one product, unless somebody looks.
+    merged = copy.deepcopy(model).merge_and_unload()
     prune(model, second, samples)
-    prune(plain, first)
-    prune(plain, second, samples)
-    assert MaskSet.from_zeros(model.unload()) == MaskSet.from_zeros(plain)
+    prune(merged, second, samples)
+    assert MaskSet.from_zeros(model.unload()) == MaskSet.from_zeros(merged)
 
 
 @pytest.mark.parametrize("at", [2, 3, 5])

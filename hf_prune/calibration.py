@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .contexts import eager_experts, undisturbed
 from .hooks import paused
-from .passes import base_of, gradients_of, in_step, loss_of, summed_gradients, targets_in_passes
+from .passes import base_of, gradients_of, ignores_first_label, in_step, loss_of, summed_gradients, targets_in_passes
 from .processes import failing_together, sum_over_processes_
 from .products import Product, ProductWatch
 from .samples import IGNORED_LABEL, Batch, read_samples, require_samples, singles_of, size_of, take_samples
@@ -381,7 +381,7 @@ class LabelCounts:
         counted = self._counted(batch)
         can_tell = self._shifts is None and self._may_shift and counted.ndim > 1 and bool(counted[:, 0].any())
         for each, _ in in_step(self._model, [batch] if can_tell else []):
-            self._shifts = self._ignores_first(each)
+            self._shifts = ignores_first_label(self._model, each)
         if counted.ndim > 1 and self._shifts:
             counted[:, 0] = False
         return counted.reshape(len(counted), -1).sum(1).float()
@@ -393,10 +393,3 @@ class LabelCounts:
             return torch.ones(size_of(batch), dtype=torch.bool, device=next(self._model.parameters()).device)
         counted = labels != IGNORED_LABEL
         return counted & (labels != self._ignored_in_maps) if labels.ndim > 2 else counted
-
-    @torch.no_grad()
-    def _ignores_first(self, batch: Batch) -> bool:
-        without = batch["labels"].clone()
-        without[:, 0] = IGNORED_LABEL
-        with_it, without_it = (loss_of(self._model, each) for each in (batch, {**batch, "labels": without}))
-        return torch.allclose(with_it, without_it, rtol=1e-6, equal_nan=True)

@@ -1,6 +1,7 @@
 """Distillation: a trainer whose loss also asks for what a teacher says, the dense model for example."""
 
 import copy
+import itertools
 import logging
 import math
 import time
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .passes import base_of, ignores_first_label
 from .samples import IGNORED_LABEL
 from .zero import has_partitions
 
@@ -61,12 +63,14 @@ class DistillationMixin:
         hidden_states_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}.")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, got {temperature}.")
         if not 0 <= distillation_weight <= 1:
             raise ValueError(f"distillation_weight must be in [0, 1], got {distillation_weight}.")
-        if not hidden_states_weight >= 0:
-            raise ValueError(f"hidden_states_weight must be 0 or more, got {hidden_states_weight}.")
+        if not 0 <= hidden_states_weight < math.inf:
+            raise ValueError(f"hidden_states_weight must be 0 or more and finite, got {hidden_states_weight}.")
+        if not isinstance(teacher, (nn.Module, type(None))):
+            raise TypeError(f"teacher must be a model, got {type(teacher).__name__}. Load it with from_pretrained.")
         super().__init__(*args, **kwargs)
         trainer: Any = self
         if teacher is None:
@@ -81,6 +85,7 @@ class DistillationMixin:
         self.distillation_weight = distillation_weight
         self.hidden_states_weight = hidden_states_weight
         self.teacher_seconds = 0.0
+        self._shifts: bool | None = None  # whether the label of a position is that of the next one; None until seen
         self._soft: tuple[torch.Tensor | float, float] = (0.0, 0.0)  # the sum since it was logged, and of how many
         size = sum(parameter.nbytes for parameter in teacher.parameters())
         logger.info("The teacher takes %.1f MB more of memory.", size / 1e6)
@@ -95,15 +100,19 @@ class DistillationMixin:
         """As in `Trainer`, with what is added to the loss while the model is in training mode."""
         trainer: Any = super()
         if not model.training:
-            return trainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs.get("labels")
+            return trainer.compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
         if self.hidden_states_weight:
             inputs = {**inputs, "output_hidden_states": True}
-        loss, outputs = trainer.compute_loss(model, {**inputs}, True, num_items_in_batch)  # It may take labels out.
+        # It may take labels out of what it is given.
+        loss, outputs = trainer.compute_loss(
+            model, {**inputs}, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
         taught = self._ask_teacher(inputs, next(model.parameters()).device)
         if "logits" not in outputs or "logits" not in taught:
             raise ValueError(f"{type(model).__name__} or its teacher gives no logits, which are what is distilled.")
-        soft = self._soft_loss(outputs["logits"], taught["logits"], labels, num_items_in_batch)
+        soft = self._soft_loss(outputs["logits"], taught["logits"], inputs, num_items_in_batch)
         # Where Trainer adds up the losses of a step, each is a share of it.
         self._soft = self._soft[0] + soft.detach(), self._soft[1] + self._share_of_step(1.0, num_items_in_batch)
         loss = (1 - self.distillation_weight) * loss + self.distillation_weight * soft
@@ -130,7 +139,7 @@ class DistillationMixin:
 
     def _ask_teacher(self, inputs: Mapping[str, Any], device: torch.device) -> Any:
         start = time.perf_counter()
-        if next(self.teacher.parameters()).device != device:
+        if any(parameter.device != device for parameter in itertools.islice(self.teacher.parameters(), 1)):
             self.teacher.to(device)
         # Labels are of use only to decoders, which make their inputs of them.
         config = getattr(self.teacher, "config", None)
@@ -147,7 +156,7 @@ class DistillationMixin:
         self,
         student: torch.Tensor,
         teacher: torch.Tensor,
-        labels: torch.Tensor | None,
+        inputs: Mapping[str, Any],
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
         if student.shape != teacher.shape:
@@ -160,32 +169,51 @@ class DistillationMixin:
                 f"logits of shape {list(student.shape)} are not those of classes along the last of two or three "
                 "dimensions, of which soft targets are made."
             )
-        if labels is not None and labels.is_floating_point():
-            labels = None  # Values, not classes: they leave no position out.
-        if labels is not None:
-            if _shifts_labels(self):
-                student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
-            if labels.shape == student.shape[:-1]:
-                student, teacher = (logits[labels != IGNORED_LABEL] for logits in (student, teacher))
+        labels = inputs.get("labels")
+        if labels is not None and self._shifts_labels(inputs):
+            student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
+        # Others are values, or a sequence of a length of its own: they leave no position out.
+        are_classes = labels is not None and not labels.is_floating_point() and labels.shape == student.shape[:-1]
+        if are_classes:
+            student, teacher = (logits[labels != IGNORED_LABEL] for logits in (student, teacher))
         log_student, log_teacher = (
             F.log_softmax(logits.flatten(0, -2).float() / self.temperature, -1) for logits in (student, teacher)
         )
         # A class that neither allows counts for nothing, and not for infinity less infinity.
         ratio = (log_teacher - log_student).masked_fill(log_teacher == -math.inf, 0)
         total = self.temperature**2 * (log_teacher.exp() * ratio).sum()
-        trainer: Any = self
-        knows_items = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func
-        if num_items_in_batch is None or not knows_items or labels is None:
+        if num_items_in_batch is None or not are_classes or not self._is_share_of_step(num_items_in_batch):
             return self._share_of_step(total / max(len(log_student), 1), num_items_in_batch)
         # As the loss of labels: over all batches that are accumulated, and on all processes.
-        return total / num_items_in_batch * _processes_of_the_mean(trainer)
+        args: Any = self.args  # type: ignore[attr-defined]
+        if args.n_gpu > 1:  # DataParallel, which has gathered the logits, and told each device of the labels.
+            items = torch.as_tensor(num_items_in_batch).flatten()[0]
+            return total / (items if args.average_tokens_across_devices else items * args.n_gpu)
+        processes = self.accelerator.num_processes if args.average_tokens_across_devices else 1  # type: ignore[attr-defined]
+        return total / num_items_in_batch * processes
+
+    def _shifts_labels(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the label of a position is that of the next token."""
+        if self._shifts is None:
+            trainer: Any = self
+            model = base_of(trainer.accelerator.unwrap_model(trainer.model))
+            self._shifts = bool(getattr(trainer, "_loss_shifts_labels", False)) or _is_causal(model)
+            if self._shifts and _is_causal(base_of(self.teacher)):
+                # Neither Trainer nor the class's name knows it of those that are the decoder of another model.
+                self._shifts = ignores_first_label(self.teacher, {**inputs, "labels": inputs["labels"].clamp(min=0)})
+        return self._shifts
+
+    def _is_share_of_step(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
+        """Whether Trainer adds up the losses of a step, and does not divide each by their number."""
+        trainer: Any = self
+        said: bool | None = getattr(trainer, "loss_is_scaled_for_ga", None)
+        by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return bool(by_model or trainer.compute_loss_func is not None) if said is None else said
 
     def _share_of_step(self, mean: Number, num_items_in_batch: torch.Tensor | int | None) -> Number:
-        """A mean over a batch as its share of an optimizer step, where Trainer does not divide the loss by itself."""
-        trainer: Any = self
-        is_divided = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-        if is_divided or trainer.compute_loss_func is not None:
-            return mean / getattr(trainer, "current_gradient_accumulation_steps", 1)
+        """A mean over a batch as Trainer wants it."""
+        if self._is_share_of_step(num_items_in_batch):
+            return mean / getattr(self, "current_gradient_accumulation_steps", 1)
         return mean
 
 
@@ -193,18 +221,7 @@ class DistillationTrainer(DistillationMixin, Trainer):
     """`transformers.Trainer` with a teacher: see `DistillationMixin` for what it takes beyond Trainer's arguments."""
 
 
-def _processes_of_the_mean(trainer: Any) -> int:
-    if not trainer.args.average_tokens_across_devices:
-        return 1
-    return int(trainer.args.n_gpu if trainer.args.n_gpu > 1 else trainer.accelerator.num_processes)
-
-
-def _shifts_labels(trainer: Any) -> bool:
-    """Whether the label of a position is that of the next token."""
-    if getattr(trainer, "_loss_shifts_labels", False):  # Trainer does not know it of every model.
-        return True
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+def _is_causal(model: nn.Module) -> bool:
     return any(kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for kind in type(model).__mro__)
 
 

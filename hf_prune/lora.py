@@ -3,13 +3,13 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from collections.abc import Container, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from .masks import masked_in
+from .masks import MaskSet, masked_in
 from .shards import has_shards, is_sharded, whole
 from .targets import Adapter, Target
 from .zero import has_partitions
@@ -17,6 +17,21 @@ from .zero import has_partitions
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
+Value = TypeVar("Value")
+
+
+class _Adapted(NamedTuple):
+    """A layer of peft.
+
+    Attributes:
+        name: The name of the parameter that it adapts, without what peft has added.
+        layer: The layer.
+        weight: The parameter.
+    """
+
+    name: str
+    layer: Any
+    weight: torch.Tensor
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -42,10 +57,11 @@ def keep_sparsity(model: Model, masks: Mapping[str, torch.Tensor] | None = None)
         The model.
 
     Raises:
+        TypeError: if a mask is not a bool tensor.
         ValueError: if there are no LoRA adapters, or none on a weight with zeros; if a masked weight is not zero, a
-            mask has another shape, adapters are merged, or of a kind that cannot be masked: DoRA, and others that do
-            more than add a product of two matrices; or if several processes hold parts of the model. The model is
-            then as it was.
+            mask has another shape or belongs to no parameter, or a weight is not in memory; if adapters are merged,
+            or of a kind that cannot be masked: DoRA, and others that do more than add a product of two matrices; or
+            if several processes hold parts of the model. The model is then as it was.
 
     Source: peft's LoRA, Hu et al. 2021, arXiv 2106.09685.
     """
@@ -54,55 +70,49 @@ def keep_sparsity(model: Model, masks: Mapping[str, torch.Tensor] | None = None)
     layers = _adapted(model)
     if not layers:
         raise ValueError(f"this {type(model).__name__} has no adapters. Add them first: peft.get_peft_model.")
-    given = None if masks is None else {_plain_name(name): mask for name, mask in masks.items()}
-    found: dict[str, torch.Tensor] = {}
-    for name, (_, weight) in layers.items():
-        mask = weight != 0 if given is None else given.get(name)
+    given = None if masks is None else _by_parameter(model, MaskSet(masks))
+    found: dict[torch.Tensor, torch.Tensor] = {}
+    for name, _, weight in layers:
+        if weight.is_meta:
+            raise ValueError(f"{name!r} is not in memory (meta device): load the model whole, on one device.")
+        mask = weight != 0 if given is None else given.get(weight)
         if mask is None or bool(mask.all()):
             continue
         if mask.shape != weight.shape:
             raise ValueError(f"the mask of {name!r} has shape {list(mask.shape)}, its weight {list(weight.shape)}.")
         if bool(weight[~mask.to(weight.device)].any()):
             raise ValueError(f"masked weights of {name!r} are not zero. Set them to zero with MaskSet.apply_.")
-        found[name] = mask
+        found[weight] = mask
     if not found:
         raise ValueError(
             "no adapter is on a weight with zeros: there is no sparsity to keep. Prune the base model first, or let "
             "target_modules of the LoraConfig name pruned modules."
         )
-    require_maskable_adapters(model, found)
-    mask_adapters_(model, found)
+    _require_maskable(layers, found)
+    _mask_(layers, found)
     return model
 
 
-def require_maskable_adapters(model: nn.Module, names: Collection[str]) -> None:
+def keeps_sparsity(model: nn.Module) -> bool:
+    """Whether adapters of a model are masked."""
+    if not has_adapters(model):
+        return False
+    from .masked_lora import MaskedLinear
+
+    return any(isinstance(module, MaskedLinear) for module in model.modules())
+
+
+def require_maskable_adapters(model: nn.Module, names: Iterable[str]) -> None:
     """Requires that the adapters on pruned parameters can be masked.
 
     Args:
         model: The model with its adapters.
-        names: The parameters that are pruned, with or without the names that peft has added.
+        names: The parameters that are pruned.
 
     Raises:
         ValueError: if one is another kind than plain LoRA on Linear or Conv1D, or is merged.
     """
-    from peft.tuners.lora.layer import Linear, LoraLayer
-
-    from .masked_lora import MaskedLinear, require_plain
-
-    layers = _adapted(model)
-    for name in map(_plain_name, names):
-        if name not in layers:
-            continue
-        layer, _ = layers[name]
-        if type(layer) not in (Linear, MaskedLinear):
-            kind = "LoRA on such a layer" if isinstance(layer, LoraLayer) else "adapters of another kind"
-            raise ValueError(
-                f"{name!r} is in a {type(layer).__module__}.{type(layer).__name__}: {kind} cannot keep sparsity. It "
-                "can be kept of LoRA on Linear and Conv1D."
-            )
-        require_plain(layer, list(layer.lora_A))
-        if layer.merged:
-            raise ValueError(f"the adapters of {name!r} are merged, and may have filled zeros. Unmerge them first.")
+    _require_maskable(_adapted(model), _by_parameter(model, dict.fromkeys(names)))
 
 
 def mask_adapters_(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
@@ -112,22 +122,9 @@ def mask_adapters_(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
 
     Args:
         model: The model with its adapters; `require_maskable_adapters` has found nothing wrong with them.
-        masks: As in `keep_sparsity`. Masked weights are zero.
+        masks: Parameter → bool mask, True = kept. Masked weights are zero.
     """
-    from .masked_lora import MaskedLinear
-
-    layers = _adapted(model)
-    for name, mask in ((_plain_name(name), mask) for name, mask in masks.items()):
-        if name not in layers:
-            continue
-        layer, weight = layers[name]
-        layer.__class__ = MaskedLinear
-        layer.sparsity_mask = None if is_sharded(weight) else mask.to(weight.device)
-        if is_sharded(weight) and (more := masked_in(weight.detach() != 0) - masked_in(mask)):
-            logger.warning(
-                "%d weights of %r are zero without being pruned. Under FSDP2 adapters are masked by the zeros, and "
-                "leave these at zero too.", more, name,
-            )  # fmt: skip
+    _mask_(_adapted(model), _by_parameter(model, masks))
 
 
 def with_adapters(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Target]:
@@ -144,10 +141,10 @@ def with_adapters(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, 
 
     from .masked_lora import MaskedLinear
 
-    layers = _adapted(model)
+    layers: dict[torch.Tensor, Any] = {weight: layer for _, layer, weight in _adapted(model)}
 
-    def adapters_on(name: str) -> tuple[Adapter, ...]:
-        layer: Any = layers.get(_plain_name(name), (None,))[0]
+    def adapters_on(weight: torch.Tensor) -> tuple[Adapter, ...]:
+        layer: Any = layers.get(weight)
         if type(layer) not in (Linear, MaskedLinear) or layer.merged or layer.disable_adapters:
             return ()
         return tuple(
@@ -156,14 +153,53 @@ def with_adapters(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, 
             if each in layer.active_adapters and each in layer.lora_A and each not in layer.lora_variant
         )
 
-    return {name: dataclasses.replace(target, adapters=adapters_on(name)) for name, target in targets.items()}
+    return {n: dataclasses.replace(target, adapters=adapters_on(target.weight)) for n, target in targets.items()}
 
 
-def _adapted(model: nn.Module) -> dict[str, tuple[Any, torch.Tensor]]:
-    """The layers of peft with the floating-point parameters that they adapt, by their plain names."""
+def _require_maskable(layers: Iterable[_Adapted], weights: Container[torch.Tensor]) -> None:
+    from peft.tuners.lora.layer import Linear, LoraLayer
+
+    from .masked_lora import MaskedLinear, require_plain
+
+    for name, layer, weight in layers:
+        if weight not in weights:
+            continue
+        if type(layer) not in (Linear, MaskedLinear):
+            kind = "LoRA on such a layer" if isinstance(layer, LoraLayer) else "adapters of another kind"
+            raise ValueError(
+                f"{name!r} is in a {type(layer).__module__}.{type(layer).__name__}: {kind} cannot keep sparsity. It "
+                "can be kept of LoRA on Linear and Conv1D. If the zeros of this one were not pruned, give masks of "
+                "what was."
+            )
+        require_plain(layer.lora_variant)
+        if layer.merged:
+            raise ValueError(f"the adapters of {name!r} are merged, and may have filled zeros. Unmerge them first.")
+
+
+def _mask_(layers: Iterable[_Adapted], masks: Mapping[torch.Tensor, torch.Tensor]) -> None:
+    from .masked_lora import MaskedLinear
+
+    for name, layer, weight in layers:
+        if weight not in masks:
+            continue
+        mask = masks[weight]
+        layer.__class__ = MaskedLinear
+        layer.sparsity_mask = None
+        if not is_sharded(weight):
+            with torch.inference_mode(False):  # Later passes will save it for their backward ones.
+                layer.sparsity_mask = mask.to(weight.device, copy=mask.is_inference())
+        elif more := masked_in(weight.detach() != 0) - masked_in(mask):
+            logger.warning(
+                "%d weights of %r are zero without being pruned. Under FSDP2 adapters are masked by the zeros, and "
+                "leave these at zero too.", more, name,
+            )  # fmt: skip
+
+
+def _adapted(model: nn.Module) -> list[_Adapted]:
+    """The layers of peft on floating-point parameters; of layers on layers all."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = {}
+    found = []
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             base = layer.get_base_layer()
@@ -171,8 +207,20 @@ def _adapted(model: nn.Module) -> dict[str, tuple[Any, torch.Tensor]]:
             own = getattr(layer, "parameter_name", "weight" if hasattr(base, "weight") else "in_proj_weight")
             weight = getattr(base, own, None)
             if torch.is_tensor(weight) and weight.is_floating_point():
-                found[_plain_name(f"{name}.{own}")] = (layer, weight)
+                found.append(_Adapted(_plain_name(f"{name}.{own}"), layer, weight))
     return found
+
+
+def _by_parameter(model: nn.Module, values: Mapping[str, Value]) -> dict[torch.Tensor, Value]:
+    """Values by the parameter that their name means, be it with or without what peft has added to names.
+
+    Parameters and not names, as several modules may share one.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    plain = {_plain_name(name): parameter for name, parameter in own.items()}
+    if strange := [name for name in values if name not in own and name not in plain]:
+        raise ValueError(f"the model has no parameter {strange[0]!r}; the masks are of another model.")
+    return {own[name] if name in own else plain[name]: value for name, value in values.items()}
 
 
 def _plain_name(name: str) -> str:

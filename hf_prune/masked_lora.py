@@ -1,11 +1,12 @@
 """LoRA layers that leave pruned weights at zero, in forward passes and when they are merged."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -19,9 +20,10 @@ class MaskedLinear(Linear):
     Made of a `peft.tuners.lora.Linear` by its class alone: parameters, names and files are peft's. Adapters that are
     added to it later are masked too.
 
-    A product with `W + M ∘ s B A` costs what one with `W` does, and is all there is in float32 and float64, if nothing
-    else looks at the layer. With dropout, under autocast, and in lower precision, where small adapters would be lost
-    in the sum, `M ∘ s B A` has a product of its own. The backward pass makes it anew: none is kept.
+    A product with `W + M ∘ s B A` is all there is in float32 and float64, if nothing else looks at the layer. With
+    dropout, under autocast, and in lower precision, where small adapters would be lost in the sum, `M ∘ s B A` has a
+    product of its own. Each pass makes it anew, and none is kept: that costs little beside the many tokens of a batch,
+    and much beside the few with which text is generated. Merge before.
 
     Attributes:
         sparsity_mask: `[shape of the weight]`, bool: True where a weight is kept. Not in the state dict. None under
@@ -30,16 +32,17 @@ class MaskedLinear(Linear):
 
     sparsity_mask: torch.Tensor | None
 
-    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Adds an adapter.
 
         Raises:
-            ValueError: if it is to begin with what is taken from the base weight, which would fill the zeros.
+            ValueError: if it is to begin with what is taken from the base weight, which would fill the zeros, or is of
+                a variant of LoRA that cannot be masked.
         """
-        how = getattr(kwargs.get("config"), "init_lora_weights", True)
-        if how not in _INITS:
+        if (how := config.init_lora_weights) not in _INITS:
             raise ValueError(f"init_lora_weights={how!r} changes base weights, and fills their zeros. Take True.")
-        super().update_layer(adapter_name, *args, **kwargs)
+        require_plain({adapter_name: self.resolve_lora_variant(config=config)})
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What an adapter adds to the weight, of its shape: zero where it is pruned."""
@@ -51,11 +54,9 @@ class MaskedLinear(Linear):
         """`[…, in]` → `[…, out]`.
 
         Raises:
-            ValueError: if the samples of a batch are to go through different adapters, or an adapter is of a variant
-                of LoRA that cannot be masked.
+            ValueError: if the samples of a batch are to go through different adapters, or weights are not in memory.
         """
         adapters = [name for name in self.active_adapters if name in self.lora_A]
-        require_plain(self, adapters)
         if kwargs.get("adapter_names") is not None:
             raise ValueError("adapter_names, one for each sample of a batch, cannot be used where sparsity is kept.")
         if self.disable_adapters or self.merged or not adapters:
@@ -81,6 +82,8 @@ class MaskedLinear(Linear):
         weight, bias = (base.weight, base.bias) if with_base else (base.weight.detach(), None)
         how = _How(self.fan_in_fan_out, tuple(self.scaling[name] for name in adapters), with_base)
         factors = [part[name].weight for name in adapters for part in (self.lora_A, self.lora_B)]
+        if any(tensor.is_meta for tensor in (weight, *factors)):
+            raise ValueError("weights were offloaded (meta device), where masks do not reach. Merge adapters before.")
         return _MaskedProduct.apply(x, weight, bias, self._mask_on(x.device), how, *factors)
 
     def _is_precise(self, x: torch.Tensor, base: nn.Module, adapters: Sequence[str]) -> bool:
@@ -91,18 +94,22 @@ class MaskedLinear(Linear):
     def _mask_on(self, device: torch.device) -> torch.Tensor | None:
         # No buffer: DistributedDataParallel sends those of the first process to all others, in each forward pass.
         if self.sparsity_mask is not None and self.sparsity_mask.device != device:
-            self.sparsity_mask = self.sparsity_mask.to(device)
+            with torch.inference_mode(False):  # Later passes will save it for their backward ones.
+                self.sparsity_mask = self.sparsity_mask.to(device)
         return self.sparsity_mask
 
 
-def require_plain(layer: Linear, adapters: Sequence[str]) -> None:
+def require_plain(variants: Mapping[str, object]) -> None:
     """Requires plain LoRA, with or without the scaling of rsLoRA.
 
+    Args:
+        variants: Adapter → what peft calls its `LoraVariant`, if there is one.
+
     Raises:
-        ValueError: if one is a variant of it.
+        ValueError: if there is one.
     """
-    for name in adapters:
-        if (variant := layer.lora_variant.get(name)) is not None:
+    for name, variant in variants.items():
+        if variant is not None:
             raise ValueError(
                 f"the adapter {name!r} is a {type(variant).__name__}, which does more than add to weights, so that "
                 "sparsity cannot be kept. Take plain LoRA, with or without use_rslora."

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils.generic import find_labels
 
 from .processes import failing_together, gather_from_processes, rank_and_size
-from .samples import Batch
+from .samples import IGNORED_LABEL, Batch
 from .shards import gathered_parameters, has_shards, own, reshard_
 from .targets import Target
 
@@ -81,6 +81,20 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
             f"They need {' and '.join(map(repr, keys))} (for sparsegpt only with scope='global')."
         )
     return loss
+
+
+@torch.no_grad()
+def ignores_first_label(model: nn.Module, batch: Batch) -> bool:
+    """Whether a loss does not read the first label of a sequence, because it is that of the next position.
+
+    Args:
+        model: The model, in evaluation mode.
+        batch: With labels that are classes, `[samples, positions]`, of which the first are not all ignored.
+    """
+    without = batch["labels"].clone()
+    without[:, 0] = IGNORED_LABEL
+    with_it, without_it = (loss_of(model, each) for each in (batch, {**batch, "labels": without}))
+    return torch.allclose(with_it, without_it, rtol=1e-6, equal_nan=True)
 
 
 def gradients_of(model: nn.Module, targets: Mapping[str, Target], batch: Batch) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from .config import PruningConfig
 from .criteria import CRITERIA, Criterion, fisher, is_elementwise, magnitude, wanda
 from .granularities import Pattern, Structural
 from .levels import levels_of
-from .lora import has_adapters, with_adapters
+from .lora import has_adapters, keeps_sparsity, mask_adapters_, require_maskable_adapters, with_adapters
 from .masks import MaskSet, masked_in
 from .reconstruction import Quota, reconstruct_
 from .reports import SparsityReport, sparsity_report
@@ -303,7 +303,10 @@ def prune(
         targets = resolve_targets(model, config)
         places = find_places(model, config, targets)
         require_prunable(model, config, places)
-        if has_adapters(model):
+        keeps = keeps_sparsity(model)
+        if keeps:
+            require_maskable_adapters(model, targets)
+        elif has_adapters(model):
             logger.warning(
                 "The base weights are pruned. Adapters fill the zeros again, unless keep_sparsity masks them."
             )
@@ -326,6 +329,8 @@ def prune(
                 show_progress=True,
                 places=places,
             )
+        if keeps:
+            mask_adapters_(model, MaskSet.from_zeros(model, targets))
         return sparsity_report(model, config, masks=masks)
 
 

@@ -239,7 +239,7 @@ def _candidates(model: nn.Module) -> Iterator[Target]:
     """
     beside: tuple[str, ...] = ()
     for prefix, module in model.named_modules(remove_duplicate=False):
-        beside += tuple(f"{prefix}.{name}." for name in _beside(module))
+        beside += tuple(f"{prefix}.{name}.".removeprefix(".") for name in _beside(module))
         if f"{prefix}.".startswith(beside):
             continue
         axes = next((axes for kind, axes in _AXES.items() if isinstance(module, kind)), None)
@@ -259,11 +259,13 @@ def _candidates(model: nn.Module) -> Iterator[Target]:
 def _beside(module: nn.Module) -> Iterator[str]:
     """The children of a module, by name, that are no part of the model as peft computes it.
 
-    Those are adapters, copies that are not in use, and a module that a copy replaces.
+    Those are adapters, encoders of prompts, copies that are not in use, and a module that a copy replaces.
     """
     copies = getattr(module, _COPIES, None)
     if isinstance(getattr(module, _WRAPPED, None), nn.Module):
         yield from (name for name, _ in module.named_children() if name != _WRAPPED)
+    elif hasattr(module, "peft_config") and hasattr(module, "prompt_encoder"):
+        yield "prompt_encoder"
     elif isinstance(getattr(module, _REPLACED, None), nn.Module) and isinstance(copies, nn.ModuleDict):
         wrapper: Any = module
         used = [] if wrapper.disable_adapters else [name for name in wrapper.active_adapters if name in copies]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers import Trainer, TrainerCallback, default_data_collator
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_prune import PruningConfig, PruningTrainerCallback, prune, shrink
 from hf_prune.distillation import DistillationMixin, DistillationTrainer, _distance
@@ -203,7 +203,8 @@ def test_encoder_and_decoder_are_compared_apart():
 
 def soft_of(model: nn.Module, teacher: nn.Module, inputs: dict[str, torch.Tensor], folder: Path) -> torch.Tensor:
     trainer = trainer_of(folder, model, teacher=teacher, temperature=1.0, distillation_weight=1.0)
-    return trainer.compute_loss(model.train(), inputs, num_items_in_batch=torch.tensor(inputs["labels"].numel()))
+    items = (inputs["labels"] != -100).sum()
+    return trainer.compute_loss(model.train(), inputs, num_items_in_batch=items)
 
 
 def test_several_labels_of_a_sample_are_no_several_samples(tmp_path):
@@ -277,15 +278,22 @@ def test_a_teacher_that_is_the_student_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
-        ({"temperature": float("nan")}, "temperature must be above 0, got nan"),
+        ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
+        ({"temperature": float("nan")}, "temperature must be above 0 and finite, got nan"),
+        ({"temperature": float("inf")}, "temperature must be above 0 and finite, got inf"),
         ({"distillation_weight": 1.5}, r"distillation_weight must be in \[0, 1\], got 1.5"),
-        ({"hidden_states_weight": -1.0}, "hidden_states_weight must be 0 or more, got -1.0"),
+        ({"hidden_states_weight": -1.0}, "hidden_states_weight must be 0 or more and finite, got -1.0"),
+        ({"hidden_states_weight": float("inf")}, "hidden_states_weight must be 0 or more and finite, got inf"),
     ],
 )
 def test_numbers_out_of_range_are_errors(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, build("llama"), **options)
+
+
+def test_a_teacher_that_is_no_model_is_an_error(tmp_path):
+    with pytest.raises(TypeError, match="teacher must be a model, got str"):
+        trainer_of(tmp_path, build("llama"), teacher="gpt2")
 
 
 def test_other_logits_are_an_error(tmp_path):
@@ -315,6 +323,102 @@ def test_a_mixin_goes_before_another_trainer(tmp_path):
     inputs = default_data_collator(batch(model, 4))
     found = trainer_factory(tmp_path)(model, cls=Own).compute_loss(model.train(), dict(inputs))
     assert found.item() == pytest.approx(model(**inputs).loss.item())  # Half of what is doubled: a copy adds nothing.
+
+
+@pytest.mark.parametrize("scaled", [None, False, True])
+def test_a_loss_by_a_trainer_of_ones_own_is_accumulated_as_it_says(scaled, tmp_path):
+    """Its loss is a mean, and so is the teacher's part then, of 8 samples at once as of 4 times 2."""
+
+    class OwnLoss(Trainer):
+        loss_is_scaled_for_ga = scaled
+
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            outputs = model(**inputs)
+            loss = outputs.loss / (self.current_gradient_accumulation_steps if scaled else 1)
+            return (loss, outputs) if return_outputs else loss
+
+    class Own(DistillationMixin, OwnLoss):
+        """Somebody's own."""
+
+    found = []
+    for samples in (8, 2):
+        student = student_of("vit")
+        before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+        cls = functools.partial(Own, teacher=build("vit", torch.float64), distillation_weight=1.0)
+        data = [{k: v.double() if v.is_floating_point() else v for k, v in s.items()} for s in batch(student, 8)]
+        trainer = trainer_factory(tmp_path)(
+            student, cls=cls, train_dataset=data, max_steps=1, optim="sgd", learning_rate=0.5,
+            per_device_train_batch_size=samples, gradient_accumulation_steps=8 // samples,
+        )  # fmt: skip
+        trainer.train()
+        found.append({name: parameter.detach() - before[name] for name, parameter in student.named_parameters()})
+    assert are_close(found[1], found[0])
+    assert any(bool(moved.any()) for moved in found[0].values())
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_data_parallel_learns_what_one_device_does(average, tmp_path, monkeypatch):
+    def forward(self, **inputs):
+        halves = [{name: value.chunk(2)[i] for name, value in inputs.items()} for i in range(2)]
+        outputs = [self.module(**half) for half in halves]
+        together = {"logits": torch.cat([each["logits"] for each in outputs])}
+        return {"loss": torch.stack([each["loss"] for each in outputs])} | together
+
+    def apart(devices: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: devices))
+        return weights_after(
+            tmp_path, 4 // max(devices, 1), distillation_weight=1.0, average_tokens_across_devices=average,
+            logging_strategy="steps", logging_steps=1, train_dataset=batch(build("llama"), 24),
+        )  # fmt: skip
+
+    one = apart(0)
+    monkeypatch.setattr(nn.DataParallel, "forward", forward)
+    assert are_close(apart(2), one)
+
+
+@pytest.mark.parametrize(("family", "shifts"), [("llama", True), ("bart", False), ("xlnet", False)])
+def test_the_position_that_is_taught_is_that_of_the_label(family, shifts, tmp_path):
+    options = {"d_model": 16, "vocab_size": 60, "dropout": 0.0}
+    models = {
+        "llama": lambda: build("llama"),
+        "bart": lambda: transformers.BartForCausalLM(
+            transformers.BartConfig(
+                **options, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32, max_position_embeddings=32
+            )
+        ),
+        "xlnet": lambda: transformers.XLNetLMHeadModel(
+            transformers.XLNetConfig(**options, n_layer=1, n_head=2, d_inner=32)
+        ),
+    }
+    torch.manual_seed(0)
+    student, teacher = models[family](), models[family]()
+    with torch.no_grad():
+        student.get_output_embeddings().weight.normal_()
+    inputs = {"input_ids": torch.randint(3, 60, (2, 8)), "labels": torch.full((2, 8), -100)}
+    inputs["labels"][:, 4] = 7
+    found = soft_of(student, teacher, dict(inputs), tmp_path)
+    at = 3 if shifts else 4
+    logits, expected = (model.eval()(input_ids=inputs["input_ids"]).logits[:, at] for model in (student, teacher))
+    assert found.item() == pytest.approx(soft_loss(logits, expected, 1.0).item(), rel=1e-5)
+
+
+def test_labels_of_a_length_of_their_own_count_no_positions(tmp_path):
+    def make() -> nn.Module:
+        config = transformers.Wav2Vec2Config(
+            vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+            conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2, mask_time_prob=0.0,
+            num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, layerdrop=0.0, do_stable_layer_norm=False,
+            feat_extract_norm="group", hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+            feat_proj_dropout=0.0, final_dropout=0.0,
+        )  # fmt: skip
+        return transformers.Wav2Vec2ForCTC(config)
+
+    torch.manual_seed(0)
+    student, teacher = make(), make()
+    inputs = {"input_values": torch.randn(2, 400), "labels": torch.randint(1, 12, (2, 4))}
+    found = soft_of(student, teacher, dict(inputs), tmp_path)
+    logits, expected = (model.eval()(inputs["input_values"]).logits.flatten(0, 1) for model in (student, teacher))
+    assert found.item() == pytest.approx(soft_loss(logits, expected, 1.0).item(), rel=1e-4)
 
 
 def train_apart(rank: int, folder: Path) -> list[dict[str, torch.Tensor]]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import cpu_offload
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
@@ -431,10 +432,96 @@ def test_a_layer_that_does_more_than_to_multiply_does_it_still():
 
 def test_a_variant_that_is_added_later_is_an_error():
     model = adapted(pruned())
-    model.add_adapter("dora", LoraConfig(target_modules=["q_proj"], use_dora=True))
-    model.set_adapter("dora")
     with pytest.raises(ValueError, match="'dora' is a DoraLinearVariant"):
+        model.add_adapter("dora", LoraConfig(target_modules=["q_proj"], use_dora=True))
+    zeros = zeros_of(model)
+    assert same(zeros_of(model.merge_and_unload()), zeros)
+
+
+def test_modules_that_share_a_weight_share_its_mask():
+    model = build("llama")
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers)
+    second.weight = first.weight
+    prune(model, PruningConfig(sparsity=0.75))
+    masks = MaskSet.from_zeros(model)
+    wrapped = keep_sparsity(adapted(model, keep=False), masks)
+    zeros = zeros_of(wrapped)
+    for layer in wrapped.base_model.model.model.layers:
+        assert torch.equal(layer.self_attn.q_proj.sparsity_mask, masks["model.layers.0.self_attn.q_proj.weight"])
+    assert same(zeros_of(wrapped.merge_and_unload()), zeros)
+
+
+def test_a_model_whose_own_names_are_those_of_peft():
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_model = nn.Module()
+            self.base_model.model = pruned()
+
+        def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+            return self.base_model.model(**inputs)
+
+    model = Outer()
+    zeros = zeros_of(model)
+    for masks in (None, MaskSet.from_zeros(model)):
+        wrapped = keep_sparsity(adapted(copy.deepcopy(model), keep=False), masks)
+        assert sum(type(module) is MaskedLinear for module in wrapped.modules()) == 14
+        assert count(zeros_of(wrapped.merge_and_unload())) == count(zeros)
+
+
+def test_adapters_around_adapters_are_masked_or_an_error():
+    twice = get_peft_model(pruned(), LoraConfig(target_modules=["q_proj"]))
+    twice = get_peft_model(twice, LoraConfig(target_modules=["v_proj"]))
+    keep_sparsity(twice)
+    assert sum(type(module) is MaskedLinear for module in twice.modules()) == 4
+    mixed = get_peft_model(pruned(), LoraConfig(target_modules=["q_proj"]), mixed=True)
+    mixed.add_adapter("other", LoHaConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="adapters of another kind cannot keep sparsity"):
+        keep_sparsity(mixed)
+    assert not any(type(module) is MaskedLinear for module in mixed.modules())
+
+
+def test_weights_that_are_not_in_memory_are_an_error():
+    model = adapted(pruned())
+    cpu_offload(model)
+    with pytest.raises(ValueError, match=r"weights were offloaded \(meta device\), where masks do not reach"):
         logits(model)
+    model = adapted(pruned(), keep=False)
+    cpu_offload(model)
+    with pytest.raises(ValueError, match=r"is not in memory \(meta device\): load the model whole"):
+        keep_sparsity(model)
+
+
+def test_zeros_of_an_embedding_that_nobody_pruned():
+    model = pruned()
+    masks = MaskSet.from_zeros(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0  # as transformers has it for padding
+    model = adapted(model, keep=False, target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(ValueError, match="If the zeros of this one were not pruned, give masks of what was"):
+        keep_sparsity(model)
+    keep_sparsity(model, masks)
+    assert sum(type(module) is MaskedLinear for module in model.modules()) == 2
+
+
+def test_masks_that_were_made_in_inference_mode_can_be_trained_with():
+    model = adapted(pruned(), keep=False)
+    with torch.inference_mode():
+        keep_sparsity(model)
+    inputs = {key: value[None] for key, value in batch(model.get_base_model())[0].items()}
+    model(**inputs).loss.backward()
+    assert any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in model.parameters())
+
+
+def test_pruning_further_takes_the_masks_along():
+    model = adapted(pruned())
+    prune(model, PruningConfig(sparsity=0.9))
+    zeros = zeros_of(model)
+    assert count(zeros) == round(0.9 * MaskSet.from_zeros(model).total)
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    assert same(zeros_of(merged), zeros)
+    assert torch.allclose(logits(merged), expected, atol=1e-5)
 
 
 def test_an_adapter_for_each_sample_is_an_error():
@@ -449,8 +536,10 @@ def test_no_adapters_no_zeros_and_other_masks_are_errors():
     with pytest.raises(ValueError, match="no adapter is on a weight with zeros"):
         keep_sparsity(adapted(build("llama"), keep=False))
     model = adapted(pruned(), keep=False)
-    with pytest.raises(ValueError, match="no adapter is on a weight with zeros"):
+    with pytest.raises(ValueError, match=r"has no parameter 'something\.else'; the masks are of another model"):
         keep_sparsity(model, {"something.else": torch.zeros(2, 2, dtype=torch.bool)})
+    with pytest.raises(TypeError, match="must be a bool tensor"):
+        keep_sparsity(model, {"model.layers.0.mlp.up_proj.weight": torch.zeros(32, 16)})
     name = "model.layers.0.mlp.up_proj.weight"
     with pytest.raises(ValueError, match=r"the mask of .*up_proj.weight' has shape \[2, 2\], its weight \[32, 16\]"):
         keep_sparsity(model, {name: torch.zeros(2, 2, dtype=torch.bool)})

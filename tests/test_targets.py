@@ -218,6 +218,16 @@ def test_under_peft_the_targets_are_those_of_the_base_model(family):
     assert find_targets(model, [chosen]).keys() == {n for n, t in targets.items() if t.module.endswith(f".{chosen}")}
 
 
+def test_encoders_of_prompts_are_no_targets():
+    peft = pytest.importorskip("peft")
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=16
+    )
+    model = peft.get_peft_model(build("llama"), config)
+    assert any(name.startswith("prompt_encoder") for name, _ in model.named_parameters())
+    assert len(find_targets(model)) == len(find_targets(build("llama")))
+
+
 def test_experts_with_a_child_that_is_called_expert_are_targets():
     class Experts(nn.Module):
         def __init__(self):

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import default_data_collator, set_seed
 
 import efficientnet
 import resnet
 import tinystories
 import vit
-from common.arguments import set_defaults, split_settings, task_and_flags
+from common.arguments import parse_task, split_settings
 from common.dense import dense_model
 from common.tables import markdown, spread
 from hf_prune import PruningConfig, prune
@@ -67,24 +67,16 @@ def table(results: Mapping[tuple[str, str], Sequence[float]], criteria: Sequence
 
 def main() -> None:
     """Prunes a copy of the dense model for each criterion, level and draw, and measures it."""
-    task_name, flags = task_and_flags(RECIPES)
-    recipe = RECIPES[task_name]
-    parser = HfArgumentParser((CriteriaArguments, recipe.ScriptArguments, TrainingArguments))  # type: ignore[arg-type]
-    study = {name: value for name, value in recipe.STUDY.items() if name != "budget"}
-    defaults = {**recipe.DEFAULTS, "output_dir": f"output/criteria/{task_name}"}
-    set_defaults(parser, defaults, {**recipe.SMALL_MODEL, **study}, flags)
-    wanted, script, training = parser.parse_args_into_dataclasses(flags)
+    name, wanted, script, training = parse_task(CriteriaArguments, RECIPES, "criteria", left_out=["budget"])
     configs = {(c, level): config_of(c, level) for c in wanted.criteria for level in wanted.levels}  # or an error now
 
     set_seed(training.seed)
-    task = recipe.load_task(script, training)
+    task = RECIPES[name].load_task(script, training)
     dense = dense_model(task, script, training)
     metric = f"eval_{training.metric_for_best_model}"
 
     def measure(model: torch.nn.Module) -> float:
-        trainer = Trainer(model, training, **task.trainer_kwargs)
-        trainer.remove_callback(PrinterCallback)
-        return trainer.evaluate()[metric]
+        return task.trainer(model, training).evaluate()[metric]
 
     dense_metric = measure(copy.deepcopy(dense))
     rows: list[list[object]] = [["dense", "", "", dense_metric, ""]]

@@ -17,16 +17,18 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from transformers import HfArgumentParser, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import resnet
 import tinystories
 import vit
-from common.arguments import set_defaults, task_and_flags
-from common.cells import be_quiet, keep_settings, run_cells
+from common.arguments import parse_task
+from common.cells import keep_settings, run_cells
 from common.dense import dense_model
+from common.findings import rank
 from common.memory import peak_of
 from common.recoveries import Cell, Result, table
 from common.task import Task
@@ -68,20 +70,14 @@ class Arguments(NamedTuple):
 @functools.cache
 def arguments() -> Arguments:
     """The command line, in whichever process."""
-    name, flags = task_and_flags(RECIPES)
-    recipe = RECIPES[name]
-    parser = HfArgumentParser((RecoveryArguments, recipe.ScriptArguments, TrainingArguments))  # type: ignore[arg-type]
-    study = {key: value for key, value in recipe.STUDY.items() if key != "budget"}
-    defaults = {**recipe.DEFAULTS, "output_dir": f"output/recovery/{name}"}
-    set_defaults(parser, defaults, {**recipe.SMALL_MODEL, **study}, flags)
-    return Arguments(name, *parser.parse_args_into_dataclasses(flags))
+    return Arguments(*parse_task(RecoveryArguments, RECIPES, "recovery", left_out=["budget"]))
 
 
 @functools.cache
 def load() -> Task:
     """The data, the same for all seeds."""
     given = arguments()
-    return cast(Task, RECIPES[given.task].load_task(given.script, given.training))
+    return RECIPES[given.task].load_task(given.script, given.training)
 
 
 @functools.cache
@@ -113,16 +109,13 @@ def run_cell(cell: Cell) -> Result:
             logging_strategy="no", load_best_model_at_end=False, report_to="none", disable_tqdm=True,
         )  # fmt: skip
 
-        def measure(measured: Any, split: str) -> float:
-            judge = Trainer(measured, training, **load().trainer_kwargs)
-            judge.remove_callback(PrinterCallback)
-            metrics = judge.evaluate(load().test if split == "test" else None, metric_key_prefix=split)
-            return metrics[f"{split}_{metric}"]
+        def measure(measured: nn.Module, split: str) -> float:
+            data = load().test if split == "test" else None
+            return load().trainer(measured, training).evaluate(data, metric_key_prefix=split)[f"{split}_{metric}"]
 
         kind: Any = functools.partial(DistillationTrainer, teacher=teacher) if cell.teacher else Trainer
         pruning = PruningTrainerCallback(PruningConfig(hold_zeros=True))
-        trainer = kind(model, training, callbacks=[pruning], **load().trainer_kwargs)
-        trainer.remove_callback(PrinterCallback)
+        trainer = load().trainer(model, training, kind, callbacks=[pruning])
         began = time.monotonic()
         peak = peak_of(trainer.train)
         seconds = time.monotonic() - began
@@ -154,16 +147,15 @@ def main() -> None:
     keep_settings(folder / "settings.json", settings)
     for seed in recovery.seeds:
         dense(seed)  # here, with all cores, and not in each of the workers at once
-    run = functools.partial(
-        run_cells, run=run_cell, folder=folder / "cells", workers=recovery.workers, initializer=be_quiet
-    )
+    run = functools.partial(run_cells, run=run_cell, folder=folder / "cells", workers=recovery.workers)
     first = recovery.seeds[0]
     tried = run(Cell(recovery.choose_at, t, False, rate, first) for t in recovery.trainable for rate in recovery.rates)
-    better = max if training.greater_is_better else min
     rates = {}
     for trainable in recovery.trainable:
-        of_it = {cell.rate: result["validation"] for cell, result in tried.items() if cell.trainable == trainable}
-        rates[trainable] = better(of_it, key=of_it.__getitem__)
+        validation = {cell.rate: result["validation"] for cell, result in tried.items() if cell.trainable == trainable}
+        if not validation:
+            raise SystemExit(f"All runs of {trainable} have failed: see {folder / 'cells'}.")
+        rates[trainable] = max(validation, key=lambda rate: rank(validation[rate], bool(training.greater_is_better)))
     results = run(
         Cell(level, trainable, teacher, rates[trainable], seed)
         for level in recovery.levels
@@ -175,7 +167,7 @@ def main() -> None:
     (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
     rows = [{**dataclasses.asdict(cell), **result} for cell, result in results.items()]
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, [*Cell.__annotations__, *Result.__annotations__])
         writer.writeheader()
         writer.writerows(rows)
     seeds = ", ".join(map(str, recovery.seeds))

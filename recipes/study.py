@@ -19,25 +19,28 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import (
-    HfArgumentParser,
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 import efficientnet
 import resnet
 import tinystories
 import vit
-from common.arguments import EVALUATIONS, set_defaults, task_and_flags
-from common.cells import DENSE, Cell, Result, be_quiet, keep_settings, run_cells
+from common.arguments import EVALUATIONS, parse_task
+from common.cells import keep_settings, run_cells
 from common.dense import dense_model
 from common.figures import draw
 from common.findings import Findings, choose
-from common.grid import EVALUATIONS_OF_PATIENCE, QUICK, RATES, StudyArguments, config_of, grid
+from common.grid import (
+    DENSE,
+    EVALUATIONS_OF_PATIENCE,
+    QUICK,
+    RATES,
+    Cell,
+    Result,
+    StudyArguments,
+    config_of,
+    grid,
+)
 from common.task import Task
 from hf_prune import PruningTrainerCallback, sparsity_report
 
@@ -57,13 +60,7 @@ class Arguments(NamedTuple):
 @functools.cache
 def arguments() -> Arguments:
     """The command line, in whichever process."""
-    name, flags = task_and_flags(RECIPES)
-    recipe = RECIPES[name]
-    parser = HfArgumentParser((StudyArguments, recipe.ScriptArguments, TrainingArguments))  # type: ignore[arg-type]
-    defaults = {**recipe.DEFAULTS, "output_dir": f"output/study/{name}"}
-    if set_defaults(parser, defaults, {**recipe.SMALL_MODEL, **recipe.STUDY}, flags).quick:
-        parser.set_defaults(**QUICK)
-    return Arguments(name, *parser.parse_args_into_dataclasses(flags))
+    return Arguments(*parse_task(StudyArguments, RECIPES, "study", quick=QUICK))
 
 
 @functools.cache
@@ -100,8 +97,7 @@ def run_cell(cell: Cell) -> Result:
             disable_tqdm=True,
         )
         model = copy.deepcopy(dense(cell.seed))
-        trainer = Trainer(model, training, callbacks=[pruning] if pruning else [], **load().trainer_kwargs)
-        trainer.remove_callback(PrinterCallback)
+        trainer = load().trainer(model, training, callbacks=[pruning] if pruning else [])
         metric = str(training.metric_for_best_model)
 
         def measure() -> tuple[float, float]:
@@ -132,9 +128,7 @@ def main() -> None:
     keep_settings(folder / "settings.json", {**dataclasses.asdict(script), **training.to_dict()})
     for seed in study.seeds:
         dense(seed)  # here, with all cores, and not in each of the workers at once
-    run = functools.partial(
-        run_cells, run=run_cell, folder=folder / "cells", workers=study.workers, initializer=be_quiet
-    )
+    run = functools.partial(run_cells, run=run_cell, folder=folder / "cells", workers=study.workers)
 
     results = run(cells)
     if not results:

@@ -3,7 +3,7 @@
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_prune import PruningConfig
 
 Script = TypeVar("Script")
+Own = TypeVar("Own")
 
 EVALUATIONS = 20  # of a run: one in each of five rounds in its first quarter, however long it is
 TRAINING_DEFAULTS = {
@@ -82,8 +83,25 @@ def split_settings(text: str) -> tuple[str, dict[str, Any]]:
     return word, values
 
 
-def task_and_flags(tasks: Mapping[str, object]) -> tuple[str, list[str]]:
-    """The command line of a script whose first argument is a task, and the rest are its flags.
+def parse_task(
+    own: type[Own],
+    tasks: Mapping[str, Any],
+    output: str,
+    *,
+    left_out: Collection[str] = (),
+    quick: Mapping[str, object] | None = None,
+) -> tuple[str, Own, Any, TrainingArguments]:
+    """Parses the command line of a script whose first argument is a task, and the rest are flags.
+
+    Args:
+        own: The script's own flags, a dataclass.
+        tasks: Name → recipe of each task.
+        output: What the folder of the output is called.
+        left_out: Fields of the recipe's `STUDY` that are no flags here.
+        quick: Further defaults where the script's own flag `quick` is given.
+
+    Returns:
+        The task, the script's own flags, those of the recipe, and those of Trainer.
 
     Raises:
         SystemExit: There is no such task.
@@ -92,4 +110,11 @@ def task_and_flags(tasks: Mapping[str, object]) -> tuple[str, list[str]]:
     if name not in tasks:
         script = Path(sys.argv[0]).name
         raise SystemExit(f"usage: {script} {{{','.join(tasks)}}} [flags]; --help after a task lists them")
-    return name, flags
+    recipe = tasks[name]
+    parser = HfArgumentParser((own, recipe.ScriptArguments, TrainingArguments))  # type: ignore[arg-type]
+    study = {key: value for key, value in recipe.STUDY.items() if key not in left_out}
+    defaults = {**recipe.DEFAULTS, "output_dir": f"output/{output}/{name}"}
+    given = set_defaults(parser, defaults, {**recipe.SMALL_MODEL, **study}, flags)
+    if quick and given.quick:
+        parser.set_defaults(**quick)
+    return name, *parser.parse_args_into_dataclasses(flags)  # type: ignore[return-value]

@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -18,81 +18,22 @@ import transformers
 
 from common.dense import IRRELEVANT
 
-DENSE = "dense"  # in place of a schedule: the dense model, trained on for the same steps
 
-
+@dataclass(frozen=True)
 class Named:
-    """A cell of any kind: a frozen dataclass of JSON primitives, whose values are its name."""
+    """A cell of any kind: JSON primitives, whose values are its name."""
 
     @property
     def name(self) -> str:
         """A name for a file."""
-        return "-".join(str(value) for value in dataclasses.astuple(cast(Any, self))).replace(":", "_")
-
-
-@dataclass(frozen=True)
-class Cell(Named):
-    """One run of a study.
-
-    Attributes:
-        schedule: A schedule of hf_prune, or `DENSE`.
-        sparsity: The target, 0 for `DENSE`.
-        criterion: As in `PruningConfig`.
-        granularity: As in `PruningConfig`.
-        variant: How the budget is divided among the rounds, a key of `VARIANTS` in `grid.py` with further settings
-            behind it; empty where there is one round, and nothing to divide.
-        learning_rate: The peak of the learning-rate schedule.
-        steps: The budget, in optimizer steps.
-        seed: Seed of the dense model, of the order of the data, and of dropout.
-    """
-
-    schedule: str
-    sparsity: float
-    criterion: str
-    granularity: str
-    variant: str
-    learning_rate: float
-    steps: int
-    seed: int
-
-
-class Result(TypedDict):
-    """What a run gave.
-
-    Keys:
-        metric: Name of what `validation` and `test` give.
-        validation, test: The metric at the end of the run.
-        dense_validation, dense_test: The metric of the dense model before it.
-        reached: The sparsity.
-        seconds: Wall-clock time.
-        history: `PruningHistory.to_dict()`, None for `DENSE`.
-    """
-
-    metric: str
-    validation: float
-    test: float
-    dense_validation: float
-    dense_test: float
-    reached: float
-    seconds: float
-    history: dict[str, object] | None
+        return "-".join(map(str, dataclasses.astuple(self))).replace(":", "_")
 
 
 C = TypeVar("C", bound=Named)
 R = TypeVar("R", bound=Mapping[str, Any])
 
 
-def be_quiet() -> None:
-    """One thread a process, and no progress bars."""
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
-def run_cells(
-    cells: Iterable[C], run: Callable[[C], R], folder: Path, workers: int, initializer: Callable[[], None]
-) -> dict[C, R]:
+def run_cells(cells: Iterable[C], run: Callable[[C], R], folder: Path, workers: int) -> dict[C, R]:
     """Runs the cells that are not yet in `folder`.
 
     Args:
@@ -100,8 +41,7 @@ def run_cells(
         run: Runs one, and gives among others its "metric", "validation" and "seconds". What it raises is reported, and
             the rest goes on.
         folder: Where finished cells are kept, each as JSON.
-        workers: Number of processes that run cells side by side.
-        initializer: Called once in each of them.
+        workers: Number of processes that run cells side by side, quietly and with one thread each.
 
     Returns:
         The results of those that did not fail, in the order of `cells`.
@@ -116,7 +56,7 @@ def run_cells(
     while todo:
         ended: dict[C, tuple[R | None, str]] = {}
         # Processes that begin from nothing: a fork of one that has used threads may wait for them forever.
-        with ProcessPoolExecutor(workers, get_context("spawn"), initializer) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), _be_quiet) as pool:
             running = {pool.submit(_run_and_keep, run, folder, cell): cell for cell in todo}
             for future in as_completed(running):
                 if isinstance(future.exception(), BrokenProcessPool):
@@ -154,6 +94,14 @@ def keep_settings(path: Path, settings: Mapping[str, object]) -> None:
     path.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
 
+def _be_quiet() -> None:
+    """One thread a process, and no progress bars."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
 def _run_and_keep(run: Callable[[C], R], folder: Path, cell: C) -> tuple[R | None, str]:
     failed = folder / f"{cell.name}.error"
     try:
@@ -162,7 +110,7 @@ def _run_and_keep(run: Callable[[C], R], folder: Path, cell: C) -> tuple[R | Non
         failed.write_text(traceback.format_exc(), encoding="utf-8")
         return None, f"FAILED with {error!r}; see {failed}"
     unfinished = folder / f".{cell.name}.{os.getpid()}"
-    unfinished.write_text(json.dumps({**dataclasses.asdict(cast(Any, cell)), **result}, indent=1), encoding="utf-8")
+    unfinished.write_text(json.dumps({**dataclasses.asdict(cell), **result}, indent=1), encoding="utf-8")
     unfinished.replace(folder / f"{cell.name}.json")
     failed.unlink(missing_ok=True)
     return result, f"{result['metric']} {result['validation']:.4f} on validation, {result['seconds']:.0f} s"
@@ -172,5 +120,5 @@ def _read(folder: Path, cell: Named) -> Any:
     path = folder / f"{cell.name}.json"
     if not path.is_file():
         return None
-    asked = dataclasses.asdict(cast(Any, cell))
+    asked = dataclasses.asdict(cell)
     return {name: value for name, value in json.loads(path.read_text(encoding="utf-8")).items() if name not in asked}

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from common.cells import Cell
 from common.findings import Findings
+from common.grid import Cell
 from common.tables import deviation
 from hf_prune import PruningHistory
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.cells import DENSE, Cell, Result
+from common.grid import DENSE, Cell, Result
 from common.tables import deviation, markdown, spread
 
 Value = Literal["validation", "test", "dense_validation", "dense_test"]
@@ -31,11 +31,11 @@ def choose(results: Mapping[Cell, Result], greater_is_better: bool, *, each_vari
         kind = dataclasses.replace(cell, learning_rate=0, variant=cell.variant if each_variant else "")
         groups.setdefault(kind, []).append(cell)
     return [
-        max(cells, key=lambda cell: _rank(results[cell]["validation"], greater_is_better)) for cells in groups.values()
+        max(cells, key=lambda cell: rank(results[cell]["validation"], greater_is_better)) for cells in groups.values()
     ]
 
 
-def _rank(value: float, greater_is_better: bool) -> float:
+def rank(value: float, greater_is_better: bool) -> float:
     """Higher is better; a run that diverged is the worst."""
     return -math.inf if math.isnan(value) else value if greater_is_better else -value
 
@@ -112,7 +112,7 @@ class Findings:
     def best(self, cells: Mapping[tuple[str, float], Cell], sparsity: float) -> Cell:
         """The cell with the best mean on validation."""
         at_sparsity = [cell for (_, level), cell in cells.items() if level == sparsity]
-        return max(at_sparsity, key=lambda cell: _rank(self.mean(cell, "validation"), self.greater_is_better))
+        return max(at_sparsity, key=lambda cell: rank(self.mean(cell, "validation"), self.greater_is_better))
 
     def tables(self) -> str:
         """Markdown: test over the seeds, by schedule and sparsity, for each criterion and granularity."""

@@ -1,14 +1,15 @@
-"""The grid of a study: what is compared, as cells, and the pruning config of each cell."""
+"""The grid of a study: what is compared, as cells, the pruning config of each cell, and what its run gives."""
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from common.arguments import split_settings
-from common.cells import DENSE, Cell
+from common.cells import Named
 from hf_prune import PruningConfig
 
+DENSE = "dense"  # in place of a schedule: the dense model, trained on for the same steps
 RATES = (0.25, 1, 2, 4, 8)  # of the recipe's own learning rate
 # How the budget is divided among the rounds.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -19,6 +20,54 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "patience": {"rounds": 5, "patience": 1},  # in the first half; the last round goes on to the end
 }
 EVALUATIONS_OF_PATIENCE = 50  # of a run: often enough that a round of a tenth of it may end early
+
+
+@dataclass(frozen=True)
+class Cell(Named):
+    """One run of a study.
+
+    Attributes:
+        schedule: A schedule of hf_prune, or `DENSE`.
+        sparsity: The target, 0 for `DENSE`.
+        criterion: As in `PruningConfig`.
+        granularity: As in `PruningConfig`.
+        variant: How the budget is divided among the rounds, a key of `VARIANTS` with further settings
+            behind it; empty where there is one round, and nothing to divide.
+        learning_rate: The peak of the learning-rate schedule.
+        steps: The budget, in optimizer steps.
+        seed: Seed of the dense model, of the order of the data, and of dropout.
+    """
+
+    schedule: str
+    sparsity: float
+    criterion: str
+    granularity: str
+    variant: str
+    learning_rate: float
+    steps: int
+    seed: int
+
+
+class Result(TypedDict):
+    """What a run gave.
+
+    Keys:
+        metric: Name of what `validation` and `test` give.
+        validation, test: The metric at the end of the run.
+        dense_validation, dense_test: The metric of the dense model before it.
+        reached: The sparsity.
+        seconds: Wall-clock time.
+        history: `PruningHistory.to_dict()`, None for `DENSE`.
+    """
+
+    metric: str
+    validation: float
+    test: float
+    dense_validation: float
+    dense_test: float
+    reached: float
+    seconds: float
+    history: dict[str, object] | None
 
 
 @dataclass

@@ -53,13 +53,15 @@ class Result(TypedDict):
 
 
 def share(lost: float, found: float, best: float) -> float:
-    """How much of what one way recovers another one does: of the metric `lost`, up to `found` instead of `best`."""
+    """What part of the way from `lost` to `best` leads to `found`: 0 at `lost`, 1 at `best`, NaN on no way at all."""
     return (lost - found) / (lost - best) if lost != best else math.nan
 
 
 def table(level: str, results: Mapping[Cell, Result]) -> str:
     """The ways of a level, a row for each, as Markdown. Shares are of what training everything recovers alone."""
     own = {cell: result for cell, result in results.items() if cell.level == level}
+    if not own:
+        return f"{level}: all runs have failed."
     full = {
         cell.seed: result["test"] for cell, result in own.items() if (cell.trainable, cell.teacher) == ("full", False)
     }

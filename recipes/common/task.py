@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 
 @dataclass
@@ -24,3 +25,18 @@ class Task:
     has_dense_model: bool
     trainer_kwargs: dict[str, Any]
     test: Dataset
+
+    def trainer(
+        self, model: nn.Module, args: TrainingArguments, kind: Callable[..., Trainer] = Trainer, **more: Any
+    ) -> Trainer:
+        """A Trainer of this task that prints nothing.
+
+        Args:
+            model: The model.
+            args: Its arguments.
+            kind: What makes it.
+            more: Further arguments of `kind`.
+        """
+        trainer = kind(model, args, **self.trainer_kwargs, **more)
+        trainer.remove_callback(PrinterCallback)
+        return trainer

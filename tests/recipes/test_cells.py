@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from common.cells import DENSE, Cell, Result, _run_and_keep, keep_settings, run_cells
+from common.cells import _run_and_keep, keep_settings, run_cells
+from common.grid import DENSE, Cell, Result
 
 
 def cell(seed: int = 0, schedule: str = "geometric") -> Cell:
@@ -23,12 +24,8 @@ def scored(cell: Cell) -> Result:
     }  # fmt: skip
 
 
-def nothing() -> None:
-    pass
-
-
 def run(folder: Path, *cells: Cell) -> dict[Cell, Result]:
-    return run_cells(cells, scored, folder, 2, nothing)
+    return run_cells(cells, scored, folder, 2)
 
 
 def test_finished_cells_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

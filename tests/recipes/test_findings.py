@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from matplotlib.axes import Axes
 
-from common.cells import DENSE, Cell
 from common.figures import _against_budget, _against_sparsity, draw
 from common.findings import Findings, choose
+from common.grid import DENSE, Cell
 from hf_prune import PruningHistory
 from hf_prune.history import Round
 

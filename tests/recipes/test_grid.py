@@ -3,8 +3,7 @@ import itertools
 
 import pytest
 
-from common.cells import DENSE, Cell
-from common.grid import VARIANTS, StudyArguments, config_of, grid
+from common.grid import DENSE, VARIANTS, Cell, StudyArguments, config_of, grid
 from hf_prune.pacing import Even
 from hf_prune.schedules import SCHEDULES
 

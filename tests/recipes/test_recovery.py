@@ -86,6 +86,10 @@ def test_a_share_is_one_for_the_best_and_nothing_for_nothing() -> None:
     assert math.isnan(share(1.0, 1.0, 1.0))
 
 
+def test_a_level_of_which_nothing_is_left_is_told() -> None:
+    assert table("0.9", {}) == "0.9: all runs have failed."
+
+
 def test_a_table_has_means_over_seeds() -> None:
     def result(test: float) -> Result:
         return Result(
@@ -105,10 +109,12 @@ def test_a_table_has_means_over_seeds() -> None:
     assert lines[5].startswith(f"| lora | 20.500 ± 0.707 | {mean:.3f} |")
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+HAS_GPU = torch.cuda.is_available()
+
+
+@pytest.mark.skipif(not (HAS_GPU or Path("/proc/self/clear_refs").exists()), reason="needs a GPU or Linux")
 def test_a_peak_is_what_a_call_takes() -> None:
     def allocate() -> None:
-        nn.Linear(5000, 2000)  # 40 MB, which are let go of
+        nn.Linear(5000, 2000, device="cuda" if HAS_GPU else "cpu")  # 40 MB, which are let go of
 
-    torch.set_num_threads(1)
     assert peak_of(allocate) == pytest.approx(40, abs=10)

@@ -185,12 +185,14 @@ class DistillationMixin:
         if num_items_in_batch is None or not are_classes or not self._is_share_of_step(num_items_in_batch):
             return self._share_of_step(total / max(len(log_student), 1), num_items_in_batch)
         # As the loss of labels: over all batches that are accumulated, and on all processes.
-        args: Any = self.args  # type: ignore[attr-defined]
+        trainer: Any = self
+        args: Any = trainer.args
         if args.n_gpu > 1:  # DataParallel, which has gathered the logits, and told each device of the labels.
             items = torch.as_tensor(num_items_in_batch).flatten()[0]
             return total / (items if args.average_tokens_across_devices else items * args.n_gpu)
-        processes = self.accelerator.num_processes if args.average_tokens_across_devices else 1  # type: ignore[attr-defined]
-        return total / num_items_in_batch * processes
+        if args.average_tokens_across_devices:
+            total = total * (trainer.accelerator.num_processes // trainer.get_tp_size())
+        return total / num_items_in_batch
 
     def _shifts_labels(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the label of a position is that of the next token."""
@@ -199,8 +201,11 @@ class DistillationMixin:
             model = base_of(trainer.accelerator.unwrap_model(trainer.model))
             self._shifts = bool(getattr(trainer, "_loss_shifts_labels", False)) or _is_causal(model)
             if self._shifts and _is_causal(base_of(self.teacher)):
-                # Neither Trainer nor the class's name knows it of those that are the decoder of another model.
-                self._shifts = ignores_first_label(self.teacher, {**inputs, "labels": inputs["labels"].clamp(min=0)})
+                labelled = {**inputs, "labels": inputs["labels"].clamp(min=0)}
+                try:  # Neither Trainer nor the class's name knows it of those that are the decoder of another model.
+                    self._shifts = ignores_first_label(self.teacher, labelled)
+                except ValueError as error:  # A teacher need not have a loss.
+                    logger.info("Labels are taken for those of the next position: %s", error)
         return self._shifts
 
     def _is_share_of_step(self, num_items_in_batch: torch.Tensor | int | None) -> bool:

@@ -2,17 +2,18 @@
 
 import dataclasses
 import logging
-import re
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from .masks import MaskSet, masked_in
+from .processes import rank_and_size
 from .shards import has_shards, is_sharded, whole
-from .targets import Adapter, Target
-from .zero import has_partitions
+from .targets import Adapter, Target, plain_name
+from .zero import gather_with_, has_partitions
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +165,11 @@ def _require_maskable(layers: Iterable[_Adapted], weights: Container[torch.Tenso
     for name, layer, weight in layers:
         if weight not in weights:
             continue
+        if any(isinstance(module, FSDPModule) for module in layer.modules()):
+            raise ValueError(
+                f"FSDP2 gathers {name!r} or its adapters by themselves, and masked adapters need both at once. Wrap "
+                "whole transformer layers, by transformer_layer_cls_to_wrap."
+            )
         if type(layer) not in (Linear, MaskedLinear):
             kind = "LoRA on such a layer" if isinstance(layer, LoraLayer) else "adapters of another kind"
             raise ValueError(
@@ -185,11 +191,14 @@ def _mask_(layers: Iterable[_Adapted], masks: Mapping[torch.Tensor, torch.Tensor
         mask = masks[weight]
         layer.__class__ = MaskedLinear
         layer.sparsity_mask = None
+        for part in (*layer.lora_A.values(), *layer.lora_B.values()):
+            gather_with_(layer, part.weight)
         if not is_sharded(weight):
             with torch.inference_mode(False):  # Later passes will save it for their backward ones.
                 layer.sparsity_mask = mask.to(weight.device, copy=mask.is_inference())
         elif more := masked_in(weight.detach() != 0) - masked_in(mask):
-            logger.warning(
+            logger.log(
+                logging.DEBUG if rank_and_size()[0] else logging.WARNING,
                 "%d weights of %r are zero without being pruned. Under FSDP2 adapters are masked by the zeros, and "
                 "leave these at zero too.", more, name,
             )  # fmt: skip
@@ -225,4 +234,4 @@ def _by_parameter(model: nn.Module, values: Mapping[str, Value]) -> dict[torch.T
 
 def _plain_name(name: str) -> str:
     """The name of a parameter in the model without peft."""
-    return re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model."))
+    return plain_name(name.removeprefix("base_model.model."))

@@ -78,13 +78,17 @@ class MaskedLinear(Linear):
     def _product(self, x: torch.Tensor, adapters: Sequence[str], *, with_base: bool = False) -> torch.Tensor:
         """`x (M ∘ Σ s B A)ᵀ`, or what the whole layer gives: `x (W + M ∘ Σ s B A)ᵀ + b`."""
         base: Any = self.get_base_layer()
-        # Alone, the product reads at most the zeros of the weight.
-        weight, bias = (base.weight, base.bias) if with_base else (base.weight.detach(), None)
+        mask = self._mask_on(x.device)
+        weight = bias = None
+        if with_base:
+            weight, bias = base.weight, base.bias
+        elif mask is None:  # Else it is not touched: DeepSpeed would gather it again, and it would be kept.
+            weight = base.weight.detach()
         how = _How(self.fan_in_fan_out, tuple(self.scaling[name] for name in adapters), with_base)
         factors = [part[name].weight for name in adapters for part in (self.lora_A, self.lora_B)]
-        if any(tensor.is_meta for tensor in (weight, *factors)):
+        if any(tensor is not None and tensor.is_meta for tensor in (weight, *factors)):
             raise ValueError("weights were offloaded (meta device), where masks do not reach. Merge adapters before.")
-        return _MaskedProduct.apply(x, weight, bias, self._mask_on(x.device), how, *factors)
+        return _MaskedProduct.apply(x, weight, bias, mask, how, *factors)
 
     def _is_precise(self, x: torch.Tensor, base: nn.Module, adapters: Sequence[str]) -> bool:
         dtypes = {base.weight.dtype, *(self.lora_A[name].weight.dtype for name in adapters)}
@@ -143,9 +147,9 @@ class _How(NamedTuple):
         return of_weight.T if self.fan_in_fan_out else of_weight
 
     def matrix(
-        self, dtype: torch.dtype, weight: torch.Tensor, mask: torch.Tensor | None, factors: Sequence[torch.Tensor]
+        self, dtype: torch.dtype, weight: Any, mask: torch.Tensor | None, factors: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """`[out, in]`: `W + M ∘ Σ s B A`."""
+        """`[out, in]`: `W + M ∘ Σ s B A`. The weight may be None if it is not added, and there is a mask."""
         scaled = [s * (b @ a) for s, a, b in zip(self.scalings, factors[::2], factors[1::2], strict=True)]
         delta = functools.reduce(torch.Tensor.add_, scaled).masked_fill_(~self.as_matrix(_kept(mask, weight)), 0)
         return (delta.add_(self.as_matrix(weight)) if self.with_base else delta).to(dtype)
@@ -158,7 +162,7 @@ class _MaskedProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         mask: torch.Tensor | None,
         how: _How,
@@ -191,6 +195,6 @@ class _MaskedProduct(torch.autograd.Function):
         return tuple(found)
 
 
-def _kept(mask: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-    """Where adapters may reach."""
+def _kept(mask: torch.Tensor | None, weight: Any) -> torch.Tensor:
+    """Where adapters may reach: by the mask, or by the weight if there is none."""
     return weight != 0 if mask is None else mask

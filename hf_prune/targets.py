@@ -56,7 +56,7 @@ class Target:
         parts: The number of equal parts of its rows that have inputs of their own: fused experts, or the groups of a
             convolution.
         rows: Which rows of the parameter the weight holds, if they are the process's own; None if all.
-        adapters: What is added to the parameter, where it is not zero, whenever the model computes.
+        adapters: What is added to the parameter where it is not zero; those that are not masked add to zeros too.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Target:
 
         Without what peft has put in between.
         """
-        return _INSERTED.sub("", self.name).removesuffix(".weight")
+        return plain_name(self.name).removesuffix(".weight")
 
     def own(self) -> "Target":
         """The rows of a sharded parameter that this process holds, as one part; a whole one as it is."""
@@ -92,7 +92,7 @@ class Target:
 
     @property
     def merged(self) -> torch.Tensor:
-        """The weight as the model computes with it: a new tensor, if adapters add to it."""
+        """The weight with what adapters add to it where it is not zero, which makes a new tensor, if there are any."""
         weight = self.weight.detach()
         if not self.adapters:
             return weight
@@ -279,6 +279,11 @@ def are_sharded(targets: Iterable[Target]) -> bool:
     return any(is_sharded(target.weight) for target in targets)
 
 
+def plain_name(name: str) -> str:
+    """A name without what peft has put in between."""
+    return _INSERTED.sub("", name)
+
+
 def is_regex(entry: str) -> bool:
     """Whether an entry of a list of modules is read as a regular expression."""
     return _NOT_A_NAME.search(entry) is not None
@@ -292,7 +297,7 @@ def _expressions(patterns: str | Sequence[str] | None) -> dict[str, re.Pattern[s
 
 
 def _matches(target: Target, expressions: Iterable[re.Pattern[str]]) -> bool:
-    names = (target.module, _INSERTED.sub("", target.name).rpartition(".")[0])
+    names = (target.module, plain_name(target.name).rpartition(".")[0])
     return any(expression.fullmatch(name) for expression in expressions for name in names)
 
 

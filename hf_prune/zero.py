@@ -101,6 +101,14 @@ def gathered(model: nn.Module) -> Iterator[None]:
                 offload._register_deepspeed_module(offload.module)
 
 
+def gather_with_(module: nn.Module, parameter: torch.Tensor) -> None:
+    """Has stage 3 gather a parameter of another module before a module's passes too, which reads it by itself."""
+    if _is_divided(parameter):
+        from deepspeed.runtime.zero import register_external_parameter
+
+        register_external_parameter(module, parameter)
+
+
 @torch.no_grad()
 def master_of(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter in the precision in which it is trained, whole; all processes call this, while it is gathered."""

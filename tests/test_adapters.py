@@ -195,7 +195,8 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
 def train_apart(rank: int, folder: Path, criterion: str, samples: int, options: dict) -> dict[str, torch.Tensor]:
     model = of_odd_width(options)
     config = dataclasses.replace(EVEN, criterion=criterion, calibration_samples=8)
-    train(folder / str(rank), config, model, per_device_train_batch_size=samples, **options)
+    # Evaluation comes before the first pass of the training, in which DeepSpeed would learn who reads what.
+    train(folder / str(rank), config, model, per_device_train_batch_size=samples, eval_on_start=True, **options)
     assert has_shards(model) == ("fsdp" in options)
     assert has_partitions(model) == ("deepspeed" in options)
     assert any(type(module) is MaskedLinear for module in model.modules())
@@ -265,12 +266,26 @@ def with_zeros_that_are_kept(rank: int, folder: Path) -> tuple[torch.Tensor, tor
     with torch.no_grad():
         model.get_submodule(name).base_layer.weight[:3].zero_()
     handler = logging.Handler()
+    logging.getLogger("hf_prune").setLevel(logging.DEBUG)  # Only one process says it aloud.
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("hf_prune.lora").addHandler(handler)
     config = PruningConfig(sparsity=0.5, layer_sparsity={r".*down_proj": 0.05}, scope="layer", criterion="random")
     pruning, _ = train(folder, config, model, per_device_train_batch_size=2, **FSDP)
     delta = model.get_submodule(name).get_delta_weight("default").detach()
     return whole(delta), whole(pruning.masks[f"{name}.base_layer.weight"]), said
+
+
+def wrapped_one_by_one(rank: int, folder: Path) -> str:
+    linears = {**FSDP["fsdp_config"], "transformer_layer_cls_to_wrap": ["Linear"]}
+    with pytest.raises(ValueError, match="masked adapters need both at once") as caught:
+        train(folder, EVEN, of_odd_width(FSDP), per_device_train_batch_size=2, fsdp=True, fsdp_config=linears)
+    return str(caught.value)
+
+
+@pytest.mark.multiprocess
+def test_layers_that_are_gathered_by_themselves_are_an_error(tmp_path):
+    for message in on_two_processes(wrapped_one_by_one, tmp_path, tmp_path):
+        assert "Wrap whole transformer layers, by transformer_layer_cls_to_wrap" in message
 
 
 @pytest.mark.multiprocess

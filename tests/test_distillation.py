@@ -402,6 +402,20 @@ def test_the_position_that_is_taught_is_that_of_the_label(family, shifts, tmp_pa
     assert found.item() == pytest.approx(soft_loss(logits, expected, 1.0).item(), rel=1e-5)
 
 
+def test_a_teacher_need_not_have_a_loss(tmp_path):
+    class Silent(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            return {"logits": super().forward(input_ids, attention_mask).logits}
+
+    torch.manual_seed(0)
+    student, silent = build("llama"), Silent(build("llama").config)
+    teacher = build("llama")
+    teacher.load_state_dict(silent.state_dict())
+    inputs = default_data_collator(uneven(student, 4))
+    found, expected = (soft_of(student, each, dict(inputs), tmp_path).item() for each in (silent, teacher))
+    assert found == pytest.approx(expected)
+
+
 def test_labels_of_a_length_of_their_own_count_no_positions(tmp_path):
     def make() -> nn.Module:
         config = transformers.Wav2Vec2Config(

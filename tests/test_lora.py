@@ -504,6 +504,14 @@ def test_zeros_of_an_embedding_that_nobody_pruned():
     assert sum(type(module) is MaskedLinear for module in model.modules()) == 2
 
 
+def test_masks_from_before_peft_name_what_it_trains_whole_too():
+    model = pruned()
+    masks = MaskSet.from_zeros(model)
+    wrapped = adapted(model, keep=False, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    keep_sparsity(wrapped, masks)
+    assert sum(type(module) is MaskedLinear for module in wrapped.modules()) == 2
+
+
 def test_masks_that_were_made_in_inference_mode_can_be_trained_with():
     model = adapted(pruned(), keep=False)
     with torch.inference_mode():

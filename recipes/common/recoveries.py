@@ -58,7 +58,10 @@ def share(lost: float, found: float, best: float) -> float:
 
 
 def table(level: str, results: Mapping[Cell, Result]) -> str:
-    """The ways of a level, a row for each, as Markdown. Shares are of what training everything recovers alone."""
+    """The ways of a level, a row for each, as Markdown.
+
+    Shares are of what training everything recovers alone, and left out where that loses more than pruning did.
+    """
     own = {cell: result for cell, result in results.items() if cell.level == level}
     if not own:
         return f"{level}: all runs have failed."
@@ -74,9 +77,14 @@ def table(level: str, results: Mapping[Cell, Result]) -> str:
             for cell, result in zip(cells, found, strict=True)
             if cell.seed in full
         ]
+        recovers = all(
+            (full[cell.seed] - result["pruned_test"]) * (result["dense_test"] - result["pruned_test"]) > 0
+            for cell, result in zip(cells, found, strict=True)
+            if cell.seed in full
+        )
         rows[f"{trainable}, teacher" if teacher else trainable] = [
             spread([result["test"] for result in found]),
-            f"{statistics.mean(shares):.3f}" if shares else "",
+            f"{statistics.mean(shares):.3f}" if shares and recovers else "",
             f"{statistics.mean(result['seconds'] for result in found):.1f}",
             f"{found[0]['trained']:,}",
             f"{statistics.median(result['peak_mb'] for result in found):.0f}",

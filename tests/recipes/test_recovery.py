@@ -105,6 +105,8 @@ def test_a_table_has_means_over_seeds() -> None:
     lines = table("0.9", results).splitlines()
     assert lines[0] == "0.9: 9.000 ± 0.000 dense, 50.000 ± 0.000 pruned."
     assert lines[4].startswith("| full | 10.500 ± 0.707 | 1.000 | 2.0 | 10 | 3 | 1 |")
+    lost = {cell: Result(**{**row, "pruned_test": 9.5}) for cell, row in results.items()}
+    assert table("0.9", lost).splitlines()[4].startswith("| full | 10.500 ± 0.707 |  | 2.0 |")
     mean = (share(50.0, 20.0, 10.0) + share(50.0, 21.0, 11.0)) / 2
     assert lines[5].startswith(f"| lora | 20.500 ± 0.707 | {mean:.3f} |")
 

@@ -199,7 +199,9 @@ def train_apart(rank: int, folder: Path, criterion: str, samples: int, options: 
     train(folder / str(rank), config, model, per_device_train_batch_size=samples, eval_on_start=True, **options)
     assert has_shards(model) == ("fsdp" in options)
     assert has_partitions(model) == ("deepspeed" in options)
-    assert any(type(module) is MaskedLinear for module in model.modules())
+    masks = [module.sparsity_mask for module in model.modules() if type(module) is MaskedLinear]
+    assert masks
+    assert all((mask is None) == ("fsdp" in options) for mask in masks)
     return weights_of(model)
 
 

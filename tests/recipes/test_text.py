@@ -22,9 +22,9 @@ def test_no_paragraph_of_the_topics_is_in_two_splits() -> None:
     assert sum(len(topic) for topic in help_topics()) > 200_000
     splits = three_splits(load("topics"), SplitArguments(), seed=0)
     counts = Counter(
-        paragraph.strip()
+        paragraph
         for split in splits.values()
-        for paragraph in {p for topic in split["text"] for p in topic.split("\n\n")}
+        for paragraph in {p.strip() for topic in split["text"] for p in topic.split("\n\n")}
     )
     assert len(counts) > 1000
     assert counts.most_common(1)[0][1] == 1

@@ -303,15 +303,16 @@ def _matches(target: Target, expressions: Iterable[re.Pattern[str]]) -> bool:
 
 def _in_body(model: nn.Module, target: Target) -> bool:
     """Whether the default takes this target: see `find_targets`."""
-    parts = target.module.split(".")
-    for i in range(len(parts)):
-        parent = model.get_submodule(".".join(parts[:i]))
+    parts, parent = target.module.split("."), model
+    for i, part in enumerate(parts):
+        if i > 0:
+            parent = getattr(parent, parts[i - 1])
         has_body = isinstance(parent, PreTrainedModel) and parent.base_model is not parent
-        if has_body and parts[i] != parent.base_model_prefix:
+        if has_body and part != parent.base_model_prefix:
             return False  # A head: it stands beside the base model.
         # The weights of fused experts have no module of their own, and are named "gate" for another reason.
         is_module = i + 1 < len(parts) or target.weight.ndim != 3
-        if is_module and "gate" in parts[i] and any("expert" in name for name, _ in parent.named_children()):
+        if is_module and "gate" in part and any("expert" in name for name, _ in parent.named_children()):
             return False  # A router: it stands beside the experts between which it chooses.
     if any(part in _HEADS or part.endswith("_head") or "router" in part for part in parts) or parts[0] == "fc":
         return False

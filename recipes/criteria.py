@@ -53,10 +53,10 @@ def config_of(criterion: str, level: str) -> PruningConfig | None:
     """The config of a cell of the table; None if the level leaves no choice of the criterion's settings."""
     name, settings = split_settings(criterion)
     if ":" not in level:
-        return PruningConfig(criterion=name, sparsity=float(level), **settings)
+        return PruningConfig.from_dict({"criterion": name, "sparsity": float(level), **settings})
     if "scope" in settings:
         return None  # A pattern says how sparse each layer is.
-    return PruningConfig(criterion=name, granularity=level, **settings)
+    return PruningConfig.from_dict({"criterion": name, "granularity": level, **settings})
 
 
 def table(results: Mapping[tuple[str, str], Sequence[float]], criteria: Sequence[str], levels: Sequence[str]) -> str:

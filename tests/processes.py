@@ -7,6 +7,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterable
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ def on_two_processes(function: Callable[..., Any], folder: Path, *args: Any) -> 
 def on_processes(size: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """Calls `function(rank, *args)` on each; what it returns is tensors, numbers and containers of them."""
     folder.mkdir(exist_ok=True)
-    _import_once()
+    forkserver()
     torch.multiprocessing.start_processes(
         _run, args=(size, folder, function, args), nprocs=size, start_method="forkserver"
     )
@@ -55,7 +56,7 @@ def torchrun(module: str, size: int, *args: object) -> subprocess.Popen[bytes]:
 
 def launch_function(function: Callable[..., Any], size: int, *args: Any, timeout: int) -> bool:
     """Calls a function on so many processes as torchrun launches them, and says whether all of them ended well."""
-    _import_once()
+    forkserver()
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=size, run_id=uuid.uuid4().hex, max_restarts=0,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver",
@@ -73,9 +74,11 @@ def _alarmed(timeout: int, function: Callable[..., Any], *args: Any) -> None:
     function(*args)
 
 
-def _import_once() -> None:
-    """Has processes start from one that has imported what takes seconds, and has no threads that could be lost."""
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["transformers.trainer", "hf_prune"])
+def forkserver() -> BaseContext:
+    """Processes start from one that has imported what takes seconds, and has no threads that could be lost."""
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["datasets", "transformers.trainer", "hf_prune"])
+    return context
 
 
 def in_turn(runs: Iterable[Run], train: Callable[[Run], None]) -> None:

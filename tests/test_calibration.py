@@ -37,10 +37,10 @@ def loader(samples: list[dict[str, torch.Tensor]], size: int = 4) -> DataLoader:
     return DataLoader(samples, batch_size=size, collate_fn=default_data_collator)
 
 
-def alone(model: nn.Module, samples: list[dict[str, torch.Tensor]]):
+def alone(model: nn.Module, samples: list[dict[str, torch.Tensor]]) -> list[tuple[float, dict[str, torch.Tensor]]]:
     """Each sample's labels and gradients, by autograd, one after the other."""
     model = copy.deepcopy(model).eval()
-    targets = find_targets(model)
+    targets, found = find_targets(model), []
     for sample in samples:
         single = default_data_collator([sample])
         model.zero_grad()
@@ -49,7 +49,8 @@ def alone(model: nn.Module, samples: list[dict[str, torch.Tensor]]):
             n: torch.zeros_like(t.weight) if t.weight.grad is None else t.weight.grad.clone()
             for n, t in targets.items()
         }
-        yield float(LabelCounts(model)(single)), gradients
+        found.append((float(LabelCounts(model)(single)), gradients))
+    return found
 
 
 def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
@@ -70,7 +71,7 @@ def double(family: str) -> nn.Module:
 def test_the_gradient_is_that_of_the_mean_loss_over_labels(family, size):
     model = double(family)
     samples = samples_of(model)
-    found = list(alone(model, samples))
+    found = alone(model, samples)
     total = sum(labels for labels, _ in found)
     expected = {n: sum(labels * g[n] for labels, g in found) / total for n in find_targets(model)}
     statistics = calibrate(model, find_targets(model), loader(samples, size), ["gradient"], SAMPLES)
@@ -82,7 +83,8 @@ def test_the_gradient_is_that_of_the_mean_loss_over_labels(family, size):
 def test_squared_gradients_are_those_of_single_samples(family, size, caplog):
     model = double(family)
     samples = samples_of(model)
-    expected = {n: sum(g[n].square() for _, g in alone(model, samples)) / SAMPLES for n in find_targets(model)}
+    found = alone(model, samples)
+    expected = {n: sum(g[n].square() for _, g in found) / SAMPLES for n in find_targets(model)}
     with caplog.at_level(logging.INFO):
         statistics = calibrate(model, find_targets(model), loader(samples, size), ["squared_gradient"], SAMPLES)
     assert_close(statistics["squared_gradient"], expected)
@@ -94,10 +96,8 @@ def test_a_sample_without_labels_has_no_gradient():
     model = build("gpt_neo", torch.float64)
     samples = samples_of(model)
     samples[2]["labels"][:] = -100
-    expected = {
-        n: sum(g[n].square() for i, (_, g) in enumerate(alone(model, samples)) if i != 2) / SAMPLES
-        for n in find_targets(model)
-    }
+    found = alone(model, samples)
+    expected = {n: sum(g[n].square() for _, g in found[:2] + found[3:]) / SAMPLES for n in find_targets(model)}
     statistics = calibrate(model, find_targets(model), loader(samples), ["squared_gradient"], SAMPLES)
     assert_close(statistics["squared_gradient"], expected)
 

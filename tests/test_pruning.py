@@ -78,13 +78,14 @@ def test_combinations_that_make_no_sense_are_an_error(criterion, granularity, sc
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_cell_is_exact(family, criterion, granularity, scope):
     model = build(family)
-    total = sum(target.weight.numel() for target in find_targets(model).values())
-    assert zeros(model, find_targets(model)) == 0
+    targets = find_targets(model)
+    total = sum(target.weight.numel() for target in targets.values())
+    assert zeros(model, targets) == 0
     config = config_of(criterion, granularity, scope)
     if (family, granularity) in IMPOSSIBLE:
         with pytest.raises(ValueError, match=IMPOSSIBLE[family, granularity]):
             prune(model, config, data(model))
-        assert zeros(model, find_targets(model)) == 0
+        assert zeros(model, targets) == 0
         return
     if criterion == "movement":
         with pytest.raises(ValueError, match="'movement' needs movement, which nobody gathers here"):
@@ -98,17 +99,17 @@ def test_every_cell_is_exact(family, criterion, granularity, scope):
     scope = effective_scope(config)
     is_pattern = granularity in ("1:4", "2:4")
     if scope == "row" and not is_pattern:
-        expected = sum(of_rows(target, sparsity, group) for target in find_targets(model).values())
+        expected = sum(of_rows(target, sparsity, group) for target in targets.values())
     elif scope == "layer" and not is_pattern:
         expected = sum(group * round(sparsity * module.total / group) for module in report.modules)
     else:
         expected = group * round(sparsity * total / group)
-    assert zeros(model, find_targets(model)) == report.zeros == report.masked == expected
+    assert zeros(model, targets) == report.zeros == report.masked == expected
     assert report.total == total
     for name, parameter in model.named_parameters():
         kept = parameter != 0
         assert criterion in RECONSTRUCTIONS or torch.equal(parameter[kept], before[name][kept])
-        if name not in find_targets(model):
+        if name not in targets:
             assert torch.equal(parameter, before[name])
 
 

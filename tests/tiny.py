@@ -1,6 +1,7 @@
 """Tiny models of many families, built from configs, and samples to train them on."""
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -60,12 +61,19 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 
 def build(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A tiny model with perturbed weights: no zero biases, no unit norms, no natural zeros."""
+    model = copy.deepcopy(_built(family)).to(dtype)
+    torch.manual_seed(0)
+    return model
+
+
+@functools.cache
+def _built(family: str) -> nn.Module:
     torch.manual_seed(0)
     model = FAMILIES[family]()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.to(dtype)
+    return model
 
 
 def sixteen_experts() -> nn.Module:

@@ -6,6 +6,7 @@ import pytest
 
 from common.cells import _run_and_keep, keep_settings, run_cells
 from common.grid import DENSE, Cell, Result
+from tests.processes import forkserver
 
 
 def cell(seed: int = 0, schedule: str = "geometric") -> Cell:
@@ -22,6 +23,12 @@ def scored(cell: Cell) -> Result:
         "metric": "loss", "validation": 1.0 + cell.seed, "test": 2.0, "dense_validation": 1.0, "dense_test": 1.0,
         "reached": 0.9, "seconds": float(os.getpid()), "history": None,
     }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _workers_that_begin_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a study begin from nothing, which takes seconds each time; one that is run whole has them so."""
+    monkeypatch.setattr("common.cells.get_context", lambda _: forkserver())
 
 
 def run(folder: Path, *cells: Cell) -> dict[Cell, Result]:

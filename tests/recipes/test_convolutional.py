@@ -1,5 +1,6 @@
 """The recipes of convolutional networks: a ResNet, and an EfficientNet."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -9,18 +10,34 @@ from transformers import AutoModelForImageClassification
 
 import efficientnet
 import resnet
-from tests.recipes.launch import ROUND, launch
+from tests.recipes.launch import ROUND
 
-SHORT = ("--dense_steps=10", "--max_steps=10", "--disable_tqdm=true")
+SHORT = (
+    "--use_cpu",
+    "--dense_dir=dense",
+    "--max_train_samples=200",
+    "--max_eval_samples=50",
+    "--dense_steps=10",
+    "--max_steps=10",
+    "--disable_tqdm=true",
+)
 
 
 @pytest.mark.parametrize("recipe", ["resnet", "efficientnet"])
 @pytest.mark.parametrize(
     ("granularity", "sparsity"), [("channel", 0.5), ("unstructured", 0.9)], ids=["structured", "unstructured"]
 )
-def test_a_short_run(tmp_path: Path, recipe: str, granularity: str, sparsity: float) -> None:
+def test_a_short_run(
+    run_here: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    recipe: str,
+    granularity: str,
+    sparsity: float,
+) -> None:
     flags = [*SHORT, f"--granularity={granularity}", f"--sparsity={sparsity}", "--schedule=one_shot"]
-    printed = launch(f"{recipe}.py", tmp_path, *flags, "--output_dir=out")
+    run_here(f"{recipe}.py", *flags, "--output_dir=out")
+    printed = capsys.readouterr().out
     (row,) = ROUND.findall(printed)
     assert float(row[2]) == pytest.approx(sparsity, abs=0.01)
     assert f"pruned to sparsity {row[2]}" in printed

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,11 +131,9 @@ def test_a_model_and_text_of_ones_own(short_run: tuple[Path, str]) -> None:
         (["--dense_steps=0", "--num_stories=200"], "dense_steps must be at least 1, got 0"),
     ],
 )
-def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["tinystories.py", "--use_cpu", "--dense_dir=dense", *flags])
+def test_bad_input(run_here: Callable[..., None], tmp_path: Path, flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tinystories.main()
+        run_here("tinystories.py", "--use_cpu", "--dense_dir=dense", *flags)
     assert list(tmp_path.rglob("*.safetensors")) == []
 
 

@@ -1,7 +1,6 @@
 import gzip
-import runpy
 import struct
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +103,9 @@ def test_idx_files(tmp_path: Path) -> None:
         (["--schedule=linear"], "schedule must be one of auto, one_shot, .*got 'linear'"),
     ],
 )
-def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["vit.py", "--use_cpu", "--dense_dir=dense", *flags])
+def test_bad_input(run_here: Callable[..., None], tmp_path: Path, flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        runpy.run_path(vit.__file__, run_name="__main__")
+        run_here("vit.py", "--use_cpu", "--dense_dir=dense", *flags)
     assert list(tmp_path.rglob("*.safetensors")) == []
 
 

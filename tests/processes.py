@@ -3,8 +3,6 @@
 import gc
 import os
 import signal
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterable
 from multiprocessing.context import BaseContext
@@ -14,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 from accelerate.state import AcceleratorState
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -48,24 +45,14 @@ def _run(rank: int, size: int, folder: Path, function: Callable[..., Any], args:
     end_processes()
 
 
-def torchrun(module: str, size: int, *args: object) -> subprocess.Popen[bytes]:
-    """Begins to run a module of the tests on so many processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    return subprocess.Popen([*command, "-m", module, *map(str, args)], cwd=Path(__file__).parents[1])
-
-
-def launch_function(function: Callable[..., Any], size: int, *args: Any, timeout: int) -> bool:
-    """Calls a function on so many processes as torchrun launches them, and says whether all of them ended well."""
+def launch_function(function: Callable[..., Any], size: int, *args: Any, timeout: int) -> None:
+    """Calls a function on so many processes as torchrun launches them; `ChildFailedError` says how one has failed."""
     forkserver()
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=size, run_id=uuid.uuid4().hex, max_restarts=0,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver",
     )  # fmt: skip
-    try:
-        elastic_launch(config, _alarmed)(timeout, function, *args)
-    except ChildFailedError:
-        return False
-    return True
+    elastic_launch(config, _alarmed)(timeout, function, *args)
 
 
 def _alarmed(timeout: int, function: Callable[..., Any], *args: Any) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from hf_prune.reconstruction import RECONSTRUCTIONS
 from hf_prune.shards import whole
 from hf_prune.weights import WeightsCopy
 from hf_prune.zero import has_partitions, master_of, shape_of
-from tests.processes import in_turn, launch_function, on_two_processes, torchrun
+from tests.processes import in_turn, launch_function, on_two_processes
 from tests.structures.models import build as build_of_structures
 from tests.tiny import batch, build
 from tests.training import FSDP, trainer_factory, zero
@@ -77,8 +76,9 @@ def train(folder: Path, pacing: str, options: dict) -> None:
     options = {**SAVING, **EVEN, **options, **OPTIONS.get(pacing, {})}
     model = (build_of_structures if pacing == "structures" else build)("llama").double()
     if options.pop("native", False):  # Each process reads its part of the files.
-        with PartialState().main_process_first():
-            if PartialState().is_main_process:
+        state = PartialState(cpu=True)  # Else each process takes itself for the only one.
+        with state.main_process_first():
+            if state.is_main_process:
                 model.save_pretrained(folder / "dense")
         sharding = {"fsdp_size": int(os.environ["WORLD_SIZE"])}
         model = type(model).from_pretrained(folder / "dense", distributed_config=sharding)
@@ -135,17 +135,15 @@ def train(folder: Path, pacing: str, options: dict) -> None:
 def outcomes(tmp_path_factory):
     """What comes of each cell on one process and on two."""
 
-    one, two = (tmp_path_factory.mktemp(f"outcomes-{size}") for size in (1, 2))
-    running = torchrun("tests.test_processes", 2, two)
-    assert launch_function(train_cells, 1, one, timeout=280)
-    assert running.wait(timeout=280) == 0
-    return tuple(
-        {
+    def of_size(size: int) -> dict[tuple[str, str], list[dict]]:
+        folder = tmp_path_factory.mktemp(f"outcomes-{size}")
+        launch_function(train_cells, size, folder, timeout=600)
+        return {
             (kind, name): [json.loads(path.read_text()) for path in sorted((folder / kind / name).glob("rank-*.json"))]
             for kind, name in CELLS
         }
-        for folder in (one, two)
-    )
+
+    return of_size(1), of_size(2)
 
 
 @pytest.mark.multiprocess
@@ -348,7 +346,3 @@ def train_cells(folder: Path) -> None:
         train(here, name, KINDS[kind][int(os.environ["WORLD_SIZE"]) - 1])
 
     in_turn(CELLS, train_cell)
-
-
-if __name__ == "__main__":
-    train_cells(Path(sys.argv[1]))

@@ -3,22 +3,23 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, Trainer, ViTConfig, ViTForImageClassification
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, ViTConfig, ViTForImageClassification
 
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, sparsity_report
-from hf_prune.checkpoints import load_renamed_weights_
+from hf_prune.checkpoints import load_renamed_weights_, newest_complete
 from hf_prune.weights import WeightsCopy
-from tests.processes import launch_function
+from tests.processes import forkserver, launch_function
 from tests.resuming import KINDS, PATIENT, train_kinds
 from tests.tiny import FAMILIES, build
 from tests.training import Rates, trainer_factory
@@ -161,30 +162,46 @@ def test_the_folder_may_be_moved(undisturbed, checkpoints, make_trainer, tmp_pat
     assert outcome(trainer, pruning)["weights"] == undisturbed[1]["weights"]
 
 
-SCRIPT = """
-    import json, os, signal, sys
-    from pathlib import Path
-    from transformers import TrainerCallback
-    import tests.test_resume as t
-    from tests.training import trainer_factory
+class KillInStep(TrainerCallback):
+    """Kills the process when the weights have taken a step, unless that is 0."""
 
-    class Kill(TrainerCallback):
-        def on_optimizer_step(self, args, state, control, **kwargs):
-            if state.global_step + 1 == int(sys.argv[2]):
-                os.kill(os.getpid(), signal.SIGKILL)
+    def __init__(self, step: int) -> None:
+        self.step = step
 
-    trainer, pruning = t.start(trainer_factory(Path(sys.argv[1])), save_steps=2)
-    trainer.add_callback(Kill())
-    trainer.train(resume_from_checkpoint=sys.argv[3] == "resume")
-    Path(sys.argv[1], "outcome.json").write_text(json.dumps(t.outcome(trainer, pruning)))
-"""
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillSometime(TrainerCallback):
+    """Kills the process some seconds after so many steps, unless they are 0."""
+
+    def __init__(self, steps: int, delay: float) -> None:
+        self.steps, self.delay = steps, delay
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if 0 < self.steps <= state.global_step:
+            threading.Timer(self.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def exit_code_of(function: Callable[..., None], *args: object) -> int | None:
+    process = forkserver().Process(target=function, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def train_in_rounds(folder: Path, kill_at: int, how: str) -> None:
+    trainer, pruning = start(trainer_factory(folder), save_steps=2)
+    trainer.add_callback(KillInStep(kill_at))
+    trainer.train(resume_from_checkpoint=how == "resume")
+    (folder / "outcome.json").write_text(json.dumps(outcome(trainer, pruning)))
 
 
 @pytest.mark.slow
 def test_kill_9_in_mid_round(tmp_path):
-    def run(folder: str, kill_at: int, how: str) -> int:
-        script = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path / folder), str(kill_at), how]
-        return subprocess.run(script, cwd=Path(__file__).parents[1]).returncode
+    def run(folder: str, kill_at: int, how: str) -> int | None:
+        return exit_code_of(train_in_rounds, tmp_path / folder, kill_at, how)
 
     assert run("whole", 0, "fresh") == 0
     assert run("killed", 6, "fresh") == -signal.SIGKILL  # the rounds begin at steps 1, 3 and 5
@@ -204,17 +221,18 @@ def killed(tmp_path_factory) -> Path:
     """A folder with runs of each kind: "whole", and killed and resumed, by as many processes or by four "others"."""
     folder = tmp_path_factory.mktemp("killed")
 
-    def run(name: str, size: int, kill_at: int, how: str, *kinds: str) -> bool:
-        return launch_function(train_kinds, size, folder / name, kill_at, how, *kinds, timeout=120)
+    def run(name: str, size: int, kill_at: int, how: str, *kinds: str) -> None:
+        launch_function(train_kinds, size, folder / name, kill_at, how, *kinds, timeout=300)
 
-    assert run("whole", 2, 0, "fresh", *KINDS)
+    run("whole", 2, 0, "fresh", *KINDS)
     for kind in KINDS:
-        assert not run("killed", 2, 7, "fresh", kind)
+        with pytest.raises(ChildFailedError, match=r"SIGKILL|Connection"):
+            run("killed", 2, 7, "fresh", kind)
         assert outcomes_in(folder / "killed" / kind) == []
         if "deepspeed" not in KINDS[kind]:  # Its checkpoints are for as many processes as before.
             shutil.copytree(folder / "killed" / kind, folder / "others" / kind)
-    assert run("killed", 2, 0, "resume", *KINDS)
-    assert run("others", 4, 0, "resume", *(path.name for path in (folder / "others").iterdir()))
+    run("killed", 2, 0, "resume", *KINDS)
+    run("others", 4, 0, "resume", *(path.name for path in (folder / "others").iterdir()))
     return folder
 
 
@@ -240,56 +258,38 @@ def test_kill_9_of_one_process(kind, killed):
         assert four[0]["sums"] == pytest.approx(first["sums"], rel=1e-9)
 
 
-RANDOM = """
-    import dataclasses, json, os, signal, sys, threading
-    from pathlib import Path
-    from transformers import TrainerCallback
-    import tests.test_resume as t
-    from hf_prune import PruningConfig
-    from hf_prune.checkpoints import newest_complete
-    from tests.training import trainer_factory
-
-    step, delay = int(sys.argv[2]), float(sys.argv[3])
-
-    class KillSometime(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if 0 < step <= state.global_step:
-                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-
-    config = dataclasses.replace(t.PATIENT, rounds=12, patience=[6], max_round_steps=8, end=120)
-    trainer, pruning = t.start(trainer_factory(Path(sys.argv[1])), config, max_steps=120, save_steps=2)
-    trainer.add_callback(KillSometime())
-    newest = newest_complete(Path(sys.argv[1], "out"))
-    print(f"from {newest.name if newest else 'the beginning'}")
+def train_for_long(folder: Path, kill_at: int, delay: float) -> None:
+    config = dataclasses.replace(PATIENT, rounds=12, patience=[6], max_round_steps=8, end=120)
+    trainer, pruning = start(trainer_factory(folder), config, max_steps=120, save_steps=2)
+    trainer.add_callback(KillSometime(kill_at, delay))
+    newest = newest_complete(folder / "out")
+    with (folder / "began_from").open("a") as file:
+        file.write(f"{newest}\n")
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    print(trainer.state.global_step)
-    Path(sys.argv[1], "outcome.json").write_text(json.dumps(t.outcome(trainer, pruning)))
-"""
+    (folder / "outcome.json").write_text(json.dumps([trainer.state.global_step, outcome(trainer, pruning)]))
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_ten_times_in_a_row(tmp_path):
     """In a step, in an evaluation, in the middle of saving: wherever it happens to be."""
 
-    def run(folder: str, step: int = 0, delay: float = 0) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(RANDOM), str(tmp_path / folder), str(step), str(delay)],
-            cwd=Path(__file__).parents[1], stdout=-1, text=True,
-        )  # fmt: skip
+    def run(folder: str, kill_at: int = 0, delay: float = 0) -> int | None:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return exit_code_of(train_for_long, tmp_path / folder, kill_at, delay)
 
-    whole = run("whole")
-    assert whole.returncode == 0
-    part = int(whole.stdout.splitlines()[-1]) // 12
-    rng, resumed_from = random.Random(0), set()
+    def outcome_of(folder: str) -> list:
+        return json.loads((tmp_path / folder / "outcome.json").read_text())
+
+    assert run("whole") == 0
+    part = outcome_of("whole")[0] // 12
+    rng = random.Random(0)
     for kill in range(10):
         step = rng.randrange(kill * part, (kill + 1) * part) + 1
-        done = run("killed", step, delay=rng.uniform(0, 0.03))
-        assert done.returncode == -signal.SIGKILL
-        resumed_from.add(done.stdout.splitlines()[0])
-    assert len(resumed_from) >= 4  # It did get on in between.
-    assert run("killed").returncode == 0
-    outcomes = [json.loads((tmp_path / folder / "outcome.json").read_text()) for folder in ("whole", "killed")]
-    assert outcomes[0] == outcomes[1]
+        assert run("killed", step, delay=rng.uniform(0, 0.03)) == -signal.SIGKILL
+    began_from = (tmp_path / "killed" / "began_from").read_text().splitlines()
+    assert (len(began_from), len(set(began_from)) >= 4) == (10, True)  # It did get on in between.
+    assert run("killed") == 0
+    assert outcome_of("killed") == outcome_of("whole")
 
 
 def test_weights_with_other_names_in_a_folder_that_is_not_told(tmp_path):

@@ -88,4 +88,5 @@ def end_processes() -> None:
     """Lets go of what they talk with: else threads of gloo may outlive the interpreter, and the process aborts."""
     gc.collect()  # Those of shards live as long as the shards.
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # One that closes what it has not read resets what the other still reads.
         torch.distributed.destroy_process_group()

@@ -41,7 +41,7 @@ def begin(script: Sequence[str], folder: Path, *flags: str, config: Sequence[str
 
 def finished(process: subprocess.Popen[str]) -> str:
     """What a process printed that went well."""
-    printed, errors = process.communicate(timeout=300)
+    printed, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-5000:]
     return printed
 

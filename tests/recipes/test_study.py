@@ -45,11 +45,12 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 def test_a_study_that_is_killed_goes_on_and_finds_the_same(tmp_path: Path) -> None:
-    flags = (*SHORT, "--seeds", "0", "--budget_sparsity=0.5")
+    flags = (*SHORT, "--seeds", "0", "1", "--budget_sparsity=0.5")
     printed = run(tmp_path, *flags, "--output_dir=whole")
     whole = rows(tmp_path / "whole")
-    # Two learning rates: 2 for dense, 2 for one shot, 4 for geometric. Three other budgets of what was chosen.
-    assert len(whole) == 8 + 9
+    # Two learning rates: 2 for dense, 2 for one shot, 4 for geometric. The other seed of what was chosen, and
+    # three other budgets of that with both seeds.
+    assert len(whole) == 8 + 3 + 18
     assert "vit: test accuracy after 20 steps" in printed
     assert "magnitude, unstructured at 0.5: " in printed
     names = {path.name for path in (tmp_path / "whole").iterdir()}

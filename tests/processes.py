@@ -5,6 +5,7 @@ import os
 import signal
 import uuid
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 from accelerate.state import AcceleratorState
+from torch.distributed import ProcessGroupGloo, Store
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -37,6 +39,7 @@ def on_processes(size: int, function: Callable[..., Any], folder: Path, *args: A
 def _run(rank: int, size: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost"}
     # A file to meet at, because a port that is free now may not be free in a moment.
+    one_worker_of_gloo()
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     assert torch.distributed.get_world_size() == size
     assert torch.distributed.get_backend() == "gloo"
@@ -57,12 +60,31 @@ def launch_function(function: Callable[..., Any], size: int, *args: Any, timeout
 
 def _alarmed(timeout: int, function: Callable[..., Any], *args: Any) -> None:
     signal.alarm(timeout)  # Instead of waiting for ever.
+    one_worker_of_gloo()
     torch.set_num_threads(1)
     function(*args)
 
 
+def one_worker_of_gloo() -> None:
+    """Process groups of this process that use gloo have one worker thread from now on, not two.
+
+    Two of them write what each has done last into one string without a lock (torch 2.13, `pgStatus_` in `runLoop` of
+    ProcessGroupGloo.cpp). Where long names ("ALLGATHER_COALESCED", of a gathered shard) are on the heap and short ones
+    ("ALLREDUCE") are written over them, a process aborts about once in some hundred thousand of such operations.
+    """
+    init = ProcessGroupGloo.__init__
+
+    def with_one_worker(self: ProcessGroupGloo, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+        options = ProcessGroupGloo._Options()
+        options._devices, options._threads = [ProcessGroupGloo.create_default_device()], 1
+        options._timeout = timeout
+        init(self, store, rank, size, options)
+
+    ProcessGroupGloo.__init__ = with_one_worker
+
+
 def forkserver() -> BaseContext:
-    """Processes start from one that has imported what takes seconds, and has no threads that could be lost."""
+    """Processes start from one that has imported what takes seconds; no thread of it runs the tests' code."""
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["datasets", "transformers.trainer", "hf_prune"])
     return context

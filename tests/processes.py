@@ -38,8 +38,8 @@ def on_processes(size: int, function: Callable[..., Any], folder: Path, *args: A
 
 def _run(rank: int, size: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost"}
-    # A file to meet at, because a port that is free now may not be free in a moment.
     one_worker_of_gloo()
+    # A file to meet at, because a port that is free now may not be free in a moment.
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     assert torch.distributed.get_world_size() == size
     assert torch.distributed.get_backend() == "gloo"
@@ -70,7 +70,7 @@ def one_worker_of_gloo() -> None:
 
     Two of them write what each has done last into one string without a lock (torch 2.13, `pgStatus_` in `runLoop` of
     ProcessGroupGloo.cpp). Where long names ("ALLGATHER_COALESCED", of a gathered shard) are on the heap and short ones
-    ("ALLREDUCE") are written over them, a process aborts about once in some hundred thousand of such operations.
+    ("ALLREDUCE") are written over them, a process aborts now and then: `malloc(): unaligned tcache chunk detected`.
     """
     init = ProcessGroupGloo.__init__
 

@@ -3,15 +3,15 @@
 from .callback import PruningTrainerCallback
 from .config import PruningConfig
 from .criteria import ScoreInputs
-from .history import PruningHistory
-from .hub import push_to_hub, save_pretrained
-from .lora import keep_sparsity
-from .masks import MaskSet
+from .inference.semi_structured import to_sparse_semi_structured
 from .pruning import prune
-from .reports import SparsityReport, sparsity_report
-from .semi_structured import to_sparse_semi_structured
+from .publishing.hub import push_to_hub, save_pretrained
+from .recovery.lora import keep_sparsity
+from .reporting.history import PruningHistory
+from .reporting.reports import SparsityReport, sparsity_report
 from .structures.families import Heads, Neurons, Stack, describe_family
 from .structures.shrinking import shrink
+from .weights.masks import MaskSet
 
 __version__ = "0.1.0"
 

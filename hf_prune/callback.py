@@ -12,9 +12,29 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .access import accessible
-from .cards import TAGS
-from .checkpoints import (
+from .calibration.contexts import keep_random_state
+from .config import PruningConfig
+from .criteria import Criterion
+from .distributed.gathering import accessible
+from .distributed.processes import gather_from_processes, require_agreement
+from .distributed.shards import reshard_
+from .distributed.zero import has_partitions
+from .pruning import cut_, require_room
+from .publishing.cards import TAGS
+from .recovery.lora import has_adapters, mask_adapters_
+from .reporting.history import HISTORY_NAME, PruningHistory
+from .reporting.plots import PLOT_NAME, can_plot
+from .reporting.reports import sparsity_report
+from .reporting.savings import shrink_measured
+from .resolving import (
+    require_prunable_under_adapters,
+    require_whole_where_needed,
+    required_statistics,
+    resolve_targets,
+)
+from .structures.finding import find_places, held_zeros, require_prunable, zeros_of
+from .structures.groups import Place, parameters_of
+from .training.checkpoints import (
     BEST_NAME,
     MASKS_NAME,
     MOVEMENT_NAME,
@@ -25,16 +45,9 @@ from .checkpoints import (
     recover_,
     require_same,
 )
-from .config import PruningConfig
-from .contexts import keep_random_state
-from .criteria import Criterion
-from .finished import FinishedRun
-from .history import HISTORY_NAME, PruningHistory
-from .hooks import GradientHooks
-from .lora import has_adapters, mask_adapters_
-from .masks import MaskSet
-from .moments import Moment
-from .monitor import (
+from .training.events import Moment
+from .training.finished import FinishedRun
+from .training.monitor import (
     Monitor,
     as_number,
     improves_as_it_rises,
@@ -42,8 +55,7 @@ from .monitor import (
     require_evaluations,
     warn_of_few_evaluations,
 )
-from .movement import Movement, require_gatherable
-from .optimizers import (
+from .training.optimizers import (
     cut_state_,
     require_not_retired,
     require_restartable,
@@ -51,24 +63,12 @@ from .optimizers import (
     retire,
     undo_restart_lr_,
 )
-from .pacing import Even, Patience
-from .plots import PLOT_NAME, can_plot
-from .processes import gather_from_processes, require_agreement
-from .pruning import cut_, require_room
-from .reports import sparsity_report
-from .resolving import (
-    require_prunable_under_adapters,
-    require_whole_where_needed,
-    required_statistics,
-    resolve_targets,
-)
-from .rounds import Rounds
-from .savings import shrink_measured
-from .shards import reshard_
-from .structures.finding import find_places, held_zeros, require_prunable, zeros_of
-from .structures.members import Place, parameters_of
-from .targets import Target
-from .zero import has_partitions
+from .training.pacing import Even, Patience
+from .training.rounds import Rounds
+from .weights.gradient_hooks import GradientHooks
+from .weights.masks import MaskSet
+from .weights.movement import Movement, require_gatherable
+from .weights.targets import Target
 
 logger = logging.getLogger(__name__)
 

@@ -12,19 +12,19 @@ from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HfHubHTTPError
 from typer import Argument, Option
 
-from .cards import base_model_of
 from .config import CONFIG_NAME, PruningConfig
-from .folders import local_folder
-from .history import HISTORY_NAME, PruningHistory
-from .hub import CARD_NAME, push_to_hub, save_pretrained
-from .inspection import compare_folders, report_folder
-from .opening import open_model, open_processing
-from .pages import page_of
-from .plots import require_matplotlib
 from .pruning import prune
-from .readers import read_batches
+from .publishing.cards import base_model_of
+from .publishing.folders import local_folder
+from .publishing.hub import CARD_NAME, push_to_hub, save_pretrained
+from .publishing.inspection import compare_folders, report_folder
+from .publishing.opening import open_model, open_processing
+from .publishing.pages import page_of
+from .publishing.readers import read_batches
+from .reporting.history import HISTORY_NAME, PruningHistory
+from .reporting.plots import require_matplotlib
+from .reporting.savings import shrink_measured
 from .resolving import looks_at_data
-from .savings import shrink_measured
 
 app = typer.Typer(
     help="Pruned models: how they are made, what is in them, and where they go.", no_args_is_help=True,

@@ -15,10 +15,10 @@ from typing import get_type_hints
 from . import granularities, schedules
 from .checks import require_fraction, require_kind, require_regex
 from .criteria import CRITERIA
-from .optimizers import OPTIMIZER_STATES
-from .reconstruction import RECONSTRUCTIONS
+from .reconstruction.sparsegpt import RECONSTRUCTIONS
 from .scopes import SCOPES
-from .targets import is_regex
+from .training.optimizers import OPTIMIZER_STATES
+from .weights.targets import is_regex
 
 CONFIG_NAME = "pruning_config.json"
 RESTORE = ("best", "last")
@@ -41,8 +41,8 @@ class PruningConfig:
         initial_sparsity: Sparsity after the first cut of the hybrid schedule.
         sparsities: The absolute sparsity after each round, rising, instead of a schedule.
         criterion: What a weight is worth: a key of `hf_prune.criteria.CRITERIA`, or a method of
-            `hf_prune.reconstruction.RECONSTRUCTIONS` ("sparsegpt"), which also changes the weights that it keeps so
-            that each layer's outputs stay what they were.
+            `hf_prune.reconstruction.sparsegpt.RECONSTRUCTIONS` ("sparsegpt"), which also changes the weights that it
+            keeps so that each layer's outputs stay what they were.
         calibration_samples: Number of training samples that a criterion or scope looks at in each cut, if it looks at
             data; of all processes together.
         score_steps: Number of steps in which a cut reaches its sparsity, each leaving the same share of what the one
@@ -62,7 +62,7 @@ class PruningConfig:
         layer_sparsity: Regular expression of module names → their own final sparsity, also as JSON text. The first
             that matches the whole name counts. These modules leave the competition, and `sparsity` holds for the
             rest. At earlier rounds they are as far on their way as the rest.
-        target_modules: Modules to prune instead of the default ones; see `hf_prune.targets.find_targets`.
+        target_modules: Modules to prune instead of the default ones; see `hf_prune.weights.targets.find_targets`.
         exclude_modules: Modules to leave out.
         begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of the run.
         end: Where the rounds end, in the same words; if None, after a quarter of the steps that follow `begin`, with
@@ -80,7 +80,7 @@ class PruningConfig:
         metric: The evaluation metric that patience and the history follow; `metric_for_best_model` of the training
             arguments if None, else `eval_loss`. The training arguments' `greater_is_better` says which way it
             improves if it is their metric, or they name none; otherwise its name does: losses, perplexities and
-            errors fall (see `hf_prune.monitor.FALLING`).
+            errors fall (see `hf_prune.training.monitor.FALLING`).
         restart_lr: Each cut starts the learning-rate schedule anew, with its warm-up, compressed to what the round may
             take at most. Otherwise it goes on.
         optimizer_state: What a cut does to the optimizer: "mask" zeroes what it remembers of pruned weights, "reset"

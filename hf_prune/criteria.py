@@ -25,8 +25,9 @@ class ScoreInputs:
         weight: The parameter's values, of the parameter's own shape, with what LoRA adapters add to them; not to be
             changed.
         seed: The run's seed, for criteria that draw random numbers.
-        statistics: What the criterion has declared to need, by the names of `hf_prune.calibration.STATISTICS`, and
-            "movement": float32, of a shape that broadcasts with the weight's.
+        statistics: What the criterion has declared to need, by the names of
+            `hf_prune.calibration.statistics.STATISTICS`, and "movement": float32, of a shape that broadcasts with the
+            weight's.
     """
 
     name: str
@@ -59,7 +60,7 @@ def needs(
     """Declares which statistics a criterion reads, and what its scores are.
 
     Args:
-        statistics: Keys of `hf_prune.calibration.STATISTICS`; or "movement", which only training gathers.
+        statistics: Keys of `hf_prune.calibration.statistics.STATISTICS`; or "movement", which only training gathers.
         scope: What `scope="auto"` means for it.
         pooling: What the score of a head, neuron, channel or layer is: the "sum" of those of its weights, as for
             what the loss changes by, or their "norm", `√(mean of squares)`, which does not grow with their number.

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .selection import drop_lowest_of_each
-from .targets import Target
+from .selection.lowest import drop_lowest_of_each
+from .weights.targets import Target
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction
 
-from .history import perplexity_from_loss
-from .samples import IGNORED_LABEL
+from .calibration.samples import IGNORED_LABEL
+from .reporting.history import perplexity_from_loss
 
 ComputeMetrics = Callable[..., dict[str, float]]
 """`compute_metrics(prediction: EvalPrediction, compute_result: bool = True)`, as `Trainer` calls it."""

@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 from . import granularities
-from .access import accessible
-from .calibration import STATISTICS, Statistics, calibrate
-from .choosing import Choice
+from .calibration.samples import Batch
+from .calibration.statistics import STATISTICS, Statistics, calibrate
 from .config import PruningConfig
 from .criteria import CRITERIA, Criterion, fisher, is_elementwise, magnitude, wanda
+from .distributed.gathering import accessible
+from .distributed.shards import own, reshard_
+from .distributed.zero import master_of, set_master_
 from .granularities import Pattern, Structural
-from .levels import levels_of
-from .lora import has_adapters, keeps_sparsity, mask_adapters_, require_maskable_adapters, with_adapters
-from .masks import MaskSet, masked_in
-from .reconstruction import Quota, reconstruct_
-from .reports import SparsityReport, sparsity_report
+from .reconstruction.sparsegpt import Quota, reconstruct_
+from .recovery.lora import has_adapters, keeps_sparsity, mask_adapters_, require_maskable_adapters, with_adapters
+from .reporting.reports import SparsityReport, sparsity_report
 from .resolving import (
     effective_scope,
     is_reconstruction,
@@ -27,15 +27,15 @@ from .resolving import (
     resolve_targets,
     sparsities_of_targets,
 )
-from .samples import Batch
 from .scopes import Pool, outlier_ratio, pools
-from .scoring import require_finite_weights, score_inputs, structure_scores, weight_scores
-from .shards import own, reshard_
-from .structures.choosing import choose
+from .selection.groups import Choice
+from .selection.levels import levels_of
+from .selection.scoring import require_finite_weights, score_inputs, structure_scores, weight_scores
 from .structures.finding import find_places, held_zeros, require_prunable
-from .structures.members import NO_PLACES, Places, kept_in, masks_of, parameters_of
-from .targets import Target
-from .zero import master_of, set_master_
+from .structures.groups import NO_PLACES, Places, kept_in, masks_of, parameters_of
+from .structures.ranking import choose
+from .weights.masks import MaskSet, masked_in
+from .weights.targets import Target
 
 logger = logging.getLogger(__name__)
 

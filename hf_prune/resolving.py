@@ -8,9 +8,9 @@ from . import granularities
 from .config import PruningConfig
 from .criteria import CRITERIA, Criterion, fisher, needs_of, scope_of, wanda
 from .granularities import Pattern, Structural
-from .lora import require_maskable_adapters
-from .reconstruction import RECONSTRUCTIONS
-from .targets import Target, are_sharded, find_targets
+from .reconstruction.sparsegpt import RECONSTRUCTIONS
+from .recovery.lora import require_maskable_adapters
+from .weights.targets import Target, are_sharded, find_targets
 
 
 def resolve_targets(model: nn.Module, config: PruningConfig) -> dict[str, Target]:

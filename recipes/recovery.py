@@ -34,7 +34,7 @@ from common.recoveries import Cell, Result, table
 from common.task import Task
 from common.trainable import TRAINABLE, make_trainable
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, prune
-from hf_prune.distillation import DistillationTrainer
+from hf_prune.recovery.distillation import DistillationTrainer
 
 RECIPES: dict[str, Any] = {"tinystories": tinystories, "vit": vit, "resnet": resnet}
 

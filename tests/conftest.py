@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from tests.training import trainer_factory
+from tests.trainers import trainer_factory
 
 # Two test processes on two cores: with more threads than one each, they would wait for each other. So would those
 # that tests start, and DeepSpeed would look for GPUs.

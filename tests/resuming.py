@@ -10,11 +10,11 @@ import torch
 from transformers import TrainerCallback
 
 from hf_prune import PruningConfig, PruningTrainerCallback
-from hf_prune.weights import WeightsCopy
-from hf_prune.zero import has_partitions
+from hf_prune.distributed.zero import has_partitions
+from hf_prune.weights.snapshot import WeightsCopy
 from tests.processes import in_turn
 from tests.tiny import batch, build
-from tests.training import FSDP, trainer_factory, zero
+from tests.trainers import FSDP, trainer_factory, zero
 
 # Improves for a while after each cut, so that some of the best weights are of a step that is not a checkpoint's last.
 PATIENT = PruningConfig(

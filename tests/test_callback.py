@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_prune import MaskSet, PruningConfig, PruningHistory, PruningTrainerCallback, prune, sparsity_report
-from hf_prune.targets import find_targets
+from hf_prune.weights.targets import find_targets
 from tests.tiny import FAMILIES, batch, build, twin
 from tests.words import word_tokenizer
 

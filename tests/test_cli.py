@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from hf_prune import PruningConfig, PruningHistory, prune, push_to_hub, save_pretrained, shrink
 from hf_prune.cli import app, main
-from hf_prune.readers import read_batches
+from hf_prune.publishing.readers import read_batches
 from tests.hub import environment_of, running_hub, use
-from tests.test_inspection import saved
-from tests.test_readers import images, processor, text
+from tests.publishing.test_inspection import saved
+from tests.publishing.test_readers import images, processor, text
 from tests.tiny import build
 from tests.words import word_tokenizer
 

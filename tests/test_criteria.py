@@ -4,7 +4,7 @@ import itertools
 import pytest
 import torch
 
-from hf_prune.calibration import STATISTICS
+from hf_prune.calibration.statistics import STATISTICS
 from hf_prune.criteria import (
     CRITERIA,
     ScoreInputs,

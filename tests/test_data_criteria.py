@@ -10,14 +10,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, default_data_collator
 
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, ScoreInputs, prune
-from hf_prune.calibration import STATISTICS
+from hf_prune.calibration.statistics import STATISTICS
 from hf_prune.criteria import CRITERIA, needs, needs_of
 from hf_prune.pruning import cut_
-from hf_prune.reconstruction import RECONSTRUCTIONS
+from hf_prune.reconstruction.sparsegpt import RECONSTRUCTIONS
 from hf_prune.resolving import effective_scope, resolve_targets
-from tests.test_resume import STEPS, forget_after, outcome, start
 from tests.tiny import batch, build
-from tests.training import trainer_factory
+from tests.trainers import trainer_factory
+from tests.training.test_resume import STEPS, forget_after, outcome, start
 
 DATA = [name for name, criterion in CRITERIA.items() if set(needs_of(criterion)) & set(STATISTICS)]
 DATA += RECONSTRUCTIONS

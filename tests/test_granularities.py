@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.granularities import Block, Pattern, Unstructured, parse
-from hf_prune.targets import Target, find_targets
+from hf_prune.weights.targets import Target, find_targets
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -156,10 +156,10 @@ def functions(source):
     [
         ("from . import masks, schedules", {"masks", "schedules"}),
         ("from .masks import MaskSet", {"masks"}),
-        ("import hf_prune.masks", {"masks"}),
+        ("import hf_prune.weights.masks", {"masks"}),
         ("import hf_prune", {"__init__"}),
         ("from hf_prune import masks", {"masks"}),
-        ("from hf_prune.masks import MaskSet", {"masks"}),
+        ("from hf_prune.weights.masks import MaskSet", {"masks"}),
         ("def f():\n    if True:\n        from .masks import MaskSet", {"masks"}),
         ("from .structures.members import Member", {"structures.members"}),
         ("import torch\nfrom transformers.utils import logging", set()),

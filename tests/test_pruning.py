@@ -13,13 +13,13 @@ from transformers import default_data_collator
 
 from hf_prune import MaskSet, PruningConfig, ScoreInputs, prune, sparsity_report
 from hf_prune.config import CRITERION_NAMES
-from hf_prune.masks import masked_in
 from hf_prune.pruning import cut_, next_masks
-from hf_prune.reconstruction import RECONSTRUCTIONS
+from hf_prune.reconstruction.sparsegpt import RECONSTRUCTIONS
 from hf_prune.resolving import effective_scope, resolve_targets
 from hf_prune.schedules import SCHEDULES
 from hf_prune.scopes import SCOPES
-from hf_prune.targets import Target, find_targets
+from hf_prune.weights.masks import masked_in
+from hf_prune.weights.targets import Target, find_targets
 from tests.tiny import FAMILIES, batch, build, twin
 
 GRANULARITIES = ["unstructured", "1:4", "2:4", "block:2x4"]

@@ -15,8 +15,8 @@ from hf_prune import PruningConfig, prune, schedules
 from hf_prune.cli import app
 from hf_prune.criteria import ScoreInputs
 from tests.hub import running_hub, use
+from tests.reporting.test_history import history
 from tests.structures.models import build as build_of_structures
-from tests.test_history import history
 from tests.tiny import batch, build
 from tests.words import word_tokenizer
 

@@ -1,1 +1,5 @@
-"""Structures: attention heads, neurons, channels and layers, found, removed and loaded again."""
+"""Heads, neurons, channels and layers.
+
+Knows where they are in each family of models, which slices of which parameters belong to one, which go, and how
+they are removed, recorded in a config and loaded again.
+"""

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..contexts import undisturbed
-from ..targets import Target
-from .members import NOBODY, Member, Place
+from ..calibration.contexts import undisturbed
+from ..weights.targets import Target
+from .groups import NOBODY, Member, Place
 
 _SIDE = 64  # Of the image with which a network is traced that does not say how large its images are.
 _LARGEST_SIDE = 256  # Networks of convolutions take images of any size; large ones only take time.

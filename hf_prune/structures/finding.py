@@ -9,14 +9,14 @@ from transformers import PreTrainedModel
 from .. import granularities
 from ..config import PruningConfig
 from ..granularities import Structural
-from ..masks import MaskSet
 from ..resolving import effective_scope
-from ..targets import Target, find_targets
+from ..weights.masks import MaskSet
+from ..weights.targets import Target, find_targets
 from .channels import find_channels, is_convolutional
-from .choosing import count_left, pools_of, require_attainable
+from .groups import Place, Places, fields_of, kinds_of, masks_of_zeros
+from .heads_and_neurons import find_in_family
 from .loading import can_say
-from .members import Place, Places, fields_of, kinds_of, masks_of_zeros
-from .places import find_in_family
+from .ranking import count_left, pools_of, require_attainable
 
 
 def find_places(model: nn.Module, config: PruningConfig, targets: Mapping[str, Target]) -> dict[str, Place]:

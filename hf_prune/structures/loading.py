@@ -23,7 +23,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..compression import BITMASK, decompress
+from ..weights.compression import BITMASK, decompress
 from .families import FAMILIES
 
 METHOD = "hf_prune"

@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..contexts import whole_on_error
-from ..targets import find_targets
+from ..calibration.contexts import whole_on_error
+from ..weights.targets import find_targets
 from .channels import find_channels, is_convolutional
-from .loading import WIDTHS, build_empty, can_say, record_shapes_
-from .members import (
+from .groups import (
     Place,
     Places,
     count_gone,
@@ -22,7 +21,8 @@ from .members import (
     kinds_of,
     nonzeros,
 )
-from .places import find_in_family
+from .heads_and_neurons import find_in_family
+from .loading import WIDTHS, build_empty, can_say, record_shapes_
 
 logger = logging.getLogger(__name__)
 

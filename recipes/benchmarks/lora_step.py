@@ -27,7 +27,7 @@ from selection import gpt_neo, prune_with_hf_prune
 from torch import nn
 
 from hf_prune import keep_sparsity
-from hf_prune.masked_lora import MaskedLinear
+from hf_prune.recovery.masked_lora import MaskedLinear
 
 
 def contenders(rank: int) -> dict[str, nn.Module]:

@@ -10,7 +10,7 @@ float masks     four bytes a mask, which hf_prune does not spend
 bytes           the masks as they are, whole weights at once
 bools           the same, but torch is not told that they are bytes
 numpy           the same by NumPy, which uses one thread
-pieces of N     bytes, N weights at once: `hf_prune.masks.mask_` takes 2^20
+pieces of N     bytes, N weights at once: `hf_prune.weights.masks.mask_` takes 2^20
 buffer of N     the same, with the copy made by hand into a buffer that stays
 """
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 MEASURE = """
 import json, sys, threading, time
 from pathlib import Path
-import hf_prune.inspection
+import hf_prune.publishing.inspection
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -41,7 +41,7 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 start = time.perf_counter()
 if sys.argv[2] == "report":
-    hf_prune.inspection.report_folder(sys.argv[1])
+    hf_prune.publishing.inspection.report_folder(sys.argv[1])
 else:
     block = bytearray(2**24)
     for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):

@@ -37,10 +37,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 
 from hf_prune import PruningConfig
-from hf_prune.masks import MaskSet
+from hf_prune.distributed.shards import own
 from hf_prune.pruning import cut_
 from hf_prune.resolving import resolve_targets
-from hf_prune.shards import own
+from hf_prune.weights.masks import MaskSet
 
 SPARSITY = 0.5
 SCOPES = ("global", "layer")

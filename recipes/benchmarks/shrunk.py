@@ -21,7 +21,7 @@ import torch
 from selection import gpt_neo
 
 from hf_prune import PruningConfig, prune, shrink
-from hf_prune.costs import measure_costs
+from hf_prune.calibration.costs import measure_costs
 
 BAR = 1.15
 

@@ -11,7 +11,7 @@ from common.figures import _against_budget, _against_sparsity, draw
 from common.findings import Findings, choose
 from common.grid import DENSE, Cell
 from hf_prune import PruningHistory
-from hf_prune.history import Round
+from hf_prune.reporting.history import Round
 
 LEVELS, SEEDS = (0.5, 0.9), (0, 1, 2)
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from hf_prune import PruningConfig, PruningTrainerCallback, prune, shrink
 from hf_prune.structures.channels import find_channels
-from hf_prune.structures.members import kept_in, nonzeros
+from hf_prune.structures.groups import kept_in, nonzeros
 from hf_prune.structures.shrinking import find_removable
-from hf_prune.targets import find_targets
+from hf_prune.weights.targets import find_targets
 from tests.structures.models import logits_of, perturbed
 from tests.structures.test_loading import load_elsewhere, save
 from tests.structures.test_training import samples, without_dropout

@@ -6,7 +6,7 @@ import transformers
 
 from hf_prune import MaskSet, PruningConfig, prune, shrink
 from hf_prune.structures.families import FAMILIES, Neurons, Stack
-from hf_prune.structures.members import kept_in, nonzeros
+from hf_prune.structures.groups import kept_in, nonzeros
 from hf_prune.structures.shrinking import find_removable
 from tests.structures.models import DECODER, MODELS, T5, build, inputs_of, logits_of, perturbed
 

@@ -1,0 +1,164 @@
+"""Samples: batches for a calibration, drawn, read and cut."""
+
+import copy
+import itertools
+import logging
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.data_loader import IterableDatasetShard
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers.utils.logging import tqdm
+
+from ..distributed.processes import rank_and_size, sum_over_processes_
+
+logger = logging.getLogger(__name__)
+
+DELAY = 5
+"""Seconds after which a calibration shows how far it is."""
+
+Batch = Mapping[str, Any]
+
+IGNORED_LABEL = -100
+"""The label of a position that has none, everywhere in Transformers."""
+
+
+def read_samples(
+    model: nn.Module, batches: Iterable[Batch], samples: int, *, show_progress: bool = False
+) -> Iterator[Batch]:
+    """The first samples of batches, on the device of a model.
+
+    Args:
+        model: The model.
+        batches: Batches of this process.
+        samples: Number of samples to read, of all processes together.
+        show_progress: Whether a bar shows how far the reader is, if it takes more than a few seconds.
+
+    Yields:
+        Batches, the last one cut short where it has too many samples.
+
+    Raises:
+        TypeError: if a batch is not a dict with tensors.
+    """
+    (rank, size), device, seen = rank_and_size(), next(model.parameters()).device, 0
+    mine = len(range(rank, samples, size))
+    with tqdm(total=mine, desc="Calibrating", unit="sample", delay=DELAY, disable=not show_progress) as bar:
+        for batch in batches if mine else ():
+            if not isinstance(batch, Mapping) or not any(torch.is_tensor(v) and v.ndim for v in batch.values()):
+                raise TypeError(
+                    "calibration batches must be dicts of tensors, with which the model is called; got "
+                    f"{', '.join(batch) if isinstance(batch, Mapping) else type(batch).__name__}."
+                )
+            part = take_samples(send_to_device(batch, device), slice(0, mine - seen))
+            yield part
+            seen += size_of(part)
+            bar.update(size_of(part))
+            if seen >= mine:
+                break
+
+
+def require_samples(model: nn.Module, seen: int, samples: int) -> None:
+    """Requires that samples were read; says if they were fewer than asked for.
+
+    Args:
+        model: The model.
+        seen: How many were read, on this process.
+        samples: How many were asked for, of all processes together.
+
+    Raises:
+        ValueError: if there were none on any process.
+    """
+    seen = int(sum_over_processes_(torch.tensor(seen, device=next(model.parameters()).device)))
+    if seen == 0:
+        raise ValueError("there are no calibration samples: the dataloader gave no batch.")
+    if seen < samples:
+        logger.warning("Calibration has %d samples, fewer than the %d asked for.", seen, samples)
+
+
+def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Calibration batches of this process from the data that a dataloader reads, which itself is left alone.
+
+    Samples of a dataset of known length are drawn with the seed, each once and on one process; a stream is read from
+    its beginning.
+
+    Args:
+        dataloader: Its dataset and its collator are used.
+        samples: Number of samples, of all processes together.
+        batch_size: Number of samples in a batch.
+        seed: Seed of the draw.
+
+    Yields:
+        Batches as the collator makes them; as the dataset does, where the dataloader has no batch size.
+
+    Raises:
+        ValueError: if the samples cannot be read without taking them from the training.
+    """
+    if (dataset := getattr(dataloader, "dataset", None)) is None:
+        raise ValueError(
+            f"the training data come from a {type(dataloader).__name__}, which has no dataset to read calibration "
+            "samples from. Let get_train_dataloader return a DataLoader."
+        )
+    while isinstance(dataset, IterableDatasetShard):  # So accelerate divides a stream; here it is divided below.
+        dataset = dataset.dataset
+    drawn: Iterator[Any]
+    (rank, size), collate = rank_and_size(), _with_own_generators(dataloader.collate_fn)
+    if isinstance(dataset, IterableDataset):
+        stream = iter(dataset)
+        if id(stream) == id(dataset):
+            raise ValueError(
+                f"the training dataset ({type(dataset).__name__}) is its own iterator, and a calibration would take "
+                "its samples from the training. Let its __iter__ return a new iterator."
+            )
+        drawn = itertools.islice(stream, rank, samples, size)
+    else:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+        drawn = (dataset[int(i)] for i in order[:samples][rank::size])
+    if dataloader.batch_size is None and dataloader.batch_sampler is None:
+        yield from map(collate, drawn)
+    while rows := list(itertools.islice(drawn, batch_size)):
+        yield collate(rows)
+
+
+def _with_own_generators(collate: Any) -> Any:
+    """A collator whose random numbers are not those of another one: only its generators are copied, not its models."""
+    if isinstance(collate, MethodType):
+        return MethodType(collate.__func__, _with_own_generators(collate.__self__))
+    if not hasattr(collate, "__dict__") or isinstance(collate, FunctionType):
+        return collate
+    own = copy.copy(collate)
+    for name, value in vars(collate).items():
+        if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+            object.__setattr__(own, name, copy.deepcopy(value))  # also of a frozen dataclass
+        elif name == "data_collator":  # inside of the one by which Trainer leaves out columns
+            object.__setattr__(own, name, _with_own_generators(value))
+    return own
+
+
+def singles_of(batch: Batch) -> Iterator[Batch]:
+    """The samples of a batch, each as a batch of its own."""
+    return (take_samples(batch, slice(i, i + 1)) for i in range(size_of(batch)))
+
+
+def size_of(batch: Batch) -> int:
+    """Number of samples in a batch."""
+    return next(len(value) for value in batch.values() if torch.is_tensor(value) and value.ndim)
+
+
+def take_samples(batch: Batch, which: slice | torch.Tensor) -> Batch:
+    """Some of the samples of a batch."""
+    size = size_of(batch)
+
+    def select(value: Any) -> Any:
+        if torch.is_tensor(value) and value.ndim and len(value) == size:
+            return value[which]
+        if isinstance(value, list) and len(value) == size:  # as the labels of detection are
+            return value[which] if isinstance(which, slice) else [value[int(i)] for i in which]
+        return value
+
+    return {name: select(value) for name, value in batch.items()}

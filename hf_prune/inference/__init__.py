@@ -1,0 +1,4 @@
+"""Zeros that make a model faster.
+
+Knows the layouts of sparse weights for which there are kernels: 2:4 on GPUs.
+"""

@@ -1,0 +1,79 @@
+"""Scoring: what a criterion says of weights and of whole structures, checked."""
+
+import math
+from collections.abc import Collection, Mapping
+
+import torch
+
+from ..calibration.statistics import Statistics
+from ..criteria import Criterion, ScoreInputs, pooling_of
+from ..distributed.processes import failing_together
+from ..structures.groups import Place
+from ..weights.targets import Target, are_sharded
+
+
+def score_inputs(target: Target, statistics: Statistics | None, seed: int = 0) -> ScoreInputs:
+    """What a criterion is told of a target, or of the rows that it holds."""
+    own = {name: target.fit(values[target.name]) for name, values in (statistics or {}).items()}
+    return ScoreInputs(target.name, target.merged, seed, own)
+
+
+def weight_scores(target: Target, criterion: Criterion, statistics: Statistics | None, seed: int) -> torch.Tensor:
+    """Scores of a target's weights, of the weight's shape.
+
+    Raises:
+        ValueError: if they have another shape, or if the criterion changed the weight.
+        TypeError: if the criterion gives something that is not a tensor.
+    """
+    version = target.weight._version
+    scores = criterion(score_inputs(target, statistics, seed))
+    if target.weight._version != version:
+        raise ValueError(f"the criterion changed {target.name!r} in place. It has to leave the weight as it is.")
+    if not torch.is_tensor(scores):
+        raise TypeError(f"the criterion gave {type(scores).__name__} for {target.name!r}; it has to give a tensor.")
+    if scores.shape != target.weight.shape:
+        raise ValueError(
+            f"the criterion gave scores of shape {tuple(scores.shape)} for {target.name!r}, "
+            f"which has shape {tuple(target.weight.shape)}."
+        )
+    return scores
+
+
+def structure_scores(
+    place: Place, targets: Mapping[str, Target], criterion: Criterion, statistics: Statistics | None, seed: int
+) -> torch.Tensor:
+    """Scores of the structures in a place: those of their weights that are targets, pooled as the criterion declares.
+
+    Returns:
+        `[count]`, float64.
+
+    Raises:
+        ValueError, TypeError: as `weight_scores` does.
+    """
+    pooling = pooling_of(criterion)
+    total, sizes = torch.zeros(2, place.count, dtype=torch.float64)
+    for member in place.members:
+        if member.name in targets:
+            scores = weight_scores(targets[member.name], criterion, statistics, seed)
+            total += member.pool(scores.double().square() if pooling == "norm" else scores, place.count)
+            sizes += member.sizes(place.count)
+    return (total / sizes).sqrt() if pooling == "norm" else total
+
+
+@torch.no_grad()
+def require_finite_weights(targets: Collection[Target]) -> None:
+    """Requires that every weight is finite.
+
+    Raises:
+        ValueError: if one is not; the message names the first tensor that has others.
+    """
+    held = {target.name: target.own().weight for target in targets}
+    with failing_together(are_sharded(targets)):
+        for name, weight in held.items():
+            # One pass that makes no temporary: a NaN is both extremes, an infinity one of them.
+            low, high = weight.aminmax() if weight.numel() else (0.0, 0.0)
+            if not (math.isfinite(low) and math.isfinite(high)):
+                count = weight.numel() - int(weight.isfinite().sum())
+                raise ValueError(
+                    f"{count} of the {weight.numel()} weights of {name!r} are NaN or infinite. Has training diverged?"
+                )

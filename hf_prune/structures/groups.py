@@ -1,0 +1,190 @@
+"""What belongs to a structure: the slices of parameters that are pruned, and removed, together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from ..weights.masks import MaskSet
+
+NOBODY = -1
+"""The owner of a position that belongs to no structure."""
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One parameter of which structures own slices.
+
+    Attributes:
+        name: The parameter's name in the model.
+        parameter: The parameter.
+        axis: The axis along which it is sliced.
+        owners: `[length of the axis]`, int64: the number of the structure that owns each position, or `NOBODY`.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    axis: int
+    owners: torch.Tensor
+
+    def pool(self, values: torch.Tensor, count: int) -> torch.Tensor:
+        """`values` of the parameter's shape → `[count]` sums over what each structure owns, float64, on the CPU."""
+        others = [axis for axis in range(values.ndim) if axis != self.axis]
+        slices = values.sum(others, dtype=torch.float64) if others else values.double()
+        # On the CPU: CUDA adds up in an order that changes from call to call.
+        return torch.zeros(count + 1, dtype=torch.float64).index_add_(0, self.owners + 1, slices.cpu())[1:]
+
+    def sizes(self, count: int) -> torch.Tensor:
+        """`[count]`, float64: how many elements of the parameter each structure owns."""
+        each = self.parameter.numel() // len(self.owners)
+        return torch.bincount(self.owners + 1, minlength=count + 1)[1:].double() * each
+
+    def kept_positions(self, kept: torch.Tensor) -> torch.Tensor:
+        """`[count]` bools → `[length of the axis]` bools: what is not owned by a structure that goes."""
+        return torch.cat([torch.ones(1, dtype=torch.bool), kept])[self.owners + 1]
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """The structures of one kind in one place, such as the heads of a layer. They are numbered from 0.
+
+    Attributes:
+        name: The module that they are in.
+        kind: "head", "neuron", "channel" or "layer".
+        count: How many there are.
+        members: What they own.
+        multiple: How many remain is a multiple of this, or all.
+        stay: The numbers of those that cannot go.
+        attributes: `(module, attribute, number for each structure)` of what a module counts by them.
+        fields: `(field, number for each structure)` of what the model's config counts by them.
+        fixed: `(field, value)` of what has to be written into the config when the `fields` change.
+    """
+
+    name: str
+    kind: str
+    count: int
+    members: tuple[Member, ...]
+    multiple: int = 1
+    stay: tuple[int, ...] = ()
+    attributes: tuple[tuple[str, str, int], ...] = ()
+    fields: tuple[tuple[str, int], ...] = ()
+    fixed: tuple[tuple[str, int], ...] = ()
+
+    def levels(self, gone: int = 0) -> list[int]:
+        """How many may be gone, in rising order, from a number that is gone already.
+
+        Example:
+            >>> Place("mlp", "neuron", 20, (), multiple=8).levels()
+            [0, 4, 12]
+        """
+        last = self.count - max(len(self.stay), 1)
+        widths = range(self.count // self.multiple * self.multiple, 0, -self.multiple)
+        levels = [self.count - width for width in widths if self.count - width <= last]
+        return sorted({gone, *(level for level in levels if level > gone)})
+
+    def kept_of(self, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Which structures masks keep something of.
+
+        Args:
+            masks: Parameter → bool mask of its shape, True = kept. Of parameters that are missing all is kept.
+
+        Returns:
+            `[count]` bools, False where nothing is kept of a structure.
+
+        Raises:
+            ValueError: if a mask has another shape.
+        """
+        kept = torch.zeros(self.count, dtype=torch.bool)
+        for member in self.members:
+            if member.name in masks:
+                shape = masks[member.name].shape
+                if shape != member.parameter.shape:
+                    raise ValueError(
+                        f"the mask of {member.name!r} has shape {tuple(shape)}, the parameter "
+                        f"{tuple(member.parameter.shape)}: has the model been shrunk already?"
+                    )
+                kept |= member.pool(masks[member.name], self.count) > 0
+            else:
+                kept[member.owners[member.owners != NOBODY]] = True
+        return kept
+
+
+Places = Mapping[str, Place]
+"""Name → the structures of one place."""
+
+NO_PLACES: Places = MappingProxyType({})
+"""No places: weights are pruned, not structures."""
+
+
+def kept_in(places: Places, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `Place.kept_of` gives for each place."""
+    return {name: place.kept_of(masks) for name, place in places.items()}
+
+
+def masks_of(places: Places, kept: Mapping[str, torch.Tensor]) -> MaskSet:
+    """The masks that keep some structures and prune all that the others own.
+
+    Args:
+        places: Where they are.
+        kept: Place → `[count]` bools.
+
+    Returns:
+        A mask for each parameter of which a structure owns something, on its device.
+    """
+    masks: dict[str, torch.Tensor] = {}
+    for name, place in places.items():
+        for member in place.members:
+            if member.name not in masks:
+                masks[member.name] = torch.ones_like(member.parameter, dtype=torch.bool)
+            mask = masks[member.name]
+            shape = [-1 if axis == member.axis else 1 for axis in range(mask.ndim)]
+            mask &= member.kept_positions(kept[name]).to(mask.device).view(shape)
+    return MaskSet(masks)
+
+
+def masks_of_zeros(places: Places) -> MaskSet:
+    """The masks that prune the structures of which all is zero."""
+    return masks_of(places, kept_in(places, nonzeros(places)))
+
+
+def parameters_of(places: Places) -> dict[str, nn.Parameter]:
+    """The parameters of which structures own something, by name."""
+    return {member.name: member.parameter for place in places.values() for member in place.members}
+
+
+def nonzeros(places: Places) -> dict[str, torch.Tensor]:
+    """Where the parameters are not zero of which structures own something, by name."""
+    return {name: parameter.detach() != 0 for name, parameter in parameters_of(places).items()}
+
+
+def kinds_of(places: Places) -> list[str]:
+    """The kinds, each once."""
+    return list(dict.fromkeys(place.kind for place in places.values()))
+
+
+def count_gone(places: Places, kept: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """How many are not kept, and how many there are."""
+    total = sum(place.count for place in places.values())
+    return total - sum(int(kept[name].sum()) for name in places), total
+
+
+def fields_of(places: Places, left: Mapping[str, int]) -> dict[str, int]:
+    """What the fields of a config are to say, those on which all places that they count agree.
+
+    Args:
+        places: All of each kind.
+        left: Place → how many of its structures are left.
+
+    Returns:
+        Field → value.
+    """
+    numbers: dict[str, set[int]] = {}
+    for name, place in places.items():
+        for field, each in place.fields:
+            numbers.setdefault(field, set()).add(each * left[name])
+        if place.fields:
+            for field, value in place.fixed:
+                numbers.setdefault(field, set()).add(value)
+    return {field: found.pop() for field, found in numbers.items() if len(found) == 1}

@@ -1,0 +1,303 @@
+"""Places: where a model of a known family has its heads, neurons and layers."""
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..weights.targets import Target
+from .families import FAMILIES, Heads, Neurons, Stack
+from .groups import Member, Place, Places, parameters_of
+
+_HOW_TO_ADD = (
+    'Describe it in a dozen lines: describe_family({!r}, Stack("layers", (Heads(...), Neurons(...)))), all of which '
+    "hf_prune exports."
+)
+
+
+def find_in_family(
+    model: nn.Module, kinds: Collection[str], targets: Mapping[str, Target], multiple_of: int
+) -> dict[str, Place]:
+    """Finds the structures of some kinds in a model.
+
+    Args:
+        model: The model, unwrapped.
+        kinds: Of "head", "neuron" and "layer".
+        targets: The weights that may be pruned; a structure stays that has a matrix which is none of them.
+        multiple_of: The number of neurons that remain in a layer is a multiple of this.
+
+    Returns:
+        Name → structures, in the order of the layers.
+
+    Raises:
+        ValueError: if the family is unknown, or does not look as described; if layers share weights; if the number
+            of query heads is no multiple of that of key-value heads; or if layers cannot be left out.
+    """
+    everything = {place.name: place for each in _stacks(model) for place in each.places(kinds, multiple_of)}
+    _require_own_weights(everything)
+    found = {}
+    for name, place in everything.items():
+        others = [m for m in _matrices(model, place) if m.name not in targets]
+        if place.kind == "layer":
+            stay = sorted({*place.stay, *(int(m.owners[0]) for m in others)})
+            found[name] = dataclasses.replace(place, stay=tuple(stay))
+        elif not others:
+            found[name] = place
+    if all(len(place.stay) == place.count for place in found.values()):
+        raise ValueError(
+            f"no {' or '.join(kinds)} of {type(model).__name__} is left to prune. It is left alone if one of its "
+            "projections is no target."
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of a model, and its name."""
+
+    name: str
+    module: nn.Module
+
+    def get(self, *path: str) -> Any:
+        """What is at a path from the layer: a module, or one's attribute; None if there is nothing."""
+        found: Any = self.module
+        for name in _join(*path).split("."):
+            found = getattr(found, name, None)
+        return found
+
+    def has(self, part: Heads | Neurons) -> bool:
+        return all(self.get(part.module, path) is not None for path in (*part.rows, part.columns))
+
+    def tables(self, part: Heads | Neurons) -> list[str]:
+        """The paths of the embeddings with a column for each head that the layer has."""
+        paths = [_join(part.module, table) for table in part.tables] if isinstance(part, Heads) else []
+        return [path for path in paths if self.get(path) is not None]
+
+    def width(self, part: Heads | Neurons) -> int:
+        """How much goes into the output projection."""
+        columns = self.projection(part, part.columns)
+        return int(columns.weight.shape[_input_axis(columns)])
+
+    def projection(self, part: Heads | Neurons, path: str) -> nn.Linear | Conv1D:
+        """A projection of a part.
+
+        Raises:
+            ValueError: if it is of a kind whose axes are not known.
+        """
+        found = self.get(part.module, path)
+        if not isinstance(found, (nn.Linear, Conv1D)):
+            raise ValueError(
+                f"{_join(self.name, part.module, path)!r} is described as a projection, and is a "
+                f"{type(found).__name__}. Name one that is nn.Linear or Conv1D."
+            )
+        return found
+
+    def count(self, part: Heads | Neurons) -> int:
+        """Number of heads (of keys and values, where these are fewer), or of neurons.
+
+        Raises:
+            ValueError: if the heads of keys and values do not divide those of queries.
+        """
+        if isinstance(part, Neurons):
+            return self.width(part)
+        widths = {part.columns: self.width(part)}
+        for path, parts in part.rows.items():
+            row = self.projection(part, path)
+            widths[path] = row.weight.shape[1 - _input_axis(row)] // parts
+        size = self.get(part.module, part.size)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"{_join(self.name, part.module, part.size)!r} is described as the width of a head, and is {size!r}."
+            )
+        count = min(widths.values()) // size
+        for path, width in widths.items():
+            if count == 0 or width % size or width // size % count:
+                raise ValueError(
+                    f"{_join(self.name, part.module, path)!r} is {width} wide, for {width // size} heads of width "
+                    f"{size}, which {count} key-value heads do not divide; whole groups cannot be removed."
+                )
+        return count
+
+    def members(self, part: Heads | Neurons, count: int) -> Iterator[Member]:
+        """The outputs of the projections with their biases, the inputs of the projection back, and the tables."""
+        for path, parts in part.rows.items():
+            row = self.get(part.module, path)
+            axis = 1 - _input_axis(row)
+            owners = _blocks(row.weight.shape[axis] // parts, count).repeat(parts)
+            name = _join(self.name, part.module, path)
+            yield Member(f"{name}.weight", row.weight, axis, owners)
+            if row.bias is not None:
+                yield Member(f"{name}.bias", row.bias, 0, owners)
+        columns = self.get(part.module, part.columns)
+        name, axis = _join(self.name, part.module, part.columns, "weight"), _input_axis(columns)
+        yield Member(name, columns.weight, axis, _blocks(self.width(part), count))
+        for path in self.tables(part):
+            weight = self.get(path).weight
+            yield Member(_join(self.name, path, "weight"), weight, 1, _blocks(weight.shape[1], count))
+
+    def attributes(self, part: Heads | Neurons, count: int) -> Iterator[tuple[str, str, int]]:
+        """The whole numbers that go with the structures: module, attribute, and how much of it each has."""
+        for path in part.attributes:
+            if (value := self.get(part.module, path)) is not None:
+                owner, _, attribute = _join(self.name, part.module, path).rpartition(".")
+                yield owner, attribute, value // count
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The layers of one stack of a model."""
+
+    stack: Stack
+    name: str
+    layers: Sequence[_Layer]
+    config: PretrainedConfig
+    configs: Sequence[PretrainedConfig]
+
+    def places(self, kinds: Collection[str], multiple_of: int) -> Iterator[Place]:
+        if "layer" in kinds:
+            yield self._whole()
+        for kind in ("head", "neuron"):
+            parts = [part for part in self.stack.parts if part.kind == kind and kind in kinds]
+            if parts and not any(layer.has(part) for layer in self.layers for part in parts):
+                raise ValueError(
+                    f"{self.name!r} has no {kind}s where this family has them; it looks otherwise in the installed "
+                    f"version of Transformers. {_HOW_TO_ADD.format(self.config.model_type)}"
+                )
+        for part in self.stack.parts:
+            owners = [layer for layer in self.layers if part.kind in kinds and layer.has(part)]
+            if isinstance(part, Heads) and part.is_shared and owners:
+                yield _of_part(part, owners, multiple_of, f"{self.name}.{part.module}")
+        for layer in self.layers:
+            for part in self.stack.parts:
+                is_shared = isinstance(part, Heads) and part.is_shared
+                if part.kind in kinds and layer.has(part) and not is_shared:
+                    yield _of_part(part, [layer], multiple_of, _join(layer.name, part.module))
+
+    def why_layers_stay(self) -> str | None:
+        """Why no layer can be removed; None if layers can."""
+        field = self.stack.norm_first_field
+        if not (getattr(self.config, field) if field is not None else self.stack.norm_first):
+            return "a norm comes behind each sum, so that a layer without outputs still changes what it hands on"
+        if getattr(self.config, "scale_attn_by_inverse_layer_idx", False):
+            return "attention is scaled by the number of its layer (scale_attn_by_inverse_layer_idx)"
+        if getattr(self.config, "use_weighted_layer_sum", False):
+            return "a weight goes to each layer (use_weighted_layer_sum)"
+        fields = self.stack.fields
+        if not any(getattr(config, name, None) == len(self.layers) for config in self.configs for name in fields):
+            return f"no config says in {' or '.join(fields)} (Stack.fields) that there are {len(self.layers)}"
+        # The last one is what a config of a backbone says by itself.
+        if list(getattr(self.config, "out_indices", None) or [len(self.layers)]) != [len(self.layers)]:
+            return "the outputs of layers are asked for by their numbers (out_indices)"
+        return None
+
+    def _whole(self) -> Place:
+        """The layers as structures; the layer that makes the position bias for the others has to stay."""
+        if why := self.why_layers_stay():
+            raise ValueError(
+                f"layers of {self.name!r} cannot be removed: {why}. Choose granularity head, neuron or head+neuron."
+            )
+        members = [
+            Member(f"{layer.name}.{name}", parameter, 0, torch.full((len(parameter),), i))
+            for i, layer in enumerate(self.layers)
+            for name, parameter in layer.module.named_parameters()
+        ]
+        stay = [i for i, layer in enumerate(self.layers) if any(layer.tables(part) for part in self.stack.parts)]
+        fields = tuple((name, 1) for name in self.stack.fields)
+        return Place(self.name, "layer", len(self.layers), tuple(members), stay=tuple(stay), fields=fields)
+
+
+def _of_part(part: Heads | Neurons, layers: Sequence[_Layer], multiple_of: int, name: str) -> Place:
+    """The structures of a part of one layer, or of several that lose the same ones."""
+    counts = {layer.count(part) for layer in layers}
+    if len(counts) > 1:
+        raise ValueError(f"the layers of {name!r} share a position bias, and have {sorted(counts)} heads.")
+    count, first = counts.pop(), layers[0]
+    fields = [(field, 1) for field in part.fields]
+    fixed: tuple[tuple[str, int], ...] = ()
+    if isinstance(part, Heads):
+        size = first.get(part.module, part.size)
+        # The first field counts the heads of queries, of which each structure may have several.
+        fields[:1] = [(field, first.width(part) // size // count) for field in part.fields[:1]]
+        fixed = ((part.fixed, size),) if part.fixed is not None else ()
+    return Place(
+        name,
+        part.kind,
+        count,
+        members=tuple(member for layer in layers for member in layer.members(part, count)),
+        multiple=multiple_of if isinstance(part, Neurons) else 1,
+        attributes=tuple(each for layer in layers for each in layer.attributes(part, count)),
+        fields=tuple(fields),
+        fixed=fixed,
+    )
+
+
+def _stacks(model: nn.Module) -> list[_Layers]:
+    """The stacks of a model, by the table."""
+    config: Any = getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"heads, neurons and layers are those of a Transformers model, got {type(model).__name__}. If it has one "
+            "inside of it, give that."
+        )
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"hf_prune does not know where the family {config.model_type!r} has its heads, neurons and layers. It "
+            f"knows {', '.join(FAMILIES)}. {_HOW_TO_ADD.format(config.model_type)}"
+        )
+    family, base = FAMILIES[config.model_type], model.base_model
+    prefix = model.base_model_prefix if base is not model else ""
+    found = []
+    for stack in family:
+        layers = _Layer(prefix, base).get(stack.layers)
+        if isinstance(layers, nn.ModuleList) and len(layers):
+            name = _join(prefix, stack.layers)
+            named = [_Layer(f"{name}.{i}", layer) for i, layer in enumerate(layers)]
+            found.append(_Layers(stack, name, named, config, _configs_around(model, name)))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no layers where the family {config.model_type!r} has them "
+            f"({', '.join(stack.layers for stack in family)})."
+        )
+    return found
+
+
+def _configs_around(model: nn.Module, path: str) -> list[PretrainedConfig]:
+    """The configs of a model, of the module at a path in it, and of all that are between them."""
+    names = path.split(".")
+    around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
+    configs = [getattr(module, "config", None) for module in around]
+    return [config for config in configs if isinstance(config, PretrainedConfig)]
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _input_axis(module: nn.Module) -> int:
+    return 0 if isinstance(module, Conv1D) else 1
+
+
+def _blocks(length: int, count: int) -> torch.Tensor:
+    """`[length]` owners, if what structures own lies one behind the other."""
+    return torch.arange(length) // (length // count)
+
+
+def _matrices(model: nn.Module, places: Place) -> list[Member]:
+    """The weights of projections of which structures own something."""
+    holders = ((member, model.get_submodule(member.name.rpartition(".")[0])) for member in places.members)
+    return [m for m, holder in holders if m.parameter.ndim > 1 and isinstance(holder, (nn.Linear, Conv1D))]
+
+
+def _require_own_weights(found: Places) -> None:
+    """Requires that no weight is in two places."""
+    names: dict[int, str] = {}
+    for name, parameter in parameters_of(found).items():
+        if (other := names.setdefault(id(parameter), name)) != name:
+            raise ValueError(
+                f"{other} and {name} are one tensor; structures of layers that share weights cannot be removed."
+            )

@@ -1,0 +1,141 @@
+"""Choosing: which structures go, so many of each kind, by their scores."""
+
+import itertools
+from collections.abc import Mapping
+
+import torch
+
+from .groups import Place, Places, kinds_of
+
+
+def choose(
+    places: Places,
+    scores: Mapping[str, torch.Tensor],
+    kept: Mapping[str, torch.Tensor],
+    sparsity: float,
+    scope: str,
+    own: Mapping[str, float],
+) -> dict[str, torch.Tensor]:
+    """Drops the structures with the lowest scores: of each kind the same share, each kind among itself.
+
+    Where the number that remains has to be a multiple of something, structures go in steps, the lowest of a place
+    first, and the steps of different places compete by the means of their scores. The number that goes is the one
+    nearest to what was asked for that can be reached in this order.
+
+    Args:
+        places: Where they are.
+        scores: Place → `[count]` scores, higher = keep.
+        kept: Place → `[count]` bools; what is False there is gone already, and counts.
+        sparsity: Fraction of the structures of each kind that are to be gone, in `[0, 1)`.
+        scope: "global" (all places compete) or "layer" (the same share of each place).
+        own: Place → its own sparsity. These leave the competition.
+
+    Returns:
+        Place → `[count]` bools, True = kept.
+
+    Raises:
+        ValueError: if a score is NaN, if more is gone already, or if a place would be emptied.
+    """
+    for name in places:
+        if nan := int(scores[name].isnan().sum()):
+            raise ValueError(f"{nan} of the {places[name].count} scores of {name!r} are NaN.")
+    result: dict[str, torch.Tensor] = {}
+    for names, share in pools_of(places, sparsity, scope, own):
+        pool = {name: places[name] for name in names}
+        gone = {name: int((~kept[name]).sum()) for name in names}
+        require_attainable(pool, share, gone)
+        orders = {name: _order(pool[name], scores[name], kept[name]) for name in names}
+        asked = round(share * sum(place.count for place in pool.values()))
+        for name, quota in _quotas(pool, asked, gone, scores, orders).items():
+            result[name] = torch.ones_like(kept[name]).scatter_(0, orders[name][:quota], False)
+    return {name: result[name] for name in places}
+
+
+def pools_of(places: Places, sparsity: float, scope: str, own: Mapping[str, float]) -> list[tuple[list[str], float]]:
+    """Divides places into pools, whose structures compete with each other.
+
+    Args:
+        places: The places.
+        sparsity: Fraction of the structures that is to be gone, in `[0, 1)`.
+        scope: "global" (a pool for each kind) or "layer" (a pool for each place; whole layers are one all the same).
+        own: Place → its own sparsity. These have a pool each.
+
+    Returns:
+        The names of the places in each pool, and the fraction of its structures that is to be gone.
+    """
+    result = [([name], own[name]) for name in places if name in own]
+    for kind in kinds_of(places):
+        names = [name for name, place in places.items() if place.kind == kind and name not in own]
+        if scope == "layer" and kind != "layer":  # Layers are one pool.
+            result += [([name], sparsity) for name in names]
+        elif names:
+            result.append((names, sparsity))
+    return result
+
+
+def require_attainable(places: Places, sparsity: float, gone: Mapping[str, int]) -> None:
+    """Requires that a sparsity of places that compete can be reached, up to half a step.
+
+    Args:
+        places: The places.
+        sparsity: Fraction of their structures that is to be gone.
+        gone: Place → how many are gone already; none where it is missing.
+
+    Raises:
+        ValueError: if it would empty a place, or if more is gone already.
+    """
+    total = sum(place.count for place in places.values())
+    asked, least = round(sparsity * total), sum(gone.values())
+    most = sum(place.levels(gone.get(name, 0))[-1] for name, place in places.items())
+    multiple = max(place.multiple for place in places.values())
+    kind = next(iter(places.values())).kind
+    where = repr(next(iter(places))) if len(places) == 1 else f"{len(places)} places"
+    if asked > most + multiple / 2:
+        stays = f"a multiple of {multiple} {kind}s" if multiple > 1 else f"one {kind}"
+        raise ValueError(
+            f"a sparsity of {sparsity:g} would remove {asked} of the {total} {kind}s in {where}, and at most {most} "
+            f"can go: at least {stays} must stay in each place. Take a lower sparsity"
+            f"{' or multiple_of' if multiple > 1 else ''}."
+        )
+    if least > asked + multiple / 2:
+        raise ValueError(
+            f"{least} of the {total} {kind}s in {where} are zero already, more than the {asked} asked for in this "
+            "round. What is pruned stays pruned: take fewer rounds or a higher initial_sparsity, or start without "
+            "hold_zeros."
+        )
+
+
+def count_left(place: Place, sparsity: float) -> int:
+    """How many of a place's structures are left at a sparsity, if it competes with no other."""
+    asked = round(sparsity * place.count)
+    return place.count - min(place.levels(), key=lambda gone: (abs(gone - asked), -gone))
+
+
+def _order(place: Place, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The numbers of the structures, those first that go first: what is gone, then by score; what stays is last."""
+    group = kept.int()
+    group[list(place.stay)] = 2
+    by_score = scores.argsort(stable=True)
+    return by_score[group[by_score].argsort(stable=True)]
+
+
+def _quotas(
+    places: Places,
+    asked: int,
+    gone: Mapping[str, int],
+    scores: Mapping[str, torch.Tensor],
+    orders: Mapping[str, torch.Tensor],
+) -> dict[str, int]:
+    """How many go of each place, what is gone included."""
+    quotas, total = dict(gone), sum(gone.values())
+    steps = []
+    for name, place in places.items():
+        ranked, levels = scores[name][orders[name]], place.levels(gone[name])
+        steps += [(float(ranked[a:b].mean()), name, b) for a, b in itertools.pairwise(levels)]
+    # Python sorts stably: of equal scores the first place goes first.
+    for _, name, level in sorted(steps, key=lambda step: step[0]):
+        size = level - quotas[name]
+        if total + size / 2 > asked:
+            break
+        quotas[name], total = level, total + size
+    return quotas

@@ -32,8 +32,8 @@ from .resolving import (
     required_statistics,
     resolve_targets,
 )
-from .structures.finding import find_places, held_zeros, require_prunable, zeros_of
-from .structures.groups import Place, parameters_of
+from .structures.finding import find_structures, held_zeros, require_prunable, zeros_of
+from .structures.groups import StructureGroup, parameters_of
 from .training.checkpoints import (
     BEST_NAME,
     MASKS_NAME,
@@ -45,7 +45,7 @@ from .training.checkpoints import (
     recover_,
     require_same,
 )
-from .training.events import Moment
+from .training.events import Event
 from .training.finished import FinishedRun
 from .training.monitor import (
     Monitor,
@@ -138,7 +138,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     def _start_clean(self) -> None:
         self.masks = MaskSet()
         self._targets: dict[str, Target] = {}
-        self._places: dict[str, Place] = {}
+        self._structures: dict[str, StructureGroup] = {}
         self._weights: dict[str, nn.Parameter] = {}
         self._hooks = GradientHooks()
         self._run_id = uuid.uuid4().hex
@@ -186,7 +186,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Checks that the config fits the model and the run; starts, or goes on where a checkpoint was."""
-        now = Moment.of(args, state, kwargs)
+        now = Event.of(args, state, kwargs)
         reshard_(now.model)  # Another callback may have called it.
         self._hooks.release_(self._weights.values())
         undo_restart_lr_(now.scheduler)
@@ -215,7 +215,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             self._monitor.require(self.history.metric)
         if not self._hooks.are_on(self._weights, self.masks):
             self._hooks.hold_(self._weights, self.masks)
-        self._cut_if_due(Moment.of(args, state, kwargs))
+        self._cut_if_due(Event.of(args, state, kwargs))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -304,9 +304,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
                 "No evaluation gave the metric %r, so the history has no values. There were %s.",
                 self.history.metric, ", ".join(sorted(self._monitor.seen)),
             )  # fmt: skip
-        if self._places and self.config.shrink_at_end and self.masks.masked:
+        if self._structures and self.config.shrink_at_end and self.masks.masked:
             try:
-                batches = Moment.of(args, state, kwargs).batches(args.train_batch_size * args.world_size)
+                batches = Event.of(args, state, kwargs).batches(args.train_batch_size * args.world_size)
                 self.history.costs = shrink_measured(model, self.masks, batches)
             except (RuntimeError, ValueError) as error:  # What was trained must not be lost for it.
                 logger.error("The model was not shrunk, and its pruned structures stay as zeros: %s", error)
@@ -333,12 +333,12 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 
     # Rounds.
 
-    def _resolve(self, now: Moment) -> None:
+    def _resolve(self, now: Event) -> None:
         self._targets = resolve_targets(now.model, self.config)
         require_whole_where_needed(self._targets.values(), self.config, self.criterion)
-        self._places = find_places(now.model, self.config, self._targets)
-        require_prunable(now.model, self.config, self._places)
-        if self._places and self.config.shrink_at_end and has_partitions(now.model):
+        self._structures = find_structures(now.model, self.config, self._targets)
+        require_prunable(now.model, self.config, self._structures)
+        if self._structures and self.config.shrink_at_end and has_partitions(now.model):
             raise ValueError(
                 "DeepSpeed holds on to the shapes that parameters have, so that they cannot be shrunk at the end of "
                 "training. Set shrink_at_end=False, and call shrink on the saved model."
@@ -349,7 +349,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self._hooks.release_(self._weights.values())  # What an interrupted run of another callback has left.
         self._tokens_seen = now.state.num_input_tokens_seen
 
-    def _begin(self, now: Moment) -> None:
+    def _begin(self, now: Event) -> None:
         metric = metric_name(self.config, now.args)
         history = PruningHistory(
             metric,
@@ -364,13 +364,13 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if isinstance(self._rounds.pacing, Patience):
             warn_of_few_evaluations(self._rounds.pacing, now.args, now.state)
         if self.config.hold_zeros:
-            self._adopt(held_zeros(now.model, self._targets, self._places), None, now)
+            self._adopt(held_zeros(now.model, self._targets, self._structures), None, now)
             if not self.masks.masked:
                 logger.warning("hold_zeros found no zeros to hold.")
-            require_room(self._targets, self.masks, self.config, self.criterion, self._places)
+            require_room(self._targets, self.masks, self.config, self.criterion, self._structures)
         self._cut_if_due(now)
 
-    def _resume(self, now: Moment) -> None:
+    def _resume(self, now: Event) -> None:
         args, state, model, scheduler = now.args, now.state, now.model, now.scheduler
         progress = progress_of(state.stateful_callbacks)
         require_same(progress, self.config.to_dict(), self._criterion_name)
@@ -390,8 +390,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         folders = [*named, checkpoint_folder(args, state)]
         self.masks, self._rounds.best, movement = recover_(
             model,
-            parameters_of(self._places) or self._targets,
-            functools.partial(zeros_of, model, self._targets, self._places),
+            parameters_of(self._structures) or self._targets,
+            functools.partial(zeros_of, model, self._targets, self._structures),
             progress,
             folders,
             state.global_step,
@@ -405,12 +405,12 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if pacing.is_run_over(state.global_step):
             self._finished = FinishedRun.of(state, model)
 
-    def _cut_if_due(self, now: Moment) -> None:
+    def _cut_if_due(self, now: Event) -> None:
         if self._rounds.pacing.is_due(now.state.global_step):
             with accessible(now.model):
                 self._cut(now)
 
-    def _cut(self, now: Moment) -> None:
+    def _cut(self, now: Event) -> None:
         args, state, pacing = now.args, now.state, self._rounds.pacing
         if not self.history and self.evaluate is not None:  # Else Trainer may have measured it already.
             self.history.dense = self._measure("dense", args)
@@ -429,7 +429,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             criterion=self.criterion,
             seed=args.seed,
             show_progress=state.is_world_process_zero and not args.disable_tqdm,
-            places=self._places,
+            structures=self._structures,
         )
         self._adopt(masks, asked, now)
         if pacing.round == len(self.config.round_sparsities):
@@ -448,7 +448,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if self._rounds.pacing.is_run_over(state.global_step):
             control.should_training_stop = True
 
-    def _adopt(self, masks: MaskSet, asked: float | None, now: Moment) -> None:
+    def _adopt(self, masks: MaskSet, asked: float | None, now: Event) -> None:
         """Holds masks from here on, writes the round down and measures it."""
         model, state = now.model, now.state
         masks.settle_()  # Now that all processes are here: Trainer asks the first alone for its state.

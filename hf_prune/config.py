@@ -342,7 +342,7 @@ class PruningConfig:
         """The sparsity in a round of each name that `layer_sparsity` matches: as far on its way to its final one.
 
         Args:
-            names: Names of modules, or of places of structures.
+            names: Names of modules, or of groups of structures.
             sparsity: The sparsity of the round.
 
         Returns:
@@ -359,7 +359,7 @@ class PruningConfig:
         """Requires that each pattern of `layer_sparsity` matches something.
 
         Args:
-            names: Names of modules, or of places of structures.
+            names: Names of modules, or of groups of structures.
             what: What they are, for the message.
 
         Raises:

@@ -31,8 +31,8 @@ from .scopes import Pool, outlier_ratio, pools
 from .selection.groups import Choice
 from .selection.levels import levels_of
 from .selection.scoring import require_finite_weights, score_inputs, structure_scores, weight_scores
-from .structures.finding import find_places, held_zeros, require_prunable
-from .structures.groups import NO_PLACES, Places, kept_in, masks_of, parameters_of
+from .structures.finding import find_structures, held_zeros, require_prunable
+from .structures.groups import NO_STRUCTURES, Structures, kept_in, masks_of, parameters_of
 from .structures.ranking import choose
 from .weights.masks import MaskSet, masked_in
 from .weights.targets import Target
@@ -45,7 +45,7 @@ def require_room(
     masks: MaskSet,
     config: PruningConfig,
     criterion: Criterion | None = None,
-    places: Places = NO_PLACES,
+    structures: Structures = NO_STRUCTURES,
 ) -> None:
     """Tries the first cut of a config on masks that are there: if they leave it no room, now is the time to say so.
 
@@ -54,7 +54,7 @@ def require_room(
         masks: The masks so far.
         config: The pruning config.
         criterion: A criterion in place of the config's.
-        places: What `find_places` found.
+        structures: What `find_structures` found.
 
     Raises:
         ValueError: if the masks prune more than the first round asks for.
@@ -66,7 +66,7 @@ def require_room(
     scope = effective_scope(config, criterion)
     first = config.round_sparsities[0]
     scope = "global" if scope == "owl" else scope
-    next_masks(targets, masks, first, config, criterion=magnitude, scope=scope, places=places)
+    next_masks(targets, masks, first, config, criterion=magnitude, scope=scope, structures=structures)
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def next_masks(
     scope: str | None = None,
     seed: int = 0,
     statistics: Statistics | None = None,
-    places: Places = NO_PLACES,
+    structures: Structures = NO_STRUCTURES,
 ) -> MaskSet:
     """Scores, selects and masks once; the model is not touched.
 
@@ -94,7 +94,7 @@ def next_masks(
         scope: A scope in place of the effective one.
         seed: For criteria that draw random numbers.
         statistics: What the criterion has declared to need.
-        places: What `find_places` found.
+        structures: What `find_structures` found.
 
     Returns:
         A mask for each target; where whole structures go, for all that belongs to one.
@@ -109,11 +109,13 @@ def next_masks(
     scope = scope or effective_scope(config, criterion)
     require_finite_weights(targets.values())
     if isinstance(granularity, Structural):
-        if not places:
+        if not structures:
             raise ValueError(f"granularity {config.granularity!r} needs the structures that find_places gives.")
-        values = {name: structure_scores(p, targets, chosen, statistics, seed) for name, p in places.items()}
-        sparsities = config.sparsities_of(places, sparsity)
-        return masks_of(places, choose(places, values, kept_in(places, masks), sparsity, scope, sparsities))
+        values = {name: structure_scores(p, targets, chosen, statistics, seed) for name, p in structures.items()}
+        sparsities = config.sparsities_of(structures, sparsity)
+        return masks_of(
+            structures, choose(structures, values, kept_in(structures, masks), sparsity, scope, sparsities)
+        )
 
     def scores_of(target: Target) -> torch.Tensor:
         return weight_scores(target, chosen, statistics, seed)
@@ -141,7 +143,7 @@ def cut_(
     criterion: Criterion | None = None,
     seed: int = 0,
     show_progress: bool = False,
-    places: Places = NO_PLACES,
+    structures: Structures = NO_STRUCTURES,
 ) -> MaskSet:
     """One round's cut: masks that reach a sparsity, in `config.score_steps` steps, and zeroes what they prune.
 
@@ -158,7 +160,7 @@ def cut_(
         criterion: A criterion in place of the config's.
         seed: For criteria that draw random numbers.
         show_progress: Whether a long calibration shows how far it is.
-        places: What `find_places` found.
+        structures: What `find_structures` found.
 
     Returns:
         A mask for each target; where whole structures go, for all that belongs to one.
@@ -191,14 +193,14 @@ def cut_(
         samples = config.calibration_samples
         return {**known, **calibrate(model, targets, batches(), missing, samples, show_progress=show_progress)}
 
-    changed = [target.weight for target in targets.values()] + list(parameters_of(places).values())
+    changed = [target.weight for target in targets.values()] + list(parameters_of(structures).values())
     with _put_back_on_error(changed) if reconstructs or config.score_steps > 1 else contextlib.nullcontext():
         if reconstructs and batches is not None:
             masks = _reconstruct_(model, targets, masks, sparsity, config, gather(), batches(), show_progress)
             for target in targets.values():
                 set_master_(target.weight, target.weight)
             return masks
-        for level in levels_of(targets, masks, sparsity, config, criterion, places):
+        for level in levels_of(targets, masks, sparsity, config, criterion, structures):
             masks = next_masks(
                 targets,
                 masks,
@@ -207,7 +209,7 @@ def cut_(
                 criterion=criterion,
                 seed=seed,
                 statistics=gather(),
-                places=places,
+                structures=structures,
             )
             masks.apply_(model)
     return masks
@@ -301,8 +303,8 @@ def prune(
     """
     with accessible(model):
         targets = resolve_targets(model, config)
-        places = find_places(model, config, targets)
-        require_prunable(model, config, places)
+        structures = find_structures(model, config, targets)
+        require_prunable(model, config, structures)
         keeps = keeps_sparsity(model)
         if keeps:
             require_maskable_adapters(model, targets)
@@ -315,7 +317,7 @@ def prune(
                 f"dataloader is a {type(dataloader).__name__}, which can be read once, and a cut may read the samples "
                 "several times. Give a DataLoader or a list of batches."
             )
-        masks = held_zeros(model, targets, places) if config.hold_zeros else MaskSet()
+        masks = held_zeros(model, targets, structures) if config.hold_zeros else MaskSet()
         if config.round_sparsities:
             masks = cut_(
                 model,
@@ -327,7 +329,7 @@ def prune(
                 criterion=criterion,
                 seed=seed,
                 show_progress=True,
-                places=places,
+                structures=structures,
             )
         if keeps:
             mask_adapters_(model, MaskSet.from_zeros(model, targets))

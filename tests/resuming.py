@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from hf_prune import PruningConfig, PruningTrainerCallback
 from hf_prune.distributed.zero import has_partitions
-from hf_prune.weights.snapshot import WeightsCopy
+from hf_prune.weights.snapshot import Snapshot
 from tests.processes import in_turn
 from tests.tiny import batch, build
 from tests.trainers import FSDP, trainer_factory, zero
@@ -66,7 +66,7 @@ def train(folder: Path, options: dict, kill_at: int, resume: bool) -> None:
         del row["seconds"]
     if trainer.is_world_process_zero():  # By itself.
         assert pruning.masks.sparsity == pruning.history[-1].reached
-    weights = WeightsCopy.of(trainer.model)
+    weights = Snapshot.of(trainer.model)
     outcome = {
         "world_size": trainer.args.world_size,
         "backend": torch.distributed.get_backend(),

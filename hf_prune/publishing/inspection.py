@@ -102,7 +102,7 @@ class FolderReport:
         folder: Where it is.
         tensors: A row for each tensor.
         record: What `config.json` says that hf_prune has recorded: shapes of a model that was shrunk, and the like.
-        structures: A row for the heads, neurons, channels or layers of each place, of the kinds of which all of some
+        structures: A row for the heads, neurons, channels or layers of each group, of the kinds of which all of some
             is zero; empty if there are none.
         structures_unknown: Why they were not looked for, though there are rows of zeros; None if they were.
     """
@@ -292,20 +292,20 @@ def _structures(model: SavedModel, with_zero_rows: set[str]) -> tuple[tuple[Stru
     if not with_zero_rows:
         return (), None
     empty = open_empty(model.folder)
-    places, names = find_removable(empty), names_in(empty, model)
+    structures, names = find_removable(empty), names_in(empty, model)
     rows, unknown = [], []
-    for name, place in places.items():
-        in_files = [names.get(member.name) for member in place.members]
+    for name, group in structures.items():
+        in_files = [names.get(member.name) for member in group.members]
         zeros = 0
         if None in in_files:
             unknown.append(name)
         elif with_zero_rows.intersection(in_files):
-            kept = torch.zeros(place.count, dtype=torch.bool)
-            for member, file_name in zip(place.members, in_files, strict=True):  # One at a time in memory.
+            kept = torch.zeros(group.count, dtype=torch.bool)
+            for member, file_name in zip(group.members, in_files, strict=True):  # One at a time in memory.
                 masks = {member.name: model[str(file_name)].tensor != 0}
-                kept |= replace(place, members=(member,)).kept_of(masks)
-            zeros = place.count - int(kept.count_nonzero())
-        rows.append(StructureSparsity(name, place.kind, zeros, place.count))
+                kept |= replace(group, members=(member,)).kept_of(masks)
+            zeros = group.count - int(kept.count_nonzero())
+        rows.append(StructureSparsity(name, group.kind, zeros, group.count))
     kinds = {row.kind for row in rows if row.zeros}
     why = f"files put weights of {', '.join(unknown)} together that the model has apart." if unknown else None
     return tuple(row for row in rows if row.kind in kinds), why

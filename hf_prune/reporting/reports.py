@@ -12,8 +12,8 @@ from ..config import PruningConfig
 from ..distributed.gathering import accessible
 from ..distributed.processes import sum_over_processes_
 from ..distributed.shards import is_sharded, own
-from ..structures.finding import find_places
-from ..structures.groups import Place, kept_in, nonzeros, parameters_of
+from ..structures.finding import find_structures
+from ..structures.groups import StructureGroup, kept_in, nonzeros, parameters_of
 from ..weights.masks import masked_in
 from ..weights.targets import find_targets
 from .plots import Drawn, figure_of_modules
@@ -86,7 +86,7 @@ class SparsityReport(Drawn):
         modules: A row for each targeted weight; where whole structures go, for each parameter that they own a part of.
         model_zeros: Number of zeros among all parameters of the model.
         model_total: Number of all parameters of the model.
-        structures: A row for the structures of each place, where the granularity is one of structures.
+        structures: A row for the structures of each group, where the granularity is one of structures.
     """
 
     modules: tuple[ModuleSparsity, ...]
@@ -185,25 +185,25 @@ def sparsity_report(
         The report.
 
     Raises:
-        ValueError: as `find_targets` and `find_places` do.
+        ValueError: as `find_targets` and `find_structures` do.
     """
     with accessible(model):
-        places: dict[str, Place] = {}
+        structures: dict[str, StructureGroup] = {}
         names: Iterable[str] = () if masks is None else masks
         if masks is None or config is not None:
             targets = find_targets(model, *((config.target_modules, config.exclude_modules) if config else ()))
-            places = find_places(model, config, targets) if config else {}
-            names = (parameters_of(places) or targets) if masks is None else masks
-        alive, kept = (kept_in(places, values) for values in (nonzeros(places), masks or {}))
-        rows_of_places = tuple(
+            structures = find_structures(model, config, targets) if config else {}
+            names = (parameters_of(structures) or targets) if masks is None else masks
+        alive, kept = (kept_in(structures, values) for values in (nonzeros(structures), masks or {}))
+        rows_of_structures = tuple(
             StructureSparsity(
                 name,
-                place.kind,
+                group.kind,
                 zeros=int((~alive[name]).sum()),
-                total=place.count,
+                total=group.count,
                 masked=None if masks is None else int((~kept[name]).sum()),
             )
-            for name, place in places.items()
+            for name, group in structures.items()
         )
         zeros = _zeros_of(list(model.parameters()))
         rows = []
@@ -213,7 +213,7 @@ def sparsity_report(
             shape = tuple(weight.shape)
             rows.append(ModuleSparsity(name.removesuffix(".weight"), shape, zeros[id(weight)], weight.numel(), masked))
         total = sum(weight.numel() for weight in model.parameters())
-        return SparsityReport(tuple(rows), sum(zeros.values()), total, rows_of_places)
+        return SparsityReport(tuple(rows), sum(zeros.values()), total, rows_of_structures)
 
 
 def _zeros_of(weights: Sequence[torch.Tensor]) -> dict[int, int]:

@@ -8,7 +8,7 @@ from ..criteria import Criterion
 from ..distributed.shards import whole
 from ..granularities import Pattern
 from ..resolving import effective_scope, sparsities_of_targets
-from ..structures.groups import Places, count_gone, kept_in
+from ..structures.groups import Structures, count_gone, kept_in
 from ..structures.ranking import pools_of
 from ..weights.masks import MaskSet, masked_in
 from ..weights.targets import Target
@@ -20,7 +20,7 @@ def levels_of(
     sparsity: float,
     config: PruningConfig,
     criterion: Criterion | None,
-    places: Places,
+    structures: Structures,
 ) -> list[float]:
     """The sparsities on a cut's way, each leaving the same share of what the one before has left.
 
@@ -32,7 +32,7 @@ def levels_of(
         sparsity: Absolute sparsity to reach, in `[0, 1)`.
         config: Its `score_steps` says how many at most.
         criterion: A criterion in place of the config's.
-        places: What `find_places` found.
+        structures: What `find_structures` found.
 
     Returns:
         Rising, the last is `sparsity`.
@@ -40,8 +40,8 @@ def levels_of(
     if config.score_steps == 1:
         return [sparsity]
     final, scope = config.round_sparsities[-1], effective_scope(config, criterion)
-    if places:
-        floors = _floors_of_places(places, masks, final, config, scope)
+    if structures:
+        floors = _floors_of_structures(structures, masks, final, config, scope)
     else:
         floors = _floors_of_weights(targets, masks, final, config, scope)
     # No pool can get back what it has lost.
@@ -53,11 +53,13 @@ def levels_of(
     return [*(level for level in levels if before < level < sparsity), sparsity]
 
 
-def _floors_of_places(places: Places, masks: MaskSet, final: float, config: PruningConfig, scope: str) -> list[float]:
+def _floors_of_structures(
+    structures: Structures, masks: MaskSet, final: float, config: PruningConfig, scope: str
+) -> list[float]:
     """The lowest sparsity that a cut can still ask for, by each pool of structures."""
-    kept, floors = kept_in(places, masks), []
-    for names, share in pools_of(places, final, scope, config.sparsities_of(places, final)):
-        gone, total = count_gone({name: places[name] for name in names}, kept)
+    kept, floors = kept_in(structures, masks), []
+    for names, share in pools_of(structures, final, scope, config.sparsities_of(structures, final)):
+        gone, total = count_gone({name: structures[name] for name in names}, kept)
         if share:
             floors.append(gone / total * final / share)  # A pool is at `share` when the cut is at `final`.
     return floors

@@ -8,7 +8,7 @@ import torch
 from ..calibration.statistics import Statistics
 from ..criteria import Criterion, ScoreInputs, pooling_of
 from ..distributed.processes import failing_together
-from ..structures.groups import Place
+from ..structures.groups import StructureGroup
 from ..weights.targets import Target, are_sharded
 
 
@@ -40,9 +40,13 @@ def weight_scores(target: Target, criterion: Criterion, statistics: Statistics |
 
 
 def structure_scores(
-    place: Place, targets: Mapping[str, Target], criterion: Criterion, statistics: Statistics | None, seed: int
+    group: StructureGroup,
+    targets: Mapping[str, Target],
+    criterion: Criterion,
+    statistics: Statistics | None,
+    seed: int,
 ) -> torch.Tensor:
-    """Scores of the structures in a place: those of their weights that are targets, pooled as the criterion declares.
+    """Scores of the structures in a group: those of their weights that are targets, pooled as the criterion declares.
 
     Returns:
         `[count]`, float64.
@@ -51,12 +55,12 @@ def structure_scores(
         ValueError, TypeError: as `weight_scores` does.
     """
     pooling = pooling_of(criterion)
-    total, sizes = torch.zeros(2, place.count, dtype=torch.float64)
-    for member in place.members:
+    total, sizes = torch.zeros(2, group.count, dtype=torch.float64)
+    for member in group.members:
         if member.name in targets:
             scores = weight_scores(targets[member.name], criterion, statistics, seed)
-            total += member.pool(scores.double().square() if pooling == "norm" else scores, place.count)
-            sizes += member.sizes(place.count)
+            total += member.pool(scores.double().square() if pooling == "norm" else scores, group.count)
+            sizes += member.sizes(group.count)
     return (total / sizes).sqrt() if pooling == "norm" else total
 
 

@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from ..calibration.contexts import undisturbed
 from ..weights.targets import Target
-from .groups import NOBODY, Member, Place
+from .groups import NOBODY, Member, StructureGroup
 
 _SIDE = 64  # Of the image with which a network is traced that does not say how large its images are.
 _LARGEST_SIDE = 256  # Networks of convolutions take images of any size; large ones only take time.
 
 
-def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: int) -> dict[str, Place]:
+def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: int) -> dict[str, StructureGroup]:
     """Finds the channels of a convolutional network that can be removed with equal outputs.
 
     A channel goes through all layers that add up what they compute, or multiply it; what produces it and what reads it
@@ -48,7 +48,7 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('channels need torch-pruning: pip install "hf_prune[cnn]".') from error
     names = {module: name for name, module in model.named_modules()}
-    found: dict[str, Place] = {}
+    found: dict[str, StructureGroup] = {}
     with (
         undisturbed(model, [target.weight for target in targets.values()]),
         torch.enable_grad(),
@@ -63,9 +63,9 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
                 "its outputs."
             )
         for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
-            places = _places(graph, group, names, targets, multiple_of)
-            if places is not None:
-                found[places.name] = places
+            structures = _structures(graph, group, names, targets, multiple_of)
+            if structures is not None:
+                found[structures.name] = structures
     if not found:
         raise ValueError(
             f"no channel of {type(model).__name__} can be removed: all are read across by a norm, or computed by "
@@ -110,9 +110,9 @@ def _image(model: nn.Module) -> torch.Tensor:
     return torch.zeros(1, config.num_channels, side, side, dtype=weight.dtype, device=weight.device)
 
 
-def _places(
+def _structures(
     graph: Any, group: Any, names: Mapping[nn.Module, str], targets: Mapping[str, Target], multiple_of: int
-) -> Place | None:
+) -> StructureGroup | None:
     """The channels of a group; None if they cannot be removed."""
     members: list[Member] = []
     for item in group:
@@ -127,7 +127,7 @@ def _places(
             return None
         members += owned
     root = group[0].dep.target.module
-    return Place(names[root], "channel", len(group[0].idxs), tuple(members), multiple=multiple_of)
+    return StructureGroup(names[root], "channel", len(group[0].idxs), tuple(members), multiple=multiple_of)
 
 
 def _members(

@@ -47,8 +47,8 @@ class Member:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """The structures of one kind in one place, such as the heads of a layer. They are numbered from 0.
+class StructureGroup:
+    """The structures of one kind in one module, such as the heads of a layer. They are numbered from 0.
 
     Attributes:
         name: The module that they are in.
@@ -76,7 +76,7 @@ class Place:
         """How many may be gone, in rising order, from a number that is gone already.
 
         Example:
-            >>> Place("mlp", "neuron", 20, (), multiple=8).levels()
+            >>> StructureGroup("mlp", "neuron", 20, (), multiple=8).levels()
             [0, 4, 12]
         """
         last = self.count - max(len(self.stay), 1)
@@ -111,31 +111,31 @@ class Place:
         return kept
 
 
-Places = Mapping[str, Place]
-"""Name → the structures of one place."""
+Structures = Mapping[str, StructureGroup]
+"""Name → the structures of one kind in one module."""
 
-NO_PLACES: Places = MappingProxyType({})
-"""No places: weights are pruned, not structures."""
-
-
-def kept_in(places: Places, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `Place.kept_of` gives for each place."""
-    return {name: place.kept_of(masks) for name, place in places.items()}
+NO_STRUCTURES: Structures = MappingProxyType({})
+"""No structures: weights are pruned, not structures."""
 
 
-def masks_of(places: Places, kept: Mapping[str, torch.Tensor]) -> MaskSet:
+def kept_in(structures: Structures, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `StructureGroup.kept_of` gives for each group."""
+    return {name: group.kept_of(masks) for name, group in structures.items()}
+
+
+def masks_of(structures: Structures, kept: Mapping[str, torch.Tensor]) -> MaskSet:
     """The masks that keep some structures and prune all that the others own.
 
     Args:
-        places: Where they are.
-        kept: Place → `[count]` bools.
+        structures: Where they are.
+        kept: Group → `[count]` bools.
 
     Returns:
         A mask for each parameter of which a structure owns something, on its device.
     """
     masks: dict[str, torch.Tensor] = {}
-    for name, place in places.items():
-        for member in place.members:
+    for name, group in structures.items():
+        for member in group.members:
             if member.name not in masks:
                 masks[member.name] = torch.ones_like(member.parameter, dtype=torch.bool)
             mask = masks[member.name]
@@ -144,47 +144,47 @@ def masks_of(places: Places, kept: Mapping[str, torch.Tensor]) -> MaskSet:
     return MaskSet(masks)
 
 
-def masks_of_zeros(places: Places) -> MaskSet:
+def masks_of_zeros(structures: Structures) -> MaskSet:
     """The masks that prune the structures of which all is zero."""
-    return masks_of(places, kept_in(places, nonzeros(places)))
+    return masks_of(structures, kept_in(structures, nonzeros(structures)))
 
 
-def parameters_of(places: Places) -> dict[str, nn.Parameter]:
+def parameters_of(structures: Structures) -> dict[str, nn.Parameter]:
     """The parameters of which structures own something, by name."""
-    return {member.name: member.parameter for place in places.values() for member in place.members}
+    return {member.name: member.parameter for group in structures.values() for member in group.members}
 
 
-def nonzeros(places: Places) -> dict[str, torch.Tensor]:
+def nonzeros(structures: Structures) -> dict[str, torch.Tensor]:
     """Where the parameters are not zero of which structures own something, by name."""
-    return {name: parameter.detach() != 0 for name, parameter in parameters_of(places).items()}
+    return {name: parameter.detach() != 0 for name, parameter in parameters_of(structures).items()}
 
 
-def kinds_of(places: Places) -> list[str]:
+def kinds_of(structures: Structures) -> list[str]:
     """The kinds, each once."""
-    return list(dict.fromkeys(place.kind for place in places.values()))
+    return list(dict.fromkeys(group.kind for group in structures.values()))
 
 
-def count_gone(places: Places, kept: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+def count_gone(structures: Structures, kept: Mapping[str, torch.Tensor]) -> tuple[int, int]:
     """How many are not kept, and how many there are."""
-    total = sum(place.count for place in places.values())
-    return total - sum(int(kept[name].sum()) for name in places), total
+    total = sum(group.count for group in structures.values())
+    return total - sum(int(kept[name].sum()) for name in structures), total
 
 
-def fields_of(places: Places, left: Mapping[str, int]) -> dict[str, int]:
-    """What the fields of a config are to say, those on which all places that they count agree.
+def fields_of(structures: Structures, left: Mapping[str, int]) -> dict[str, int]:
+    """What the fields of a config are to say, those on which all groups that they count agree.
 
     Args:
-        places: All of each kind.
-        left: Place → how many of its structures are left.
+        structures: All of each kind.
+        left: Group → how many of its structures are left.
 
     Returns:
         Field → value.
     """
     numbers: dict[str, set[int]] = {}
-    for name, place in places.items():
-        for field, each in place.fields:
+    for name, group in structures.items():
+        for field, each in group.fields:
             numbers.setdefault(field, set()).add(each * left[name])
-        if place.fields:
-            for field, value in place.fixed:
+        if group.fields:
+            for field, value in group.fixed:
                 numbers.setdefault(field, set()).add(value)
     return {field: found.pop() for field, found in numbers.items() if len(found) == 1}

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..weights.targets import Target
 from .families import FAMILIES, Heads, Neurons, Stack
-from .groups import Member, Place, Places, parameters_of
+from .groups import Member, StructureGroup, Structures, parameters_of
 
 _HOW_TO_ADD = (
     'Describe it in a dozen lines: describe_family({!r}, Stack("layers", (Heads(...), Neurons(...)))), all of which '
@@ -22,7 +22,7 @@ _HOW_TO_ADD = (
 
 def find_in_family(
     model: nn.Module, kinds: Collection[str], targets: Mapping[str, Target], multiple_of: int
-) -> dict[str, Place]:
+) -> dict[str, StructureGroup]:
     """Finds the structures of some kinds in a model.
 
     Args:
@@ -38,17 +38,17 @@ def find_in_family(
         ValueError: if the family is unknown, or does not look as described; if layers share weights; if the number
             of query heads is no multiple of that of key-value heads; or if layers cannot be left out.
     """
-    everything = {place.name: place for each in _stacks(model) for place in each.places(kinds, multiple_of)}
+    everything = {group.name: group for each in _stacks(model) for group in each.structures(kinds, multiple_of)}
     _require_own_weights(everything)
     found = {}
-    for name, place in everything.items():
-        others = [m for m in _matrices(model, place) if m.name not in targets]
-        if place.kind == "layer":
-            stay = sorted({*place.stay, *(int(m.owners[0]) for m in others)})
-            found[name] = dataclasses.replace(place, stay=tuple(stay))
+    for name, group in everything.items():
+        others = [m for m in _matrices(model, group) if m.name not in targets]
+        if group.kind == "layer":
+            stay = sorted({*group.stay, *(int(m.owners[0]) for m in others)})
+            found[name] = dataclasses.replace(group, stay=tuple(stay))
         elif not others:
-            found[name] = place
-    if all(len(place.stay) == place.count for place in found.values()):
+            found[name] = group
+    if all(len(group.stay) == group.count for group in found.values()):
         raise ValueError(
             f"no {' or '.join(kinds)} of {type(model).__name__} is left to prune. It is left alone if one of its "
             "projections is no target."
@@ -158,7 +158,7 @@ class _Layers:
     config: PretrainedConfig
     configs: Sequence[PretrainedConfig]
 
-    def places(self, kinds: Collection[str], multiple_of: int) -> Iterator[Place]:
+    def structures(self, kinds: Collection[str], multiple_of: int) -> Iterator[StructureGroup]:
         if "layer" in kinds:
             yield self._whole()
         for kind in ("head", "neuron"):
@@ -195,7 +195,7 @@ class _Layers:
             return "the outputs of layers are asked for by their numbers (out_indices)"
         return None
 
-    def _whole(self) -> Place:
+    def _whole(self) -> StructureGroup:
         """The layers as structures; the layer that makes the position bias for the others has to stay."""
         if why := self.why_layers_stay():
             raise ValueError(
@@ -208,10 +208,10 @@ class _Layers:
         ]
         stay = [i for i, layer in enumerate(self.layers) if any(layer.tables(part) for part in self.stack.parts)]
         fields = tuple((name, 1) for name in self.stack.fields)
-        return Place(self.name, "layer", len(self.layers), tuple(members), stay=tuple(stay), fields=fields)
+        return StructureGroup(self.name, "layer", len(self.layers), tuple(members), stay=tuple(stay), fields=fields)
 
 
-def _of_part(part: Heads | Neurons, layers: Sequence[_Layer], multiple_of: int, name: str) -> Place:
+def _of_part(part: Heads | Neurons, layers: Sequence[_Layer], multiple_of: int, name: str) -> StructureGroup:
     """The structures of a part of one layer, or of several that lose the same ones."""
     counts = {layer.count(part) for layer in layers}
     if len(counts) > 1:
@@ -224,7 +224,7 @@ def _of_part(part: Heads | Neurons, layers: Sequence[_Layer], multiple_of: int, 
         # The first field counts the heads of queries, of which each structure may have several.
         fields[:1] = [(field, first.width(part) // size // count) for field in part.fields[:1]]
         fixed = ((part.fixed, size),) if part.fixed is not None else ()
-    return Place(
+    return StructureGroup(
         name,
         part.kind,
         count,
@@ -287,14 +287,14 @@ def _blocks(length: int, count: int) -> torch.Tensor:
     return torch.arange(length) // (length // count)
 
 
-def _matrices(model: nn.Module, places: Place) -> list[Member]:
+def _matrices(model: nn.Module, structures: StructureGroup) -> list[Member]:
     """The weights of projections of which structures own something."""
-    holders = ((member, model.get_submodule(member.name.rpartition(".")[0])) for member in places.members)
+    holders = ((member, model.get_submodule(member.name.rpartition(".")[0])) for member in structures.members)
     return [m for m, holder in holders if m.parameter.ndim > 1 and isinstance(holder, (nn.Linear, Conv1D))]
 
 
-def _require_own_weights(found: Places) -> None:
-    """Requires that no weight is in two places."""
+def _require_own_weights(found: Structures) -> None:
+    """Requires that no weight is in two groups."""
     names: dict[int, str] = {}
     for name, parameter in parameters_of(found).items():
         if (other := names.setdefault(id(parameter), name)) != name:

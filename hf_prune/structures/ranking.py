@@ -5,11 +5,11 @@ from collections.abc import Mapping
 
 import torch
 
-from .groups import Place, Places, kinds_of
+from .groups import StructureGroup, Structures, kinds_of
 
 
 def choose(
-    places: Places,
+    structures: Structures,
     scores: Mapping[str, torch.Tensor],
     kept: Mapping[str, torch.Tensor],
     sparsity: float,
@@ -18,54 +18,56 @@ def choose(
 ) -> dict[str, torch.Tensor]:
     """Drops the structures with the lowest scores: of each kind the same share, each kind among itself.
 
-    Where the number that remains has to be a multiple of something, structures go in steps, the lowest of a place
-    first, and the steps of different places compete by the means of their scores. The number that goes is the one
+    Where the number that remains has to be a multiple of something, structures go in steps, the lowest of a group
+    first, and the steps of different groups compete by the means of their scores. The number that goes is the one
     nearest to what was asked for that can be reached in this order.
 
     Args:
-        places: Where they are.
-        scores: Place → `[count]` scores, higher = keep.
-        kept: Place → `[count]` bools; what is False there is gone already, and counts.
+        structures: Where they are.
+        scores: Group → `[count]` scores, higher = keep.
+        kept: Group → `[count]` bools; what is False there is gone already, and counts.
         sparsity: Fraction of the structures of each kind that are to be gone, in `[0, 1)`.
-        scope: "global" (all places compete) or "layer" (the same share of each place).
-        own: Place → its own sparsity. These leave the competition.
+        scope: "global" (all groups compete) or "layer" (the same share of each group).
+        own: Group → its own sparsity. These leave the competition.
 
     Returns:
-        Place → `[count]` bools, True = kept.
+        Group → `[count]` bools, True = kept.
 
     Raises:
-        ValueError: if a score is NaN, if more is gone already, or if a place would be emptied.
+        ValueError: if a score is NaN, if more is gone already, or if a group would be emptied.
     """
-    for name in places:
+    for name in structures:
         if nan := int(scores[name].isnan().sum()):
-            raise ValueError(f"{nan} of the {places[name].count} scores of {name!r} are NaN.")
+            raise ValueError(f"{nan} of the {structures[name].count} scores of {name!r} are NaN.")
     result: dict[str, torch.Tensor] = {}
-    for names, share in pools_of(places, sparsity, scope, own):
-        pool = {name: places[name] for name in names}
+    for names, share in pools_of(structures, sparsity, scope, own):
+        pool = {name: structures[name] for name in names}
         gone = {name: int((~kept[name]).sum()) for name in names}
         require_attainable(pool, share, gone)
         orders = {name: _order(pool[name], scores[name], kept[name]) for name in names}
-        asked = round(share * sum(place.count for place in pool.values()))
+        asked = round(share * sum(group.count for group in pool.values()))
         for name, quota in _quotas(pool, asked, gone, scores, orders).items():
             result[name] = torch.ones_like(kept[name]).scatter_(0, orders[name][:quota], False)
-    return {name: result[name] for name in places}
+    return {name: result[name] for name in structures}
 
 
-def pools_of(places: Places, sparsity: float, scope: str, own: Mapping[str, float]) -> list[tuple[list[str], float]]:
-    """Divides places into pools, whose structures compete with each other.
+def pools_of(
+    structures: Structures, sparsity: float, scope: str, own: Mapping[str, float]
+) -> list[tuple[list[str], float]]:
+    """Divides groups into pools, whose structures compete with each other.
 
     Args:
-        places: The places.
+        structures: The groups.
         sparsity: Fraction of the structures that is to be gone, in `[0, 1)`.
-        scope: "global" (a pool for each kind) or "layer" (a pool for each place; whole layers are one all the same).
-        own: Place → its own sparsity. These have a pool each.
+        scope: "global" (a pool for each kind) or "layer" (a pool for each group; whole layers are one all the same).
+        own: Group → its own sparsity. These have a pool each.
 
     Returns:
-        The names of the places in each pool, and the fraction of its structures that is to be gone.
+        The names of the groups in each pool, and the fraction of its structures that is to be gone.
     """
-    result = [([name], own[name]) for name in places if name in own]
-    for kind in kinds_of(places):
-        names = [name for name, place in places.items() if place.kind == kind and name not in own]
+    result = [([name], own[name]) for name in structures if name in own]
+    for kind in kinds_of(structures):
+        names = [name for name, group in structures.items() if group.kind == kind and name not in own]
         if scope == "layer" and kind != "layer":  # Layers are one pool.
             result += [([name], sparsity) for name in names]
         elif names:
@@ -73,23 +75,23 @@ def pools_of(places: Places, sparsity: float, scope: str, own: Mapping[str, floa
     return result
 
 
-def require_attainable(places: Places, sparsity: float, gone: Mapping[str, int]) -> None:
-    """Requires that a sparsity of places that compete can be reached, up to half a step.
+def require_attainable(structures: Structures, sparsity: float, gone: Mapping[str, int]) -> None:
+    """Requires that a sparsity of groups that compete can be reached, up to half a step.
 
     Args:
-        places: The places.
+        structures: The groups.
         sparsity: Fraction of their structures that is to be gone.
-        gone: Place → how many are gone already; none where it is missing.
+        gone: Group → how many are gone already; none where it is missing.
 
     Raises:
-        ValueError: if it would empty a place, or if more is gone already.
+        ValueError: if it would empty a group, or if more is gone already.
     """
-    total = sum(place.count for place in places.values())
+    total = sum(group.count for group in structures.values())
     asked, least = round(sparsity * total), sum(gone.values())
-    most = sum(place.levels(gone.get(name, 0))[-1] for name, place in places.items())
-    multiple = max(place.multiple for place in places.values())
-    kind = next(iter(places.values())).kind
-    where = repr(next(iter(places))) if len(places) == 1 else f"{len(places)} places"
+    most = sum(group.levels(gone.get(name, 0))[-1] for name, group in structures.items())
+    multiple = max(group.multiple for group in structures.values())
+    kind = next(iter(structures.values())).kind
+    where = repr(next(iter(structures))) if len(structures) == 1 else f"{len(structures)} places"
     if asked > most + multiple / 2:
         stays = f"a multiple of {multiple} {kind}s" if multiple > 1 else f"one {kind}"
         raise ValueError(
@@ -105,34 +107,34 @@ def require_attainable(places: Places, sparsity: float, gone: Mapping[str, int])
         )
 
 
-def count_left(place: Place, sparsity: float) -> int:
-    """How many of a place's structures are left at a sparsity, if it competes with no other."""
-    asked = round(sparsity * place.count)
-    return place.count - min(place.levels(), key=lambda gone: (abs(gone - asked), -gone))
+def count_left(group: StructureGroup, sparsity: float) -> int:
+    """How many of a group's structures are left at a sparsity, if it competes with no other."""
+    asked = round(sparsity * group.count)
+    return group.count - min(group.levels(), key=lambda gone: (abs(gone - asked), -gone))
 
 
-def _order(place: Place, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def _order(group: StructureGroup, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The numbers of the structures, those first that go first: what is gone, then by score; what stays is last."""
-    group = kept.int()
-    group[list(place.stay)] = 2
+    rank = kept.int()
+    rank[list(group.stay)] = 2
     by_score = scores.argsort(stable=True)
-    return by_score[group[by_score].argsort(stable=True)]
+    return by_score[rank[by_score].argsort(stable=True)]
 
 
 def _quotas(
-    places: Places,
+    structures: Structures,
     asked: int,
     gone: Mapping[str, int],
     scores: Mapping[str, torch.Tensor],
     orders: Mapping[str, torch.Tensor],
 ) -> dict[str, int]:
-    """How many go of each place, what is gone included."""
+    """How many go of each group, what is gone included."""
     quotas, total = dict(gone), sum(gone.values())
     steps = []
-    for name, place in places.items():
-        ranked, levels = scores[name][orders[name]], place.levels(gone[name])
+    for name, group in structures.items():
+        ranked, levels = scores[name][orders[name]], group.levels(gone[name])
         steps += [(float(ranked[a:b].mean()), name, b) for a, b in itertools.pairwise(levels)]
-    # Python sorts stably: of equal scores the first place goes first.
+    # Python sorts stably: of equal scores the first group goes first.
     for _, name, level in sorted(steps, key=lambda step: step[0]):
         size = level - quotas[name]
         if total + size / 2 > asked:

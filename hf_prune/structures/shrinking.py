@@ -13,8 +13,8 @@ from ..calibration.contexts import whole_on_error
 from ..weights.targets import find_targets
 from .channels import find_channels, is_convolutional
 from .groups import (
-    Place,
-    Places,
+    StructureGroup,
+    Structures,
     count_gone,
     fields_of,
     kept_in,
@@ -47,7 +47,7 @@ def shrink(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = No
         The model.
 
     Raises:
-        ValueError: if no structure is pruned as a whole, if all in one place are, or if the family is unknown. The
+        ValueError: if no structure is pruned as a whole, if all in one group are, or if the family is unknown. The
             model is then as it was.
 
     Example:
@@ -62,25 +62,25 @@ def shrink(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = No
         >>> shrink(model).model.layers[0].mlp.down_proj.in_features
         8
     """
-    places = find_removable(model)
-    kept = kept_in(places, nonzeros(places) if masks is None else masks)
-    if count_gone(places, kept)[0] == 0:
+    structures = find_removable(model)
+    kept = kept_in(structures, nonzeros(structures) if masks is None else masks)
+    if count_gone(structures, kept)[0] == 0:
         raise ValueError(
             "there is nothing to remove: no head, neuron, channel or layer is pruned as a whole. Prune with "
             "granularity head, neuron, head+neuron, channel or layer first."
         )
-    remove_(model, places, kept)
+    remove_(model, structures, kept)
     return model
 
 
-def find_removable(model: nn.Module) -> dict[str, Place]:
+def find_removable(model: nn.Module) -> dict[str, StructureGroup]:
     """Finds all structures that `shrink` can remove from a model, of all kinds that can be removed from it.
 
     Args:
         model: The model, unwrapped.
 
     Returns:
-        Place → its structures.
+        Group → its structures.
 
     Raises:
         ValueError: as `find_in_family` and `find_channels` do, if there is no such kind.
@@ -89,54 +89,54 @@ def find_removable(model: nn.Module) -> dict[str, Place]:
     if is_convolutional(model):
         return find_channels(model, find_targets(model, ".*"), multiple_of=1)
     targets, errors = find_targets(model), []
-    places: dict[str, Place] = {}
+    structures: dict[str, StructureGroup] = {}
     for kind in ("head", "neuron", "layer"):
         try:
-            places |= find_in_family(model, (kind,), targets, multiple_of=1)
+            structures |= find_in_family(model, (kind,), targets, multiple_of=1)
         except ValueError as error:  # What cannot be removed cannot have been pruned, and the other kinds can.
             logger.debug("No %s is removed: %s", kind, error)
             errors.append(error)
-    if not places:
+    if not structures:
         raise errors[0]
-    return places
+    return structures
 
 
 @torch.no_grad()
-def remove_(model: PreTrainedModel, places: Places, kept: Mapping[str, torch.Tensor]) -> None:
+def remove_(model: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor]) -> None:
     """Removes structures from a model.
 
     Args:
         model: The model, unwrapped; changed in place.
-        places: Every place of each kind of which something goes: the fields of a config count them all.
-        kept: Place → `[count]` bools, False for what goes.
+        structures: Every group of each kind of which something goes: the fields of a config count them all.
+        kept: Group → `[count]` bools, False for what goes.
 
     Raises:
-        ValueError: if nothing is left of a place. The model is then as it was.
+        ValueError: if nothing is left of a group. The model is then as it was.
     """
-    layers = {name: place for name, place in places.items() if place.kind == "layer"}
+    layers = {name: group for name, group in structures.items() if group.kind == "layer"}
     parts = {
-        name: place for name, place in places.items() if name not in layers and not _goes_with(name, layers, kept)
+        name: group for name, group in structures.items() if name not in layers and not _goes_with(name, layers, kept)
     }
-    for name, place in {**parts, **layers}.items():
+    for name, group in {**parts, **layers}.items():
         if not kept[name].any():
             raise ValueError(
-                f"all {place.count} {place.kind}s of {name!r} are pruned; at least one has to stay. (A layer goes if "
+                f"all {group.count} {group.kind}s of {name!r} are pruned; at least one has to stay. (A layer goes if "
                 "all its weights are zero.)"
             )
-        if not kept[name][list(place.stay)].all():
-            raise ValueError(f"{place.kind} {place.stay[0]} of {name!r} is pruned, and makes what the others read.")
+        if not kept[name][list(group.stay)].all():
+            raise ValueError(f"{group.kind} {group.stay[0]} of {name!r} is pruned, and makes what the others read.")
     build_empty(type(model), model.config)  # Else nothing could be recorded.
     with whole_on_error(model):
         _remove_(model, parts, layers, kept)
 
 
-def _remove_(model: PreTrainedModel, parts: Places, layers: Places, kept: Mapping[str, torch.Tensor]) -> None:
+def _remove_(model: PreTrainedModel, parts: Structures, layers: Structures, kept: Mapping[str, torch.Tensor]) -> None:
     _own_configs_(model)
-    _remove_parts_(model, {name: place for name, place in parts.items() if not kept[name].all()}, kept)
+    _remove_parts_(model, {name: group for name, group in parts.items() if not kept[name].all()}, kept)
     _say_widths_(model, parts, kept)
-    for name, place in layers.items():
+    for name, group in layers.items():
         if not kept[name].all():
-            _remove_layers_(model, place, kept[name])
+            _remove_layers_(model, group, kept[name])
     record_shapes_(model)
     _forget_alignment_(model, {**parts, **layers}, kept)
 
@@ -149,28 +149,28 @@ def _own_configs_(model: PreTrainedModel) -> None:
             setattr(module, "config", copy.deepcopy(config, copies))  # noqa: B010
 
 
-def _forget_alignment_(model: PreTrainedModel, places: Places, kept: Mapping[str, torch.Tensor]) -> None:
+def _forget_alignment_(model: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor]) -> None:
     """Whisper's timestamps of words come from some heads of its decoder, by their numbers."""
     settings: Any = getattr(model, "generation_config", None)
     changed = any(
-        "decoder" in name and place.kind != "neuron" and not kept[name].all() for name, place in places.items()
+        "decoder" in name and group.kind != "neuron" and not kept[name].all() for name, group in structures.items()
     )
     if changed and getattr(settings, "alignment_heads", None):
         settings.alignment_heads = None
         logger.warning("alignment_heads of the generation config is dropped: the decoder's heads have other numbers.")
 
 
-def _goes_with(name: str, layers: Places, kept: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a place lies in a layer that goes."""
+def _goes_with(name: str, layers: Structures, kept: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a group lies in a layer that goes."""
     gone = [f"{stack}.{int(i)}" for stack in layers for i in (~kept[stack]).nonzero()]
     return any(name == layer or name.startswith(f"{layer}.") for layer in gone)
 
 
-def _remove_parts_(model: nn.Module, parts: Places, kept: Mapping[str, torch.Tensor]) -> None:
-    # Several places may own positions of one axis, as of a layer that reads what others have put side by side.
+def _remove_parts_(model: nn.Module, parts: Structures, kept: Mapping[str, torch.Tensor]) -> None:
+    # Several groups may own positions of one axis, as of a layer that reads what others have put side by side.
     positions: dict[tuple[str, int], torch.Tensor] = {}
-    for name, place in parts.items():
-        for member in place.members:
+    for name, group in parts.items():
+        for member in group.members:
             own = member.kept_positions(kept[name])
             positions[member.name, member.axis] = positions.get((member.name, member.axis), own) & own
     for (parameter_name, axis), stays in positions.items():
@@ -181,7 +181,7 @@ def _remove_parts_(model: nn.Module, parts: Places, kept: Mapping[str, torch.Ten
         setattr(module, attribute, nn.Parameter(values, requires_grad=parameter.requires_grad))
         if attribute == "weight":
             _set_widths_(module, axis, stay)
-    for name, place in parts.items():
+    for name, group in parts.items():
         for path, attribute, each in place.attributes:
             setattr(model.get_submodule(path), attribute, each * int(kept[name].sum()))
 
@@ -198,18 +198,18 @@ def _set_widths_(module: nn.Module, axis: int, stay: torch.Tensor) -> None:
             setattr(module, name, getattr(module, name).index_select(0, stay.to(module.weight.device)))
 
 
-def _say_widths_(model: PreTrainedModel, parts: Places, kept: Mapping[str, torch.Tensor]) -> None:
+def _say_widths_(model: PreTrainedModel, parts: Structures, kept: Mapping[str, torch.Tensor]) -> None:
     """Writes into the config how many heads and neurons there are, as far as it can say it."""
     for kind in kinds_of(parts):
-        places = {name: place for name, place in parts.items() if place.kind == kind}
-        fields = fields_of(places, {name: int(kept[name].sum()) for name in places})
-        if any(not kept[name].all() for name in places) and can_say(model.config, fields):
+        structures = {name: group for name, group in parts.items() if group.kind == kind}
+        fields = fields_of(structures, {name: int(kept[name].sum()) for name in structures})
+        if any(not kept[name].all() for name in structures) and can_say(model.config, fields):
             for config in _configs(model, model):
                 _set_fields_(config, fields)
 
 
-def _remove_layers_(model: PreTrainedModel, place: Place, kept: torch.Tensor) -> None:
-    path, _, attribute = place.name.rpartition(".")
+def _remove_layers_(model: PreTrainedModel, group: StructureGroup, kept: torch.Tensor) -> None:
+    path, _, attribute = group.name.rpartition(".")
     holder, stay = model.get_submodule(path), kept.nonzero().flatten().tolist()
     layers = getattr(holder, attribute)
     setattr(holder, attribute, nn.ModuleList(layers[i] for i in stay))
@@ -219,23 +219,23 @@ def _remove_layers_(model: PreTrainedModel, place: Place, kept: torch.Tensor) ->
                 if isinstance(getattr(module, number, None), int):
                     setattr(module, number, i)
     for config in _configs(model, holder):
-        _say_layers_(config, place, stay)
+        _say_layers_(config, group, stay)
         if config is not model.config and hasattr(config, "num_layers"):  # So does a decoder of T5 call its own.
             config.num_layers = len(stay)
 
 
-def _say_layers_(config: PretrainedConfig, place: Place, stay: Sequence[int]) -> None:
+def _say_layers_(config: PretrainedConfig, group: StructureGroup, stay: Sequence[int]) -> None:
     """Writes into a config which layers there are."""
     for field in _LAYER_LISTS:
         entries = getattr(config, field, None)
-        if isinstance(entries, list) and len(entries) == place.count:
+        if isinstance(entries, list) and len(entries) == group.count:
             setattr(config, field, [entries[i] for i in stay])
             if field == "attention_layers":  # Of GPT-Neo, which derives them.
                 config.attention_types = [[[entries[i]], 1] for i in stay]
     if hasattr(config, "stage_names"):  # Of a backbone, which gives the outputs of its last layer by default.
         config.stage_names = config.stage_names[: len(stay) + 1]
         config.set_output_features_output_indices(out_features=None, out_indices=None)
-    _set_fields_(config, {field: len(stay) for field, _ in place.fields})
+    _set_fields_(config, {field: len(stay) for field, _ in group.fields})
 
 
 def _set_fields_(config: PretrainedConfig, fields: Mapping[str, int]) -> None:

@@ -23,7 +23,7 @@ from ..recovery.lora import has_adapters
 from ..reporting.history import PruningHistory
 from ..weights.masks import MaskSet
 from ..weights.movement import Movement
-from ..weights.snapshot import WeightsCopy, sharded_tensors
+from ..weights.snapshot import Snapshot, sharded_tensors
 
 TRAINER_STATE_NAME = "trainer_state.json"  # As in `transformers.trainer`, which imports datasets.
 MASKS_NAME = "pruning_masks.safetensors"
@@ -36,7 +36,7 @@ ELSEWHERE = (
 
 logger = logging.getLogger(__name__)
 
-Loaded = TypeVar("Loaded", MaskSet, WeightsCopy, Movement)
+Loaded = TypeVar("Loaded", MaskSet, Snapshot, Movement)
 
 
 class Progress(TypedDict):
@@ -49,7 +49,7 @@ class Progress(TypedDict):
         pacing: The fields of the pacing.
         lr_start: `start` of `restart_lr_` at the last cut, None if the learning rate goes on.
         masks: `MaskSet.digest()`, None before the first cut.
-        best: `WeightsCopy.digest()` of the best weights of the current round, None without such weights.
+        best: `Snapshot.digest()` of the best weights of the current round, None without such weights.
         movement: `Movement.digest()`, what it is known by, None if no criterion asks for it.
         history: `PruningHistory.to_dict()`.
     """
@@ -69,7 +69,7 @@ class Recovered(NamedTuple):
     """What an interrupted run has left, beside what Trainer loads."""
 
     masks: MaskSet
-    best: WeightsCopy | None
+    best: Snapshot | None
     movement: Movement | None
 
 
@@ -146,7 +146,7 @@ def recover_(
             BEST_NAME,
             progress["best"],
             # They may be those of the checkpoint itself.
-            (lambda: WeightsCopy.of(model), lambda: _load(WeightsCopy, folder, BEST_NAME, sharded)),
+            (lambda: Snapshot.of(model), lambda: _load(Snapshot, folder, BEST_NAME, sharded)),
             folder,
         )
         return Recovered(
@@ -312,7 +312,7 @@ def _is_complete(folder: Path, progress: Progress, step: int) -> bool:
     best_is_own = bool(rounds) and rounds[0].best_step == step  # Then the checkpoint's own weights are the best.
     return (
         _is_as_recorded(MaskSet, folder, MASKS_NAME, progress["masks"])
-        and _is_as_recorded(WeightsCopy, folder, BEST_NAME, None if best_is_own else progress["best"])
+        and _is_as_recorded(Snapshot, folder, BEST_NAME, None if best_is_own else progress["best"])
         and _is_as_recorded(Movement, folder, MOVEMENT_NAME, progress["movement"])
     )
 

@@ -18,7 +18,7 @@ from ..distributed.shards import has_shards
 from ..distributed.zero import has_partitions, require_maskable
 
 
-class Moment(NamedTuple):
+class Event(NamedTuple):
     """What Trainer hands to an event that may lead to a cut.
 
     Attributes:
@@ -38,7 +38,7 @@ class Moment(NamedTuple):
     dataloader: DataLoader[Any] | None
 
     @classmethod
-    def of(cls, args: TrainingArguments, state: TrainerState, given: Mapping[str, Any]) -> "Moment":
+    def of(cls, args: TrainingArguments, state: TrainerState, given: Mapping[str, Any]) -> "Event":
         """From the arguments of an event."""
         return cls(
             args, state, given["model"], given["optimizer"], given["lr_scheduler"], given.get("train_dataloader")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import TrainerControl, TrainerState
 
-from ..weights.snapshot import WeightsCopy
+from ..weights.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class FinishedRun:
     step: int
     epoch: float | None
     tokens: int
-    weights: WeightsCopy
+    weights: Snapshot
 
     @classmethod
     def of(cls, state: TrainerState, model: nn.Module) -> "FinishedRun":
         """Notes where a run is that is over, and copies its weights."""
-        return cls(state.global_step, state.epoch, state.num_input_tokens_seen, WeightsCopy.of(model))
+        return cls(state.global_step, state.epoch, state.num_input_tokens_seen, Snapshot.of(model))
 
     def stay_over_(self, state: TrainerState, control: TrainerControl) -> None:
         """Takes back what Trainer has counted, and lets nothing more happen."""

@@ -9,7 +9,7 @@ from torch import nn
 from ..config import PruningConfig
 from ..reporting.history import PruningHistory, Round
 from ..reporting.reports import SparsityReport
-from ..weights.snapshot import WeightsCopy
+from ..weights.snapshot import Snapshot
 from .pacing import Even, Patience
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Rounds:
         self.config = config
         self.pacing = pacing
         self.history = history
-        self.best: WeightsCopy | None = None
+        self.best: Snapshot | None = None
         self._clock = time.monotonic()
         self._nan_is_said = False
 
@@ -115,7 +115,7 @@ class Rounds:
         if self.pacing.round > 0:
             self.pacing.observe_(gain)
             if gain > 0 and self.config.patience and self.config.restore == "best":
-                self.best = WeightsCopy.of(model)
+                self.best = Snapshot.of(model)
 
     def count_step_(self, samples: int, tokens: int | None) -> None:
         """Counts what a step has cost; tokens are None where nobody counts them."""

@@ -11,7 +11,7 @@ from ..distributed.tensor_files import Tensors
 from ..distributed.zero import master_of, set_master_
 
 
-class WeightsCopy(Tensors):
+class Snapshot(Tensors):
     """A copy of a model's parameters and persistent buffers, on the CPU; of sharded ones, of this process's rows.
 
     Attributes:
@@ -21,7 +21,7 @@ class WeightsCopy(Tensors):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: nn.Module) -> "WeightsCopy":
+    def of(cls, model: nn.Module) -> "Snapshot":
         """Copies the weights of a model, unwrapped; with DeepSpeed in the precision in which they are trained."""
         with accessible(model):
             copies = {n: own(master_of(tensor)).to("cpu", copy=True) for n, tensor in _tensors_of(model).items()}

@@ -18,7 +18,7 @@ from hf_prune.distributed.gathering import accessible
 from hf_prune.distributed.shards import whole
 from hf_prune.distributed.zero import has_partitions, master_of, shape_of
 from hf_prune.reconstruction.sparsegpt import RECONSTRUCTIONS
-from hf_prune.weights.snapshot import WeightsCopy
+from hf_prune.weights.snapshot import Snapshot
 from tests.processes import in_turn, launch_function, on_two_processes
 from tests.structures.models import build as build_of_structures
 from tests.tiny import batch, build
@@ -320,7 +320,7 @@ def fail_in_the_second_step(rank: int, folder: Path, stage: int) -> tuple[str, s
         return inputs.weight.abs()
 
     model = build("llama")
-    before = WeightsCopy.of(model).digest()
+    before = Snapshot.of(model).digest()
     pruning = PruningTrainerCallback(PruningConfig(sparsity=0.5, score_steps=2), criterion=criterion)
     trainer = trainer_factory(folder)(model, pruning, train_dataset=batch(model, 8), max_steps=1, **zero(stage))
     with pytest.raises(ValueError, match="some are zero"):
@@ -328,7 +328,7 @@ def fail_in_the_second_step(rank: int, folder: Path, stage: int) -> tuple[str, s
     assert has_partitions(model)
     with accessible(model):
         assert all(torch.equal(master_of(parameter), parameter) for parameter in model.parameters())
-    return before, WeightsCopy.of(model).digest()
+    return before, Snapshot.of(model).digest()
 
 
 @pytest.mark.multiprocess

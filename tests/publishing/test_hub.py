@@ -31,7 +31,7 @@ from hf_prune import (
     save_pretrained,
     shrink,
 )
-from hf_prune.weights.snapshot import WeightsCopy
+from hf_prune.weights.snapshot import Snapshot
 from tests.hub import TOKEN, Hub, environment_of, running_hub, use
 from tests.processes import on_two_processes, results_in_turn
 from tests.structures.models import build as build_of_structures
@@ -159,7 +159,7 @@ def push_what_was_trained(rank: int, folder: Path, url: str) -> list[dict[str, t
             with pytest.raises(ValueError, match="several processes hold parts of the model"):
                 push_to_hub(model, "model")
         assert [commit is None for commit in committed] == [rank > 0] * len(committed)
-        weights = WeightsCopy.of(model)
+        weights = Snapshot.of(model)
         return {name: weights.whole(name) for name in weights.tensors}
 
     with pytest.MonkeyPatch.context() as monkeypatch:

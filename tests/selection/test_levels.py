@@ -5,12 +5,12 @@ from torch import nn
 from hf_prune import MaskSet, PruningConfig
 from hf_prune.resolving import resolve_targets
 from hf_prune.selection.levels import levels_of
-from hf_prune.structures.groups import NO_PLACES, Member, Place
+from hf_prune.structures.groups import NO_STRUCTURES, Member, StructureGroup
 
 
-def levels(config, sparsity, masks=None, places=NO_PLACES):
+def levels(config, sparsity, masks=None, structures=NO_STRUCTURES):
     targets = resolve_targets(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4)), config)
-    return levels_of(targets, MaskSet(masks or {}), sparsity, config, None, places)
+    return levels_of(targets, MaskSet(masks or {}), sparsity, config, None, structures)
 
 
 def test_a_cut_in_one_step():
@@ -39,12 +39,13 @@ def test_patterns_come_once_each():
 
 def test_of_structures_it_begins_where_the_one_is_that_has_lost_most():
     weight = nn.Parameter(torch.ones(4, 2))
-    places = {
-        name: Place(name, "neuron", 4, (Member(f"{name}.weight", weight, 0, torch.arange(4)),)) for name in ("a", "b")
+    structures = {
+        name: StructureGroup(name, "neuron", 4, (Member(f"{name}.weight", weight, 0, torch.arange(4)),))
+        for name in ("a", "b")
     }
     masks = {"a.weight": torch.tensor([[False], [False], [True], [True]]).expand(4, 2)}
     config = {"sparsity": 0.75, "score_steps": 2, "granularity": "neuron"}
     first = 1 - (0.75 * 0.25) ** 0.5  # 2 of 8 are gone.
-    assert levels(PruningConfig(**config), 0.75, masks, places) == pytest.approx([first, 0.75])
+    assert levels(PruningConfig(**config), 0.75, masks, structures) == pytest.approx([first, 0.75])
     first = 1 - (0.5 * 0.25) ** 0.5  # 2 of 4 in the first place.
-    assert levels(PruningConfig(**config, scope="layer"), 0.75, masks, places) == pytest.approx([first, 0.75])
+    assert levels(PruningConfig(**config, scope="layer"), 0.75, masks, structures) == pytest.approx([first, 0.75])

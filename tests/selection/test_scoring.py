@@ -6,7 +6,7 @@ from hf_prune import PruningConfig
 from hf_prune.criteria import POOLINGS, needs
 from hf_prune.resolving import resolve_targets
 from hf_prune.selection.scoring import structure_scores
-from hf_prune.structures.finding import find_places
+from hf_prune.structures.finding import find_structures
 
 POOLED = {"sum": torch.sum, "norm": lambda values: values.square().mean().sqrt()}
 
@@ -40,7 +40,7 @@ def test_the_score_of_a_structure_is_that_of_its_weights_alone(model, kind, pool
 
     config = PruningConfig(sparsity=0.5, granularity=kind)
     targets = resolve_targets(model, config)
-    (place,) = find_places(model, config, targets).values()
-    expected = [POOLED[pooling](weights_of(model, kind, number).double().abs()) for number in range(place.count)]
-    torch.testing.assert_close(structure_scores(place, targets, size, None, 0), torch.stack(expected))
-    assert any(member.name.endswith("bias") for member in place.members)  # These go with it, but are no targets.
+    (group,) = find_structures(model, config, targets).values()
+    expected = [POOLED[pooling](weights_of(model, kind, number).double().abs()) for number in range(group.count)]
+    torch.testing.assert_close(structure_scores(group, targets, size, None, 0), torch.stack(expected))
+    assert any(member.name.endswith("bias") for member in group.members)  # These go with it, but are no targets.

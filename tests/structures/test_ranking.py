@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-from hf_prune.structures.groups import Place
+from hf_prune.structures.groups import StructureGroup
 from hf_prune.structures.ranking import choose, require_attainable
 
 
 def places(*counts, kind="head", multiple=1, stay=()):
-    return {f"{kind} {i}": Place(f"{kind} {i}", kind, n, (), multiple, stay) for i, n in enumerate(counts)}
+    return {f"{kind} {i}": StructureGroup(f"{kind} {i}", kind, n, (), multiple, stay) for i, n in enumerate(counts)}
 
 
 def scores_of(structures, seed=0):

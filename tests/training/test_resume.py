@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, ViTConfig, 
 
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, sparsity_report
 from hf_prune.training.checkpoints import load_renamed_weights_, newest_complete
-from hf_prune.weights.snapshot import WeightsCopy
+from hf_prune.weights.snapshot import Snapshot
 from tests.processes import forkserver, launch_function
 from tests.resuming import KINDS, PATIENT, train_kinds
 from tests.tiny import FAMILIES, build
@@ -249,7 +249,7 @@ def test_kill_9_of_one_process(kind, killed):
     # What is saved is an ordinary model.
     saved = LlamaForCausalLM.from_pretrained(killed / "killed" / kind / "saved")
     assert saved.config.architectures == ["LlamaForCausalLM"]
-    assert WeightsCopy.of(saved).digest() == first["weights"]
+    assert Snapshot.of(saved).digest() == first["weights"]
     assert MaskSet.from_zeros(saved).digest() == first["masks"]
     if "deepspeed" not in KINDS[kind]:  # On four processes sums are in another order.
         four = outcomes_in(killed / "others" / kind)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_prune.weights.snapshot import WeightsCopy
+from hf_prune.weights.snapshot import Snapshot
 from tests.tiny import FAMILIES, build
 
 
@@ -20,12 +20,12 @@ def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_a_copy_stays_what_it_is_and_gives_the_model_back(family, tmp_path):
     model = build(family)
     parameters, before = list(model.parameters()), state(model)
-    best = WeightsCopy.of(model)
+    best = Snapshot.of(model)
     best.save(tmp_path / "best")
     digest = best.digest()
     change(model)
-    assert best.digest() == digest != WeightsCopy.of(model).digest()
-    for found in (best, WeightsCopy.load(tmp_path / "best")):
+    assert best.digest() == digest != Snapshot.of(model).digest()
+    for found in (best, Snapshot.load(tmp_path / "best")):
         change(model)
         found.restore_(model)
         assert found.digest() == digest
@@ -36,21 +36,21 @@ def test_a_copy_stays_what_it_is_and_gives_the_model_back(family, tmp_path):
 def test_a_tied_weight_is_kept_once():
     model = build("gpt2")
     assert model.lm_head.weight is model.transformer.wte.weight
-    assert len(WeightsCopy.of(model).tensors) == len(list(model.parameters()))
+    assert len(Snapshot.of(model).tensors) == len(list(model.parameters()))
 
 
 def test_batch_statistics_are_kept_and_what_is_not_saved_is_not():
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
     model.register_buffer("scratch", torch.zeros(3), persistent=False)
-    assert set(WeightsCopy.of(model).tensors) == set(model.state_dict())
+    assert set(Snapshot.of(model).tensors) == set(model.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_every_precision(dtype, tmp_path):
     model = build("llama", dtype)
-    best = WeightsCopy.of(model)
+    best = Snapshot.of(model)
     best.save(tmp_path / "best")
-    assert WeightsCopy.load(tmp_path / "best").digest() == best.digest()
+    assert Snapshot.load(tmp_path / "best").digest() == best.digest()
 
 
 def test_digests_tell_names_shapes_and_dtypes_apart():
@@ -63,14 +63,14 @@ def test_digests_tell_names_shapes_and_dtypes_apart():
         {},
         {"a": zeros, "b": zeros},
     ]
-    digests = {WeightsCopy(tensors).digest() for tensors in [{"a": zeros}, *others]}
+    digests = {Snapshot(tensors).digest() for tensors in [{"a": zeros}, *others]}
     assert len(digests) == 1 + len(others)
 
 
 def test_files_that_are_missing_or_damaged_are_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no tensors at .*missing"):
-        WeightsCopy.load(tmp_path / "missing")
-    WeightsCopy.of(build("llama")).save(tmp_path / "best")
+        Snapshot.load(tmp_path / "missing")
+    Snapshot.of(build("llama")).save(tmp_path / "best")
     (tmp_path / "best").write_bytes((tmp_path / "best").read_bytes()[:-1])
     with pytest.raises(ValueError, match="best is truncated or not a file of tensors"):
-        WeightsCopy.load(tmp_path / "best")
+        Snapshot.load(tmp_path / "best")

@@ -182,7 +182,7 @@ def _remove_parts_(model: nn.Module, parts: Structures, kept: Mapping[str, torch
         if attribute == "weight":
             _set_widths_(module, axis, stay)
     for name, group in parts.items():
-        for path, attribute, each in place.attributes:
+        for path, attribute, each in group.attributes:
             setattr(model.get_submodule(path), attribute, each * int(kept[name].sum()))
 
 

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from typer import Argument, Option
 
 from .config import CONFIG_NAME, PruningConfig
+from .plan import Method
 from .pruning import prune
 from .publishing.cards import base_model_of
 from .publishing.folders import local_folder
@@ -24,7 +25,6 @@ from .publishing.readers import read_batches
 from .reporting.history import HISTORY_NAME, PruningHistory
 from .reporting.plots import require_matplotlib
 from .reporting.savings import shrink_measured
-from .resolving import looks_at_data
 
 app = typer.Typer(
     help="Pruned models: how they are made, what is in them, and where they go.", no_args_is_help=True,
@@ -68,7 +68,7 @@ def prune_command(
     given = {name: value for name, value in {**flags, "calibration_samples": samples}.items() if value is not None}
     saved = {} if config is None else PruningConfig.from_pretrained(config).to_dict()
     asked = PruningConfig.from_dict({**saved, **given})
-    if calibration is not None and not looks_at_data(asked):
+    if calibration is not None and not Method.of(asked).looks_at_data:
         raise ValueError(
             f"the criterion {asked.criterion} with scope {asked.scope} looks at no data: leave --calibration out, or "
             "take another --criterion, such as wanda."

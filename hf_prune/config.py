@@ -2,29 +2,48 @@
 
 import copy
 import dataclasses
-import itertools
+import inspect
 import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
+from types import MappingProxyType, NoneType
+from typing import get_args, get_origin, get_type_hints
 
 from . import granularities, schedules
-from .checks import require_fraction, require_kind, require_regex
-from .criteria import CRITERIA
-from .reconstruction.sparsegpt import RECONSTRUCTIONS
+from .criteria import CRITERION_NAMES, RECONSTRUCTIONS
+from .granularities import Granularity
+from .pacing.timing import require_timing
 from .scopes import SCOPES
-from .training.optimizers import OPTIMIZER_STATES
+from .selection.structural_granularity import MULTIPLE_OF
 from .weights.targets import is_regex
 
 CONFIG_NAME = "pruning_config.json"
 RESTORE = ("best", "last")
-CRITERION_NAMES = (*CRITERIA, *RECONSTRUCTIONS)
+OPTIMIZER_STATES = ("mask", "reset", "keep")
+_CHOICES: dict[str, Iterable[str]] = {
+    "schedule": schedules.SCHEDULES,
+    "criterion": CRITERION_NAMES,
+    "scope": SCOPES,
+    "optimizer_state": OPTIMIZER_STATES,
+    "restore": RESTORE,
+}
 
 
+def _with_help(config: type["PruningConfig"]) -> type["PruningConfig"]:
+    """Gives each field its entry in the docstring, and what there is to choose from, as the help of its flag."""
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(config) or "", flags=re.MULTILINE)
+    help_of = {name: " ".join(text.split()).replace("%", "%%") for name, text in entries}  # None under `-OO`.
+    for field in dataclasses.fields(config):
+        choices = f" One of: {', '.join(_CHOICES[field.name])}." if field.name in _CHOICES else ""
+        field.metadata = MappingProxyType({"help": help_of.get(field.name, "") + choices})
+    return config
+
+
+@_with_help
 @dataclass(frozen=True)
 class PruningConfig:
     """What to prune, how far, and when. `PruningConfig(sparsity=0.8)` is complete.
@@ -41,8 +60,8 @@ class PruningConfig:
         initial_sparsity: Sparsity after the first cut of the hybrid schedule.
         sparsities: The absolute sparsity after each round, rising, instead of a schedule.
         criterion: What a weight is worth: a key of `hf_prune.criteria.CRITERIA`, or a method of
-            `hf_prune.reconstruction.sparsegpt.RECONSTRUCTIONS` ("sparsegpt"), which also changes the weights that it
-            keeps so that each layer's outputs stay what they were.
+            `hf_prune.criteria.RECONSTRUCTIONS` ("sparsegpt"), which also changes the weights that it keeps so that
+            each layer's outputs stay what they were.
         calibration_samples: Number of training samples that a criterion or scope looks at in each cut, if it looks at
             data; of all processes together.
         score_steps: Number of steps in which a cut reaches its sparsity, each leaving the same share of what the one
@@ -103,90 +122,34 @@ class PruningConfig:
         [0.5]
     """
 
-    sparsity: float | None = field(
-        default=None, metadata={"help": "Fraction of the targeted weights to remove, in [0, 1)."}
-    )
-    schedule: str = field(
-        default="auto", metadata={"help": f"How sparse after each round: {', '.join(schedules.SCHEDULES)}."}
-    )
-    rounds: int | None = field(
-        default=None, metadata={"help": "Number of rounds; the schedule's own default if left out."}
-    )
-    initial_sparsity: float | None = field(
-        default=None, metadata={"help": "Sparsity after the first cut of the hybrid schedule."}
-    )
-    sparsities: list[float] | None = field(
-        default=None, metadata={"help": "Absolute sparsity after each round, instead of a schedule."}
-    )
-    criterion: str = field(
-        default="magnitude", metadata={"help": f"What a weight is worth: {', '.join(CRITERION_NAMES)}."}
-    )
-    calibration_samples: int = field(
-        default=128, metadata={"help": "Training samples that a criterion looks at in each cut."}
-    )
-    score_steps: int = field(
-        default=1, metadata={"help": "Steps in which a cut reaches its sparsity, each with new scores."}
-    )
-    granularity: str = field(
-        default="unstructured",
-        metadata={
-            "help": "What is removed together: unstructured, N:M, block:RxC, or whole structures: "
-            f"{', '.join(granularities.STRUCTURES)}."
-        },
-    )
-    scope: str = field(default="auto", metadata={"help": f"Which weights compete: {', '.join(SCOPES)}."})
+    sparsity: float | None = None
+    schedule: str = "auto"
+    rounds: int | None = None
+    initial_sparsity: float | None = None
+    sparsities: list[float] | None = None
+    criterion: str = "magnitude"
+    calibration_samples: int = 128
+    score_steps: int = 1
+    granularity: str = "unstructured"
+    scope: str = "auto"
     # The order inside of these three unions is what HfArgumentParser can read.
-    layer_sparsity: dict[str, float] | str | None = field(
-        default=None,
-        metadata={"help": 'Regular expression of module names to their own sparsity, as JSON: {".*mlp.*": 0.9}.'},
-    )
-    target_modules: list[str] | None | str = field(  # noqa: RUF036
-        default=None, metadata={"help": "Modules to prune: exact names, last components or regular expressions."}
-    )
-    exclude_modules: list[str] | None | str = field(  # noqa: RUF036
-        default=None, metadata={"help": "Modules to leave out: exact names, last components or regular expressions."}
-    )
-    begin: float = field(
-        default=0.0, metadata={"help": "Where the first round begins: steps, or below 1 a fraction of the run."}
-    )
-    end: float | None = field(
-        default=None,
-        metadata={
-            "help": "Where the rounds end, in the same words; after a quarter of what follows begin if left out, with "
-            "patience after half of it."
-        },
-    )
-    # A number too: HfArgumentParser cannot read `int | list[int]`.
-    patience: list[int] | None = field(
-        default=None,
-        metadata={"help": "Evaluations without improvement that end a round: one number, or one for each round."},
-    )
-    min_delta: float = field(default=0.0, metadata={"help": "An improvement of the metric is a gain above this."})
-    max_round_steps: int | None = field(
-        default=None, metadata={"help": "The most steps that a round with patience may take."}
-    )
-    min_round_steps: int | None = field(
-        default=None, metadata={"help": "The steps that patience leaves to each later round."}
-    )
-    restore: str = field(
-        default="best", metadata={"help": f"What a round with patience hands on: {' or '.join(RESTORE)} weights."}
-    )
-    metric: str | None = field(
-        default=None, metadata={"help": "Evaluation metric that patience and the history follow."}
-    )
-    restart_lr: bool = field(default=False, metadata={"help": "Start the learning-rate schedule anew at each cut."})
-    optimizer_state: str = field(
-        default="mask", metadata={"help": f"What a cut does to the optimizer: {', '.join(OPTIMIZER_STATES)}."}
-    )
-    hold_zeros: bool = field(default=False, metadata={"help": "Keep at zero what is zero at the start."})
-    multiple_of: int = field(
-        default=8, metadata={"help": "The number of neurons or channels that remain is a multiple of this."}
-    )
-    shrink_at_end: bool = field(default=True, metadata={"help": "Remove pruned structures when training ends."})
-    uniform: bool = field(
-        default=False,
-        metadata={"help": "Remove as many structures everywhere, so that an ordinary config says what is left."},
-    )
+    layer_sparsity: dict[str, float] | str | None = None
+    target_modules: list[str] | None | str = None  # noqa: RUF036
+    exclude_modules: list[str] | None | str = None  # noqa: RUF036
+    begin: float = 0.0
+    end: float | None = None
+    patience: list[int] | None = None  # A number too: HfArgumentParser cannot read `int | list[int]`.
+    min_delta: float = 0.0
+    max_round_steps: int | None = None
+    min_round_steps: int | None = None
+    restore: str = "best"
+    metric: str | None = None
+    restart_lr: bool = False
+    optimizer_state: str = "mask"
+    hold_zeros: bool = False
+    multiple_of: int = MULTIPLE_OF
+    shrink_at_end: bool = True
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.layer_sparsity, str):
@@ -196,76 +159,30 @@ class PruningConfig:
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             value = list(value) if isinstance(value, tuple) else copy.copy(value)  # The caller's own may change later.
-            require_kind(name, value, hint)
+            _require_kind(name, value, hint)
             object.__setattr__(self, name, value)
         if self.sparsity is not None:
-            require_fraction("sparsity", self.sparsity)
+            _require_fraction("sparsity", self.sparsity)
         for value in self.sparsities or []:
-            require_fraction("each of sparsities", value)
-        for pattern, value in self.own_sparsities.items():
-            if not isinstance(pattern, str):
-                raise ValueError(f"layer_sparsity must map regular expressions to sparsities, got {pattern!r}.")
-            require_fraction(f"layer_sparsity[{pattern!r}]", value)
-            require_regex("layer_sparsity", pattern)
-        self._check_patterns()
+            _require_fraction("each of sparsities", value)
+        self._require_patterns()
         for name in ("calibration_samples", "score_steps", "multiple_of"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        known = {
-            "criterion": CRITERION_NAMES,
-            "scope": SCOPES,
-            "optimizer_state": OPTIMIZER_STATES,
-            "restore": RESTORE,
-        }
-        for name, allowed in known.items():
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
-        self._check_begin_and_end()
-        if self._pattern is not None:
-            for name in ("scope", "layer_sparsity"):
-                if getattr(self, name) not in ("auto", None):
-                    raise ValueError(
-                        f"{name} does not apply to granularity {self.granularity!r}: weights compete within their "
-                        f"groups, and each layer has the same sparsity. Leave {name} out."
-                    )
-        self._check_structures()
+        granularity = granularities.parse(self.granularity, multiple_of=self.multiple_of, uniform=self.uniform)
+        asked = {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
+        granularity.require_options(asked)
         if self.criterion in RECONSTRUCTIONS:
-            self._check_reconstruction()
+            self._require_reconstruction(granularity)
         # Computed once here so that a schedule that cannot be is an error at once.
-        object.__setattr__(self, "_round_sparsities", self._resolve_rounds())
-        self._check_patience()
+        object.__setattr__(self, "_round_sparsities", self._resolve_rounds(granularity))
+        require_timing(self, asked)
 
-    def _check_structures(self) -> None:
-        if not isinstance(granularities.parse(self.granularity), granularities.Structural):
-            for name in ("multiple_of", "shrink_at_end", "uniform"):
-                if getattr(self, name) != getattr(type(self), name):
-                    raise ValueError(
-                        f"{name} is about structures, and granularity {self.granularity!r} has none. Choose one of "
-                        f"{', '.join(granularities.STRUCTURES)}."
-                    )
-            return
-        allowed = ["auto"]
-        if self.granularity != "layer":
-            allowed += ["layer"] if self.uniform else ["global", "layer"]
-        if self.scope not in allowed:
-            raise ValueError(
-                f"scope must be one of {', '.join(allowed)} with granularity {self.granularity!r}"
-                f"{' and uniform' if self.uniform else ''}; got {self.scope!r}."
-            )
-        if self.layer_sparsity and self.uniform:
-            raise ValueError(
-                "layer_sparsity contradicts uniform, which removes the same number everywhere. Leave one of them out."
-            )
-        if self.layer_sparsity and self.granularity == "layer":
-            raise ValueError("layer_sparsity does not apply to granularity 'layer': all layers are one pool.")
-        if self.multiple_of != type(self).multiple_of and self.granularity in ("head", "layer"):
-            raise ValueError(
-                f"multiple_of is about neurons and channels, and granularity {self.granularity!r} has none. Leave it "
-                "out."
-            )
-
-    def _check_reconstruction(self) -> None:
-        if not isinstance(granularities.parse(self.granularity), (granularities.Unstructured, granularities.Pattern)):
+    def _require_reconstruction(self, granularity: Granularity) -> None:
+        if not granularity.can_reconstruct:
             raise ValueError(
                 f"{self.criterion} chooses weights one by one or N of every M; granularity {self.granularity!r} does "
                 "not go with it."
@@ -278,54 +195,19 @@ class PruningConfig:
         if self.score_steps != 1:
             raise ValueError(f"{self.criterion} scores anew as it goes; leave score_steps out.")
 
-    def _check_patterns(self) -> None:
+    def _require_patterns(self) -> None:
+        for pattern, value in self.own_sparsities.items():
+            if not isinstance(pattern, str):
+                raise ValueError(f"layer_sparsity must map regular expressions to sparsities, got {pattern!r}.")
+            _require_fraction(f"layer_sparsity[{pattern!r}]", value)
+            _require_regex("layer_sparsity", pattern)
         for name in ("target_modules", "exclude_modules"):
             patterns = getattr(self, name)
             for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
                 if not isinstance(pattern, str):
                     raise ValueError(f"{name} must hold names or regular expressions, got {pattern!r}.")
                 if isinstance(patterns, str) or is_regex(pattern):
-                    require_regex(name, pattern)
-
-    def _check_begin_and_end(self) -> None:
-        if not 0 <= self.begin < math.inf:
-            raise ValueError(f"begin must be 0 or more (steps, or below 1 a fraction of the run), got {self.begin}.")
-        if self.end is not None and not 0 < self.end < math.inf:
-            raise ValueError(f"end must be above 0 (steps, or below 1 a fraction of the run), got {self.end}.")
-        for name in ("begin", "end"):
-            if (value := getattr(self, name)) is not None and value >= 1 and value % 1:
-                raise ValueError(f"{name} must be a whole number of steps where it is not below 1, got {value}.")
-        # Steps and fractions compare only when the length of the run is known.
-        if self.end is not None and (self.begin >= 1) == (self.end >= 1) and self.begin >= self.end:
-            raise ValueError(f"begin must be before end, got begin={self.begin} and end={self.end}.")
-
-    def _check_patience(self) -> None:
-        numbers = [("patience", number) for number in self.patience or []]
-        numbers += [(name, getattr(self, name)) for name in ("max_round_steps", "min_round_steps")]
-        for name, number in numbers:
-            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}.")
-        if not 0 <= self.min_delta < math.inf:
-            raise ValueError(f"min_delta must be 0 or more, in units of the metric, got {self.min_delta}.")
-        if self.patience is None:
-            for name in ("min_delta", "max_round_steps", "min_round_steps", "restore"):
-                if getattr(self, name) != getattr(type(self), name):
-                    raise ValueError(f"{name} needs patience: without it, rounds are spread evenly.")
-            return
-        if not self.round_sparsities:
-            raise ValueError(
-                "patience needs rounds to end, and with hold_zeros alone there are none. Give a sparsity."
-            )
-        if not 1 <= len(self.patience) <= len(self.round_sparsities):
-            raise ValueError(
-                f"patience must have one number, or at most one for each of the {len(self.round_sparsities)} rounds, "
-                f"got {len(self.patience)}."
-            )
-        if self.max_round_steps is not None and (self.min_round_steps or 1) > self.max_round_steps:
-            raise ValueError(
-                f"min_round_steps must be at most max_round_steps, got {self.min_round_steps} and "
-                f"{self.max_round_steps}."
-            )
+                    _require_regex(name, pattern)
 
     @property
     def round_sparsities(self) -> list[float]:
@@ -338,68 +220,27 @@ class PruningConfig:
         assert not isinstance(self.layer_sparsity, str)  # `__post_init__` has read it.
         return dict(self.layer_sparsity or {})
 
-    def sparsities_of(self, names: Iterable[str], sparsity: float) -> dict[str, float]:
-        """The sparsity in a round of each name that `layer_sparsity` matches: as far on its way to its final one.
-
-        Args:
-            names: Names of modules, or of groups of structures.
-            sparsity: The sparsity of the round.
-
-        Returns:
-            Name → sparsity. What no pattern matches is left out.
-        """
-        progress = sparsity / self.round_sparsities[-1] if self.round_sparsities[-1] else 1.0
-        return {
-            name: own[0] * progress
-            for name in names
-            if (own := [value for pattern, value in self.own_sparsities.items() if re.fullmatch(pattern, name)])
-        }
-
-    def require_layer_sparsity_matches(self, names: Collection[str], what: str) -> None:
-        """Requires that each pattern of `layer_sparsity` matches something.
-
-        Args:
-            names: Names of modules, or of groups of structures.
-            what: What they are, for the message.
-
-        Raises:
-            ValueError: if a pattern matches none of them.
-        """
-        for pattern in self.own_sparsities:
-            if not any(re.fullmatch(pattern, name) for name in names):
-                raise ValueError(
-                    f"layer_sparsity: {pattern!r} matches none of the {what}, such as {next(iter(names))!r}. It has "
-                    "to match a whole name."
-                )
-
-    def _resolve_rounds(self) -> list[float]:
+    def _resolve_rounds(self, granularity: Granularity) -> list[float]:
         given = [n for n in ("rounds", "initial_sparsity") if getattr(self, n) is not None]
         given += ["schedule"] if self.schedule != "auto" else []
         if self.sparsities is not None:
             values = schedules.explicit(self.sparsities)
             if given or (self.sparsity is not None and self.sparsity != values[-1]):
                 raise ValueError(f"sparsities says all about the rounds; leave out {', '.join(given) or 'sparsity'}.")
-            return self._on_pattern(values)
-        target = self._target_sparsity()
+            return granularity.attainable(values, rounds_are_asked=True)
+        target = self._target_sparsity(granularity)
         if target is None:
             given += ["layer_sparsity"] if self.layer_sparsity else []
             if given:
                 raise ValueError(f"{', '.join(given)} needs a sparsity. With hold_zeros alone, nothing is pruned.")
             return []
-        schedule = self.schedule
-        if schedule == "auto" and self._pattern is not None and self.initial_sparsity is None:
-            # The few steps that a pattern has on its way are taken one by one.
-            schedule = "one_shot" if self.rounds is None else "constant"
-        return self._on_pattern(schedules.resolve(schedule, target, self.rounds, self.initial_sparsity))
+        auto = self.schedule == "auto"
+        schedule = granularity.auto_schedule(self.rounds, self.initial_sparsity) if auto else self.schedule
+        values = schedules.resolve(schedule, target, self.rounds, self.initial_sparsity)
+        return granularity.attainable(values, rounds_are_asked=self.rounds is not None)
 
-    @property
-    def _pattern(self) -> granularities.Pattern | None:
-        granularity = granularities.parse(self.granularity)
-        return granularity if isinstance(granularity, granularities.Pattern) else None
-
-    def _target_sparsity(self) -> float | None:
-        if self._pattern is not None:
-            fixed = 1 - self._pattern.n / self._pattern.m
+    def _target_sparsity(self, granularity: Granularity) -> float | None:
+        if (fixed := granularity.fixed_sparsity) is not None:
             if self.sparsity is not None and not math.isclose(self.sparsity, fixed):
                 raise ValueError(
                     f"granularity {self.granularity!r} fixes sparsity at {fixed:g}, got {self.sparsity}. "
@@ -412,22 +253,6 @@ class PruningConfig:
                 "hold_zeros=True to keep the zeros of a sparse model and prune nothing further."
             )
         return self.sparsity
-
-    def _on_pattern(self, values: list[float]) -> list[float]:
-        """For N:M, moves each sparsity to the nearest pattern k:M on the way."""
-        if self._pattern is None:
-            return values
-        n, m = self._pattern.n, self._pattern.m
-        dropped = [round(value * m) for value in values]
-        if self.rounds is None and self.sparsities is None:
-            dropped = sorted(set(dropped) - {0})  # Nobody asked for rounds that would not get further.
-        if dropped[-1] != m - n or any(a >= b for a, b in itertools.pairwise([0, *dropped])):
-            raise ValueError(
-                f"the rounds of {self.granularity} go through (M-1):M, (M-2):M … {n}:{m}: each prunes one more or "
-                f"several of every {m}, and the last ends at {1 - n / m:g}; got sparsities "
-                f"{', '.join(f'{value:g}' for value in values)}. Take fewer rounds, or another schedule."
-            )
-        return [count / m for count in dropped]
 
     def to_dict(self) -> dict[str, object]:
         """The fields as JSON primitives."""
@@ -481,6 +306,11 @@ class PruningConfig:
         return cls.from_dict(values)
 
 
+def asked_in(folder: Path) -> str | None:
+    """What a saved model was asked to be, as `PruningConfig.without_defaults` says it; None if nobody has said it."""
+    return PruningConfig.from_pretrained(folder).without_defaults() if (folder / CONFIG_NAME).is_file() else None
+
+
 def _parse_layer_sparsity(text: str) -> dict[str, float]:
     try:
         values = json.loads(text)
@@ -489,3 +319,30 @@ def _parse_layer_sparsity(text: str) -> dict[str, float]:
     if not isinstance(values, dict):
         raise ValueError(f'layer_sparsity must be an object such as {{".*mlp.*": 0.9}}, got {text!r}.')
     return values
+
+
+def _require_kind(name: str, value: object, hint: object) -> None:
+    """Requires the type that an annotation names. What a list or dict holds is not looked at."""
+    kinds = [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
+    # Whole numbers pass for fractions, but True and False do not pass for numbers.
+    allowed = [*kinds, int] if float in kinds else kinds
+    if not isinstance(value, tuple(allowed)) or isinstance(value, bool) != (bool in kinds):
+        words = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be {words}, got {value!r}.")
+
+
+def _require_fraction(name: str, value: object) -> None:
+    """Requires a number in `[0, 1)`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}.")
+    if not 0 <= value < 1:
+        hint = f" Did you mean {value / 100:g}?" if 1 < value < 100 else ""
+        raise ValueError(f"{name} must be in [0, 1), got {value}.{hint}")
+
+
+def _require_regex(name: str, pattern: str) -> None:
+    """Requires a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {pattern!r} is not a regular expression ({error}).") from error

@@ -15,6 +15,9 @@ import torch
 Pooling = Literal["sum", "norm"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
+Statistics = Mapping[str, Mapping[str, torch.Tensor]]
+"""Name of a statistic → parameter → its values, in float32, of a shape that broadcasts with the weight's."""
+
 
 @dataclass(frozen=True)
 class ScoreInputs:
@@ -291,3 +294,7 @@ CRITERIA: dict[str, Criterion] = {
     "snip": snip,
     "lamp": lamp,
 }
+
+RECONSTRUCTIONS = ("sparsegpt",)
+"""Methods in place of a criterion that also change the weights that they keep: see `hf_prune.reconstruction`."""
+CRITERION_NAMES = (*CRITERIA, *RECONSTRUCTIONS)

@@ -1,6 +1,7 @@
 """Scopes: which weights compete with which, and how many of them go.
 
 A scope turns one sparsity into pools: names whose groups are ranked together, and the number of groups to drop in all.
+One more scope is one more line in `SCOPES`.
 """
 
 import math
@@ -8,14 +9,38 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
+from .criteria import ScoreInputs, needs_of, wanda
 
-SCOPES = ("auto", "global", "layer", "row", "erk", "owl")
 _OUTLIER = 5.0  # What is this many times the layer's mean is an outlier: `M` in the paper, which takes 5 or 7.
 OWL_SPREAD = 0.08  # Half of how far apart the sparsities of two layers may be: `λ` in the paper.
 
 SparsityRule = Callable[[float], Mapping[str, float]]
 """A level in `[0, 1]` → the sparsity of each tensor, which rises with it from 0 or less to 1 or more."""
+
+
+RuleOf = Callable[[Mapping[str, int], Mapping[str, tuple[int, ...]], Mapping[str, float]], SparsityRule]
+"""Number of groups of each tensor, its dimensions, and what `Scope.measure` says of it → the rule."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which weights compete.
+
+    Attributes:
+        name: A key of `SCOPES`.
+        pools_tensors: Whether a sparsity holds for all tensors together; else for each by itself.
+        within_rows: Whether it holds for each row of a tensor by itself.
+        rule: How it is divided among the tensors, each of which is then a pool; None if all of them are one.
+        measure: What the rule has to know of each tensor; None if nothing.
+        needs: The statistics that `measure` reads.
+    """
+
+    name: str
+    pools_tensors: bool = True
+    within_rows: bool = False
+    rule: RuleOf | None = None
+    measure: Callable[[ScoreInputs], float] | None = None
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,24 +59,23 @@ class Pool:
 def pools(
     sizes: Mapping[str, int],
     sparsity: float,
-    scope: str,
+    scope: Scope,
     *,
     shapes: Mapping[str, tuple[int, ...]],
     dropped: Mapping[str, int],
     layer_sparsity: Mapping[str, float],
-    outlier_ratios: Mapping[str, float] | None = None,
+    measured: Mapping[str, float] | None = None,
 ) -> list[Pool]:
     """Divides the tensors into pools.
 
     Args:
         sizes: Name → number of groups (of weights, where the granularity is unstructured).
         sparsity: Fraction of the groups to drop, in `[0, 1)`.
-        scope: "global" (one pool), "layer" (a pool for each tensor, all with the same sparsity), or "erk" and "owl" (a
-            pool for each tensor, the sparsity by the Erdős–Rényi kernel rule or by outliers, exact in total).
-        shapes: Name → dimensions of one layer's weight, for "erk".
+        scope: Which of them compete: with a rule each is a pool, and their sparsities are exact in total.
+        shapes: Name → dimensions of one layer's weight.
         dropped: Name → number of groups dropped before; a pool never drops fewer.
         layer_sparsity: Name → its own sparsity. These tensors leave the competition; `sparsity` holds for the rest.
-        outlier_ratios: Name → `outlier_ratio` of its weights, for "owl".
+        measured: Name → what `scope.measure` says of it.
 
     Returns:
         Pools that cover all names once.
@@ -61,7 +85,7 @@ def pools(
     """
     rest = {name: size for name, size in sizes.items() if name not in layer_sparsity}
     result = [Pool((name,), round(own * sizes[name])) for name, own in layer_sparsity.items()]
-    if scope == "layer":
+    if not scope.pools_tensors:
         result += [Pool((name,), round(sparsity * size)) for name, size in rest.items()]
     elif rest:
         result.append(Pool(tuple(rest), round(sparsity * sum(rest.values()))))
@@ -74,9 +98,8 @@ def pools(
                 "for in this round. What is pruned stays pruned: take fewer rounds or a higher initial_sparsity, or "
                 "start without hold_zeros."
             )
-    if scope in ("erk", "owl") and rest:
-        rule = _erk(rest, shapes) if scope == "erk" else _owl(rest, outlier_ratios or {})
-        counts = divide(result[-1].drop, rule, rest, dropped)
+    if scope.rule is not None and rest:
+        counts = divide(result[-1].drop, scope.rule(rest, shapes, measured or {}), rest, dropped)
         result[-1:] = [Pool((name,), count) for name, count in counts.items()]
     return result
 
@@ -109,19 +132,17 @@ def divide(drop: int, rule: SparsityRule, sizes: Mapping[str, int], dropped: Map
     return counts
 
 
-def outlier_ratio(scores: torch.Tensor) -> float:
-    """The fraction of a tensor's weights that are outliers, of those whose score is not zero.
+def outlier_ratio(inputs: ScoreInputs) -> float:
+    """The fraction of a tensor's weights that are outliers by `hf_prune.criteria.wanda`: `|w| · ‖x‖₂`.
 
-    So neither pruned weights nor those of dead inputs count.
-
-    Args:
-        scores: `|w| · ‖x‖₂`, the scores of `hf_prune.criteria.wanda`.
+    It is of those whose score is not zero, so that neither pruned weights nor those of dead inputs count.
     """
+    scores = wanda(inputs)
     scores = scores[scores != 0]
     return float((scores > _OUTLIER * scores.mean()).float().mean()) if len(scores) else 0.0
 
 
-def _erk(sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> SparsityRule:
+def _erk(sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], _: Mapping[str, float]) -> SparsityRule:
     """The Erdős–Rényi kernel rule: a layer's density goes with the sum of its dimensions over their product.
 
     Source: Evci et al. 2020, "Rigging the Lottery", arXiv 1911.11134.
@@ -131,7 +152,7 @@ def _erk(sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> Spa
     return lambda level: {name: 1 - (1 - level) * top * density[name] for name in sizes}
 
 
-def _owl(sizes: Mapping[str, int], ratios: Mapping[str, float]) -> SparsityRule:
+def _owl(sizes: Mapping[str, int], _: Mapping[str, tuple[int, ...]], ratios: Mapping[str, float]) -> SparsityRule:
     """Outlier weighed layer-wise sparsity: the more outliers a layer has, the denser it stays.
 
     The tensors of a block are one layer, as in the paper, and equally sparse: those whose names are alike up to the
@@ -150,3 +171,14 @@ def _owl(sizes: Mapping[str, int], ratios: Mapping[str, float]) -> SparsityRule:
     extra = {n: 2 * OWL_SPREAD * (ratio_of[layer_of[n]] - low) / (high - low or 1) for n in sizes}
     # From all dense to all pruned, with the extra density at every level in between.
     return lambda level: {name: (1 + 2 * OWL_SPREAD) * level - extra[name] for name in sizes}
+
+
+GLOBAL = Scope("global")
+SCOPES: dict[str, Scope | None] = {
+    "auto": None,  # What the criterion says.
+    "global": GLOBAL,
+    "layer": Scope("layer", pools_tensors=False),
+    "row": Scope("row", pools_tensors=False, within_rows=True),
+    "erk": Scope("erk", rule=_erk),
+    "owl": Scope("owl", rule=_owl, measure=outlier_ratio, needs=needs_of(wanda)),
+}

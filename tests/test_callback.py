@@ -536,7 +536,7 @@ def test_tensorboard_shows_sparsity_and_round(make_trainer, tmp_path, monkeypatc
 def test_one_readable_line_a_round(make_trainer, caplog):
     with caplog.at_level(logging.INFO, logger="hf_prune"):
         make_trainer(build("llama"), PruningTrainerCallback(FOUR_ROUNDS)).train()
-    lines = [record.getMessage() for record in caplog.records if record.name == "hf_prune.callback"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "hf_prune.training.events"]
     assert lines[1] == "Round 2 of 4 at step 1: sparsity 0.5527, 2,547 of 4,608 weights pruned."
     assert len(lines) == 4
 

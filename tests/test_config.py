@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_prune.config import CONFIG_NAME, CRITERION_NAMES, RESTORE, PruningConfig
+from hf_prune.config import CONFIG_NAME, OPTIMIZER_STATES, RESTORE, PruningConfig
+from hf_prune.criteria import CRITERION_NAMES
 from hf_prune.schedules import SCHEDULES, resolve
 from hf_prune.scopes import SCOPES
-from hf_prune.training.optimizers import OPTIMIZER_STATES
 
 FIELDS = dataclasses.fields(PruningConfig)
 

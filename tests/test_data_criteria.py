@@ -11,10 +11,10 @@ from transformers import Trainer, default_data_collator
 
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, ScoreInputs, prune
 from hf_prune.calibration.statistics import STATISTICS
-from hf_prune.criteria import CRITERIA, needs, needs_of
+from hf_prune.criteria import CRITERIA, RECONSTRUCTIONS, needs, needs_of
+from hf_prune.plan import Plan
 from hf_prune.pruning import cut_
-from hf_prune.reconstruction.sparsegpt import RECONSTRUCTIONS
-from hf_prune.resolving import effective_scope, resolve_targets
+from hf_prune.weights.targets import find_targets
 from tests.tiny import batch, build
 from tests.trainers import trainer_factory
 from tests.training.test_resume import STEPS, forget_after, outcome, start
@@ -52,7 +52,7 @@ def test_the_data_decide(name):
         model = build("llama")
         samples = DataLoader(batch(model, 8, seed), batch_size=4, collate_fn=default_data_collator)
         prune(model, config, samples)
-        masks.append(MaskSet.from_zeros(model, resolve_targets(model, config)).digest())
+        masks.append(MaskSet.from_zeros(model).digest())
     assert masks[0] == masks[1] != masks[2]
 
 
@@ -89,10 +89,9 @@ def test_each_score_step_leaves_the_same_share(steps):
 def test_score_steps_go_on_from_what_is_pruned():
     model = build("llama")
     config = PruningConfig(sparsity=0.9, score_steps=2)
-    targets = resolve_targets(model, config)
-    half = cut_(model, targets, MaskSet(), 0.5, config)
+    half = cut_(model, Plan.of(model, config), MaskSet(), 0.5)
     levels = Levels(model)
-    masks = cut_(model, targets, half, 0.9, config, criterion=levels)
+    masks = cut_(model, Plan.of(model, config, levels), half, 0.9)
     total = masks.total
     assert levels.seen[-1] == round((1 - math.sqrt(0.5 * 0.1)) * total)
     assert masks.masked == round(0.9 * total)
@@ -114,9 +113,9 @@ def test_score_steps_go_on_where_layers_are_as_sparse_as_they_want():
     model = build("llama")
     own = {".*mlp.*": 0.1}
     config = PruningConfig(sparsities=[0.5, 0.8], layer_sparsity=own, score_steps=4)
-    targets, masks = resolve_targets(model, config), MaskSet()
+    plan, masks = Plan.of(model, config), MaskSet()
     for sparsity in config.round_sparsities:
-        masks = cut_(model, targets, masks, sparsity, config)
+        masks = cut_(model, plan, masks, sparsity)
     rest = [mask for name, mask in masks.items() if "mlp" not in name]
     assert sum(int((~mask).sum()) for mask in rest) == round(0.8 * sum(mask.numel() for mask in rest))
 
@@ -138,7 +137,7 @@ def test_scoring_anew_changes_what_the_data_say():
     for steps in (1, 4):
         model, config = build("llama"), PruningConfig(sparsity=0.8, criterion="fisher", score_steps=steps)
         prune(model, config, data(model))
-        digests.add(MaskSet.from_zeros(model, resolve_targets(model, config)).digest())
+        digests.add(MaskSet.from_zeros(model).digest())
     assert len(digests) == 2
 
 
@@ -166,8 +165,8 @@ def test_under_peft_the_data_say_the_same_of_the_base_weights(name, caplog):
     expected, report = prune(plain, config, data(plain)), prune(model, config, data(base))
     assert report.zeros == expected.zeros
     for (_, left), (_, right) in zip(
-        sorted(resolve_targets(plain, config).items()),
-        sorted((n.removeprefix("base_model.model."), t) for n, t in resolve_targets(model, config).items()),
+        sorted(find_targets(plain).items()),
+        sorted((n.removeprefix("base_model.model."), t) for n, t in find_targets(model).items()),
         strict=True,
     ):
         torch.testing.assert_close(right.weight, left.weight, rtol=1e-4, atol=1e-5)
@@ -204,7 +203,9 @@ def test_rounds_are_exact_and_resumed_to_the_last_bit(name, tmp_path):
     trainer.train()
     for row in pruning.history:
         # In rows each is rounded: those of GPT-2 here have 16 inputs.
-        slack = {"row": row.total / 32, "layer": 0.5 * len(pruning.masks)}.get(effective_scope(config), 0.5)
+        slack = {"row": row.total / 32, "layer": 0.5 * len(pruning.masks)}.get(
+            Plan.of(trainer.model, config).scope.name, 0.5
+        )
         assert abs(row.masked - row.asked * row.total) <= slack
     expected = outcome(trainer, pruning)
     for step in (STEPS - 2, 4, 1):

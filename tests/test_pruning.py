@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from hf_prune import MaskSet, PruningConfig, ScoreInputs, prune, sparsity_report
-from hf_prune.config import CRITERION_NAMES
-from hf_prune.pruning import cut_, next_masks
-from hf_prune.reconstruction.sparsegpt import RECONSTRUCTIONS
-from hf_prune.resolving import effective_scope, resolve_targets
+from hf_prune.calibration.samples import CalibrationData
+from hf_prune.criteria import CRITERION_NAMES, RECONSTRUCTIONS
+from hf_prune.plan import Method, Plan
+from hf_prune.pruning import cut_
 from hf_prune.schedules import SCHEDULES
 from hf_prune.scopes import SCOPES
 from hf_prune.weights.masks import masked_in
@@ -96,7 +96,7 @@ def test_every_cell_is_exact(family, criterion, granularity, scope):
 
     sparsity = config.round_sparsities[-1]
     group = 8 if granularity.startswith("block") else 1
-    scope = effective_scope(config)
+    scope = Method.of(config).scope.name
     is_pattern = granularity in ("1:4", "2:4")
     if scope == "row" and not is_pattern:
         expected = sum(of_rows(target, sparsity, group) for target in targets.values())
@@ -133,23 +133,21 @@ def test_global_magnitude_equals_torch_prune(family, sparsity):
 def test_rounds_are_monotone_and_exact(criterion, granularity, scope):
     model = build("llama")
     config = config_of(criterion, granularity, scope, sparsity=0.9, schedule="geometric", rounds=6)
-    targets, masks = resolve_targets(model, config), MaskSet()
-    gathered = {"movement": {name: torch.randn_like(target.weight) for name, target in targets.items()}}
+    plan, masks = Plan.of(model, config), MaskSet()
+    gathered = {"movement": {name: torch.randn_like(target.weight) for name, target in plan.targets.items()}}
+    given = CalibrationData(lambda: data(model), gathered)
     for sparsity in config.round_sparsities:
-        previous, masks = (
-            masks,
-            cut_(model, targets, masks, sparsity, config, batches=lambda: data(model), statistics=gathered),
-        )
+        previous, masks = masks, cut_(model, plan, masks, sparsity, given)
         masks.apply_(model)
         with torch.no_grad():  # Whatever fine-tuning does to the kept weights, what is pruned stays pruned.
             for name, mask in masks.items():
                 model.get_parameter(name).add_(torch.randn_like(mask, dtype=torch.float32) * mask)
         for name, mask in previous.items():
             assert not (masks[name] & ~mask).any()
-        if effective_scope(config) in ("global", "erk", "owl"):
+        if Method.of(config).scope.name in ("global", "erk", "owl"):
             size = 8 if granularity.startswith("block") else 1
             assert masks.masked == size * round(sparsity * masks.total / size)
-        if effective_scope(config) == "layer":
+        if Method.of(config).scope.name == "layer":
             for mask in masks.values():
                 size = 8 if granularity.startswith("block") else 1
                 assert masked_in(mask) == size * round(sparsity * mask.numel() / size)
@@ -164,13 +162,12 @@ def test_every_schedule_is_exact_after_each_round(schedule, rounds):
     rng = random.Random(rounds)
     torch.manual_seed(rounds)
     model = nn.Sequential(nn.Linear(37, 29), nn.Linear(29, 41))
-    targets = find_targets(model)
     total = 29 * 37 + 41 * 29
     for sparsity in [0.05, 0.995, *(round(rng.uniform(0.05, 0.995), 3) for _ in range(4))]:
         config = PruningConfig(sparsity=sparsity, schedule=schedule, rounds=rounds)
         masks = MaskSet()
         for asked in config.round_sparsities:
-            masks = next_masks(targets, masks, asked, config)
+            masks = Plan.of(model, config).next_masks(masks, asked)
             assert masks.masked == round(asked * total)
         assert len(config.round_sparsities) == rounds
         assert masks.masked == round(sparsity * total)
@@ -180,9 +177,9 @@ def test_pattern_rounds_go_through_all_patterns():
     model = build("llama")
     config = PruningConfig(granularity="1:4", rounds=3)
     assert config.round_sparsities == [0.25, 0.5, 0.75]
-    targets, masks = resolve_targets(model, config), MaskSet()
+    plan, masks = Plan.of(model, config), MaskSet()
     for sparsity, kept in zip(config.round_sparsities, (3, 2, 1), strict=True):
-        previous, masks = masks, next_masks(targets, masks, sparsity, config)
+        previous, masks = masks, plan.next_masks(masks, sparsity)
         for name, mask in masks.items():
             assert (mask.view(-1, 4).sum(1) == kept).all()
             assert name not in previous or not (mask & ~previous[name]).any()
@@ -214,11 +211,11 @@ def test_layer_sparsity_leaves_the_rest_to_compete():
     config = PruningConfig(
         sparsity=0.8, schedule="constant", rounds=2, layer_sparsity={r".*\.0\.mlp\..*": 0.25, r".*q_proj": 0.0}
     )
-    targets = resolve_targets(model, config)
-    masks = next_masks(targets, MaskSet(), config.round_sparsities[0], config)
+    plan = Plan.of(model, config)
+    masks = plan.next_masks(MaskSet(), config.round_sparsities[0])
     down = masks["model.layers.0.mlp.down_proj.weight"]
     assert int((~down).sum()) == down.numel() // 8  # half of the way
-    masks = next_masks(targets, masks, config.round_sparsities[1], config)
+    masks = plan.next_masks(masks, config.round_sparsities[1])
     own = {name: mask for name, mask in masks.items() if ".0.mlp." in name}
     assert all(int((~mask).sum()) == mask.numel() // 4 for mask in own.values())
     assert all(mask.all() for name, mask in masks.items() if "q_proj" in name)

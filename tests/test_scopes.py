@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from hf_prune.scopes import OWL_SPREAD, SCOPES, Pool, pools
+from hf_prune.scopes import GLOBAL, OWL_SPREAD, SCOPES, Pool, pools
 
 # As in a small GPT-2: attention and feed-forward of several widths, a convolution, experts of three times their shape.
 SHAPES = {
@@ -27,11 +27,11 @@ def divide(sizes, sparsity, scope, *, shapes=None, dropped=None, layer_sparsity=
     return pools(
         sizes,
         sparsity,
-        scope,
+        SCOPES[scope] or GLOBAL,
         shapes=shapes or {name: (size, 1) for name, size in sizes.items()},
         dropped=dropped or dict.fromkeys(sizes, 0),
         layer_sparsity=layer_sparsity or {},
-        outlier_ratios=outliers or {name: len(name) / 100 for name in sizes},
+        measured=outliers or {name: len(name) / 100 for name in sizes},
     )
 
 

@@ -4,7 +4,8 @@ import copy
 import itertools
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils.logging import tqdm
 
+from ..criteria import Statistics
 from ..distributed.processes import rank_and_size, sum_over_processes_
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,21 @@ Batch = Mapping[str, Any]
 
 IGNORED_LABEL = -100
 """The label of a position that has none, everywhere in Transformers."""
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """What a cut may look at.
+
+    Attributes:
+        batches: Gives batches of this process, anew at each call; None if there are none.
+        known: Statistics that are there already.
+        show_progress: Whether a bar shows how far a pass is, if it takes more than a few seconds.
+    """
+
+    batches: Callable[[], Iterable[Batch]] | None = None
+    known: Statistics = field(default_factory=dict)
+    show_progress: bool = False
 
 
 def read_samples(

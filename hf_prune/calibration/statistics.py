@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import PreTrainedModel
 
+from ..criteria import Statistics
 from ..distributed.processes import failing_together, sum_over_processes_
 from ..distributed.shards import from_own, own, resharded
 from ..weights.gradient_hooks import paused
@@ -19,9 +20,6 @@ from .passes import base_of, gradients_of, ignores_first_label, in_step, loss_of
 from .samples import IGNORED_LABEL, Batch, read_samples, require_samples, singles_of, size_of, take_samples
 
 logger = logging.getLogger(__name__)
-
-Statistics = Mapping[str, Mapping[str, torch.Tensor]]
-"""Name of a statistic → parameter → its values, in float32, of a shape that broadcasts with the weight's."""
 
 
 def calibrate(

@@ -21,16 +21,15 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
-from .. import granularities
 from ..calibration.costs import Cost
-from ..config import PruningConfig
-from ..granularities import Granularity, Pattern, Structural
+from ..callback import TAGS
+from ..granularities import Granularity
+from ..plan import Method
 from ..reporting.history import PruningHistory
 from ..reporting.reports import SparsityReport
 from ..reporting.tables import number
 from ..structures.loading import recorded_in
 
-TAGS = ("hf_prune", "pruning")
 UNKNOWN = "unknown"
 _SECRETS = {"auth", "bearer", "credential", "credentials", "key", "passwd", "password", "pwd", "secret", "token"}
 # name=value and "name": value, wherever they stand; what looks like a token; and the password of an address.
@@ -47,7 +46,7 @@ class Facts:
         model: The model, unwrapped.
         report: How sparse it is.
         bytes: Size of its files of weights, once they are written.
-        config: How it was pruned; None if that is not known.
+        method: How it was pruned; None if that is not known.
         history: Its rounds; None if they are not known.
         metrics: Metrics of the model as it is, such as `test_accuracy`.
         dataset: Name of the data of these metrics on the Hub, or of the file; None if that is not known.
@@ -59,7 +58,7 @@ class Facts:
     model: PreTrainedModel
     report: SparsityReport
     bytes: int = 0
-    config: PruningConfig | None = None
+    method: Method | None = None
     history: PruningHistory | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     dataset: str | None = None
@@ -176,7 +175,7 @@ def _results(facts: Facts) -> list[tuple[str, str, float]]:
         is_of_time = metric in _OF_TIME or metric.endswith("per_second")
         if split in ("test", "eval") and isinstance(value, numbers.Real) and not is_of_time:
             found.append((metric, {"eval": "validation"}.get(split, split), float(value)))
-    last = None if facts.history is None else _last_value(facts.history, facts.config)
+    last = None if facts.history is None else _last_value(facts.history, facts.method)
     if not found and facts.history is not None and last is not None:
         found.append((facts.history.metric.removeprefix("eval_"), "validation", last))
     return found
@@ -185,11 +184,11 @@ def _results(facts: Facts) -> list[tuple[str, str, float]]:
 _OF_TIME = ("runtime", "model_preparation_time")
 
 
-def _last_value(history: PruningHistory, config: PruningConfig | None) -> float | None:
+def _last_value(history: PruningHistory, method: Method | None) -> float | None:
     """The metric of the weights that the last round has handed on."""
     if not history:
         return None
-    came_back = config is not None and config.patience and config.restore == "best"
+    came_back = method is not None and method.config.patience and method.config.restore == "best"
     return history[-1].best if came_back else history[-1].last
 
 
@@ -213,20 +212,15 @@ def _is_shrunk(facts: Facts) -> bool:
     return counted or "shapes" in recorded_in(facts.model.config)
 
 
-def _granularity(facts: Facts) -> Granularity | None:
-    return None if facts.config is None else granularities.parse(facts.config.granularity)
-
-
 def _units(facts: Facts) -> str:
-    if facts.config is None or not isinstance(_granularity(facts), Structural):
-        return "structures"
-    return facts.config.granularity.replace("+", "s and ") + "s"
+    kinds = () if facts.method is None else facts.method.granularity.kinds
+    return " and ".join(f"{kind}s" for kind in kinds) or "structures"
 
 
 def _before_and_after(facts: Facts) -> list[list[str]]:
     """The history's metric, and every metric that was measured."""
     history, rows = facts.history, []
-    if history is not None and (value := _last_value(history, facts.config)) is not None:
+    if history is not None and (value := _last_value(history, facts.method)) is not None:
         rows.append([f"{history.metric} (validation)", number(history.dense), number(value)])
     for metric, split, value in _results(facts):
         dense = facts.metrics.get(f"dense_{split}_{metric}")
@@ -269,20 +263,15 @@ def _size_and_speed(facts: Facts) -> str:
 
 
 def _what_zeros_are_worth(facts: Facts) -> str:
-    kind, gone = _granularity(facts), "Pruned structures were removed, which makes the model smaller and faster."
-    if isinstance(kind, Structural) and not _is_shrunk(facts):
+    granularity = None if facts.method is None else facts.method.granularity
+    if granularity is not None and granularity.kinds and not _is_shrunk(facts):
         if facts.report.zeros:
             return "Pruned structures are still there, as zeros: `hf_prune.shrink(model)` removes them."
         return f"None of its {_units(facts)} is zero: what was pruned has been removed, or nothing was."
     if _is_shrunk(facts) and not facts.report.model_zeros:
-        return gone
+        return "Pruned structures were removed, which makes the model smaller and faster."
     alone = "Zeros alone make nothing faster or smaller: the model takes the time and the memory of the dense one"
-    if isinstance(kind, Pattern):
-        return (
-            f"{alone}, unless a runtime makes use of the pattern {facts.config.granularity}, as "  # type: ignore[union-attr]
-            "`hf_prune.to_sparse_semi_structured(model)` does of 2:4 on GPUs."
-        )
-    return f"{alone}, unless a runtime makes use of them."
+    return f"{alone}, unless {Granularity.pays if granularity is None else granularity.pays}."
 
 
 def _rounds(history: PruningHistory) -> str:
@@ -305,8 +294,9 @@ def _how_made(facts: Facts) -> str:
     packages = ["hf_prune", "transformers", "torch", "accelerate"]
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     parts = [_code(command(), "bash"), f"With {versions}, Python {platform.python_version()}."]
-    if facts.config is not None:
-        parts.append(f"`pruning_config.json`, without defaults:\n\n{_code(facts.config.without_defaults(), 'json')}")
+    if facts.method is not None:
+        asked = _code(facts.method.config.without_defaults(), "json")
+        parts.append(f"`pruning_config.json`, without defaults:\n\n{asked}")
     return "\n\n".join(parts)
 
 

@@ -25,6 +25,7 @@ from ..config import CONFIG_NAME, PruningConfig
 from ..distributed.processes import rank_and_size
 from ..distributed.shards import has_shards
 from ..distributed.zero import has_partitions
+from ..plan import Method
 from ..recovery.lora import has_adapters
 from ..reporting.history import HISTORY_NAME, PruningHistory
 from ..reporting.plots import PLOT_NAME, can_plot
@@ -209,7 +210,7 @@ def _facts(
     return Facts(
         model,
         sparsity_report(model, counted),
-        config=config,
+        method=None if config is None else Method.of(config),
         history=history,
         metrics=metrics or {},
         dataset=dataset,
@@ -262,8 +263,8 @@ def _save(
         several = isinstance(processing_class, Sequence)
         for each in cast(Sequence[Processing], processing_class if several else filter(None, [processing_class])):
             each.save_pretrained(stage)
-        if facts.config is not None:
-            facts.config.save_pretrained(stage)
+        if facts.method is not None:
+            facts.method.config.save_pretrained(stage)
         if facts.history is not None:
             facts.history.save(stage / HISTORY_NAME)
             if facts.history and can_plot():

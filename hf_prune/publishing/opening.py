@@ -139,6 +139,9 @@ def _kind_of(folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     return kind, config
 
 
-def _configs(config: PretrainedConfig) -> list[PretrainedConfig]:
+def _configs(model_config: PretrainedConfig) -> list[PretrainedConfig]:
     """A config and those inside of it."""
-    return [config, *(each for name in config.sub_configs if (each := getattr(config, name, None)) is not None)]
+    return [
+        model_config,
+        *(each for name in model_config.sub_configs if (each := getattr(model_config, name, None)) is not None),
+    ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import CONFIG_NAME, PruningConfig
+from ..config import asked_in
 from ..reporting.history import HISTORY_NAME, PruningHistory
 from ..reporting.plots import as_svg, figure_of_modules
 from ..reporting.reports import structure_rows
@@ -75,9 +75,8 @@ def page_of(name: str, report: FolderReport) -> str:
         sections.append(("Structures", _table(structure_rows(report.structures), total=False)))
     if remarks := report.remarks():
         sections.append(("Remarks", "".join(f"<p>{html.escape(remark)}</p>" for remark in remarks)))
-    if (folder / CONFIG_NAME).is_file():
-        config = PruningConfig.from_pretrained(folder).without_defaults()
-        sections.append(("Config", f"<p>Without defaults:</p><pre>{html.escape(config)}</pre>"))
+    if asked := asked_in(folder):
+        sections.append(("Config", f"<p>Without defaults:</p><pre>{html.escape(asked)}</pre>"))
     sections.append(("Tensors", _table(report.rows())))
     shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts.items())
     body = "\n".join(f"<section><h2>{title}</h2>\n{content}</section>" for title, content in sections)

@@ -18,8 +18,8 @@ from ..calibration.contexts import configured, eager_experts, undisturbed
 from ..calibration.samples import DELAY, Batch, read_samples, require_samples, size_of
 from ..calibration.statistics import require_finite, unpadded_inputs, warn_of_unreached
 from ..distributed.processes import sum_over_processes_
-from ..granularities import Pattern
 from ..scopes import divide
+from ..selection.cuts import Quota
 from ..selection.lowest import drop_lowest, drop_lowest_of_each
 from ..weights.masks import MaskSet, masked_in
 from ..weights.targets import Target
@@ -27,12 +27,8 @@ from .stages import Stages
 
 logger = logging.getLogger(__name__)
 
-RECONSTRUCTIONS = ("sparsegpt",)
 DAMPING = (0.01, 0.1, 1.0)  # What is added to the diagonal, in units of its mean: more where less will not do.
 BLOCKSIZE = 128  # Columns that are chosen from, and changed, at a time.
-Quota = int | Pattern
-"""What is to be pruned of a target: how many weights in all, those pruned before included, or what of each group."""
-
 _BAND = 512  # Rows of a Hessian that are computed at a time, from their first diagonal element to the right.
 
 
@@ -204,7 +200,7 @@ def _sparsegpt_(
     """
     # `group` columns are chosen among at once. A pattern is chosen when its first column is reached, and those before
     # it have passed on their errors; so several share a block.
-    group = quota.m if isinstance(quota, Pattern) else BLOCKSIZE
+    group = quota.m if not isinstance(quota, int) else BLOCKSIZE
     shares = _shares(quota, mask.split(group, 1))
     width = max(BLOCKSIZE // group, 1) * group
     for start in range(0, rows.shape[1], width):
@@ -229,7 +225,7 @@ def _sparsegpt_(
 
 def _select(name: str, scores: torch.Tensor, kept: torch.Tensor, quota: Quota) -> torch.Tensor:
     """The mask of a matrix of scores."""
-    if isinstance(quota, Pattern):
+    if not isinstance(quota, int):
         groups = kept.reshape(-1, quota.m)
         return drop_lowest_of_each(name, scores.reshape(-1, quota.m), quota.m - quota.n, groups).view(kept.shape)
     return drop_lowest({name: lambda: scores}, quota, {name: kept})[name]
@@ -237,7 +233,7 @@ def _select(name: str, scores: torch.Tensor, kept: torch.Tensor, quota: Quota) -
 
 def _shares(quota: Quota, masks: Iterable[torch.Tensor]) -> Sequence[Quota]:
     """Divides a number of weights to prune among masks by their sizes, none with fewer than it prunes already."""
-    if isinstance(quota, Pattern):
+    if not isinstance(quota, int):
         return [quota for _ in masks]
     named = {str(i): mask for i, mask in enumerate(masks)}
     sizes = {name: mask.numel() for name, mask in named.items()}

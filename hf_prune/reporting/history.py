@@ -38,7 +38,7 @@ class Round:
         best: The best value of the metric in the round; None without an evaluation.
         best_step: Number of optimizer steps finished at the best value.
         last: The last value of the metric in the round; None without an evaluation.
-        ended: Why the round ended: one of the words of `hf_prune.training.pacing`, or "stopped" if something else
+        ended: Why the round ended: one of the words of `hf_prune.pacing.patience`, or "stopped" if something else
             stopped the training; None while it goes on.
         steps: Number of optimizer steps in the round.
         samples: Number of training samples in the round: steps times batch size times accumulation times processes, as

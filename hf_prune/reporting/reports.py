@@ -12,8 +12,8 @@ from ..config import PruningConfig
 from ..distributed.gathering import accessible
 from ..distributed.processes import sum_over_processes_
 from ..distributed.shards import is_sharded, own
-from ..structures.finding import find_structures
-from ..structures.groups import StructureGroup, kept_in, nonzeros, parameters_of
+from ..plan import Method
+from ..structures.groups import NO_STRUCTURES, kept_in, nonzeros, parameters_of
 from ..weights.masks import masked_in
 from ..weights.targets import find_targets
 from .plots import Drawn, figure_of_modules
@@ -185,14 +185,14 @@ def sparsity_report(
         The report.
 
     Raises:
-        ValueError: as `find_targets` and `find_structures` do.
+        ValueError: as `find_targets` and `Granularity.find` do.
     """
     with accessible(model):
-        structures: dict[str, StructureGroup] = {}
+        structures = NO_STRUCTURES
         names: Iterable[str] = () if masks is None else masks
         if masks is None or config is not None:
             targets = find_targets(model, *((config.target_modules, config.exclude_modules) if config else ()))
-            structures = find_structures(model, config, targets) if config else {}
+            structures = Method.of(config).granularity.find(model, targets) if config else NO_STRUCTURES
             names = (parameters_of(structures) or targets) if masks is None else masks
         alive, kept = (kept_in(structures, values) for values in (nonzeros(structures), masks or {}))
         rows_of_structures = tuple(

@@ -2,66 +2,83 @@
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-from ..calibration.statistics import Statistics
-from ..criteria import Criterion, ScoreInputs, pooling_of
+from ..criteria import Criterion, ScoreInputs, Statistics, is_elementwise, pooling_of
 from ..distributed.processes import failing_together
 from ..structures.groups import StructureGroup
 from ..weights.targets import Target, are_sharded
 
 
-def score_inputs(target: Target, statistics: Statistics | None, seed: int = 0) -> ScoreInputs:
-    """What a criterion is told of a target, or of the rows that it holds."""
-    own = {name: target.fit(values[target.name]) for name, values in (statistics or {}).items()}
-    return ScoreInputs(target.name, target.merged, seed, own)
+@dataclass(frozen=True)
+class Scorer:
+    """A criterion and what it is told.
 
-
-def weight_scores(target: Target, criterion: Criterion, statistics: Statistics | None, seed: int) -> torch.Tensor:
-    """Scores of a target's weights, of the weight's shape.
-
-    Raises:
-        ValueError: if they have another shape, or if the criterion changed the weight.
-        TypeError: if the criterion gives something that is not a tensor.
+    Attributes:
+        criterion: The criterion.
+        statistics: What it has declared to need.
+        seed: For criteria that draw random numbers.
     """
-    version = target.weight._version
-    scores = criterion(score_inputs(target, statistics, seed))
-    if target.weight._version != version:
-        raise ValueError(f"the criterion changed {target.name!r} in place. It has to leave the weight as it is.")
-    if not torch.is_tensor(scores):
-        raise TypeError(f"the criterion gave {type(scores).__name__} for {target.name!r}; it has to give a tensor.")
-    if scores.shape != target.weight.shape:
-        raise ValueError(
-            f"the criterion gave scores of shape {tuple(scores.shape)} for {target.name!r}, "
-            f"which has shape {tuple(target.weight.shape)}."
-        )
-    return scores
 
+    criterion: Criterion
+    statistics: Statistics = field(default_factory=dict)
+    seed: int = 0
 
-def structure_scores(
-    group: StructureGroup,
-    targets: Mapping[str, Target],
-    criterion: Criterion,
-    statistics: Statistics | None,
-    seed: int,
-) -> torch.Tensor:
-    """Scores of the structures in a group: those of their weights that are targets, pooled as the criterion declares.
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the score of a weight does not depend on others."""
+        return is_elementwise(self.criterion)
 
-    Returns:
-        `[count]`, float64.
+    def inputs(self, target: Target) -> ScoreInputs:
+        """What the criterion is told of a target, or of the rows that it holds."""
+        own = {name: target.fit(values[target.name]) for name, values in self.statistics.items()}
+        return ScoreInputs(target.name, target.merged, self.seed, own)
 
-    Raises:
-        ValueError, TypeError: as `weight_scores` does.
-    """
-    pooling = pooling_of(criterion)
-    total, sizes = torch.zeros(2, group.count, dtype=torch.float64)
-    for member in group.members:
-        if member.name in targets:
-            scores = weight_scores(targets[member.name], criterion, statistics, seed)
-            total += member.pool(scores.double().square() if pooling == "norm" else scores, group.count)
-            sizes += member.sizes(group.count)
-    return (total / sizes).sqrt() if pooling == "norm" else total
+    def of_weights(self, target: Target) -> torch.Tensor:
+        """Scores of a target's weights, of the weight's shape.
+
+        Raises:
+            ValueError: if they have another shape, or if the criterion changed the weight.
+            TypeError: if the criterion gives something that is not a tensor.
+        """
+        version = target.weight._version
+        scores = self.criterion(self.inputs(target))
+        if target.weight._version != version:
+            raise ValueError(f"the criterion changed {target.name!r} in place. It has to leave the weight as it is.")
+        if not torch.is_tensor(scores):
+            raise TypeError(
+                f"the criterion gave {type(scores).__name__} for {target.name!r}; it has to give a tensor."
+            )
+        if scores.shape != target.weight.shape:
+            raise ValueError(
+                f"the criterion gave scores of shape {tuple(scores.shape)} for {target.name!r}, "
+                f"which has shape {tuple(target.weight.shape)}."
+            )
+        return scores
+
+    def of_structures(self, group: StructureGroup, targets: Mapping[str, Target]) -> torch.Tensor:
+        """Scores of the structures in a group: those of their weights, pooled as the criterion declares.
+
+        Args:
+            group: The structures.
+            targets: What is scored; of a group's other parameters nothing is.
+
+        Returns:
+            `[count]`, float64.
+
+        Raises:
+            ValueError, TypeError: as `of_weights` does.
+        """
+        pooling = pooling_of(self.criterion)
+        total, sizes = torch.zeros(2, group.count, dtype=torch.float64)
+        for member in group.members:
+            if member.name in targets:
+                scores = self.of_weights(targets[member.name])
+                total += member.pool(scores.double().square() if pooling == "norm" else scores, group.count)
+                sizes += member.sizes(group.count)
+        return (total / sizes).sqrt() if pooling == "norm" else total
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Finding: the structures that a config prunes in a model."""
+"""Finding: the structures that are pruned in a model."""
 
 from collections.abc import Mapping
 from typing import cast
@@ -6,10 +6,6 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import granularities
-from ..config import PruningConfig
-from ..granularities import Structural
-from ..resolving import effective_scope
 from ..weights.masks import MaskSet
 from ..weights.targets import Target, find_targets
 from .channels import find_channels, is_convolutional
@@ -18,66 +14,73 @@ from .heads_and_neurons import find_in_family
 from .loading import can_say
 from .ranking import count_left, pools_of, require_attainable
 
+STRUCTURES = ("head", "neuron", "head+neuron", "channel", "layer")
+"""What a config can ask for: kinds of structures, joined by +."""
+
 
 def find_structures(
-    model: nn.Module, config: PruningConfig, targets: Mapping[str, Target]
+    model: nn.Module, kinds: tuple[str, ...], targets: Mapping[str, Target], multiple_of: int
 ) -> dict[str, StructureGroup]:
-    """Finds the structures that a config prunes.
+    """Finds the structures of some kinds.
 
     Args:
         model: The model, unwrapped.
-        config: The pruning config.
-        targets: What `find_targets` found for it.
+        kinds: One of `STRUCTURES`, split.
+        targets: What `find_targets` found.
+        multiple_of: The number of neurons or channels that remain is a multiple of this, or all.
 
     Returns:
-        Group → its structures, in the order of the layers; empty where the granularity is not one of structures.
+        Module → its structures, in the order of the layers.
 
     Raises:
         ValueError: as `find_in_family` and `find_channels` do, or if the model carries adapters.
     """
-    granularity = granularities.parse(config.granularity)
-    if not isinstance(granularity, Structural):
-        return {}
     if hasattr(model, "peft_config"):
         raise ValueError(
             f"this {type(model).__name__} carries adapters, whose matrices are as wide as the layers that they stand "
             "beside. Merge them first (merge_and_unload), or add them to the pruned model."
         )
-    if granularity.kinds == ("channel",):
-        return find_channels(model, targets, config.multiple_of)
+    if kinds == ("channel",):
+        return find_channels(model, targets, multiple_of)
     if is_convolutional(model):
         raise ValueError(
-            f"{type(model).__name__} is a convolutional network and has no {config.granularity}s that are known. "
+            f"{type(model).__name__} is a convolutional network and has no {'+'.join(kinds)}s that are known. "
             "Choose granularity channel."
         )
-    return find_in_family(model, granularity.kinds, targets, config.multiple_of)
+    return find_in_family(model, kinds, targets, multiple_of)
 
 
-def require_prunable(model: nn.Module, config: PruningConfig, structures: Structures) -> None:
-    """Requires that structures can be pruned as a config asks.
+def require_removable(
+    model: nn.Module,
+    structures: Structures,
+    final: float,
+    scope: str,
+    own: Mapping[str, float],
+    *,
+    uniform: bool,
+) -> None:
+    """Requires that structures can be removed up to a final sparsity.
 
     Args:
         model: The model, unwrapped.
-        config: The pruning config.
-        structures: What `find_structures` found; may be empty.
+        structures: What `find_structures` found.
+        final: Fraction of them that is to be gone in the end.
+        scope: "global" or "layer".
+        own: Module → its own final sparsity.
+        uniform: Whether a config of the model's family has to say what is left.
 
     Raises:
-        ValueError: if a pattern of `layer_sparsity` matches no group, if the final sparsity would empty a group, or if
-            `uniform` asks for what no config of the family can say.
+        ValueError: if a module would be emptied, or no config of the family can say what is left.
     """
-    if not structures or not config.round_sparsities:
-        return
-    config.require_layer_sparsity_matches(structures, "places of structures")
-    if config.round_sparsities[-1] > 0:
+    if final > 0:
         for kind in kinds_of(structures):
             of_kind = [group for group in structures.values() if group.kind == kind]
             if all(len(group.levels()) == 1 for group in of_kind):
-                few = "one" if of_kind[0].multiple == 1 else f"{config.multiple_of} (multiple_of)"
+                few = "one" if of_kind[0].multiple == 1 else f"{of_kind[0].multiple} (multiple_of)"
                 raise ValueError(f"no {kind} of {type(model).__name__} can go: no place has more than {few}.")
-    if config.uniform:
-        _require_uniform(model, config, structures)
-    final, scope = config.round_sparsities[-1], effective_scope(config)
-    for names, share in pools_of(structures, final, scope, config.sparsities_of(structures, final)):
+    if uniform:
+        _require_uniform(model, structures, final)
+    for names, share in pools_of(structures, final, scope, own):
         require_attainable({name: structures[name] for name in names}, share, {})
 
 
@@ -103,11 +106,11 @@ def held_zeros(model: nn.Module, targets: Mapping[str, Target], structures: Stru
     return masks
 
 
-def _require_uniform(model: nn.Module, config: PruningConfig, structures: Structures) -> None:
+def _require_uniform(model: nn.Module, structures: Structures, final: float) -> None:
     """Requires that a config of the family can say what is left, and that all groups of a kind lose as many."""
     for kind in kinds_of(structures):
         of_kind = {name: group for name, group in structures.items() if group.kind == kind}
-        left = {name: count_left(group, config.round_sparsities[-1]) for name, group in of_kind.items()}
+        left = {name: count_left(group, final) for name, group in of_kind.items()}
         fields = fields_of(of_kind, left)
         counted = {field for group in of_kind.values() for field, _ in group.fields}
         if not all(group.fields for group in of_kind.values()) or not counted <= fields.keys():

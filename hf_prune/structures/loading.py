@@ -86,12 +86,12 @@ class Record(QuantizationConfigMixin):
         """As JSON, without what is empty."""
         return {key: value for key, value in super().to_dict().items() if value}
 
-    def write_(self, config: PretrainedConfig) -> None:
+    def write_(self, model_config: PretrainedConfig) -> None:
         """Puts itself into a model's config, as it is in one that was read from a file; nothing, if it is empty."""
         if self.shapes or self.attributes or self.compressed:
-            config.quantization_config = self.to_dict()
-        elif hasattr(config, "quantization_config"):
-            del config.quantization_config
+            model_config.quantization_config = self.to_dict()
+        elif hasattr(model_config, "quantization_config"):
+            del model_config.quantization_config
 
 
 class Decompress(ConversionOps):
@@ -174,22 +174,22 @@ class RecordQuantizer(HfQuantizer):
 
 
 @contextlib.contextmanager
-def recorded_compression(config: PretrainedConfig, shapes: Shapes) -> Iterator[None]:
+def recorded_compression(model_config: PretrainedConfig, shapes: Shapes) -> Iterator[None]:
     """A context in which a model's config says which tensors are compressed; afterwards it is as it was."""
-    before = copy.deepcopy(getattr(config, "quantization_config", None) or {})
+    before = copy.deepcopy(getattr(model_config, "quantization_config", None) or {})
     if not isinstance(before, dict) or before.get("quant_method", METHOD) != METHOD:
         raise ValueError("the model is quantized, and cannot be compressed as well. Set compress=False.")
-    Record(**{**before, "compressed": shapes}).write_(config)
+    Record(**{**before, "compressed": shapes}).write_(model_config)
     try:
         yield
     finally:
-        Record(**before).write_(config)
+        Record(**before).write_(model_config)
 
 
-def can_say(config: PretrainedConfig, fields: Mapping[str, int]) -> bool:
+def can_say(model_config: PretrainedConfig, fields: Mapping[str, int]) -> bool:
     """Whether a config of this family may have these values."""
     try:
-        type(config).from_dict({**config.to_dict(), **fields})
+        type(model_config).from_dict({**model_config.to_dict(), **fields})
     except (ValueError, StrictDataclassError):
         return False
     return True
@@ -214,19 +214,19 @@ def record_shapes_(model: PreTrainedModel) -> None:
     ).write_(model.config)
 
 
-def build_recorded(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+def build_recorded(kind: type[PreTrainedModel], model_config: PretrainedConfig) -> PreTrainedModel:
     """What a config and the shapes that are recorded in it say that a model is, without weights.
 
     Raises:
         ValueError: as `build_empty` does, or if the record is of another model.
     """
-    model = build_empty(kind, config)
-    if record := recorded_in(config):
+    model = build_empty(kind, model_config)
+    if record := recorded_in(model_config):
         _apply_(model, Record(**record))
     return model
 
 
-def build_empty(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+def build_empty(kind: type[PreTrainedModel], model_config: PretrainedConfig) -> PreTrainedModel:
     """What a config alone says that a model is, without weights.
 
     Raises:
@@ -234,7 +234,7 @@ def build_empty(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTra
     """
     try:
         with torch.device("meta"), no_init_weights(), no_tie_weights():
-            return kind(copy.deepcopy(config))
+            return kind(copy.deepcopy(model_config))
     except TypeError as error:
         raise ValueError(
             f"{kind.__name__} cannot be built from its config alone ({error}), and so not be loaded either. "
@@ -242,9 +242,9 @@ def build_empty(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTra
         ) from error
 
 
-def recorded_in(config: PretrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
+def recorded_in(model_config: PretrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
     """What hf_prune has recorded in a model's config, or in its JSON; empty if that is nothing."""
-    found = config.get(_KEY) if isinstance(config, Mapping) else getattr(config, _KEY, None)
+    found = model_config.get(_KEY) if isinstance(model_config, Mapping) else getattr(model_config, _KEY, None)
     return found if isinstance(found, dict) and found.get("quant_method") == METHOD else {}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .groups import StructureGroup, Structures, kinds_of
+from .groups import StructureGroup, Structures, count_gone, kinds_of
 
 
 def choose(
@@ -73,6 +73,18 @@ def pools_of(
         elif names:
             result.append((names, sparsity))
     return result
+
+
+def floors_of_structures(
+    structures: Structures, kept: Mapping[str, torch.Tensor], final: float, scope: str, own: Mapping[str, float]
+) -> list[float]:
+    """The lowest sparsities that are still possible on the way to a final one, by each pool of structures."""
+    floors = []
+    for names, share in pools_of(structures, final, scope, own):
+        gone, total = count_gone({name: structures[name] for name in names}, kept)
+        if share:
+            floors.append(gone / total * final / share)  # A pool is at `share` when the cut is at `final`.
+    return floors
 
 
 def require_attainable(structures: Structures, sparsity: float, gone: Mapping[str, int]) -> None:

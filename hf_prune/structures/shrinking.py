@@ -224,25 +224,25 @@ def _remove_layers_(model: PreTrainedModel, group: StructureGroup, kept: torch.T
             config.num_layers = len(stay)
 
 
-def _say_layers_(config: PretrainedConfig, group: StructureGroup, stay: Sequence[int]) -> None:
+def _say_layers_(model_config: PretrainedConfig, group: StructureGroup, stay: Sequence[int]) -> None:
     """Writes into a config which layers there are."""
     for field in _LAYER_LISTS:
-        entries = getattr(config, field, None)
+        entries = getattr(model_config, field, None)
         if isinstance(entries, list) and len(entries) == group.count:
-            setattr(config, field, [entries[i] for i in stay])
+            setattr(model_config, field, [entries[i] for i in stay])
             if field == "attention_layers":  # Of GPT-Neo, which derives them.
-                config.attention_types = [[[entries[i]], 1] for i in stay]
-    if hasattr(config, "stage_names"):  # Of a backbone, which gives the outputs of its last layer by default.
-        config.stage_names = config.stage_names[: len(stay) + 1]
-        config.set_output_features_output_indices(out_features=None, out_indices=None)
-    _set_fields_(config, {field: len(stay) for field, _ in group.fields})
+                model_config.attention_types = [[[entries[i]], 1] for i in stay]
+    if hasattr(model_config, "stage_names"):  # Of a backbone, which gives the outputs of its last layer by default.
+        model_config.stage_names = model_config.stage_names[: len(stay) + 1]
+        model_config.set_output_features_output_indices(out_features=None, out_indices=None)
+    _set_fields_(model_config, {field: len(stay) for field, _ in group.fields})
 
 
-def _set_fields_(config: PretrainedConfig, fields: Mapping[str, int]) -> None:
+def _set_fields_(model_config: PretrainedConfig, fields: Mapping[str, int]) -> None:
     """Sets fields that belong together in a config that has some of them: of several parts, each has its own."""
-    if any(hasattr(config, field) for field in fields):
+    if any(hasattr(model_config, field) for field in fields):
         for field, value in fields.items():
-            setattr(config, field, value)
+            setattr(model_config, field, value)
 
 
 def _configs(model: PreTrainedModel, module: nn.Module) -> list[PretrainedConfig]:

@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypedDict, TypeGuard, TypeVar, cast
 
@@ -19,11 +19,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 from ..distributed.processes import gather_from_processes, sum_over_processes_
 from ..distributed.shards import has_shards, own
 from ..distributed.zero import has_partitions
+from ..plan import Method, Plan
 from ..recovery.lora import has_adapters
 from ..reporting.history import PruningHistory
 from ..weights.masks import MaskSet
 from ..weights.movement import Movement
 from ..weights.snapshot import Snapshot, sharded_tensors
+from .events import Event
 
 TRAINER_STATE_NAME = "trainer_state.json"  # As in `transformers.trainer`, which imports datasets.
 MASKS_NAME = "pruning_masks.safetensors"
@@ -65,6 +67,21 @@ class Progress(TypedDict):
     history: dict[str, object]
 
 
+def blank_progress(method: Method) -> Progress:
+    """The progress of a run that has not begun."""
+    return {
+        "run": "",
+        "config": method.config.to_dict(),
+        "criterion": method.criterion_name,
+        "pacing": {},
+        "lr_start": None,
+        "masks": None,
+        "best": None,
+        "movement": None,
+        "history": PruningHistory().to_dict(),
+    }
+
+
 class Recovered(NamedTuple):
     """What an interrupted run has left, beside what Trainer loads."""
 
@@ -73,19 +90,18 @@ class Recovered(NamedTuple):
     movement: Movement | None
 
 
-def require_same(progress: Progress, config: Mapping[str, object], criterion: str) -> None:
+def require_same(progress: Progress, plan: Plan) -> None:
     """Requires that a run is resumed as it was begun.
 
     Args:
         progress: What the checkpoint says.
-        config: The config now.
-        criterion: Name of what scores the weights now.
+        plan: The plan now.
 
     Raises:
         ValueError: naming what has changed.
     """
     theirs = {**progress["config"], "criterion": progress["criterion"]}
-    ours = {**config, "criterion": criterion}
+    ours = {**plan.config.to_dict(), "criterion": plan.criterion_name}
     if changed := [key for key in ours | theirs if ours.get(key) != theirs.get(key)]:
         was = ", ".join(f"{key}={theirs.get(key)!r} (now {ours.get(key)!r})" for key in changed)
         raise ValueError(
@@ -94,25 +110,13 @@ def require_same(progress: Progress, config: Mapping[str, object], criterion: st
         )
 
 
-def recover_(
-    model: nn.Module,
-    names: Collection[str],
-    zeros: Callable[[], MaskSet],
-    progress: Progress,
-    folders: Iterable[Path],
-    step: int,
-    output_dir: str | os.PathLike[str],
-) -> Recovered:
+def recover_(plan: Plan, event: Event, progress: Progress) -> Recovered:
     """Finds what an interrupted run has left in its checkpoint, and loads the weights that Trainer does not load.
 
     Args:
-        model: The model with what Trainer has loaded, unwrapped; changed in place.
-        names: The parameters that have masks.
-        zeros: Gives the masks of what is zero in the model, for a checkpoint that has none.
+        plan: What is pruned, and how.
+        event: The training's beginning; its model, with what Trainer has loaded, is changed in place.
         progress: What the trainer's state says.
-        folders: Where the checkpoint may be.
-        step: The trainer's step.
-        output_dir: The folder that holds the run's checkpoints, to name a better one in an error.
 
     Returns:
         The masks, on the devices of their weights, none before the first cut; the best weights of the round, or None;
@@ -121,7 +125,10 @@ def recover_(
     Raises:
         ValueError: if one of them is not there as it was recorded.
     """
-    folder = _find_checkpoint(folders, progress, step)
+    model, args, names = event.model, event.args, plan.masked_names
+    named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
+    folders = [*named, checkpoint_folder(args, event.state)]
+    folder = _find_checkpoint(folders, progress, event.state.global_step)
     if folder is not None:
         load_renamed_weights_(model, folder)
     elif _has_other_names_in_files(model):
@@ -135,7 +142,10 @@ def recover_(
             "masks of the checkpoint are",
             MASKS_NAME,
             progress["masks"],
-            (lambda: _load(MaskSet, folder, MASKS_NAME, {name: model.get_parameter(name) for name in names}), zeros),
+            (
+                lambda: _load(MaskSet, folder, MASKS_NAME, {name: model.get_parameter(name) for name in names}),
+                lambda: plan.zeros(model),
+            ),
             folder,
             lambda found: set(found) == set(names) and (adapted or _are_zero(model, found)),
         )
@@ -161,7 +171,7 @@ def recover_(
             ),
         )
     except ValueError as error:
-        newest = newest_complete(output_dir)
+        newest = newest_complete(str(args.output_dir))
         hint = f" The newest complete checkpoint here: {newest}." if newest else ""
         raise ValueError(f"{error}{hint}") from error
 

@@ -1,6 +1,7 @@
-"""Moments: what Trainer hands to an event that may lead to a cut."""
+"""Events: what Trainer hands to them, and what users lend."""
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from ..distributed.processes import failing_together
 from ..distributed.shards import has_shards
 from ..distributed.zero import has_partitions, require_maskable
 
+logger = logging.getLogger(__name__)
+
 
 class Event(NamedTuple):
     """What Trainer hands to an event that may lead to a cut.
@@ -28,6 +31,8 @@ class Event(NamedTuple):
         optimizer: The optimizer.
         scheduler: The learning rate's schedule.
         dataloader: The training data of this process; None where Trainer does not hand them out.
+        evaluate: `trainer.evaluate`; None if nobody has lent it.
+        log: `trainer.log`; None likewise.
     """
 
     args: TrainingArguments
@@ -36,13 +41,26 @@ class Event(NamedTuple):
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     dataloader: DataLoader[Any] | None
+    evaluate: Callable[..., Mapping[str, float]] | None = None
+    log: Callable[[dict[str, float]], None] | None = None
 
     @classmethod
-    def of(cls, args: TrainingArguments, state: TrainerState, given: Mapping[str, Any]) -> "Event":
-        """From the arguments of an event."""
-        return cls(
-            args, state, given["model"], given["optimizer"], given["lr_scheduler"], given.get("train_dataloader")
-        )
+    def of(cls, args: TrainingArguments, state: TrainerState, given: Mapping[str, Any], **lent: Any) -> "Event":
+        """From the arguments of an event, and what users have lent."""
+        model, optimizer, scheduler = given["model"], given["optimizer"], given["lr_scheduler"]
+        return cls(args, state, model, optimizer, scheduler, given.get("train_dataloader"), **lent)
+
+    def say(self, sentence: str | None) -> None:
+        """Says what every process knows, once."""
+        if sentence is not None:
+            logger.log(logging.INFO if self.state.is_world_process_zero else logging.DEBUG, "%s", sentence)
+
+    def note(self, entry: dict[str, float]) -> None:
+        """Has numbers in the logs of the training; without `log` in the trainer's state alone."""
+        if self.log is not None:
+            self.log(entry)
+        else:
+            self.state.log_history.append({**entry, "epoch": self.state.epoch, "step": self.state.global_step})
 
     def batches(self, samples: int) -> Callable[[], Iterator[Batch]] | None:
         """What draws `samples` training samples, of all processes together, in batches; None where there are none."""

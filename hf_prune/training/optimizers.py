@@ -12,8 +12,6 @@ from ..distributed.processes import sum_over_processes_
 from ..distributed.shards import is_sharded, own
 from ..distributed.zero import forget_, is_partitioned, mask_state_
 
-OPTIMIZER_STATES = ("mask", "reset", "keep")
-
 # Optimizers whose model was shrunk. For the whole process: another callback may be given one of them.
 _RETIRED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 

@@ -6,11 +6,12 @@ import time
 
 from torch import nn
 
-from ..config import PruningConfig
+from ..pacing.even import Even
+from ..pacing.patience import Patience
+from ..pacing.timing import Timing
 from ..reporting.history import PruningHistory, Round
 from ..reporting.reports import SparsityReport
 from ..weights.snapshot import Snapshot
-from .pacing import Even, Patience
 
 logger = logging.getLogger(__name__)
 
@@ -19,20 +20,20 @@ class Rounds:
     """Where the rounds of a run are: which one it is in, what it has cost, and its best weights.
 
     Args:
-        config: The pruning config.
+        timing: What the config says of time.
         pacing: When rounds begin and end.
         history: What was written down so far.
 
     Attributes:
-        config: As given.
+        timing: As given.
         pacing: As given.
         history: As given.
-        best: A copy of the model at the round's best metric, where `config.restore` wants it back; None before there
+        best: A copy of the model at the round's best metric, where `timing.restore` wants it back; None before there
             is one.
     """
 
-    def __init__(self, config: PruningConfig, pacing: Even | Patience, history: PruningHistory) -> None:
-        self.config = config
+    def __init__(self, timing: Timing, pacing: Even | Patience, history: PruningHistory) -> None:
+        self.timing = timing
         self.pacing = pacing
         self.history = history
         self.best: Snapshot | None = None
@@ -40,31 +41,31 @@ class Rounds:
         self._nan_is_said = False
 
     @classmethod
-    def plan(cls, config: PruningConfig, history: PruningHistory, max_steps: int) -> "Rounds":
-        """Plans the rounds of a config for a run.
+    def plan(cls, timing: Timing, history: PruningHistory, max_steps: int) -> "Rounds":
+        """Plans the rounds for a run.
 
         Raises:
             ValueError: if they do not fit.
         """
-        rounds = len(config.round_sparsities)
-        if config.patience is None:
-            return cls(config, Even.plan(rounds, config.begin, config.end, max_steps), history)
+        rounds = len(timing.round_sparsities)
+        if timing.patience is None:
+            return cls(timing, Even.plan(rounds, timing.begin, timing.end, max_steps), history)
         pacing = Patience.plan(
             rounds,
-            config.begin,
-            config.end,
+            timing.begin,
+            timing.end,
             max_steps,
-            config.patience,
-            min_delta=config.min_delta,
-            max_round_steps=config.max_round_steps,
-            min_round_steps=config.min_round_steps,
+            timing.patience,
+            max_round_steps=timing.max_round_steps,
+            min_round_steps=timing.min_round_steps,
         )
-        return cls(config, pacing, history)
+        pacing.min_delta = timing.min_delta
+        return cls(timing, pacing, history)
 
     @property
     def next_sparsity(self) -> float:
         """The sparsity that the next cut is to reach."""
-        return self.config.round_sparsities[self.pacing.round]
+        return self.timing.round_sparsities[self.pacing.round]
 
     def begin_(self, step: int, asked: float | None, report: SparsityReport, criterion: str) -> Round:
         """Begins the next round after its cut.
@@ -114,7 +115,7 @@ class Rounds:
             row.best, row.best_step = value, step
         if self.pacing.round > 0:
             self.pacing.observe_(gain)
-            if gain > 0 and self.config.patience and self.config.restore == "best":
+            if gain > 0 and self.timing.patience and self.timing.restore == "best":
                 self.best = Snapshot.of(model)
 
     def count_step_(self, samples: int, tokens: int | None) -> None:

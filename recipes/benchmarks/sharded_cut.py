@@ -38,8 +38,8 @@ from torch.multiprocessing.spawn import spawn
 
 from hf_prune import PruningConfig
 from hf_prune.distributed.shards import own
+from hf_prune.plan import Plan
 from hf_prune.pruning import cut_
-from hf_prune.resolving import resolve_targets
 from hf_prune.weights.masks import MaskSet
 
 SPARSITY = 0.5
@@ -97,12 +97,12 @@ def measure_cut(model: nn.Module, scope: str) -> Measurement:
     """What a cut costs this process."""
     traffic, held = Traffic(), sum(own(parameter).numel() for parameter in model.parameters())
     config = PruningConfig(sparsity=SPARSITY, scope=scope, target_modules=".*")
-    targets = resolve_targets(model, config)
+    plan = Plan.of(model, config)
     torch.distributed.barrier()
     start = time.process_time()
     counted = mock.patch.object(torch.distributed, "all_reduce", traffic.all_reduce)
     with counted, mock.patch.object(torch.distributed, "all_gather_object", traffic.all_gather):
-        measured = measure(lambda: cut_(model, targets, MaskSet(), SPARSITY, config).digest())
+        measured = measure(lambda: cut_(model, plan, MaskSet(), SPARSITY).digest())
     return {
         **measured,
         "core seconds": time.process_time() - start,

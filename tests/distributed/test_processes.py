@@ -13,11 +13,10 @@ from accelerate.state import PartialState
 from torch import nn
 
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, ScoreInputs, prune, sparsity_report
-from hf_prune.criteria import CRITERIA
+from hf_prune.criteria import CRITERIA, RECONSTRUCTIONS
 from hf_prune.distributed.gathering import accessible
 from hf_prune.distributed.shards import whole
 from hf_prune.distributed.zero import has_partitions, master_of, shape_of
-from hf_prune.reconstruction.sparsegpt import RECONSTRUCTIONS
 from hf_prune.weights.snapshot import Snapshot
 from tests.processes import in_turn, launch_function, on_two_processes
 from tests.structures.models import build as build_of_structures

@@ -12,9 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune import MaskSet, PruningConfig, ScoreInputs, prune
-from hf_prune.criteria import CRITERIA, Criterion, needs, needs_of
+from hf_prune.criteria import CRITERIA, RECONSTRUCTIONS, Criterion, needs, needs_of
 from hf_prune.distributed.shards import from_own, own, require_by_rows, rows_held, shard, whole
-from hf_prune.reconstruction.sparsegpt import RECONSTRUCTIONS
 from hf_prune.scopes import SCOPES
 from hf_prune.weights.targets import find_targets
 from tests.processes import on_processes, on_two_processes

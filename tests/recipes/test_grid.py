@@ -4,8 +4,8 @@ import itertools
 import pytest
 
 from common.grid import DENSE, VARIANTS, Cell, StudyArguments, config_of, grid
+from hf_prune.pacing.even import Even
 from hf_prune.schedules import SCHEDULES
-from hf_prune.training.pacing import Even
 
 
 def test_the_grid_has_each_combination_once_and_one_shot_has_nothing_to_divide() -> None:

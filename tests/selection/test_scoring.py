@@ -4,9 +4,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_prune import PruningConfig
 from hf_prune.criteria import POOLINGS, needs
-from hf_prune.resolving import resolve_targets
-from hf_prune.selection.scoring import structure_scores
-from hf_prune.structures.finding import find_structures
+from hf_prune.plan import Plan
+from hf_prune.selection.scoring import Scorer
 
 POOLED = {"sum": torch.sum, "norm": lambda values: values.square().mean().sqrt()}
 
@@ -39,8 +38,8 @@ def test_the_score_of_a_structure_is_that_of_its_weights_alone(model, kind, pool
         return inputs.weight.abs()
 
     config = PruningConfig(sparsity=0.5, granularity=kind)
-    targets = resolve_targets(model, config)
-    (group,) = find_structures(model, config, targets).values()
+    plan = Plan.of(model, config)
+    (group,) = plan.structures.values()
     expected = [POOLED[pooling](weights_of(model, kind, number).double().abs()) for number in range(group.count)]
-    torch.testing.assert_close(structure_scores(group, targets, size, None, 0), torch.stack(expected))
+    torch.testing.assert_close(Scorer(size).of_structures(group, plan.targets), torch.stack(expected))
     assert any(member.name.endswith("bias") for member in group.members)  # These go with it, but are no targets.

@@ -237,14 +237,6 @@ def test_uniform_with_nothing_to_prune():
     assert report.sparsity == 0.5
 
 
-def test_structures_have_to_be_given():
-    from hf_prune import MaskSet
-    from hf_prune.pruning import next_masks
-
-    with pytest.raises(ValueError, match="granularity 'head' needs the structures that find_places gives"):
-        next_masks({}, MaskSet(), 0.5, config_of("head"))
-
-
 @pytest.mark.parametrize(
     ("part", "match"),
     [

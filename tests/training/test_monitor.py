@@ -6,6 +6,7 @@ import torch
 from transformers import TrainerState, TrainingArguments
 
 from hf_prune import PruningConfig
+from hf_prune.pacing.patience import Patience
 from hf_prune.training.monitor import (
     FALLING,
     Monitor,
@@ -15,7 +16,6 @@ from hf_prune.training.monitor import (
     require_evaluations,
     warn_of_few_evaluations,
 )
-from hf_prune.training.pacing import Patience
 
 
 def arguments(**values) -> TrainingArguments:

@@ -1,7 +1,8 @@
-"""Pacing: when a round begins and when it ends. State machines over step numbers; nothing here knows a Trainer.
+"""Patience: rounds that end when the metric has stopped improving.
 
-Both pacings are told of each cut (`cut_`) and each evaluation (`observe_`), and say whether the next cut happens now
-(`is_due`), whether the run is over (`is_run_over`), and why a round ends (`why_round_ends`), in one of these words:
+This pacing and the even one are told of each cut (`cut_`) and each evaluation (`observe_`), and say whether the next
+cut happens now (`is_due`), whether the run is over (`is_run_over`), and why a round ends (`why_round_ends`), in one of
+these words:
 
 `planned`           its end was set beforehand
 `patience`          the metric has not improved for as many evaluations as patience allows
@@ -16,96 +17,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-EVEN_SHARE = 0.25
+from .timing import window
+
 PATIENCE_SHARE = 0.5
-"""Of the steps after `begin`, the share that rounds take where `end` does not say it; the rest is recovery.
-
-Measured in recipes/README.md: a long recovery is worth more than long rounds, but patience needs room to decide.
-"""
-
-
-@dataclass
-class Even:
-    """Rounds of equal length from one step to another; what the run has left after them is recovery.
-
-    Attributes:
-        cuts: The number of finished steps at which each round's cut happens; 0 is before the first step.
-        max_steps: The number of steps of the run.
-        round: The current round, counted from 1; 0 before the first cut.
-    """
-
-    cuts: Sequence[int]
-    max_steps: int
-    round: int = 0
-
-    @classmethod
-    def plan(cls, rounds: int, begin: float, end: float | None, max_steps: int) -> "Even":
-        """Spreads rounds evenly over a run.
-
-        Args:
-            rounds: Number of rounds.
-            begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of `max_steps`.
-            end: Where the rounds end, in the same words; if None, after `EVEN_SHARE` of the steps that follow `begin`,
-                or as many as the rounds need.
-            max_steps: Number of optimizer steps of the run.
-
-        Returns:
-            The pacing, with a step or more between cuts and after the last one.
-
-        Raises:
-            ValueError: if the rounds do not fit.
-
-        Example:
-            >>> Even.plan(4, begin=0, end=0.8, max_steps=100).cuts
-            [0, 20, 40, 60]
-            >>> Even.plan(5, begin=0, end=None, max_steps=100).cuts
-            [0, 5, 10, 15, 20]
-        """
-        if rounds == 0:
-            return cls([], max_steps)
-        first, last = _window(begin, end, max_steps, EVEN_SHARE, needed=rounds)
-        if rounds > last - first:
-            raise ValueError(
-                f"{rounds} rounds do not fit into {last - first} steps (from step {first} to {last} of {max_steps}). "
-                "Take fewer rounds, or train longer; begin and end count steps from 1 on, and are fractions below."
-            )
-        return cls([first + i * (last - first) // rounds for i in range(rounds)], max_steps)
-
-    def is_due(self, step: int) -> bool:
-        """Whether the next cut happens now, after that many finished steps."""
-        return self.round < len(self.cuts) and step >= self.cuts[self.round]
-
-    def is_run_over(self, step: int) -> bool:
-        """Whether the run has nothing left to do."""
-        return step >= self.max_steps
-
-    def why_round_ends(self, step: int) -> str | None:
-        """Why the current round, or the time before the first one, ends now; None while it goes on."""
-        return "planned" if self.is_due(step) else "max_steps" if self.is_run_over(step) else None
-
-    def steps_left(self, step: int) -> int:
-        """The number of steps that the current round may still take."""
-        return (self.max_steps if self.round == len(self.cuts) else self.cuts[self.round]) - step
-
-    def cut_(self, step: int) -> None:
-        """Begins the next round."""
-        self.round += 1
-
-    def observe_(self, gain: float) -> None:
-        """Hears of an evaluation; the rounds do not depend on it."""
-
-    def resize_(self, max_steps: int, step: int) -> None:
-        """Goes on in a run of another length.
-
-        Raises:
-            ValueError: if it ends before the last cut.
-        """
-        if self.round < len(self.cuts) and self.cuts[-1] >= max_steps:
-            raise ValueError(
-                f"the run has {max_steps} steps, but the checkpoint's last cut comes after step {self.cuts[-1]}. "
-                "Resume with the same max_steps or num_train_epochs."
-            )
-        self.max_steps = max_steps
+"""As `EVEN_SHARE`: patience needs more room, to decide."""
 
 
 @dataclass
@@ -151,7 +66,6 @@ class Patience:
         max_steps: int,
         patience: Sequence[int],
         *,
-        min_delta: float = 0.0,
         max_round_steps: int | None = None,
         min_round_steps: int | None = None,
     ) -> "Patience":
@@ -164,7 +78,6 @@ class Patience:
                 `begin`, or as many as the rounds need.
             max_steps: Number of optimizer steps of the run.
             patience: For each round, evaluations without improvement; the last repeats.
-            min_delta: An improvement is a gain above this.
             max_round_steps: The most steps that a round may take; no limit if None.
             min_round_steps: The steps to keep for each later round; an equal share if None.
 
@@ -180,7 +93,7 @@ class Patience:
             >>> [pacing.why_round_ends(step) for step in (39, 40)]
             [None, 'reserve']
         """
-        first, last = _window(begin, end, max_steps, PATIENCE_SHARE, needed=rounds * (min_round_steps or 1))
+        first, last = window(begin, end, max_steps, PATIENCE_SHARE, needed=rounds * (min_round_steps or 1))
         share = (last - first) // rounds
         least = min_round_steps or max(1, min(share, max_round_steps or share))
         if rounds * least > last - first:
@@ -188,7 +101,9 @@ class Patience:
                 f"{rounds} rounds of at least {least} steps do not fit into {last - first} steps (from step {first} "
                 f"to {last} of {max_steps}). Take fewer rounds or a smaller min_round_steps, or train longer."
             )
-        return cls(rounds, first, last, max_steps, list(patience), min_delta, max_round_steps, least)
+        return cls(
+            rounds, first, last, max_steps, list(patience), max_round_steps=max_round_steps, min_round_steps=least
+        )
 
     def is_due(self, step: int) -> bool:
         """Whether the next cut happens now, after that many finished steps."""
@@ -247,32 +162,3 @@ class Patience:
                 f"{self.min_round_steps} steps. Resume with the same max_steps or num_train_epochs."
             )
         self.end, self.max_steps = end, max_steps
-
-
-def _window(begin: float, end: float | None, max_steps: int, share: float, needed: int) -> tuple[int, int]:
-    """The steps from which and to which rounds may be; without `end`, at least as many as `needed`, if there are."""
-    first = _steps(begin, max_steps)
-    if first >= max_steps:
-        raise ValueError(
-            f"begin={begin} (step {first}) is not before the end of the run ({max_steps} steps). "
-            "Begin earlier, or train longer."
-        )
-    if end is None:
-        last = min(first + max(needed, _steps(share, max_steps - first)), max_steps)
-    else:
-        last = _steps(end, max_steps)
-    if last > max_steps:
-        raise ValueError(
-            f"end={end} is after the end of the run. Take an end of at most {max_steps} steps, or train longer."
-        )
-    if first >= last:
-        raise ValueError(
-            f"begin must be before end, got begin={begin} (step {first}) and end={end} (step {last}) in a run of "
-            f"{max_steps} steps."
-        )
-    return first, last
-
-
-def _steps(value: float, max_steps: int) -> int:
-    # As Trainer reads `logging_steps`; 0.07 of 100 steps is 7.000000000000001 in floating point.
-    return int(value) if value >= 1 else math.ceil(round(value * max_steps, 9))

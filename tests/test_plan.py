@@ -3,14 +3,17 @@ import torch
 from torch import nn
 
 from hf_prune import MaskSet, PruningConfig
-from hf_prune.resolving import resolve_targets
-from hf_prune.selection.levels import levels_of
+from hf_prune.plan import Method, Plan
 from hf_prune.structures.groups import NO_STRUCTURES, Member, StructureGroup
 
 
 def levels(config, sparsity, masks=None, structures=NO_STRUCTURES):
-    targets = resolve_targets(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4)), config)
-    return levels_of(targets, MaskSet(masks or {}), sparsity, config, None, structures)
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    if structures:
+        plan = Plan(**vars(Method.of(config)), targets={}, structures=structures, own_sparsities={})
+    else:
+        plan = Plan.of(model, config)
+    return plan.levels(MaskSet(masks or {}), sparsity)
 
 
 def test_a_cut_in_one_step():

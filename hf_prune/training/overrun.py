@@ -9,7 +9,7 @@ from ..weights.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
-class FinishedRun:
+class Overrun:
     """Where a run ended. When it is resumed, Trainer takes one more step, which is neither counted nor kept.
 
     Attributes:
@@ -25,7 +25,7 @@ class FinishedRun:
     weights: Snapshot
 
     @classmethod
-    def of(cls, state: TrainerState, model: nn.Module) -> "FinishedRun":
+    def of(cls, state: TrainerState, model: nn.Module) -> "Overrun":
         """Notes where a run is that is over, and copies its weights."""
         return cls(state.global_step, state.epoch, state.num_input_tokens_seen, Snapshot.of(model))
 

@@ -2,13 +2,13 @@ import torch
 from torch import nn
 from transformers import TrainerControl, TrainerState
 
-from hf_prune.training.finished import FinishedRun
+from hf_prune.training.overrun import Overrun
 
 
 def test_it_stays_where_it_was():
     model = nn.Linear(2, 2)
     before = model.weight.detach().clone()
-    run = FinishedRun.of(TrainerState(global_step=7, epoch=1.5, num_input_tokens_seen=40), model)
+    run = Overrun.of(TrainerState(global_step=7, epoch=1.5, num_input_tokens_seen=40), model)
 
     with torch.no_grad():
         model.weight.add_(1)

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from hf_prune.training.pacing import Even, Patience
+from hf_prune.pacing.even import Even
+from hf_prune.pacing.patience import Patience
 
 
 def test_rounds_are_spread_evenly():
@@ -205,7 +206,7 @@ def test_what_was_best_before_a_cut_does_not_count_after_it():
 
 def test_a_gain_of_min_delta_is_no_improvement_and_one_above_it_is():
     def run(delta: float) -> int:
-        pacing = Patience.plan(1, 0, 20, 20, [2], min_delta=delta)
+        pacing = dataclasses.replace(Patience.plan(1, 0, 20, 20, [2]), min_delta=delta)
         return drive(pacing, lambda _, step: -0.5 * step)[-1][0]
 
     assert run(0.5) == 3  # The first value is an improvement on nothing.

@@ -1,0 +1,268 @@
+"""The plan: what a config means for one model, resolved and checked once. Below it there are objects, no words."""
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import granularities
+from .config import PruningConfig
+from .criteria import CRITERIA, RECONSTRUCTIONS, Criterion, Statistics, fisher, magnitude, needs_of, scope_of
+from .distributed.zero import has_partitions
+from .recovery.lora import has_adapters, require_maskable_adapters
+from .scopes import GLOBAL, SCOPES, Scope
+from .selection.cuts import Cut, Quota
+from .selection.granularity import Granularity
+from .selection.scoring import Scorer, require_finite_weights
+from .structures.finding import held_zeros, zeros_of
+from .structures.groups import Structures, parameters_of
+from .weights.masks import MaskSet
+from .weights.targets import Target, are_sharded, find_targets
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """What a config means for any model.
+
+    Attributes:
+        config: The config; what it says of time, of the optimizer and of what happens at the end is read there.
+        granularity: What is removed together.
+        scope: What competes with what.
+        criterion: What a weight is worth; with a method that reconstructs, how sparse each layer is.
+        criterion_name: The name of what scores the weights.
+        reconstructs: Whether a method of `RECONSTRUCTIONS` prunes, which also changes the weights that it keeps.
+    """
+
+    config: PruningConfig
+    granularity: Granularity
+    scope: Scope
+    criterion: Criterion
+    criterion_name: str
+    reconstructs: bool
+
+    @classmethod
+    def of(cls, config: PruningConfig, criterion: Criterion | None = None) -> "Method":
+        """Resolves the words of a config.
+
+        Args:
+            config: The config.
+            criterion: A criterion in place of the config's.
+
+        Raises:
+            ValueError: if the criterion has declared a scope that there is not.
+        """
+        granularity = granularities.parse(config.granularity, multiple_of=config.multiple_of, uniform=config.uniform)
+        reconstructs = criterion is None and config.criterion in RECONSTRUCTIONS
+        chosen = fisher if reconstructs else criterion or CRITERIA[config.criterion]
+        name = config.criterion if criterion is None else _name_of(criterion)
+        auto = granularity.auto_scope(scope_of(chosen))
+        scope = SCOPES.get(auto if config.scope == "auto" else config.scope)
+        if scope is None:
+            known = ", ".join(each for each in SCOPES if each != "auto")
+            raise ValueError(f"the criterion {name} declares the scope {auto!r}; it must be one of {known}.")
+        return Method(config, granularity, scope, chosen, name, reconstructs)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that a cut reads."""
+        scored = () if self.reconstructs and self.scope != GLOBAL else needs_of(self.criterion)
+        return tuple(dict.fromkeys((*scored, *self.scope.needs)))
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether a cut needs calibration samples."""
+        return bool(self.needs) or self.reconstructs
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(Method):
+    """What a config means for one model.
+
+    Attributes:
+        targets: Parameter name → target.
+        structures: The structures that go as a whole; none where weights go.
+        own_sparsities: Target or group of structures → its own final sparsity.
+        seed: For criteria that draw random numbers.
+    """
+
+    targets: Mapping[str, Target]
+    structures: Structures
+    own_sparsities: Mapping[str, float]
+    seed: int = 0
+
+    @classmethod
+    def of(  # type: ignore[override]
+        cls, model: nn.Module, config: PruningConfig, criterion: Criterion | None = None, *, seed: int = 0
+    ) -> "Plan":
+        """Resolves a config for a model, and checks that it can be pruned so.
+
+        Args:
+            model: The model, unwrapped; its parameters can be looked at.
+            config: The config.
+            criterion: A criterion in place of the config's.
+            seed: For criteria that draw random numbers.
+
+        Raises:
+            ValueError: as `Method.of` and `find_targets` do; if the granularity does not fit a shape, or the model's
+                structures; if a pattern of `layer_sparsity` matches nothing; or if weights are sharded and whole ones
+                are needed.
+        """
+        method = Method.of(config, criterion)
+        granularity, targets = method.granularity, find_targets(model, config.target_modules, config.exclude_modules)
+        granularity.check(targets.values())
+        if are_sharded(targets.values()) and (method.reconstructs or granularity.kinds):
+            what = f"granularity {str(granularity)!r}" if granularity.kinds else f"criterion {config.criterion!r}"
+            raise ValueError(
+                f"{what} needs whole weights, and FSDP has sharded them. Prune unstructured, N:M or in blocks by "
+                "another criterion, or train with DistributedDataParallel."
+            )
+        structures = granularity.find(model, targets)
+        modules = {n: n for n in structures} if granularity.kinds else {n: t.module for n, t in targets.items()}
+        what = "places of structures" if granularity.kinds else "targeted modules"
+        own = _own_sparsities(config.own_sparsities, modules, what)
+        plan = cls(**vars(method), targets=targets, structures=structures, own_sparsities=own, seed=seed)
+        if config.round_sparsities:
+            granularity.require_prunable(model, plan.cut(MaskSet(), config.round_sparsities[-1]))
+        return plan
+
+    @property
+    def masked_names(self) -> Collection[str]:
+        """The parameters that have masks: targets, or all that belongs to a structure."""
+        return parameters_of(self.structures) or self.targets
+
+    def cut(self, masks: MaskSet, sparsity: float, statistics: Statistics | None = None) -> Cut:
+        """What is decided in a cut from some masks to an absolute sparsity."""
+        final = self.config.round_sparsities[-1]
+        progress = sparsity / final if final else 1.0
+        own = {name: value * progress for name, value in self.own_sparsities.items()}
+        scorer = Scorer(self.criterion, statistics or {}, self.seed)
+        return Cut(self.targets, masks, sparsity, self.scope, own, scorer, self.structures)
+
+    @torch.no_grad()
+    def next_masks(self, masks: MaskSet, sparsity: float, statistics: Statistics | None = None) -> MaskSet:
+        """Scores, chooses and masks once; the model is not touched.
+
+        Args:
+            masks: The masks so far; what they prune stays pruned and counts towards the sparsity. Empty before the
+                first round.
+            sparsity: Absolute sparsity to reach, in `[0, 1)`.
+            statistics: What the criterion has declared to need.
+
+        Returns:
+            A mask for each of `masked_names`.
+
+        Raises:
+            ValueError: if a weight is not finite, a score is NaN or has a wrong shape, or the criterion changed a
+                weight (the message names the tensor); or if the masks so far prune more than the sparsity.
+            TypeError: if the criterion gives something that is not a tensor.
+        """
+        require_finite_weights(self.targets.values())
+        return self.granularity.mask(self.cut(masks, sparsity, statistics))
+
+    @torch.no_grad()
+    def quotas(self, masks: MaskSet, sparsity: float, statistics: Statistics) -> Mapping[str, Quota]:
+        """What a method that reconstructs is to prune of each target.
+
+        Args:
+            masks: The masks so far.
+            sparsity: Absolute sparsity to reach, in `[0, 1)`.
+            statistics: What the criterion has declared to need.
+
+        Raises:
+            ValueError: as `next_masks` does.
+        """
+        require_finite_weights(self.targets.values())
+        return self.granularity.quotas(self.cut(masks, sparsity, statistics))
+
+    def levels(self, masks: MaskSet, sparsity: float) -> list[float]:
+        """The sparsities on a cut's way, in `score_steps` steps that leave the same share of what is left each.
+
+        Args:
+            masks: The masks so far.
+            sparsity: Absolute sparsity to reach, in `[0, 1)`.
+
+        Returns:
+            Rising, the last is `sparsity`.
+        """
+        steps, final = self.config.score_steps, self.config.round_sparsities[-1]
+        if steps == 1:
+            return [sparsity]
+        # No pool can get back what it has lost.
+        before = min(max(self.granularity.floors(self.cut(masks, final)), default=0.0), final)
+        share = (1 - sparsity) / (1 - before)
+        levels = self.granularity.levels([1 - (1 - before) * share ** (step / steps) for step in range(1, steps)])
+        return [*(level for level in levels if before < level < sparsity), sparsity]
+
+    def zeros(self, model: nn.Module) -> MaskSet:
+        """The masks of what is zero in the model."""
+        return zeros_of(model, self.targets, self.structures)
+
+    def held_zeros(self, model: nn.Module) -> MaskSet:
+        """The masks that hold all zeros of the targets, as `hold_zeros` asks for.
+
+        Raises:
+            ValueError: if they are not those of whole structures, where structures go.
+        """
+        return held_zeros(model, self.targets, self.structures)
+
+    def require_room(self, masks: MaskSet) -> None:
+        """Tries the first cut on masks that are there: if they leave it no room, now is the time to say so.
+
+        Raises:
+            ValueError: if the masks prune more than the first round asks for.
+        """
+        if self.config.round_sparsities:
+            # Any scores will do. What a rule has to know is not there yet, and with it there is too little room only
+            # where there is without.
+            scope = self.scope if self.scope.measure is None else GLOBAL
+            tried = dataclasses.replace(self, criterion=magnitude, scope=scope)
+            tried.next_masks(masks, self.config.round_sparsities[0])
+
+    def require_trainable(self, model: nn.Module) -> None:
+        """Requires that the model can be trained while it is pruned.
+
+        Raises:
+            ValueError: if what is pruned could not be shrunk at the end, or base weights under adapters cannot be
+                pruned by the criterion while these are trained.
+        """
+        if self.structures and self.config.shrink_at_end and has_partitions(model):
+            raise ValueError(
+                "DeepSpeed holds on to the shapes that parameters have, so that they cannot be shrunk at the end of "
+                "training. Set shrink_at_end=False, and call shrink on the saved model."
+            )
+        if not has_adapters(model):
+            return
+        if self.reconstructs:
+            raise ValueError(
+                f"criterion {self.criterion_name!r} changes base weights, which checkpoints of adapters do not hold. "
+                "Prune first (hf_prune.prune), and add adapters then."
+            )
+        if "movement" in self.needs:
+            raise ValueError(
+                "base weights under adapters do not move, so that criterion 'movement' says nothing of them. Take "
+                "another one, or prune before adapters are added."
+            )
+        require_maskable_adapters(model, self.targets)
+
+
+def _name_of(criterion: Criterion) -> str:
+    return str(getattr(criterion, "__qualname__", type(criterion).__qualname__))
+
+
+def _own_sparsities(patterns: Mapping[str, float], modules: Mapping[str, str], what: str) -> dict[str, float]:
+    """`layer_sparsity` of each name by its module; the first pattern that matches counts.
+
+    Raises:
+        ValueError: if a pattern matches none.
+    """
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, module) for module in modules.values()):
+            raise ValueError(
+                f"layer_sparsity: {pattern!r} matches none of the {what}, such as {next(iter(modules.values()))!r}. "
+                "It has to match a whole name."
+            )
+    found = {n: [value for pattern, value in patterns.items() if re.fullmatch(pattern, m)] for n, m in modules.items()}
+    return {name: values[0] for name, values in found.items() if values}

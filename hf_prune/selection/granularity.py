@@ -1,0 +1,119 @@
+"""A granularity: what is removed together, and all that depends on it in a cut."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
+
+from torch import nn
+
+from ..structures.finding import STRUCTURES
+from ..structures.groups import NO_STRUCTURES, Structures
+from ..weights.masks import MaskSet
+from ..weights.targets import Target
+from .cuts import Cut, Quota, floors_of_weights
+
+
+class Granularity(ABC):
+    """What is removed together. As a string it is spelled as in a config."""
+
+    spelling: ClassVar[str]
+    """How configs spell it, for messages."""
+    kinds: tuple[str, ...] = ()
+    """The kinds of structures that go as a whole; none where weights go."""
+    fixed_sparsity: float | None = None
+    """The only sparsity that it can have, if it is so."""
+    can_reconstruct: bool = False
+    """Whether methods that reconstruct can choose by it."""
+    pays: str = "a runtime makes use of them"
+    """What zeros need in order to save time or memory."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, text: str, multiple_of: int, uniform: bool) -> "Granularity | None":
+        """What a config spells; None if it is not of this class. Raises ValueError if it is, and cannot be."""
+
+    # What of a config goes with it.
+
+    def require_options(self, asked: Mapping[str, object]) -> None:
+        """Requires that what else a config asks for goes with it.
+
+        Args:
+            asked: The fields of the config that do not have their defaults.
+
+        Raises:
+            ValueError: if one does not.
+        """
+        for name in ("multiple_of", "shrink_at_end", "uniform"):
+            if name in asked:
+                raise ValueError(
+                    f"{name} is about structures, and granularity {str(self)!r} has none. Choose one of "
+                    f"{', '.join(STRUCTURES)}."
+                )
+
+    def auto_scope(self, scope: str) -> str:
+        """What `scope="auto"` means, with a criterion that has declared a scope."""
+        return scope
+
+    def auto_schedule(self, rounds: int | None, initial_sparsity: float | None) -> str:
+        """What `schedule="auto"` means."""
+        return "auto"
+
+    def attainable(self, sparsities: list[float], rounds_are_asked: bool) -> list[float]:
+        """The sparsities nearest to those of some rounds that it can have.
+
+        Args:
+            sparsities: Absolute, rising.
+            rounds_are_asked: Whether somebody has asked for so many; else those that get no further are left out.
+
+        Raises:
+            ValueError: if two rounds would have the same.
+        """
+        return sparsities
+
+    # What it does with a model.
+
+    def check(self, targets: Iterable[Target]) -> None:  # noqa: B027
+        """Requires that it fits the shapes of all targets.
+
+        Raises:
+            ValueError: naming each module that it does not fit.
+        """
+
+    def find(self, model: nn.Module, targets: Mapping[str, Target]) -> Structures:
+        """The structures that go as a whole; none where weights go.
+
+        Raises:
+            ValueError: as `find_structures` does.
+        """
+        return NO_STRUCTURES
+
+    def require_prunable(self, model: nn.Module, cut: Cut) -> None:  # noqa: B027
+        """Requires that the last cut of a config can be made.
+
+        Raises:
+            ValueError: if it cannot.
+        """
+
+    @abstractmethod
+    def mask(self, cut: Cut) -> MaskSet:
+        """Scores, chooses and masks; the model is not touched.
+
+        Raises:
+            ValueError: if a score is NaN, or the masks so far prune more than is asked for.
+        """
+
+    def quotas(self, cut: Cut) -> Mapping[str, Quota]:
+        """What a method that reconstructs is to prune of each target.
+
+        Raises:
+            ValueError: if the masks so far prune more than is asked for.
+        """
+        raise NotImplementedError(f"no method that reconstructs chooses by granularity {self}.")
+
+    def floors(self, cut: Cut) -> list[float]:
+        """The lowest sparsities that are still possible, by each pool, on the way to the one of a cut."""
+        return floors_of_weights(cut)
+
+    def levels(self, levels: list[float]) -> list[float]:
+        """The sparsities on a cut's way that it can have, each once."""
+        return levels

@@ -1,0 +1,92 @@
+"""The granularity of structures: heads, neurons, channels and layers go as a whole."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..structures.finding import STRUCTURES, find_structures, require_removable
+from ..structures.groups import Structures, kept_in, masks_of
+from ..structures.ranking import choose, floors_of_structures
+from ..weights.masks import MaskSet
+from ..weights.targets import Target
+from .cuts import Cut
+from .granularity import Granularity
+
+MULTIPLE_OF = 8
+"""The number of neurons or channels that remain is a multiple of this, unless a config says otherwise."""
+
+
+@dataclass(frozen=True)
+class Structural(Granularity):
+    """Whole structures: all that belongs to an attention head, a neuron, a channel or a layer.
+
+    Which weights these are, `hf_prune.structures` knows.
+
+    Attributes:
+        kinds: The kinds of structures, each of which competes among itself.
+        multiple_of: The number of neurons or channels that remain is a multiple of this, or all.
+        uniform: Whether as many go everywhere, so that an ordinary config of the family says what is left.
+    """
+
+    kinds: tuple[str, ...]
+    multiple_of: int = MULTIPLE_OF
+    uniform: bool = False
+    spelling = f"one of {', '.join(STRUCTURES)}"
+
+    @classmethod
+    def read(cls, text: str, multiple_of: int, uniform: bool) -> "Structural | None":
+        """Reads one of `STRUCTURES`."""
+        return cls(tuple(text.split("+")), multiple_of, uniform) if text in STRUCTURES else None
+
+    def __str__(self) -> str:
+        return "+".join(self.kinds)
+
+    def require_options(self, asked: Mapping[str, object]) -> None:
+        """Structures compete everywhere or within their layer, and whole layers as one pool."""
+        scopes = ["auto"]
+        if self.kinds != ("layer",):
+            scopes += ["layer"] if self.uniform else ["global", "layer"]
+        if asked.get("scope", "auto") not in scopes:
+            raise ValueError(
+                f"scope must be one of {', '.join(scopes)} with granularity {str(self)!r}"
+                f"{' and uniform' if self.uniform else ''}; got {asked['scope']!r}."
+            )
+        if asked.get("layer_sparsity") and self.uniform:
+            raise ValueError(
+                "layer_sparsity contradicts uniform, which removes the same number everywhere. Leave one of them out."
+            )
+        if asked.get("layer_sparsity") and self.kinds == ("layer",):
+            raise ValueError("layer_sparsity does not apply to granularity 'layer': all layers are one pool.")
+        if "multiple_of" in asked and self.kinds in (("head",), ("layer",)):
+            raise ValueError(
+                f"multiple_of is about neurons and channels, and granularity {str(self)!r} has none. Leave it out."
+            )
+
+    def auto_scope(self, scope: str) -> str:
+        """All compete, whatever the criterion compares."""
+        return "layer" if self.uniform else "global"
+
+    def find(self, model: nn.Module, targets: Mapping[str, Target]) -> Structures:
+        """The structures of these kinds."""
+        return find_structures(model, self.kinds, targets, self.multiple_of)
+
+    def require_prunable(self, model: nn.Module, cut: Cut) -> None:
+        """Requires that no layer is emptied, and that a config can say what is left where it has to.
+
+        Raises:
+            ValueError: if it cannot.
+        """
+        scope, own = cut.scope.name, cut.own_sparsities
+        require_removable(model, cut.structures, cut.sparsity, scope, own, uniform=self.uniform)
+
+    def mask(self, cut: Cut) -> MaskSet:
+        """Drops the lowest structures, and masks all that belongs to one."""
+        structures, kept = cut.structures, kept_in(cut.structures, cut.masks)
+        scores = {name: cut.scorer.of_structures(group, cut.targets) for name, group in structures.items()}
+        return masks_of(structures, choose(structures, scores, kept, cut.sparsity, cut.scope.name, cut.own_sparsities))
+
+    def floors(self, cut: Cut) -> list[float]:
+        """By each pool of structures."""
+        kept = kept_in(cut.structures, cut.masks)
+        return floors_of_structures(cut.structures, kept, cut.sparsity, cut.scope.name, cut.own_sparsities)

@@ -1,0 +1,288 @@
+"""Granularities of weights: each by itself, N of every M, and blocks."""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..scopes import GLOBAL
+from ..weights.masks import MaskSet, masked_in
+from ..weights.targets import Target
+from .cuts import Cut, Quota, mask_by_pools, mask_by_rows, mask_one_by_one
+from .granularity import Granularity
+from .lowest import drop_lowest_of_each
+
+
+@dataclass(frozen=True)
+class Unstructured(Granularity):
+    """Each weight by itself."""
+
+    spelling = "unstructured"
+    can_reconstruct = True
+    group_size = 1
+
+    @classmethod
+    def read(cls, text: str, multiple_of: int, uniform: bool) -> "Unstructured | None":
+        """Reads `unstructured`."""
+        return cls() if text == "unstructured" else None
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def mask(self, cut: Cut) -> MaskSet:
+        """Drops the lowest weights of each row or pool."""
+        return mask_by_rows(cut, self) if cut.scope.within_rows else mask_by_pools(cut, self)
+
+    def quotas(self, cut: Cut) -> Mapping[str, Quota]:
+        """How many weights of each target: what the criterion would take, or what the scope says."""
+        if cut.scope == GLOBAL:
+            return {name: masked_in(mask) for name, mask in self.mask(cut).items()}
+        return {pool.names[0]: pool.drop for pool in cut.pools(cut.masks)}
+
+    def shape_of_groups(self, target: Target) -> torch.Size:
+        """The shape of what there is one of for each group."""
+        return target.weight.shape
+
+    def pool(self, scores: torch.Tensor, target: Target) -> torch.Tensor:
+        """Scores of the weights → scores of the groups: the same."""
+        return scores
+
+    def pool_mask(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
+        """Mask of the weights → mask of the groups: the same."""
+        return mask
+
+    def spread(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
+        """Mask of the groups → mask of the weights: the same."""
+        return mask
+
+    def to_rows(self, values: torch.Tensor, target: Target) -> torch.Tensor:
+        """Values of the groups → `[rows, groups of a row]`: a row is an output, and all that it is computed from."""
+        return target.to_rows(values).flatten(0, 1)
+
+    def from_rows(self, rows: torch.Tensor, target: Target) -> torch.Tensor:
+        """The inverse of `to_rows`."""
+        return target.from_rows(rows).contiguous()
+
+
+@dataclass(frozen=True)
+class Pattern(Granularity):
+    """`n` weights kept of every `m` along the input dimension; 2:4 is what sparse tensor cores compute with."""
+
+    n: int
+    m: int
+    spelling = "N:M (such as 2:4)"
+    can_reconstruct = True
+
+    @classmethod
+    def read(cls, text: str, multiple_of: int, uniform: bool) -> "Pattern | None":
+        """Reads `N:M`."""
+        if not (found := re.fullmatch(r"(\d+):(\d+)", text)):
+            return None
+        n, m = map(int, found.groups())
+        if not 0 < n < m:
+            raise ValueError(f"granularity N:M keeps N of every M and needs 0 < N < M, got {text!r}.")
+        return cls(n, m)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def fixed_sparsity(self) -> float:  # type: ignore[override]
+        """`1 − N/M`."""
+        return 1 - self.n / self.m
+
+    @property
+    def pays(self) -> str:  # type: ignore[override]
+        """Kernels for the pattern."""
+        kernels = "`hf_prune.to_sparse_semi_structured(model)` does of 2:4 on GPUs"
+        return f"a runtime makes use of the pattern {self}, as {kernels}"
+
+    def require_options(self, asked: Mapping[str, object]) -> None:
+        """Weights compete within their groups, and nowhere else."""
+        for name in ("scope", "layer_sparsity"):
+            if name in asked:
+                raise ValueError(
+                    f"{name} does not apply to granularity {str(self)!r}: weights compete within their groups, and "
+                    f"each layer has the same sparsity. Leave {name} out."
+                )
+        super().require_options(asked)
+
+    def auto_scope(self, scope: str) -> str:
+        """Each layer has the same sparsity."""
+        return "layer"
+
+    def auto_schedule(self, rounds: int | None, initial_sparsity: float | None) -> str:
+        """The few steps that a pattern has on its way are taken one by one."""
+        if initial_sparsity is not None:
+            return "auto"
+        return "one_shot" if rounds is None else "constant"
+
+    def attainable(self, sparsities: list[float], rounds_are_asked: bool) -> list[float]:
+        """Those of the nearest patterns `k:M`."""
+        dropped = [round(value * self.m) for value in sparsities]
+        if not rounds_are_asked:
+            dropped = sorted(set(dropped) - {0})
+        if dropped[-1] != self.m - self.n or any(a >= b for a, b in itertools.pairwise([0, *dropped])):
+            raise ValueError(
+                f"the rounds of {self} go through (M-1):M, (M-2):M … {self}: each prunes one more or several of every "
+                f"{self.m}, and the last ends at {self.fixed_sparsity:g}; got sparsities "
+                f"{', '.join(f'{value:g}' for value in sparsities)}. Take fewer rounds, or another schedule."
+            )
+        return [count / self.m for count in dropped]
+
+    def check(self, targets: Iterable[Target]) -> None:
+        """Requires that groups of `m` tile the input dimension of every target.
+
+        Raises:
+            ValueError: naming each module where they do not.
+        """
+        bad = [target for target in targets if target.in_features % self.m]
+        if bad:
+            widths = ", ".join(f"{target.module!r} has {target.in_features}" for target in bad)
+            raise ValueError(f"{self} needs in_features divisible by {self.m}; {widths}. Add to exclude_modules.")
+
+    def mask(self, cut: Cut) -> MaskSet:
+        """Keeps the best weights of each group of the pattern that is nearest to the sparsity."""
+        pattern, scorer = self.at(cut.sparsity), cut.scorer
+        return mask_one_by_one(
+            cut, lambda seen, kept: pattern.keep(scorer.of_weights(seen), kept, seen), alone=scorer.is_elementwise
+        )
+
+    def quotas(self, cut: Cut) -> Mapping[str, Quota]:
+        """The pattern that is nearest to the sparsity, everywhere."""
+        pattern = self.at(cut.sparsity)
+        for name, mask in cut.masks.items():
+            pattern.require_room(mask, cut.targets[name])
+        return dict.fromkeys(cut.targets, pattern)
+
+    def levels(self, levels: list[float]) -> list[float]:
+        """Those of the nearest patterns."""
+        return sorted({round(level * self.m) / self.m for level in levels})
+
+    def keep(self, scores: torch.Tensor, kept: torch.Tensor | None, target: Target) -> torch.Tensor:
+        """The mask that keeps the `n` best of each group; ties keep the last by position.
+
+        Args:
+            scores: Of the weight's shape.
+            kept: Mask of the weight's shape that must not grow, or None.
+            target: The weight's target.
+
+        Returns:
+            Bool mask of the weight's shape.
+
+        Raises:
+            ValueError: if a score is NaN, or `kept` holds more than `m − n` zeros of a group already.
+        """
+        if kept is not None:
+            self.require_room(kept, target)
+        alive = None if kept is None else target.to_matrix(kept).reshape(-1, self.m)
+        groups = target.to_matrix(scores).reshape(-1, self.m)
+        mask = drop_lowest_of_each(target.name, groups, self.m - self.n, alive)
+        return target.from_matrix(mask).contiguous()
+
+    def at(self, sparsity: float) -> "Pattern":
+        """The pattern of as large groups that is nearest to a sparsity."""
+        return Pattern(self.m - round(sparsity * self.m), self.m)
+
+    def require_room(self, kept: torch.Tensor, target: Target) -> None:
+        """Requires that each group of a mask keeps at least `n`.
+
+        Raises:
+            ValueError: if one does not.
+        """
+        if (target.to_matrix(kept).reshape(-1, self.m).sum(1) < self.n).any():
+            raise ValueError(
+                f"{target.module!r} has groups of {self.m} with more than {self.m - self.n} zeros already; "
+                f"they cannot become {self}. Start without hold_zeros."
+            )
+
+
+@dataclass(frozen=True)
+class Block(Granularity):
+    """Blocks of `rows` outputs × `columns` inputs.
+
+    The inputs of a convolution are its channels, so that a block lies at one position of the kernel.
+    """
+
+    rows: int
+    columns: int
+    spelling = "block:RxC (such as block:4x4)"
+
+    @classmethod
+    def read(cls, text: str, multiple_of: int, uniform: bool) -> "Block | None":
+        """Reads `block:RxC`."""
+        if not (found := re.fullmatch(r"block:(\d+)x(\d+)", text)):
+            return None
+        rows, columns = map(int, found.groups())
+        if not (rows and columns):
+            raise ValueError(f"granularity block:RxC needs R and C of at least 1, got {text!r}.")
+        return cls(rows, columns)
+
+    def __str__(self) -> str:
+        return f"block:{self.rows}x{self.columns}"
+
+    def check(self, targets: Iterable[Target]) -> None:
+        """Requires that blocks tile every target.
+
+        Raises:
+            ValueError: naming each module that they do not tile.
+        """
+        bad = [t for t in targets if t.out_features % self.rows or t.in_features % self.columns]
+        if bad:
+            shapes = ", ".join(f"{t.module!r} is {t.out_features} x {t.in_features}" for t in bad)
+            raise ValueError(
+                f"{self} needs out_features divisible by {self.rows} and in_features divisible by {self.columns}; "
+                f"{shapes}. Add to exclude_modules, or choose another block."
+            )
+
+    def mask(self, cut: Cut) -> MaskSet:
+        """Drops the lowest blocks of each row of blocks, or of each pool."""
+        return mask_by_rows(cut, self) if cut.scope.within_rows else mask_by_pools(cut, self)
+
+    @property
+    def group_size(self) -> int:
+        """Weights in a block."""
+        return self.rows * self.columns
+
+    def shape_of_groups(self, target: Target) -> torch.Size:
+        """The shape of what there is one of for each group."""
+        rows = target.weight.numel() // target.in_features
+        return torch.Size([rows // self.rows, target.in_features // self.columns])
+
+    def pool(self, scores: torch.Tensor, target: Target) -> torch.Tensor:
+        """Scores of the weights → `[rows / R, columns / C]` sums over blocks, in float32 or better."""
+        return self._blocks(scores, target).sum((1, 3), dtype=torch.promote_types(scores.dtype, torch.float32))
+
+    def pool_mask(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
+        """Mask of the weights → `[rows / R, columns / C]` mask of the blocks.
+
+        Raises:
+            ValueError: if a block is masked in part.
+        """
+        blocks = self._blocks(mask, target)
+        kept = blocks.any(3).any(1)
+        if not torch.equal(kept, blocks.all(3).all(1)):
+            raise ValueError(
+                f"the zeros of {target.module!r} are not whole blocks of {self.rows}x{self.columns}. "
+                "Start without hold_zeros, or choose another granularity."
+            )
+        return kept
+
+    def spread(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
+        """Mask of the blocks → mask of the weights."""
+        matrix = mask.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+        return target.from_matrix(matrix).contiguous()
+
+    def to_rows(self, values: torch.Tensor, target: Target) -> torch.Tensor:
+        """Values of the blocks → the same: a row of blocks holds `R` outputs (at one position of a kernel)."""
+        return values
+
+    def from_rows(self, rows: torch.Tensor, target: Target) -> torch.Tensor:
+        """The inverse of `to_rows`."""
+        return rows
+
+    def _blocks(self, values: torch.Tensor, target: Target) -> torch.Tensor:
+        matrix = target.to_matrix(values)
+        return matrix.reshape(len(matrix) // self.rows, self.rows, -1, self.columns)

@@ -124,7 +124,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if self.config.restart_lr:
             require_restartable(event.scheduler)
         if self.config.patience:
-            require_evaluations(self.config, args, state)
+            require_evaluations(self._method, args, state)
         if isinstance(state.stateful_callbacks, dict) and state.global_step == 0:
             progress_of(state.stateful_callbacks)  # Raises if there is more than one.
         require_not_retired(event.optimizer)

@@ -16,7 +16,8 @@ from typing import get_args, get_origin, get_type_hints
 from . import granularities, schedules
 from .criteria import CRITERION_NAMES, RECONSTRUCTIONS
 from .granularities import Granularity
-from .pacing.timing import require_timing
+from .pacing.patience import require_patience
+from .pacing.timing import require_begin_and_end
 from .scopes import SCOPES
 from .selection.structural_granularity import MULTIPLE_OF
 from .weights.targets import is_regex
@@ -179,7 +180,8 @@ class PruningConfig:
             self._require_reconstruction(granularity)
         # Computed once here so that a schedule that cannot be is an error at once.
         object.__setattr__(self, "_round_sparsities", self._resolve_rounds(granularity))
-        require_timing(self, asked)
+        require_begin_and_end(self.begin, self.end)
+        require_patience(asked, len(self.round_sparsities))
 
     def _require_reconstruction(self, granularity: Granularity) -> None:
         if not granularity.can_reconstruct:

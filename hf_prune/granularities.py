@@ -5,8 +5,9 @@ in `GRANULARITIES`.
 """
 
 from .selection.granularity import Granularity
+from .selection.patterns import Pattern
 from .selection.structural_granularity import MULTIPLE_OF, Structural
-from .selection.weight_granularities import Block, Pattern, Unstructured
+from .selection.weight_groups import Block, Unstructured
 
 __all__ = ["GRANULARITIES", "Block", "Granularity", "Pattern", "Structural", "Unstructured", "parse"]
 

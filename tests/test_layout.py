@@ -14,90 +14,49 @@ import hf_prune
 from hf_prune.structures import families
 
 PACKAGE = Path(hf_prune.__file__).parent
-# A file imports only files above it.
-ORDER = [
-    "schedules",
-    "criteria",
-    "shards",
-    "zero",
-    "access",
-    "targets",
-    "processes",
-    "digests",
-    "files",
-    "masks",
-    "selection",
-    "products",
-    "contexts",
-    "samples",
-    "passes",
-    "hooks",
-    "masked_lora",
-    "lora",
-    "calibration",
-    "granularities",
-    "scopes",
-    "pacing",
-    "optimizers",
-    "reads",
-    "stages",
-    "reconstruction",
-    "checks",
-    "config",
-    "resolving",
-    "compression",
-    "structures.members",
-    "structures.choosing",
-    "structures.families",
-    "structures.places",
-    "structures.channels",
-    "structures.loading",
-    "structures.finding",
-    "structures.shrinking",
-    "semi_structured",
-    "distillation",
-    "costs",
-    "savings",
-    "tables",
-    "plots",
-    "history",
-    "reports",
-    "metrics",
-    "scoring",
-    "choosing",
-    "levels",
-    "pruning",
-    "weights",
-    "movement",
-    "rounds",
-    "finished",
-    "checkpoints",
-    "monitor",
-    "moments",
-    "cards",
-    "callback",
-    "folders",
-    "opening",
-    "readers",
-    "hub",
-    "inspection",
-    "pages",
-    "cli",
-]
-PACKAGES = ["__init__", "structures.__init__"]
-SUBPACKAGES = ("hf_prune", "hf_prune.structures")
+# A wing with its files, or a file at the door. Each imports only files before it.
+LAYOUT = """
+distributed     shards zero gathering processes digests tensor_files
+schedules
+criteria
+scopes
+weights         targets masks gradient_hooks snapshot movement compression
+calibration     contexts samples activations passes statistics costs
+structures      groups ranking families loading heads_and_neurons channels finding shrinking
+selection       lowest scoring cuts granularity weight_groups patterns structural_granularity
+granularities
+recovery        masked_lora lora distillation
+pacing          timing even patience
+config
+plan
+reconstruction  dependencies stages sparsegpt
+reporting       tables plots history reports savings
+inference       semi_structured
+pruning
+training        events monitor optimizers overrun renamed_weights checkpoints rounds run resuming
+metrics
+callback
+publishing      folders opening readers cards hub inspection pages
+cli
+distillation
+"""
+ROWS = [line.split() for line in LAYOUT.strip().splitlines()]
+WINGS = [wing for wing, *files in ROWS if files]
+ORDER = [".".join(filter(None, (wing, file))) for wing, *files in ROWS for file in files or [""]]
+PACKAGES = ["__init__", *(f"{wing}.__init__" for wing in WINGS)]
+SUBPACKAGES = ("hf_prune", *(f"hf_prune.{wing}" for wing in WINGS))
 OPTIONAL = ("evaluate", "peft", "matplotlib", "torch_pruning", "datasets")
 # Where an `assert` tells the type checker what the code above it has made sure of. None may guard what a user gives.
 NARROWING = {
     ("config", "own_sparsities"),
 }
 
-TABLE = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+MAP = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def test_contributing_lists_the_files_in_this_order():
-    files = re.findall(r"^\| `([\w/]+)\.py`", TABLE, flags=re.MULTILINE)
-    assert [file.replace("/", ".") for file in files] == ORDER
+def test_contributing_shows_every_wing_and_every_file_at_the_door():
+    drawn = re.findall(r"^  (\w+)(?:/|\.py) ", MAP, flags=re.MULTILINE)
+    assert sorted(drawn) == sorted({*(row[0] for row in ROWS), "__init__"})
 
 
 MODULES = pytest.mark.parametrize("module", ORDER)
@@ -117,7 +76,7 @@ def imported_files(source, package="hf_prune"):
             parents = package.split(".")
             base = ".".join(filter(None, [*parents[: len(parents) + 1 - node.level], node.module]))
             base = base if node.level else str(node.module)
-            # `from . import masks` imports a file; `from .masks import MaskSet` a name in one.
+            # `from . import masks` imports a file; `from .weights.masks import MaskSet` a name in one.
             paths = [f"{base}.{alias.name}" for alias in node.names] if base in SUBPACKAGES else [base]
         else:
             continue
@@ -154,14 +113,14 @@ def functions(source):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("from . import masks, schedules", {"masks", "schedules"}),
-        ("from .masks import MaskSet", {"masks"}),
-        ("import hf_prune.weights.masks", {"masks"}),
+        ("from . import metrics, schedules", {"metrics", "schedules"}),
+        ("from .weights.masks import MaskSet", {"weights.masks"}),
+        ("import hf_prune.weights.masks", {"weights.masks"}),
         ("import hf_prune", {"__init__"}),
-        ("from hf_prune import masks", {"masks"}),
-        ("from hf_prune.weights.masks import MaskSet", {"masks"}),
-        ("def f():\n    if True:\n        from .masks import MaskSet", {"masks"}),
-        ("from .structures.members import Member", {"structures.members"}),
+        ("from hf_prune.weights import masks", {"weights.masks"}),
+        ("from hf_prune.weights.masks import MaskSet", {"weights.masks"}),
+        ("def f():\n    if True:\n        from .weights.masks import MaskSet", {"weights.masks"}),
+        ("from .structures.groups import Member", {"structures.groups"}),
         ("import torch\nfrom transformers.utils import logging", set()),
     ],
 )
@@ -179,6 +138,50 @@ def test_a_file_imports_only_files_above_it(module):
     assert imported_files(tree(module), package_of(module)) <= set(ORDER[: ORDER.index(module)])
 
 
+# The house
+
+
+def test_the_door_has_room_for_twelve():
+    assert len(list(PACKAGE.glob("*.py"))) <= 12
+
+
+@MODULES
+def test_a_file_is_short_enough_to_be_read(module):
+    assert len((PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8").splitlines()) <= 350
+
+
+@MODULES
+def test_a_function_has_few_parameters(module):
+    """Except where users give each by its name: what always travels together is a record."""
+    public = {"save_pretrained", "push_to_hub", "prune_command"}
+    for function in functions(tree(module)):
+        given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        assert function.name in public or len([each for each in given if each.arg not in ("self", "cls")]) <= 7
+
+
+def test_a_config_is_words_at_the_door_and_a_plan_behind_it():
+    """Whoever names the class, or takes a config, is where a user hands one over, or makes the plan."""
+    named = set()
+    for module in ["__init__", *ORDER]:
+        for node in ast.walk(tree(module)):
+            takes = isinstance(node, ast.arg) and node.arg == "config"
+            if takes or "PruningConfig" in (getattr(node, "id", ""), getattr(node, "name", "")):
+                named.add(module)
+    named -= {"recovery.masked_lora"}  # That is peft's.
+    assert named == {
+        *("__init__", "config", "plan", "pruning", "callback", "cli"), "reporting.reports", "publishing.hub",
+    }  # fmt: skip
+
+
+@MODULES
+def test_a_granularity_is_read_where_a_config_is_and_asked_instead_of_told_apart(module):
+    calls = [node for node in ast.walk(tree(module)) if isinstance(node, ast.Call)]
+    names = {ast.unparse(call.func) for call in calls}
+    assert "granularities.parse" not in names or module in ("config", "plan")
+    told_apart = {ast.unparse(call.args[1]) for call in calls if ast.unparse(call.func) == "isinstance"}
+    assert not told_apart & {"Unstructured", "Block", "Pattern", "Structural", "Granularity"}
+
+
 @MODULES
 def test_a_file_imports_what_is_optional_only_where_it_is_needed(module):
     source = tree(module)
@@ -191,9 +194,11 @@ def test_a_file_imports_what_is_optional_only_where_it_is_needed(module):
     ]
     at_the_top = imported_packages(set(ast.walk(source)) - set(inside) - set(for_the_type_checker))
     # Rooms of their own, which `import hf_prune` does not enter.
-    rooms = {"metrics": {"evaluate", "datasets"}, "masked_lora": {"peft"}}
+    rooms = {"metrics": {"evaluate", "datasets"}, "recovery.masked_lora": {"peft"}}
     assert at_the_top & set(OPTIONAL) == rooms.get(module, set())
-    needed = {"lora": {"peft"}, "plots": {"matplotlib"}, "structures.channels": {"torch_pruning"}}
+    needed = {
+        "recovery.lora": {"peft"}, "reporting.plots": {"matplotlib"}, "structures.channels": {"torch_pruning"},
+    }  # fmt: skip
     assert imported_packages(inside) & set(OPTIONAL) == needed.get(module, set())
 
 
@@ -334,7 +339,15 @@ def test_the_examples_in_the_docstrings_are_right(module, monkeypatch):
 def test_there_are_examples():
     """A finder that finds nothing would pass."""
     with_examples = [module for module in ORDER if ">>>" in ast.unparse(tree(module))]
-    assert {"schedules", "criteria", "selection", "granularities", "masks", "pacing", "config"} <= set(with_examples)
+    assert {
+        "schedules",
+        "criteria",
+        "selection.lowest",
+        "granularities",
+        "weights.masks",
+        "pacing.even",
+        "config",
+    } <= set(with_examples)
     finder = doctest.DocTestFinder()
     for module in with_examples:
         found = finder.find(importlib.import_module(f"hf_prune.{module}"))

@@ -14,13 +14,49 @@ A caller that knows of yet another reason, such as another callback that stops t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .timing import window
 
 PATIENCE_SHARE = 0.5
 """As `EVEN_SHARE`: patience needs more room, to decide."""
+
+
+def require_patience(asked: Mapping[str, Any], rounds: int) -> None:
+    """Requires a patience that the rounds of a config can have.
+
+    Args:
+        asked: The fields of the config that do not have their defaults.
+        rounds: Number of rounds.
+
+    Raises:
+        ValueError: if a value is outside of its range, or contradicts another.
+    """
+    patience, least, most = (asked.get(name) for name in ("patience", "min_round_steps", "max_round_steps"))
+    for name, number in [
+        *(("patience", n) for n in patience or []),
+        ("max_round_steps", most),
+        ("min_round_steps", least),
+    ]:
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}.")
+    if not 0 <= (delta := asked.get("min_delta", 0.0)) < math.inf:
+        raise ValueError(f"min_delta must be 0 or more, in units of the metric, got {delta}.")
+    if patience is None:
+        for name in ("min_delta", "max_round_steps", "min_round_steps", "restore"):
+            if name in asked:
+                raise ValueError(f"{name} needs patience: without it, rounds are spread evenly.")
+        return
+    if not rounds:
+        raise ValueError("patience needs rounds to end, and with hold_zeros alone there are none. Give a sparsity.")
+    if not 1 <= len(patience) <= rounds:
+        raise ValueError(
+            f"patience must have one number, or at most one for each of the {rounds} rounds, got {len(patience)}."
+        )
+    if most is not None and (least or 1) > most:
+        raise ValueError(f"min_round_steps must be at most max_round_steps, got {least} and {most}.")
 
 
 @dataclass

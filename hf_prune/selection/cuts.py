@@ -1,10 +1,9 @@
-"""Cuts: which groups of weights go, by row or by pool; of shards what goes of whole weights.
+"""Cuts: what one is decided by, and masks of which each row is decided by itself.
 
 A process decides alone about the rows that it holds where their scores and their groups need no others; else all
 processes gather a weight, decide about all of it, and each keeps what is said of its rows.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,12 +11,11 @@ from typing import Protocol
 import torch
 
 from ..distributed.processes import failing_together
-from ..distributed.shards import from_own, own, shard, whole
+from ..distributed.shards import from_own, shard, whole
 from ..scopes import Pool, Scope, pools
 from ..structures.groups import Structures
 from ..weights.masks import MaskSet, masked_in
 from ..weights.targets import Target, are_sharded
-from .lowest import check_scores, drop_lowest, drop_lowest_of_each
 from .scoring import Scorer
 
 
@@ -76,85 +74,6 @@ class Proportion(Protocol):
 
 Quota = int | Proportion
 """What is to be pruned of a target: how many weights in all, those pruned before included, or what of each group."""
-
-
-class WeightGroups(Protocol):
-    """Groups of weights that go together, in every target."""
-
-    @property
-    def group_size(self) -> int:
-        """Weights in a group."""
-
-    def shape_of_groups(self, target: Target) -> torch.Size:
-        """The shape of what there is one of for each group."""
-
-    def pool(self, scores: torch.Tensor, target: Target) -> torch.Tensor:
-        """Scores of the weights → scores of the groups."""
-
-    def pool_mask(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
-        """Mask of the weights → mask of the groups."""
-
-    def spread(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
-        """Mask of the groups → mask of the weights."""
-
-    def to_rows(self, values: torch.Tensor, target: Target) -> torch.Tensor:
-        """Values of the groups → `[rows, groups of a row]`."""
-
-    def from_rows(self, rows: torch.Tensor, target: Target) -> torch.Tensor:
-        """The inverse of `to_rows`."""
-
-
-def mask_by_rows(cut: Cut, groups: WeightGroups) -> MaskSet:
-    """The masks that drop the lowest groups of each output row, so many of each as a target's sparsity says."""
-
-    def mask_of(seen: Target, kept: torch.Tensor | None) -> torch.Tensor:
-        rows = groups.to_rows(groups.pool(cut.scorer.of_weights(seen), seen), seen)
-        if kept is not None:
-            kept = groups.to_rows(groups.pool_mask(kept, seen), seen)
-        drop = round(cut.own_sparsities.get(seen.name, cut.sparsity) * rows.shape[1])
-        dropped = drop_lowest_of_each(seen.name, rows, drop, kept)
-        return groups.spread(groups.from_rows(dropped, seen), seen)
-
-    return mask_one_by_one(cut, mask_of, alone=cut.scorer.is_elementwise and groups.group_size == 1)
-
-
-def mask_by_pools(cut: Cut, groups: WeightGroups) -> MaskSet:
-    """The masks that drop the lowest groups of each pool."""
-    alone = cut.scorer.is_elementwise and groups.group_size == 1
-    sharded = are_sharded(cut.targets.values())
-
-    def scores_of(target: Target) -> torch.Tensor:
-        """Of the groups whose turn it is on this process."""
-        if alone or not sharded:
-            seen = target.own()
-            return groups.pool(cut.scorer.of_weights(seen), seen)
-        seen = target.whole()
-        with failing_together():  # While all processes have all of them.
-            scores = groups.pool(cut.scorer.of_weights(seen), seen)
-            check_scores(target.name, scores)
-        return own(shard(scores, target.weight))
-
-    def regrouped(
-        change: Callable[[torch.Tensor, Target], torch.Tensor], mask: torch.Tensor, target: Target
-    ) -> torch.Tensor:
-        if groups.group_size == 1:
-            return change(mask, target)
-        return shard(change(whole(mask), target), target.weight)
-
-    kept = {name: regrouped(groups.pool_mask, mask, cut.targets[name]) for name, mask in cut.masks.items()}
-    kept_here = {name: own(mask) for name, mask in kept.items()}
-    chosen: dict[str, torch.Tensor] = {}
-    for pool in cut.pools(kept, groups.group_size):
-        scores = {name: functools.partial(scores_of, cut.targets[name]) for name in pool.names}
-        chosen |= drop_lowest(scores, pool.drop, kept_here, sharded=sharded)
-    return MaskSet(
-        {
-            name: regrouped(
-                groups.spread, from_own(chosen[name], target.weight, groups.shape_of_groups(target)), target
-            )
-            for name, target in cut.targets.items()
-        }
-    )
 
 
 def mask_one_by_one(

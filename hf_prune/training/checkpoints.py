@@ -1,24 +1,18 @@
 """Checkpoints: where an interrupted run is found again, and whether what is there is whole."""
 
-import copy
 import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypedDict, TypeGuard, TypeVar, cast
+from typing import NamedTuple, TypedDict, TypeVar, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel, TrainerState, TrainingArguments
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers import TrainerState, TrainingArguments
 
 from ..distributed.processes import gather_from_processes, sum_over_processes_
-from ..distributed.shards import has_shards, own
-from ..distributed.zero import has_partitions
+from ..distributed.shards import own
 from ..plan import Method, Plan
 from ..recovery.lora import has_adapters
 from ..reporting.history import PruningHistory
@@ -26,6 +20,7 @@ from ..weights.masks import MaskSet
 from ..weights.movement import Movement
 from ..weights.snapshot import Snapshot, sharded_tensors
 from .events import Event
+from .renamed_weights import has_other_names_in_files, load_renamed_weights_
 
 TRAINER_STATE_NAME = "trainer_state.json"  # As in `transformers.trainer`, which imports datasets.
 MASKS_NAME = "pruning_masks.safetensors"
@@ -131,7 +126,7 @@ def recover_(plan: Plan, event: Event, progress: Progress) -> Recovered:
     folder = _find_checkpoint(folders, progress, event.state.global_step)
     if folder is not None:
         load_renamed_weights_(model, folder)
-    elif _has_other_names_in_files(model):
+    elif has_other_names_in_files(model):
         raise ValueError(f"the weights of this {type(model).__name__} cannot be found to be resumed. {ELSEWHERE}")
     sharded = sharded_tensors(model)
     try:
@@ -186,29 +181,6 @@ def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return output_dir / name
 
 
-def load_renamed_weights_(model: nn.Module, folder: Path) -> None:
-    """Loads a checkpoint's weights if its names for them are not the model's; does nothing otherwise.
-
-    `save_pretrained` writes the names of the Hub, and for some models they are not those in memory.
-    `from_pretrained` translates; Trainer, when it resumes and when it brings back the best model, does not, and
-    silently leaves such weights as they are (transformers issue 48805).
-
-    Args:
-        model: The model, unwrapped; changed in place.
-        folder: The checkpoint.
-    """
-    files = sorted(folder.glob("model*.safetensors"))
-    if not _has_other_names_in_files(model) or not files:
-        return
-    saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    # Loading puts new parameters into a model, and the optimizer holds the old ones: so a copy is loaded.
-    loaded = copy.deepcopy(model)
-    translate = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(loaded))  # type: ignore[arg-type]
-    info, _ = convert_and_load_state_dict_in_model(loaded, saved, translate)
-    found = {name: tensor for name, tensor in loaded.state_dict().items() if name not in info.missing_keys}
-    model.load_state_dict(found, strict=False)
-
-
 def newest_complete(output_dir: str | os.PathLike[str]) -> Path | None:
     """The newest checkpoint from which a pruning run can be resumed.
 
@@ -261,16 +233,6 @@ def _find_checkpoint(folders: Iterable[Path], progress: Progress, step: int) -> 
         if found is not None and (found["run"], at) == (progress["run"], step):
             return folder
     return None
-
-
-def _has_other_names_in_files(model: nn.Module) -> TypeGuard[PreTrainedModel]:
-    """Whether a saved model has other names for its weights than the model in memory, as ViT and fused experts do.
-
-    What Trainer saves of sharded models to resume them, and DeepSpeed of any, has the names in memory.
-    """
-    if not isinstance(model, PreTrainedModel) or has_shards(model) or has_partitions(model):
-        return False
-    return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def _recorded(

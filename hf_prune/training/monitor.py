@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from transformers import TrainerState, TrainingArguments
 
 from ..pacing.patience import Patience
-from ..pacing.timing import Timing
+from ..plan import Method
 
 FALLING = {
     *("loss", "perplexity", "ppl", "nll", "error", "errors", "err", "eer", "wer", "cer", "ter", "mer", "fid", "brier"),
@@ -66,9 +66,9 @@ class Monitor:
         return metrics.get(metric.replace("eval", prefix, 1))
 
 
-def metric_name(timing: Timing, args: TrainingArguments) -> str:
+def metric_name(method: Method, args: TrainingArguments) -> str:
     """The metric of the config, else Trainer's `metric_for_best_model`, else the loss; with the prefix `eval_`."""
-    return _prefixed(timing.metric or args.metric_for_best_model or "loss")
+    return _prefixed(method.config.metric or args.metric_for_best_model or "loss")
 
 
 def improves_as_it_rises(metric: str, args: TrainingArguments) -> bool:
@@ -91,11 +91,11 @@ def improves_as_it_rises(metric: str, args: TrainingArguments) -> bool:
     return args.greater_is_better
 
 
-def require_evaluations(timing: Timing, args: TrainingArguments, state: TrainerState) -> None:
+def require_evaluations(method: Method, args: TrainingArguments, state: TrainerState) -> None:
     """Requires what patience needs: evaluations before the run is over, and no other metric that decides what stays.
 
     Args:
-        timing: What a config with patience says of time.
+        method: What a config with patience means.
         args: The training arguments.
         state: The trainer's state, in which fractions have become steps.
 
@@ -109,8 +109,8 @@ def require_evaluations(timing: Timing, args: TrainingArguments, state: TrainerS
     delay = args.eval_delay * (1 if args.eval_strategy == "steps" else every)
     if max(every, delay) >= state.max_steps:
         raise ValueError(f"patience needs several evaluations, and there is none before the run's end. {often}")
-    if args.load_best_model_at_end and timing.restore == "best":
-        ours, theirs = metric_name(timing, args), _prefixed(str(args.metric_for_best_model))
+    if args.load_best_model_at_end and method.config.restore == "best":
+        ours, theirs = metric_name(method, args), _prefixed(str(args.metric_for_best_model))
         if ours != theirs:
             raise ValueError(
                 f"patience brings the best {ours} back, and load_best_model_at_end the best {theirs}. Take the same "

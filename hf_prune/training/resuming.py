@@ -28,7 +28,7 @@ def resume_(run: Run, event: Event) -> None:
     pacing = (Patience if plan.config.patience else Even)(**progress["pacing"])  # type: ignore[arg-type]
     pacing.resize_(state.max_steps, state.global_step)
     run.id, run.resumed_at = progress["run"], state.global_step
-    run.rounds = Rounds(plan.config, pacing, PruningHistory.from_dict(progress["history"]))
+    run.rounds = Rounds(plan, pacing, PruningHistory.from_dict(progress["history"]))
     if progress["lr_start"] is not None:
         # Without the scheduler's file, as with `save_only_model`, Trainer begins its schedule anew, and so do we.
         lost = scheduler.last_epoch < progress["lr_start"]

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..pacing.even import Even
 from ..pacing.patience import Patience
-from ..pacing.timing import Timing
+from ..plan import Method
 from ..reporting.history import PruningHistory, Round
 from ..reporting.reports import SparsityReport
 from ..weights.snapshot import Snapshot
@@ -20,20 +20,20 @@ class Rounds:
     """Where the rounds of a run are: which one it is in, what it has cost, and its best weights.
 
     Args:
-        timing: What the config says of time.
+        method: What the config means.
         pacing: When rounds begin and end.
         history: What was written down so far.
 
     Attributes:
-        timing: As given.
+        config: The config, for what it says of time.
         pacing: As given.
         history: As given.
-        best: A copy of the model at the round's best metric, where `timing.restore` wants it back; None before there
+        best: A copy of the model at the round's best metric, where `config.restore` wants it back; None before there
             is one.
     """
 
-    def __init__(self, timing: Timing, pacing: Even | Patience, history: PruningHistory) -> None:
-        self.timing = timing
+    def __init__(self, method: Method, pacing: Even | Patience, history: PruningHistory) -> None:
+        self.config = method.config
         self.pacing = pacing
         self.history = history
         self.best: Snapshot | None = None
@@ -41,31 +41,31 @@ class Rounds:
         self._nan_is_said = False
 
     @classmethod
-    def plan(cls, timing: Timing, history: PruningHistory, max_steps: int) -> "Rounds":
+    def plan(cls, method: Method, history: PruningHistory, max_steps: int) -> "Rounds":
         """Plans the rounds for a run.
 
         Raises:
             ValueError: if they do not fit.
         """
-        rounds = len(timing.round_sparsities)
-        if timing.patience is None:
-            return cls(timing, Even.plan(rounds, timing.begin, timing.end, max_steps), history)
+        config, rounds = method.config, len(method.config.round_sparsities)
+        if config.patience is None:
+            return cls(method, Even.plan(rounds, config.begin, config.end, max_steps), history)
         pacing = Patience.plan(
             rounds,
-            timing.begin,
-            timing.end,
+            config.begin,
+            config.end,
             max_steps,
-            timing.patience,
-            max_round_steps=timing.max_round_steps,
-            min_round_steps=timing.min_round_steps,
+            config.patience,
+            max_round_steps=config.max_round_steps,
+            min_round_steps=config.min_round_steps,
         )
-        pacing.min_delta = timing.min_delta
-        return cls(timing, pacing, history)
+        pacing.min_delta = config.min_delta
+        return cls(method, pacing, history)
 
     @property
     def next_sparsity(self) -> float:
         """The sparsity that the next cut is to reach."""
-        return self.timing.round_sparsities[self.pacing.round]
+        return self.config.round_sparsities[self.pacing.round]
 
     def begin_(self, step: int, asked: float | None, report: SparsityReport, criterion: str) -> Round:
         """Begins the next round after its cut.
@@ -115,7 +115,7 @@ class Rounds:
             row.best, row.best_step = value, step
         if self.pacing.round > 0:
             self.pacing.observe_(gain)
-            if gain > 0 and self.timing.patience and self.timing.restore == "best":
+            if gain > 0 and self.config.patience and self.config.restore == "best":
                 self.best = Snapshot.of(model)
 
     def count_step_(self, samples: int, tokens: int | None) -> None:

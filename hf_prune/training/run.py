@@ -24,11 +24,12 @@ from ..reporting.savings import shrink_measured
 from ..weights.gradient_hooks import GradientHooks
 from ..weights.masks import MaskSet
 from ..weights.movement import Movement, require_gatherable
-from .checkpoints import BEST_NAME, MASKS_NAME, MOVEMENT_NAME, Progress, load_renamed_weights_
+from .checkpoints import BEST_NAME, MASKS_NAME, MOVEMENT_NAME, Progress
 from .events import Event
 from .monitor import Monitor, as_number, improves_as_it_rises, metric_name, warn_of_few_evaluations
 from .optimizers import cut_state_, restart_lr_, retire
 from .overrun import Overrun
+from .renamed_weights import load_renamed_weights_
 from .rounds import Rounds
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Run:
         self.plan = plan
         self.id = uuid.uuid4().hex
         self.masks = MaskSet()
-        self.rounds = Rounds(plan.config, Even([], 0), PruningHistory())
+        self.rounds = Rounds(plan, Even([], 0), PruningHistory())
         self.monitor = Monitor()
         self.movement: Movement | None = None
         self.lr_start: int | None = None
@@ -93,14 +94,14 @@ class Run:
         Raises:
             ValueError: if the rounds do not fit the run, or what is held leaves the first one no room.
         """
-        plan, metric = self.plan, metric_name(self.plan.config, event.args)
+        plan, metric = self.plan, metric_name(self.plan, event.args)
         history = PruningHistory(
             metric,
             greater_is_better=improves_as_it_rises(metric, event.args),
             asked=plan.config.round_sparsities,
             language_model=isinstance(event.model, PreTrainedModel) and event.model.can_generate(),
         )
-        self.rounds = Rounds.plan(plan.config, history, event.state.max_steps)
+        self.rounds = Rounds.plan(plan, history, event.state.max_steps)
         if "movement" in plan.needs:
             require_gatherable(event.model, self.rounds.pacing.is_due(0))
             self.movement = Movement.zeros(plan.targets.values(), self.id)

@@ -17,7 +17,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, ViTConfig, ViTForImageClassification
 
 from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, sparsity_report
-from hf_prune.training.checkpoints import load_renamed_weights_, newest_complete
+from hf_prune.training.checkpoints import newest_complete
+from hf_prune.training.renamed_weights import load_renamed_weights_
 from hf_prune.weights.snapshot import Snapshot
 from tests.processes import forkserver, launch_function
 from tests.resuming import KINDS, PATIENT, train_kinds

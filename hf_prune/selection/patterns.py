@@ -1,4 +1,4 @@
-"""Granularities of weights: each by itself, N of every M, and blocks."""
+"""Patterns: N weights of every M are kept."""
 
 import itertools
 import re
@@ -7,63 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..scopes import GLOBAL
-from ..weights.masks import MaskSet, masked_in
+from ..weights.masks import MaskSet
 from ..weights.targets import Target
-from .cuts import Cut, Quota, mask_by_pools, mask_by_rows, mask_one_by_one
+from .cuts import Cut, Quota, mask_one_by_one
 from .granularity import Granularity
 from .lowest import drop_lowest_of_each
-
-
-@dataclass(frozen=True)
-class Unstructured(Granularity):
-    """Each weight by itself."""
-
-    spelling = "unstructured"
-    can_reconstruct = True
-    group_size = 1
-
-    @classmethod
-    def read(cls, text: str, multiple_of: int, uniform: bool) -> "Unstructured | None":
-        """Reads `unstructured`."""
-        return cls() if text == "unstructured" else None
-
-    def __str__(self) -> str:
-        return "unstructured"
-
-    def mask(self, cut: Cut) -> MaskSet:
-        """Drops the lowest weights of each row or pool."""
-        return mask_by_rows(cut, self) if cut.scope.within_rows else mask_by_pools(cut, self)
-
-    def quotas(self, cut: Cut) -> Mapping[str, Quota]:
-        """How many weights of each target: what the criterion would take, or what the scope says."""
-        if cut.scope == GLOBAL:
-            return {name: masked_in(mask) for name, mask in self.mask(cut).items()}
-        return {pool.names[0]: pool.drop for pool in cut.pools(cut.masks)}
-
-    def shape_of_groups(self, target: Target) -> torch.Size:
-        """The shape of what there is one of for each group."""
-        return target.weight.shape
-
-    def pool(self, scores: torch.Tensor, target: Target) -> torch.Tensor:
-        """Scores of the weights → scores of the groups: the same."""
-        return scores
-
-    def pool_mask(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
-        """Mask of the weights → mask of the groups: the same."""
-        return mask
-
-    def spread(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
-        """Mask of the groups → mask of the weights: the same."""
-        return mask
-
-    def to_rows(self, values: torch.Tensor, target: Target) -> torch.Tensor:
-        """Values of the groups → `[rows, groups of a row]`: a row is an output, and all that it is computed from."""
-        return target.to_rows(values).flatten(0, 1)
-
-    def from_rows(self, rows: torch.Tensor, target: Target) -> torch.Tensor:
-        """The inverse of `to_rows`."""
-        return target.from_rows(rows).contiguous()
 
 
 @dataclass(frozen=True)
@@ -197,92 +145,3 @@ class Pattern(Granularity):
                 f"{target.module!r} has groups of {self.m} with more than {self.m - self.n} zeros already; "
                 f"they cannot become {self}. Start without hold_zeros."
             )
-
-
-@dataclass(frozen=True)
-class Block(Granularity):
-    """Blocks of `rows` outputs × `columns` inputs.
-
-    The inputs of a convolution are its channels, so that a block lies at one position of the kernel.
-    """
-
-    rows: int
-    columns: int
-    spelling = "block:RxC (such as block:4x4)"
-
-    @classmethod
-    def read(cls, text: str, multiple_of: int, uniform: bool) -> "Block | None":
-        """Reads `block:RxC`."""
-        if not (found := re.fullmatch(r"block:(\d+)x(\d+)", text)):
-            return None
-        rows, columns = map(int, found.groups())
-        if not (rows and columns):
-            raise ValueError(f"granularity block:RxC needs R and C of at least 1, got {text!r}.")
-        return cls(rows, columns)
-
-    def __str__(self) -> str:
-        return f"block:{self.rows}x{self.columns}"
-
-    def check(self, targets: Iterable[Target]) -> None:
-        """Requires that blocks tile every target.
-
-        Raises:
-            ValueError: naming each module that they do not tile.
-        """
-        bad = [t for t in targets if t.out_features % self.rows or t.in_features % self.columns]
-        if bad:
-            shapes = ", ".join(f"{t.module!r} is {t.out_features} x {t.in_features}" for t in bad)
-            raise ValueError(
-                f"{self} needs out_features divisible by {self.rows} and in_features divisible by {self.columns}; "
-                f"{shapes}. Add to exclude_modules, or choose another block."
-            )
-
-    def mask(self, cut: Cut) -> MaskSet:
-        """Drops the lowest blocks of each row of blocks, or of each pool."""
-        return mask_by_rows(cut, self) if cut.scope.within_rows else mask_by_pools(cut, self)
-
-    @property
-    def group_size(self) -> int:
-        """Weights in a block."""
-        return self.rows * self.columns
-
-    def shape_of_groups(self, target: Target) -> torch.Size:
-        """The shape of what there is one of for each group."""
-        rows = target.weight.numel() // target.in_features
-        return torch.Size([rows // self.rows, target.in_features // self.columns])
-
-    def pool(self, scores: torch.Tensor, target: Target) -> torch.Tensor:
-        """Scores of the weights → `[rows / R, columns / C]` sums over blocks, in float32 or better."""
-        return self._blocks(scores, target).sum((1, 3), dtype=torch.promote_types(scores.dtype, torch.float32))
-
-    def pool_mask(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
-        """Mask of the weights → `[rows / R, columns / C]` mask of the blocks.
-
-        Raises:
-            ValueError: if a block is masked in part.
-        """
-        blocks = self._blocks(mask, target)
-        kept = blocks.any(3).any(1)
-        if not torch.equal(kept, blocks.all(3).all(1)):
-            raise ValueError(
-                f"the zeros of {target.module!r} are not whole blocks of {self.rows}x{self.columns}. "
-                "Start without hold_zeros, or choose another granularity."
-            )
-        return kept
-
-    def spread(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
-        """Mask of the blocks → mask of the weights."""
-        matrix = mask.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
-        return target.from_matrix(matrix).contiguous()
-
-    def to_rows(self, values: torch.Tensor, target: Target) -> torch.Tensor:
-        """Values of the blocks → the same: a row of blocks holds `R` outputs (at one position of a kernel)."""
-        return values
-
-    def from_rows(self, rows: torch.Tensor, target: Target) -> torch.Tensor:
-        """The inverse of `to_rows`."""
-        return rows
-
-    def _blocks(self, values: torch.Tensor, target: Target) -> torch.Tensor:
-        matrix = target.to_matrix(values)
-        return matrix.reshape(len(matrix) // self.rows, self.rows, -1, self.columns)

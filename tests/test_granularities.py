@@ -182,7 +182,7 @@ def test_unstructured_leaves_everything_as_it_is(target):
     scores = draw(target, torch.float32, "normal")
     granularity = Unstructured()
     granularity.check([target])
-    assert granularity.group_size == 1
+    assert granularity.count(target) == target.weight.numel()
     assert torch.equal(granularity.pool(scores, target), scores)
     assert torch.equal(granularity.pool_mask(scores > 0, target), scores > 0)
     assert torch.equal(granularity.spread(scores > 0, target), scores > 0)
@@ -305,7 +305,8 @@ def test_a_block_scores_the_sum_of_its_weights(target, block):
     pooled = block.pool(scores, target)
     assert pooled.dtype == torch.float64
     torch.testing.assert_close(pooled, expected.double(), rtol=1e-6, atol=1e-5)
-    assert pooled.numel() * block.group_size == scores.numel()
+    assert pooled.numel() == block.count(target)
+    assert pooled.numel() * block.rows * block.columns == scores.numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -41,16 +41,16 @@ class Cut:
     scorer: Scorer
     structures: Structures = field(default_factory=dict)
 
-    def pools(self, kept: Mapping[str, torch.Tensor], group_size: int = 1) -> list[Pool]:
+    def pools(self, kept: Mapping[str, torch.Tensor], count: Callable[[Target], int]) -> list[Pool]:
         """Divides the targets into pools.
 
         Args:
             kept: Masks of the groups so far, sharded as the targets are.
-            group_size: Weights in a group.
+            count: Target → number of its groups.
         """
         measure, targets = self.scope.measure, self.targets
         return pools(
-            {name: target.weight.numel() // group_size for name, target in targets.items()},
+            {name: count(target) for name, target in targets.items()},
             self.sparsity,
             self.scope,
             shapes={name: target.layer_shape for name, target in targets.items()},

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -18,36 +19,41 @@ from .lowest import check_scores, drop_lowest, drop_lowest_of_each
 
 
 class WeightGroups(Granularity):
-    """Groups of weights, of which the lowest go: here each weight is one.
+    """Groups of weights of a target, of which the lowest go.
 
-    A row is an output, and all that it is computed from.
+    What there is one of for each group is `[rows, groups of a row]`, unless `to_rows` says otherwise.
     """
 
-    group_size: int = 1
+    are_single: bool = False
+    """Whether each group is one weight, so that a process can choose among the rows that it holds."""
 
+    @abstractmethod
     def shape_of_groups(self, target: Target) -> torch.Size:
         """The shape of what there is one of for each group."""
-        return target.weight.shape
 
+    @abstractmethod
     def pool(self, scores: torch.Tensor, target: Target) -> torch.Tensor:
         """Scores of the weights → scores of the groups."""
-        return scores
 
+    @abstractmethod
     def pool_mask(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
         """Mask of the weights → mask of the groups."""
-        return mask
 
+    @abstractmethod
     def spread(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
         """Mask of the groups → mask of the weights."""
-        return mask
 
     def to_rows(self, values: torch.Tensor, target: Target) -> torch.Tensor:
         """Values of the groups → `[rows, groups of a row]`."""
-        return target.to_rows(values).flatten(0, 1)
+        return values
 
     def from_rows(self, rows: torch.Tensor, target: Target) -> torch.Tensor:
         """The inverse of `to_rows`."""
-        return target.from_rows(rows).contiguous()
+        return rows
+
+    def count(self, target: Target) -> int:
+        """How many there are."""
+        return self.shape_of_groups(target).numel()
 
     def mask(self, cut: Cut) -> MaskSet:
         """Drops the lowest groups of each row or pool."""
@@ -64,11 +70,11 @@ class WeightGroups(Granularity):
             dropped = drop_lowest_of_each(seen.name, rows, drop, kept)
             return self.spread(self.from_rows(dropped, seen), seen)
 
-        return mask_one_by_one(cut, mask_of, alone=cut.scorer.is_elementwise and self.group_size == 1)
+        return mask_one_by_one(cut, mask_of, alone=cut.scorer.is_elementwise and self.are_single)
 
     def _mask_pools(self, cut: Cut) -> MaskSet:
         """The masks that drop the lowest groups of each pool."""
-        alone = cut.scorer.is_elementwise and self.group_size == 1
+        alone = cut.scorer.is_elementwise and self.are_single
         sharded = are_sharded(cut.targets.values())
 
         def scores_of(target: Target) -> torch.Tensor:
@@ -85,14 +91,14 @@ class WeightGroups(Granularity):
         def regrouped(
             change: Callable[[torch.Tensor, Target], torch.Tensor], mask: torch.Tensor, target: Target
         ) -> torch.Tensor:
-            if self.group_size == 1:
+            if self.are_single:
                 return change(mask, target)
             return shard(change(whole(mask), target), target.weight)
 
         kept = {name: regrouped(self.pool_mask, mask, cut.targets[name]) for name, mask in cut.masks.items()}
         kept_here = {name: own(mask) for name, mask in kept.items()}
         chosen: dict[str, torch.Tensor] = {}
-        for pool in cut.pools(kept, self.group_size):
+        for pool in cut.pools(kept, self.count):
             scores = {name: functools.partial(scores_of, cut.targets[name]) for name in pool.names}
             chosen |= drop_lowest(scores, pool.drop, kept_here, sharded=sharded)
         return MaskSet(
@@ -111,6 +117,7 @@ class Unstructured(WeightGroups):
 
     spelling = "unstructured"
     can_reconstruct = True
+    are_single = True
 
     @classmethod
     def read(cls, text: str, multiple_of: int, uniform: bool) -> "Unstructured | None":
@@ -124,12 +131,36 @@ class Unstructured(WeightGroups):
         """How many weights of each target: what the criterion would take, or what the scope says."""
         if cut.scope == GLOBAL:
             return {name: masked_in(mask) for name, mask in self.mask(cut).items()}
-        return {pool.names[0]: pool.drop for pool in cut.pools(cut.masks)}
+        return {pool.names[0]: pool.drop for pool in cut.pools(cut.masks, self.count)}
+
+    def shape_of_groups(self, target: Target) -> torch.Size:
+        """The weight's own."""
+        return target.weight.shape
+
+    def pool(self, scores: torch.Tensor, target: Target) -> torch.Tensor:
+        """The same."""
+        return scores
+
+    def pool_mask(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
+        """The same."""
+        return mask
+
+    def spread(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
+        """The same."""
+        return mask
+
+    def to_rows(self, values: torch.Tensor, target: Target) -> torch.Tensor:
+        """A row is an output, and all that it is computed from."""
+        return target.to_rows(values).flatten(0, 1)
+
+    def from_rows(self, rows: torch.Tensor, target: Target) -> torch.Tensor:
+        """The inverse of `to_rows`."""
+        return target.from_rows(rows).contiguous()
 
 
 @dataclass(frozen=True)
 class Block(WeightGroups):
-    """Blocks of `rows` outputs × `columns` inputs.
+    """Blocks of `rows` outputs × `columns` inputs; a row of blocks holds `rows` outputs.
 
     The inputs of a convolution are its channels, so that a block lies at one position of the kernel.
     """
@@ -165,11 +196,6 @@ class Block(WeightGroups):
                 f"{shapes}. Add to exclude_modules, or choose another block."
             )
 
-    @property
-    def group_size(self) -> int:  # type: ignore[override]
-        """Weights in a block."""
-        return self.rows * self.columns
-
     def shape_of_groups(self, target: Target) -> torch.Size:
         """The shape of what there is one of for each group."""
         rows = target.weight.numel() // target.in_features
@@ -198,14 +224,6 @@ class Block(WeightGroups):
         """Mask of the blocks → mask of the weights."""
         matrix = mask.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
         return target.from_matrix(matrix).contiguous()
-
-    def to_rows(self, values: torch.Tensor, target: Target) -> torch.Tensor:
-        """Values of the blocks → the same: a row of blocks holds `R` outputs (at one position of a kernel)."""
-        return values
-
-    def from_rows(self, rows: torch.Tensor, target: Target) -> torch.Tensor:
-        """The inverse of `to_rows`."""
-        return rows
 
     def _blocks(self, values: torch.Tensor, target: Target) -> torch.Tensor:
         matrix = target.to_matrix(values)

@@ -145,8 +145,8 @@ def diff(
     a: Model, b: Annotated[str, Argument(help="Another one, of the same architecture.")], as_json: Json = False
 ) -> None:
     """Which zeros came and went from A to B, and how many weights moved. Exits with 1 if any differ."""
+    from .publishing.comparison import compare_folders
     from .publishing.folders import local_folder
-    from .publishing.inspection import compare_folders
 
     found = compare_folders(local_folder(a), local_folder(b), show_progress=True)
     _print(found.to_dict(), str(found), as_json)

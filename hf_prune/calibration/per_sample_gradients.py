@@ -31,12 +31,7 @@ class PerSampleSquares:
         self._tolerance = max(1e-3, 25 * rounding)
 
     def __call__(self, batch: Batch, counts: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The sum for each target, in float32.
-
-        Args:
-            batch: The batch.
-            counts: The number of labels of each of its samples, `[samples]`, at least one.
-        """
+        """The sum for each target, in float32. Of labels each sample has at least one: `counts`, `[samples]`."""
         squares = None
         if self._in_batches or (self._in_batches is None and len(counts) > 1):
             if self._in_batches or self._can_batch(batch, counts):
@@ -90,7 +85,7 @@ class PerSampleSquares:
         return True
 
     def _one_by_one(self, batch: Batch) -> dict[str, torch.Tensor]:
-        totals = {name: _zeros_of(target) for name, target in self._targets.items()}
+        totals = {n: torch.zeros_like(t.weight, dtype=torch.float32) for n, t in self._targets.items()}
         for alone in singles_of(batch):
             for name, gradient in gradients_of(self._model, self._targets, alone).items():
                 totals[name] += gradient.square()
@@ -129,10 +124,6 @@ class PerSampleSquares:
             if not left[name] and name in per_sample:
                 totals[name] = per_sample.pop(name).square().sum(1)
         return {
-            name: target.from_rows(totals[name]) if name in totals else _zeros_of(target)
-            for name, target in self._targets.items()
+            n: t.from_rows(totals[n]) if n in totals else torch.zeros_like(t.weight, dtype=torch.float32)
+            for n, t in self._targets.items()
         }
-
-
-def _zeros_of(target: Target) -> torch.Tensor:
-    return torch.zeros(target.weight.shape, device=target.weight.device)

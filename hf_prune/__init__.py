@@ -1,17 +1,23 @@
 """hf_prune: pruning for Hugging Face Transformers, as a callback of `transformers.Trainer`."""
 
-from .callback import PruningTrainerCallback
-from .config import PruningConfig
-from .criteria import ScoreInputs
-from .inference.semi_structured import to_sparse_semi_structured
-from .pruning import prune
-from .publishing.hub import push_to_hub, save_pretrained
-from .recovery.lora import keep_sparsity
-from .reporting.history import PruningHistory
-from .reporting.reports import SparsityReport, sparsity_report
-from .structures.families import Heads, Neurons, Stack, describe_family
-from .structures.shrinking import shrink
-from .weights.masks import MaskSet
+import importlib
+from typing import TYPE_CHECKING
+
+from .structures.registration import register_with_transformers
+
+if TYPE_CHECKING:
+    from .callback import PruningTrainerCallback
+    from .config import PruningConfig
+    from .criteria import ScoreInputs
+    from .inference.semi_structured import to_sparse_semi_structured
+    from .pruning import prune
+    from .publishing.hub import push_to_hub, save_pretrained
+    from .recovery.lora import keep_sparsity
+    from .reporting.history import PruningHistory
+    from .reporting.reports import SparsityReport, sparsity_report
+    from .structures.families import Heads, Neurons, Stack, describe_family
+    from .structures.shrinking import shrink
+    from .weights.masks import MaskSet
 
 __version__ = "0.1.0"
 
@@ -34,3 +40,54 @@ __all__ = [
     "sparsity_report",
     "to_sparse_semi_structured",
 ]
+
+# Imported when they are asked for: torch and Transformers take seconds.
+_MODULES = {
+    "Heads": "structures.families",
+    "MaskSet": "weights.masks",
+    "Neurons": "structures.families",
+    "PruningConfig": "config",
+    "PruningHistory": "reporting.history",
+    "PruningTrainerCallback": "callback",
+    "ScoreInputs": "criteria",
+    "SparsityReport": "reporting.reports",
+    "Stack": "structures.families",
+    "describe_family": "structures.families",
+    "keep_sparsity": "recovery.lora",
+    "prune": "pruning",
+    "push_to_hub": "publishing.hub",
+    "save_pretrained": "publishing.hub",
+    "shrink": "structures.shrinking",
+    "sparsity_report": "reporting.reports",
+    "to_sparse_semi_structured": "inference.semi_structured",
+}
+_MOVED = {"checkpoints": "training.checkpoints"}
+
+
+def _find(name: str) -> object:
+    """A public name, or a module of the package, such as `hf_prune.metrics`."""
+    if name in _MODULES:
+        found: object = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    elif name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    else:
+        path = f"{__name__}.{_MOVED.get(name, name)}"
+        try:
+            found = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name != path:
+                raise
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    globals()[name] = found
+    return found
+
+
+if not TYPE_CHECKING:  # Type checkers would believe in names that are misspelt.
+    __getattr__ = _find
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

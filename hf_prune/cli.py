@@ -1,4 +1,7 @@
-"""The command `hf-prune`: models pruned, shrunk, reported on, compared and pushed, without a script."""
+"""The command `hf-prune`: models pruned, shrunk, reported on, compared and pushed, without a script.
+
+Each command imports what it needs by itself: `--help` waits for neither torch nor Transformers.
+"""
 
 import json
 import sys
@@ -6,25 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, cast
 
-import torch
 import typer
-from huggingface_hub import CommitInfo
-from huggingface_hub.errors import HfHubHTTPError
 from typer import Argument, Option
-
-from .config import CONFIG_NAME, PruningConfig
-from .plan import Method
-from .pruning import prune
-from .publishing.cards import base_model_of
-from .publishing.folders import local_folder
-from .publishing.hub import CARD_NAME, push_to_hub, save_pretrained
-from .publishing.inspection import compare_folders, report_folder
-from .publishing.opening import open_model, open_processing
-from .publishing.pages import page_of
-from .publishing.readers import read_batches
-from .reporting.history import HISTORY_NAME, PruningHistory
-from .reporting.plots import require_matplotlib
-from .reporting.savings import shrink_measured
 
 app = typer.Typer(
     help="Pruned models: how they are made, what is in them, and where they go.", no_args_is_help=True,
@@ -35,12 +21,9 @@ Json = Annotated[bool, Option("--json", help="Print JSON.")]
 Force = Annotated[bool, Option("--force", help="Write over what is there.")]
 Output = Annotated[Path, Option(help="The folder to save into.")]
 Compress = Annotated[bool, Option("--compress", help="Leave zeros out of the files, where that makes them smaller.")]
-Device = Annotated[str, Option(help="Where to compute, such as cpu or cuda.")]
-# Network errors are the bases of the Hub's own: OSError, and that of the HTTP library which its client uses.
-_FAILURES = cast(
-    tuple[type[Exception], ...], (ValueError, ImportError, torch.OutOfMemoryError, *HfHubHTTPError.__bases__)
-)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Device = Annotated[
+    str | None, Option(help="Where to compute, such as cpu or cuda. By default cuda if there is one, else cpu.")
+]
 
 
 @app.command(name="prune")
@@ -51,18 +34,28 @@ def prune_command(
     granularity: Annotated[str | None, Option(help="unstructured, 2:4, block:4x4, head, neuron, …")] = None,
     criterion: Annotated[str | None, Option(help="magnitude, wanda, sparsegpt, taylor, …")] = None,
     scope: Annotated[str | None, Option(help="auto, global, layer, row, erk, owl")] = None,
-    config: Annotated[Path | None, Option(help=f"A folder with a {CONFIG_NAME}; flags go before it.")] = None,
+    config: Annotated[Path | None, Option(help="A folder with a pruning_config.json; flags go before it.")] = None,
     calibration: Annotated[Path | None, Option(help="A text file, or a folder of images.")] = None,
     samples: Annotated[int | None, Option(help="Number of calibration samples.")] = None,
     length: Annotated[int | None, Option(min=1, help="Tokens in a sample of text; at most 512.")] = None,
     batch_size: Annotated[int | None, Option(min=1, help="Samples in a batch; 8.")] = None,
     seed: Annotated[int, Option(help="Seed of drawn images, and of criteria that draw numbers.")] = 0,
     compress: Compress = False,
-    device: Device = DEVICE,
+    device: Device = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Prunes a model in one cut: pruned weights are zero, and shapes stay as they are."""
+    import torch
+
+    from .config import PruningConfig
+    from .plan import Method
+    from .pruning import prune
+    from .publishing.folders import local_folder
+    from .publishing.hub import save_pretrained
+    from .publishing.opening import open_model, open_processing
+    from .publishing.readers import read_batches
+
     _require_room(output, force)
     flags = dict(sparsity=sparsity, granularity=granularity, criterion=criterion, scope=scope)
     given = {name: value for name, value in {**flags, "calibration_samples": samples}.items() if value is not None}
@@ -76,6 +69,8 @@ def prune_command(
     if calibration is None and not (samples is length is batch_size is None):
         raise ValueError("--samples, --length and --batch-size need --calibration: give it, or leave them out.")
     folder = local_folder(model)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     opened, processing = open_model(folder, device), open_processing(folder)
     batches = None
     if calibration is not None:
@@ -97,6 +92,13 @@ def shrink_command(
     as_json: Json = False,
 ) -> None:
     """Removes heads, neurons, channels and layers of which all is zero: the model becomes smaller and faster."""
+    from .config import CONFIG_NAME, PruningConfig
+    from .publishing.folders import local_folder
+    from .publishing.hub import save_pretrained
+    from .publishing.opening import open_model, open_processing
+    from .reporting.history import HISTORY_NAME, PruningHistory
+    from .reporting.savings import shrink_measured
+
     _require_room(output, force)
     folder = local_folder(model)
     opened, processing = open_model(folder), open_processing(folder)
@@ -122,6 +124,11 @@ def report(
     as_json: Json = False,
 ) -> None:
     """The zeros of a saved model, by tensor, N:M pattern, row, head, neuron, channel and layer, and its size."""
+    from .publishing.folders import local_folder
+    from .publishing.inspection import report_folder
+    from .publishing.pages import page_of
+    from .reporting.plots import require_matplotlib
+
     if page is not None:
         _require_absent(page, force)
         if not page.parent.is_dir():
@@ -138,6 +145,9 @@ def diff(
     a: Model, b: Annotated[str, Argument(help="Another one, of the same architecture.")], as_json: Json = False
 ) -> None:
     """Which zeros came and went from A to B, and how many weights moved. Exits with 1 if any differ."""
+    from .publishing.comparison import compare_folders
+    from .publishing.folders import local_folder
+
     found = compare_folders(local_folder(a), local_folder(b), show_progress=True)
     _print(found.to_dict(), str(found), as_json)
     raise typer.Exit(0 if found.are_equal else 1)
@@ -145,11 +155,13 @@ def diff(
 
 @app.command()
 def plot(
-    history: Annotated[Path, Argument(help=f"{HISTORY_NAME}, or the folder that it is in.")],
+    history: Annotated[Path, Argument(help="pruning_history.json, or the folder that it is in.")],
     output: Annotated[Path, Option(help="An image; its suffix says which kind.")] = Path("pruning.png"),
     force: Force = False,
 ) -> None:
     """The plot of a run: metric and sparsity over its steps."""
+    from .reporting.history import HISTORY_NAME, PruningHistory
+
     _require_absent(output, force)
     PruningHistory.load(history / HISTORY_NAME if history.is_dir() else history).plot(output)
     typer.echo(str(output))
@@ -165,6 +177,10 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Uploads a folder. The token is that of `hf auth login`, or HF_TOKEN."""
+    from huggingface_hub import CommitInfo
+
+    from .publishing.hub import push_to_hub
+
     commit = cast(CommitInfo, push_to_hub(folder, repo, private=private))
     _print({"commit": commit.oid, "url": commit.commit_url}, commit.commit_url, as_json)
 
@@ -173,9 +189,21 @@ def main() -> None:
     """Runs the command. What a user can mend is said in a line, with exit code 2."""
     try:
         app()
-    except _FAILURES as error:
+    except SystemExit:  # How every command ends. Only an error is worth the import of those that may be expected.
+        raise
+    except _failures() as error:
         typer.echo(f"hf-prune: {error}", err=True)
         sys.exit(2)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a user can mend."""
+    import torch
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Network errors are the bases of the Hub's own: OSError, and that of the HTTP library which its client uses.
+    network = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
+    return (ValueError, ImportError, torch.OutOfMemoryError, *network)
 
 
 def _print(values: Mapping[str, object], text: str, as_json: bool) -> None:
@@ -197,6 +225,9 @@ def _require_room(folder: Path, force: bool) -> None:
 
 def _base_of(model: str, folder: Path) -> str | None:
     """The name of the dense model on the Hub: the one that the card of a model gives, else its own."""
+    from .publishing.cards import base_model_of
+    from .publishing.hub import CARD_NAME
+
     return base_model_of(folder / CARD_NAME) or (None if Path(model).exists() else model)
 
 

@@ -12,11 +12,14 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from hf_prune import PruningConfig, PruningHistory, prune, push_to_hub, save_pretrained, shrink
 from hf_prune.cli import app, main
+from hf_prune.config import CONFIG_NAME
 from hf_prune.publishing.readers import read_batches
+from hf_prune.reporting.history import HISTORY_NAME
 from tests.hub import environment_of, running_hub, use
 from tests.publishing.test_inspection import saved
 from tests.publishing.test_readers import images, processor, text
@@ -36,6 +39,49 @@ def fails(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     with pytest.raises(SystemExit) as caught:
         main()
     return caught.value.code
+
+
+def imported_by(names: set[str], *words: object) -> list[str]:
+    """Which of some modules a command has imported when it ends."""
+    code = f"""
+import atexit, sys
+atexit.register(lambda: print(*sorted({names} & set(sys.modules)), file=sys.stderr))
+from hf_prune.cli import main
+main()
+"""
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    return done.stderr.splitlines()[-1].split()
+
+
+NOT_FOR_ALL = {"transformers.trainer", "datasets", "evaluate", "peft", "matplotlib", "torch_pruning"}
+
+
+@pytest.mark.parametrize("words", [["--help"], ["prune", "--help"]])
+def test_help_waits_for_nothing(words):
+    assert imported_by({*NOT_FOR_ALL, "torch", "transformers", "huggingface_hub", "numpy"}, *words) == []
+
+
+def test_a_report_waits_neither_for_the_trainer_nor_for_what_is_optional(tmp_path):
+    folder = saved(tmp_path, config=PruningConfig(sparsity=0.5, granularity="neuron"))
+    assert imported_by({*NOT_FOR_ALL, "transformers"}, "report", folder) == ["transformers"]
+
+
+def test_help_names_the_files_as_they_are_named():
+    commands = get_command(app).commands
+    texts = {name: " ".join(option.help for option in commands[name].params if option.help) for name in commands}
+    assert CONFIG_NAME in texts["prune"]
+    assert HISTORY_NAME in texts["plot"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_device_is_a_gpu_where_there_is_one_unless_it_is_given(tmp_path, monkeypatch, capsys):
+    words = ["prune", dense(tmp_path / "dense"), "--output", tmp_path / "out", "--sparsity", "0.5"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert fails(monkeypatch, *words) == 2
+    assert "hf-prune: there is no device 'cuda' here" in capsys.readouterr().err
+    run(*words, "--device", "cpu")
 
 
 def test_report(tmp_path):

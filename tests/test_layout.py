@@ -21,8 +21,8 @@ schedules
 criteria
 scopes
 weights         targets masks gradient_hooks snapshot movement compression
-calibration     contexts samples activations passes statistics costs
-structures      groups ranking families loading heads_and_neurons channels finding shrinking
+calibration     contexts samples activations passes per_sample_gradients statistics costs
+structures      registration groups ranking families loading heads_and_neurons channels finding shrinking
 selection       lowest scoring cuts granularity weight_groups patterns structural_granularity
 granularities
 recovery        masked_lora lora distillation
@@ -36,7 +36,7 @@ pruning
 training        events monitor optimizers overrun renamed_weights checkpoints rounds run resuming
 metrics
 callback
-publishing      folders opening readers cards hub inspection pages
+publishing      folders opening readers cards hub inspection comparison pages
 cli
 distillation
 """
@@ -216,6 +216,7 @@ import sys
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 before = set(sys.modules)
 import hf_prune
+everything = [getattr(hf_prune, name) for name in hf_prune.__all__]
 print([name for name in {OPTIONAL} if name in set(sys.modules) - before])
 print("hf_prune.callback" in sys.modules)
 """
@@ -250,14 +251,38 @@ def test_the_package_says_that_it_is_typed():
     assert (PACKAGE / "py.typed").is_file()
 
 
-def test_the_public_names_are_there_and_the_package_holds_nothing_else():
-    source = tree("__init__")
-    imported = [alias.name for node in source.body if isinstance(node, ast.ImportFrom) for alias in node.names]
-    assert sorted(hf_prune.__all__) == sorted(imported)
+def test_each_public_name_is_imported_from_where_type_checkers_are_told():
+    (block,) = (node for node in tree("__init__").body if ast.unparse(node).startswith("if TYPE_CHECKING:"))
+    told = {alias.name: node.module for node in block.body for alias in node.names}
+    assert told == hf_prune._MODULES
+    assert sorted(hf_prune.__all__) == sorted(told)
     assert len(set(hf_prune.__all__)) == len(hf_prune.__all__)
-    assert all(hasattr(hf_prune, name) for name in hf_prune.__all__)
-    kinds = {type(node) for node in source.body}
-    assert kinds == {ast.Expr, ast.ImportFrom, ast.Assign}  # Docstring, imports, __version__ and __all__.
+    assert set(hf_prune.__all__) <= set(dir(hf_prune))
+
+
+@pytest.mark.parametrize("name", hf_prune.__all__)
+def test_public_names_are_what_their_modules_hold(name):
+    assert getattr(hf_prune, name) is vars(importlib.import_module(f"hf_prune.{hf_prune._MODULES[name]}"))[name]
+
+
+def test_modules_are_attributes_of_the_package():
+    code = """
+import hf_prune
+print(hf_prune.schedules.__name__, hf_prune.weights.__name__, hf_prune.checkpoints.__name__)
+print(hasattr(hf_prune, "nonsense"), hasattr(hf_prune, "__wrapped__"))
+"""
+    names = ["hf_prune.schedules", "hf_prune.weights", "hf_prune.training.checkpoints"]
+    assert run(code) == [*names, "False", "False"]
+    with pytest.raises(AttributeError, match="module 'hf_prune' has no attribute 'nonsense'"):
+        _ = hf_prune.nonsense
+
+
+def test_a_module_that_lacks_a_package_says_which(monkeypatch):
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    monkeypatch.delitem(sys.modules, "hf_prune.metrics", raising=False)
+    monkeypatch.delitem(vars(hf_prune), "metrics", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="evaluate"):
+        _ = hf_prune.metrics
 
 
 def test_the_public_names_are_those_of_the_design():

@@ -1,12 +1,10 @@
 """Calibration: what criteria need to know beyond the weights, gathered from ordinary passes over a few samples."""
 
-import collections
 import logging
 from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import PreTrainedModel
 
 from ..criteria import Statistics
@@ -16,7 +14,8 @@ from ..weights.gradient_hooks import paused
 from ..weights.targets import Target, are_sharded
 from .activations import Product, ProductWatch
 from .contexts import eager_experts, undisturbed
-from .passes import base_of, gradients_of, ignores_first_label, in_step, loss_of, summed_gradients, targets_in_passes
+from .passes import base_of, gradients_of, ignores_first_label, in_step, summed_gradients, targets_in_passes
+from .per_sample_gradients import PerSampleSquares
 from .samples import IGNORED_LABEL, Batch, read_samples, require_samples, singles_of, size_of, take_samples
 
 logger = logging.getLogger(__name__)
@@ -176,13 +175,7 @@ class Gradient(OfLoss):
 
 
 class SquaredGradient(OfLoss):
-    """`E[(∂L_s/∂w)²]` over samples `s`, with the mean loss `L_s` of each by itself.
-
-    The gradients of single samples come out of one backward pass of a batch where that can be: from the inputs and
-    the gradient of the output of each product. That needs samples that lie along the first dimension everywhere, which
-    is tried on two of them, and a loss that is a mean over labels, which is checked on every batch. Otherwise, and
-    where weights are sharded, each sample has a pass of its own.
-    """
+    """`E[(∂L_s/∂w)²]` over samples `s`, with the mean loss `L_s` of each by itself."""
 
     def __init__(self, model: nn.Module, targets: Mapping[str, Target], in_passes: Mapping[str, Target]) -> None:
         super().__init__(model, targets, in_passes)
@@ -191,122 +184,19 @@ class SquaredGradient(OfLoss):
                 "squares of gradients are too small for float16, in which FSDP computes here. Train in bfloat16, or "
                 "take a criterion that reads no squared_gradient."
             )
-        self._in_batches: bool | None = None
-        rounding = max(torch.finfo(target.weight.dtype).eps for target in targets.values())
-        self._tolerance = max(1e-3, 25 * rounding)
+        self._squares = PerSampleSquares(model, targets)
 
     def see(self, batch: Batch, *, is_own: bool) -> None:
         """Adds a batch."""
-        # Of samples without a label the gradient is zero.
-        labelled = take_samples(batch, (self._label_counts(batch) * is_own).nonzero().flatten())
+        counts = self._label_counts(batch) * is_own
+        kept = counts.nonzero().flatten()  # Of samples without a label the gradient is zero.
+        labelled = take_samples(batch, kept)
         self.count += size_of(batch) * is_own
         if self.is_sharded:
-            for each, counts in in_step(self.model, singles_of(labelled)):
-                self.add(summed_gradients(self.model, self.targets, each, float(counts), self.in_passes))
-            return
-        if not size_of(labelled):
-            return
-        if self._in_batches is None and size_of(labelled) > 1:
-            self._in_batches = self._can_batch(labelled)
-            self._say_if_not()
-        squares = None
-        if self._in_batches:
-            squares = self._of_batch(labelled)
-            self._in_batches = squares is not None
-            self._say_if_not()
-        self.add(squares or self._one_by_one(labelled))
-
-    def _can_batch(self, batch: Batch) -> bool:
-        """Whether two samples, those with the fewest and the most labels, have the same squares together as alone."""
-        order = self._label_counts(batch).argsort(stable=True)
-        pair = take_samples(batch, order[[0, -1]])
-        together, alone = self._of_batch(pair), self._one_by_one(pair)
-        return together is not None and all(
-            (together[name] - values).norm() <= self._tolerance * values.norm() for name, values in alone.items()
-        )
-
-    def _forward(self, batch: Batch) -> tuple[torch.Tensor, list[tuple[Product, GradientEdge | None]]]:
-        """The loss of a batch; its products, and where in the graph their outputs are."""
-        uses: list[tuple[Product, GradientEdge | None]] = []
-
-        def note(product: Product) -> None:
-            # An edge: the output may be changed in place.
-            uses.append((product, get_gradient_edge(product.output) if product.output.requires_grad else None))
-
-        with torch.enable_grad(), ProductWatch(self.targets, note):
-            loss = loss_of(self.model, batch)
-        return loss, uses
-
-    def _agrees_with_samples_alone(
-        self, batch: Batch, use: int, product: Product, gradient: torch.Tensor, scale: torch.Tensor
-    ) -> bool:
-        """Whether the gradient of a product's output is, for each sample of a batch, that of the sample alone.
-
-        It is not with weights for classes, or with labels that are left out for a reason that is not known here. Of a
-        late product it costs little beside the forward pass.
-        """
-        try:
-            together = product.rows(gradient, size_of(batch)).float() * scale
-            for sample, single in enumerate(singles_of(batch)):
-                loss, uses = self._forward(single)
-                of_one, edge = uses[use]
-                if edge is None:
-                    return False
-                alone = of_one.rows(torch.autograd.grad(loss, edge)[0], 1)[:, 0].float()
-                if (together[:, sample] - alone).norm() > self._tolerance * alone.norm():
-                    return False
-        except (RuntimeError, IndexError):  # Samples that do not divide the positions, or take another way alone.
-            return False
-        return True
-
-    def _say_if_not(self) -> None:
-        if not self._in_batches:
-            logger.info("Gradients of single samples are computed in passes of their own.")
-
-    def _one_by_one(self, batch: Batch) -> dict[str, torch.Tensor]:
-        totals = {name: torch.zeros_like(total) for name, total in self.sums.items()}
-        for alone in singles_of(batch):
-            for name, gradient in gradients_of(self.model, self.targets, alone).items():
-                totals[name] += gradient.square()
-        return totals
-
-    def _of_batch(self, batch: Batch) -> dict[str, torch.Tensor] | None:
-        """The sum of the squares; None if samples cannot be told apart, or are not the same as alone."""
-        samples, counts = size_of(batch), self._label_counts(batch)
-        loss, uses = self._forward(batch)
-        edges = [edge for _, edge in uses if edge is not None]
-        if len(edges) < len(uses) or any(product.part is not None for product, _ in uses):
-            # Models with a backward pass of their own; experts, which see positions of several samples.
-            return None
-        gradients = torch.autograd.grad(loss, edges, allow_unused=True)
-        # The loss is the mean over the labels of the batch, and that of a sample the mean over its own.
-        scale = (counts.sum() / counts).reshape(1, -1, 1, 1)
-        last = max((i for i, gradient in enumerate(gradients) if gradient is not None), default=None)
-        if last is None or not self._agrees_with_samples_alone(batch, last, uses[last][0], gradients[last], scale):
-            return None
-        per_sample: dict[str, torch.Tensor] = {}
-        left = collections.Counter(product.target.name for product, _ in uses)
-        totals: dict[str, torch.Tensor] = {}
-        for (product, _), gradient in zip(uses, gradients, strict=True):
-            name = product.target.name
-            left[name] -= 1
-            if gradient is not None:
-                try:
-                    x, g = product.inputs(samples).float(), product.rows(gradient, samples).float() * scale
-                except RuntimeError:
-                    return None  # The samples do not divide the positions.
-                if len(x) != product.target.parts:
-                    return None
-                if name not in per_sample and not left[name] and x.shape[2] == 1:
-                    totals[name] = torch.einsum("psti,pstj->pij", g.square(), x.square())
-                    continue
-                per_sample[name] = per_sample.get(name, 0) + torch.einsum("psti,pstj->psij", g, x)
-            if not left[name] and name in per_sample:
-                totals[name] = per_sample.pop(name).square().sum(1)
-        return {
-            name: self.targets[name].from_rows(totals[name]) if name in totals else torch.zeros_like(total)
-            for name, total in self.sums.items()
-        }
+            for each, own_one in in_step(self.model, singles_of(labelled)):
+                self.add(summed_gradients(self.model, self.targets, each, float(own_one), self.in_passes))
+        elif len(kept):
+            self.add(self._squares(labelled, counts[kept]))
 
 
 def unpadded_inputs(product: Product, batch: Batch, model: nn.Module) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Inspection: the zeros of saved models, and how two of them differ."""
+"""Inspection: the zeros of saved models."""
 
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from .opening import DAMAGED, open_empty
 
 # What may come of building a model from a config that somebody else wrote.
 _NOT_BUILT = (*DAMAGED, ImportError, OSError)
-_CHUNK = 2**20  # elements that are looked at together, few enough to stay in the cache
+CHUNK = 2**20  # elements that are looked at together, few enough to stay in the cache
 _PATTERNS = ((1, 4), (2, 8), (2, 4), (4, 8))  # each is implied by some of those before it, and by none behind it
 _ALIGNED = 8  # rows that are looked at together at least, so that groups of them are whole
 _ONES = 0x0101010101010101
@@ -190,98 +190,13 @@ def report_folder(folder: str | os.PathLike[str], *, show_progress: bool = False
         ValueError: as `SavedModel` does.
     """
     model = SavedModel(folder)
-    rows = tuple(_count(name, model[name]) for name in _shown(model, show_progress))
+    shown = tqdm(model, unit="tensor", disable=not show_progress or None)  # None: only on a terminal
+    rows = tuple(_count(name, model[name]) for name in shown)
     with_zero_rows = {row.name for row in rows if row.zero_rows}
     try:
         return FolderReport(str(folder), rows, model.record, *_structures(model, with_zero_rows))
     except _NOT_BUILT as error:  # Zeros are there whether or not they can be told from a model.
         return FolderReport(str(folder), rows, model.record, structures_unknown=f"{type(error).__name__}: {error}")
-
-
-@dataclass(frozen=True)
-class TensorChange:
-    """How a tensor differs between two saved models.
-
-    Attributes:
-        name: Its name in the files.
-        zeros: Number of zeros in the first and in the second.
-        lost: Number of zeros of the first that are not zero in the second.
-        gained: Number of zeros of the second that are not zero in the first.
-        moved: Number of elements that are zero in neither and differ.
-    """
-
-    name: str
-    zeros: tuple[int, int]
-    lost: int
-    gained: int
-    moved: int
-
-
-@dataclass(frozen=True)
-class FolderChange:
-    """How two saved models differ. Prints as a table.
-
-    Attributes:
-        tensors: A row for each tensor that both have.
-        only: The names that only the first has, and those that only the second has.
-    """
-
-    tensors: tuple[TensorChange, ...]
-    only: tuple[tuple[str, ...], tuple[str, ...]]
-
-    @property
-    def are_equal(self) -> bool:
-        """Whether nothing differs."""
-        return not any(self.only) and not any(row.lost or row.gained or row.moved for row in self.tensors)
-
-    def to_dict(self) -> dict[str, object]:
-        """The changes as JSON primitives."""
-        return {
-            "equal": self.are_equal,
-            "only_in_first": list(self.only[0]),
-            "only_in_second": list(self.only[1]),
-            "tensors": [asdict(row) for row in self.tensors],
-        }
-
-    def __str__(self) -> str:
-        rows = [["tensor", "zeros before", "after", "lost", "gained", "moved"]]
-        counts = [(*row.zeros, row.lost, row.gained, row.moved) for row in self.tensors]
-        for row, values in zip(self.tensors, counts, strict=True):
-            rows.append([row.name, *(f"{value:,}" for value in values)])
-        totals = [sum(values) for values in zip(*counts, strict=True)]
-        rows.append(["all", *(f"{total:,}" for total in totals or [0] * 5)])
-        text = table(rows, rules=(1, len(rows) - 1))
-        for which, names in zip(("first", "second"), self.only, strict=True):
-            if names:
-                text += f"\nOnly in the {which}: {', '.join(names)}"
-        return text
-
-
-def compare_folders(
-    first: str | os.PathLike[str], second: str | os.PathLike[str], *, show_progress: bool = False
-) -> FolderChange:
-    """Compares the tensors of two saved models, one at a time.
-
-    Args:
-        first: A folder.
-        second: Another one.
-        show_progress: Whether a bar shows how far it is.
-
-    Raises:
-        ValueError: as `SavedModel` does, or if a tensor has another shape.
-    """
-    was, now = SavedModel(first), SavedModel(second)
-    rows = []
-    for name in _shown([name for name in was if name in now], show_progress):
-        a, b = was[name].tensor, now[name].tensor
-        if a.shape != b.shape:
-            raise ValueError(
-                f"{name!r} has shape {list(a.shape)} in {first} and {list(b.shape)} in {second}; only models of the "
-                "same shapes can be compared."
-            )
-        rows.append(_change(name, a, b))
-    only = [tuple(name for name in one if name not in other) for one, other in ((was, now), (now, was))]
-    return FolderChange(tuple(rows), (only[0], only[1]))
 
 
 def _structures(model: SavedModel, with_zero_rows: set[str]) -> tuple[tuple[StructureSparsity, ...], str | None]:
@@ -311,22 +226,6 @@ def _structures(model: SavedModel, with_zero_rows: set[str]) -> tuple[tuple[Stru
     return tuple(row for row in rows if row.kind in kinds), why
 
 
-def _shown(names: Collection[str], show_progress: bool) -> Iterable[str]:
-    return tqdm(names, unit="tensor", disable=not show_progress or None)  # None: only on a terminal
-
-
-def _change(name: str, first: torch.Tensor, second: torch.Tensor) -> TensorChange:
-    zeros, totals = [0, 0], [0, 0, 0]
-    for a, b in zip(first.flatten().split(_CHUNK), second.flatten().split(_CHUNK), strict=True):
-        was, now = a != 0, b != 0
-        zeros[0] += len(a) - int(was.count_nonzero())
-        zeros[1] += len(b) - int(now.count_nonzero())
-        moved = was & now & (a != b) & ~(a.isnan() & b.isnan())
-        for i, differs in enumerate((~was & now, was & ~now, moved)):
-            totals[i] += int(differs.count_nonzero())
-    return TensorChange(name, (zeros[0], zeros[1]), *totals)
-
-
 def _count(name: str, stored: Stored) -> TensorZeros:
     tensor, size, compressed = stored
     width = math.prod(tensor.shape[1:])
@@ -343,7 +242,7 @@ def _count(name: str, stored: Stored) -> TensorZeros:
 
     def look(some: np.ndarray) -> tuple[int, int, list[Pattern]]:
         zeros, zero_rows, left = 0, 0, possible
-        step = max(_ALIGNED, _CHUNK // max(width, 1) // _ALIGNED * _ALIGNED)
+        step = max(_ALIGNED, CHUNK // max(width, 1) // _ALIGNED * _ALIGNED)
         room = _room(some[:step])  # Memory that is new each time would take longer than what is done in it.
         for start in range(0, len(some), step):
             kept = _nonzero(some[start : start + step], *room)

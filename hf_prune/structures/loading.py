@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.initialization import no_init_weights, no_tie_weights
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -40,7 +40,6 @@ Shapes = dict[str, list[int]]
 Attributes = dict[str, dict[str, int]]
 
 
-@register_quantization_config(METHOD)
 class Record(QuantizationConfigMixin):
     """What a model has that its config does not say.
 
@@ -124,7 +123,6 @@ class Decompress(ConversionOps):
         return {full_layer_name: decompress(full_layer_name, found[True], found[False], shape)}
 
 
-@register_quantizer(METHOD)
 class RecordQuantizer(HfQuantizer):
     """Gives a model that has no weights yet the shapes that were recorded, and weights that were compressed."""
 
@@ -171,6 +169,10 @@ class RecordQuantizer(HfQuantizer):
     def is_serializable(self, **kwargs: Any) -> bool:
         """All that it needs is in the config."""
         return True
+
+
+# Not by `register_quantizer`, which refuses a name that is taken: hf_prune may be imported anew, in a notebook.
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD], AUTO_QUANTIZER_MAPPING[METHOD] = Record, RecordQuantizer
 
 
 @contextlib.contextmanager

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PhiConfig, PhiForCausalLM
+from transformers import PhiConfig, PhiForCausalLM, default_data_collator
 
 from hf_prune import Heads, Neurons, PruningConfig, Stack, describe_family, granularities, prune, shrink
 from hf_prune.criteria import CRITERIA, CRITERION_NAMES, ScoreInputs, needs
 from hf_prune.schedules import SCHEDULES, _ending_at, explicit
 from hf_prune.selection.weight_groups import WeightGroups
-from hf_prune.structures import families
+from hf_prune.structures.families import FAMILIES
 from hf_prune.weights.masks import masked_in
 from hf_prune.weights.targets import Target, find_targets
 from tests.tiny import batch, build
@@ -26,11 +26,7 @@ EXAMPLES = dict(re.findall(r"^## Add a (\w+)\n.*?^```python\n(.*?)```", TEXT, fl
 def add(monkeypatch):
     """Runs an example; the tables are afterwards as they were."""
     monkeypatch.setattr(granularities, "GRANULARITIES", granularities.GRANULARITIES)
-    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
-    for table in (SCHEDULES, CRITERIA):
-        for name in dict(table):
-            monkeypatch.setitem(table, name, table[name])
-    before = [(table, set(table)) for table in (SCHEDULES, CRITERIA)]
+    tables = [(table, dict(table)) for table in (SCHEDULES, CRITERIA, FAMILIES)]
     names = {
         "math": math, "torch": torch, "dataclass": dataclasses.dataclass, "needs": needs, "ScoreInputs": ScoreInputs,
         "SCHEDULES": SCHEDULES, "CRITERIA": CRITERIA, "granularities": granularities, "_ending_at": _ending_at,
@@ -38,9 +34,9 @@ def add(monkeypatch):
         "describe_family": describe_family,
     }  # fmt: skip
     yield lambda what: exec(compile(EXAMPLES[what], "CONTRIBUTING.md", "exec"), names)
-    for table, keys in before:
-        for name in set(table) - keys:
-            del table[name]
+    for table, before in tables:
+        table.clear()
+        table.update(before)
 
 
 def test_there_is_an_example_for_each_extension_point():
@@ -60,7 +56,7 @@ def test_a_criterion(add, monkeypatch):
     monkeypatch.setattr("hf_prune.config._CHOICES", {"criterion": (*CRITERION_NAMES, "distance_from_mean")})
     model = build("llama")
     config = PruningConfig(sparsity=0.5, criterion="distance_from_mean", calibration_samples=4)
-    assert prune(model, config, [batch(model, 4)]).sparsity == 0.5
+    assert prune(model, config, [default_data_collator(batch(model, 4))]).sparsity == 0.5
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "resnet"])

@@ -1,6 +1,5 @@
 """The pages tell the truth: their Python and commands run, and their links lead somewhere."""
 
-import math
 import re
 import shlex
 import sys
@@ -14,9 +13,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import hf_prune
-from hf_prune import PruningConfig, prune, schedules
+from hf_prune import PruningConfig, prune
 from hf_prune.cli import app
-from hf_prune.criteria import ScoreInputs
 from tests.hub import running_hub, use
 from tests.recipes.conftest import RECIPES
 from tests.reporting.test_history import history
@@ -82,20 +80,6 @@ def test_python_runs(block, tmp_path, capsys, monkeypatch):
         exec(compile(block, "a page", "exec"), names)
     if "print(" in block:
         assert capsys.readouterr().out.strip()
-
-
-def test_the_examples_of_contributing_go_with_what_is_there():
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    names = {"math": math, "torch": torch, "ScoreInputs": ScoreInputs, "_ending_at": schedules._ending_at}
-    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-        exec(compile(block, "CONTRIBUTING.md", "exec"), names)
-    values = names["square_root"](0.9)
-    assert values[-1] == 0.9
-    assert schedules.explicit(values) == values
-    config = PruningConfig(sparsity=0.5)
-    assert prune(build("gpt_neo"), config, criterion=names["distance_from_mean"]).masked == 0.5 * sum(
-        module.total for module in prune(build("gpt_neo"), config).modules
-    )
 
 
 # Links

@@ -22,7 +22,7 @@ criteria
 scopes
 weights         targets masks gradient_hooks snapshot movement compression
 calibration     contexts samples activations passes per_sample_gradients statistics costs
-structures      registration groups ranking families loading heads_and_neurons channels finding shrinking
+structures      groups ranking families loading registration heads_and_neurons channels finding shrinking
 selection       lowest scoring cuts granularity weight_groups patterns structural_granularity
 granularities
 recovery        masked_lora lora distillation

@@ -1,7 +1,7 @@
 """What earlier versions have written is resumed and loaded.
 
-The files in `tests/data` were written by this script, run with the version that their folder is named after, in the last
-state of it in which all files lay in one folder: `python tests/test_earlier_versions.py tests/data/0.1.0`.
+The files in `tests/data` were written by this script, run with the version that their folder is named after, in its
+last state in which all modules lay in one folder: `python tests/test_earlier_versions.py tests/data/0.1.0`.
 """
 
 import shutil

@@ -12,7 +12,7 @@ from .config import PruningConfig
 from .criteria import Criterion
 from .distributed.gathering import accessible
 from .distributed.shards import reshard_
-from .plan import Method, Plan
+from .plan import Plan, resolve
 from .reporting.history import HISTORY_NAME, PruningHistory
 from .reporting.plots import PLOT_NAME, can_plot
 from .training.checkpoints import blank_progress, checkpoint_folder, progress_of
@@ -89,7 +89,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self.criterion = criterion
         self.evaluate: Callable[..., Mapping[str, float]] | None = None
         self.log: Callable[[dict[str, float]], None] | None = None
-        self._method = Method.of(config, criterion)
+        self._method = resolve(config, criterion)
         self._run: Run | None = None  # The last one.
         self._training: Run | None = None  # The one that is under way.
 

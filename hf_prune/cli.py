@@ -49,7 +49,7 @@ def prune_command(
     import torch
 
     from .config import PruningConfig
-    from .plan import Method
+    from .plan import resolve
     from .pruning import prune
     from .publishing.folders import local_folder
     from .publishing.hub import save_pretrained
@@ -61,7 +61,7 @@ def prune_command(
     given = {name: value for name, value in {**flags, "calibration_samples": samples}.items() if value is not None}
     saved = {} if config is None else PruningConfig.from_pretrained(config).to_dict()
     asked = PruningConfig.from_dict({**saved, **given})
-    if calibration is not None and not Method.of(asked).looks_at_data:
+    if calibration is not None and not resolve(asked).looks_at_data:
         raise ValueError(
             f"the criterion {asked.criterion} with scope {asked.scope} looks at no data: leave --calibration out, or "
             "take another --criterion, such as wanda."

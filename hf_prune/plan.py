@@ -43,28 +43,6 @@ class Method:
     criterion_name: str
     reconstructs: bool
 
-    @classmethod
-    def of(cls, config: PruningConfig, criterion: Criterion | None = None) -> "Method":
-        """Resolves the words of a config.
-
-        Args:
-            config: The config.
-            criterion: A criterion in place of the config's.
-
-        Raises:
-            ValueError: if the criterion has declared a scope that there is not.
-        """
-        granularity = granularities.parse(config.granularity, multiple_of=config.multiple_of, uniform=config.uniform)
-        reconstructs = criterion is None and config.criterion in RECONSTRUCTIONS
-        chosen = fisher if reconstructs else criterion or CRITERIA[config.criterion]
-        name = config.criterion if criterion is None else _name_of(criterion)
-        auto = granularity.auto_scope(scope_of(chosen))
-        scope = SCOPES.get(auto if config.scope == "auto" else config.scope)
-        if scope is None:
-            known = ", ".join(each for each in SCOPES if each != "auto")
-            raise ValueError(f"the criterion {name} declares the scope {auto!r}; it must be one of {known}.")
-        return Method(config, granularity, scope, chosen, name, reconstructs)
-
     @property
     def needs(self) -> tuple[str, ...]:
         """The statistics that a cut reads."""
@@ -75,6 +53,29 @@ class Method:
     def looks_at_data(self) -> bool:
         """Whether a cut needs calibration samples."""
         return bool(self.needs) or self.reconstructs
+
+
+def resolve(config: PruningConfig, criterion: Criterion | None = None) -> Method:
+    """Resolves the words of a config, whatever the model.
+
+    Args:
+        config: The config.
+        criterion: A criterion in place of the config's.
+
+    Raises:
+        ValueError: if the criterion has declared a scope that there is not.
+    """
+    granularity = granularities.parse(config.granularity, multiple_of=config.multiple_of, uniform=config.uniform)
+    reconstructs = criterion is None and config.criterion in RECONSTRUCTIONS
+    chosen = fisher if reconstructs else criterion or CRITERIA[config.criterion]
+    own_name = str(getattr(criterion, "__qualname__", type(criterion).__qualname__))
+    name = config.criterion if criterion is None else own_name
+    auto = granularity.auto_scope(scope_of(chosen))
+    scope = SCOPES.get(auto if config.scope == "auto" else config.scope)
+    if scope is None:
+        known = ", ".join(each for each in SCOPES if each != "auto")
+        raise ValueError(f"the criterion {name} declares the scope {auto!r}; it must be one of {known}.")
+    return Method(config, granularity, scope, chosen, name, reconstructs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ class Plan(Method):
     seed: int = 0
 
     @classmethod
-    def of(  # type: ignore[override]
+    def of(
         cls, model: nn.Module, config: PruningConfig, criterion: Criterion | None = None, *, seed: int = 0
     ) -> "Plan":
         """Resolves a config for a model, and checks that it can be pruned so.
@@ -106,11 +107,11 @@ class Plan(Method):
             seed: For criteria that draw random numbers.
 
         Raises:
-            ValueError: as `Method.of` and `find_targets` do; if the granularity does not fit a shape, or the model's
+            ValueError: as `resolve` and `find_targets` do; if the granularity does not fit a shape, or the model's
                 structures; if a pattern of `layer_sparsity` matches nothing; or if weights are sharded and whole ones
                 are needed.
         """
-        method = Method.of(config, criterion)
+        method = resolve(config, criterion)
         granularity, targets = method.granularity, find_targets(model, config.target_modules, config.exclude_modules)
         granularity.check(targets.values())
         if are_sharded(targets.values()) and (method.reconstructs or granularity.kinds):
@@ -143,12 +144,11 @@ class Plan(Method):
 
     @torch.no_grad()
     def next_masks(self, masks: MaskSet, sparsity: float, statistics: Statistics | None = None) -> MaskSet:
-        """Scores, chooses and masks once; the model is not touched.
+        """Scores, chooses and masks once, up to an absolute sparsity; the model is not touched.
 
         Args:
-            masks: The masks so far; what they prune stays pruned and counts towards the sparsity. Empty before the
-                first round.
-            sparsity: Absolute sparsity to reach, in `[0, 1)`.
+            masks: The masks so far, none before the first round; what they prune stays pruned, and counts.
+            sparsity: In `[0, 1)`.
             statistics: What the criterion has declared to need.
 
         Returns:
@@ -164,29 +164,12 @@ class Plan(Method):
 
     @torch.no_grad()
     def quotas(self, masks: MaskSet, sparsity: float, statistics: Statistics) -> Mapping[str, Quota]:
-        """What a method that reconstructs is to prune of each target.
-
-        Args:
-            masks: The masks so far.
-            sparsity: Absolute sparsity to reach, in `[0, 1)`.
-            statistics: What the criterion has declared to need.
-
-        Raises:
-            ValueError: as `next_masks` does.
-        """
+        """What a method that reconstructs is to prune of each target; raises what `next_masks` does."""
         require_finite_weights(self.targets.values())
         return self.granularity.quotas(self.cut(masks, sparsity, statistics))
 
     def levels(self, masks: MaskSet, sparsity: float) -> list[float]:
-        """The sparsities on a cut's way, in `score_steps` steps that leave the same share of what is left each.
-
-        Args:
-            masks: The masks so far.
-            sparsity: Absolute sparsity to reach, in `[0, 1)`.
-
-        Returns:
-            Rising, the last is `sparsity`.
-        """
+        """The rising sparsities on a cut's way: `score_steps` steps that each leave the same share of what is left."""
         steps, final = self.config.score_steps, self.config.round_sparsities[-1]
         if steps == 1:
             return [sparsity]
@@ -246,10 +229,6 @@ class Plan(Method):
                 "another one, or prune before adapters are added."
             )
         require_maskable_adapters(model, self.targets)
-
-
-def _name_of(criterion: Criterion) -> str:
-    return str(getattr(criterion, "__qualname__", type(criterion).__qualname__))
 
 
 def _own_sparsities(patterns: Mapping[str, float], modules: Mapping[str, str], what: str) -> dict[str, float]:

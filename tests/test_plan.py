@@ -3,14 +3,14 @@ import torch
 from torch import nn
 
 from hf_prune import MaskSet, PruningConfig
-from hf_prune.plan import Method, Plan
+from hf_prune.plan import Plan, resolve
 from hf_prune.structures.groups import NO_STRUCTURES, Member, StructureGroup
 
 
 def levels(config, sparsity, masks=None, structures=NO_STRUCTURES):
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
     if structures:
-        plan = Plan(**vars(Method.of(config)), targets={}, structures=structures, own_sparsities={})
+        plan = Plan(**vars(resolve(config)), targets={}, structures=structures, own_sparsities={})
     else:
         plan = Plan.of(model, config)
     return plan.levels(MaskSet(masks or {}), sparsity)

@@ -14,7 +14,7 @@ from transformers import default_data_collator
 from hf_prune import MaskSet, PruningConfig, ScoreInputs, prune, sparsity_report
 from hf_prune.calibration.samples import CalibrationData
 from hf_prune.criteria import CRITERION_NAMES, RECONSTRUCTIONS
-from hf_prune.plan import Method, Plan
+from hf_prune.plan import Plan, resolve
 from hf_prune.pruning import cut_
 from hf_prune.schedules import SCHEDULES
 from hf_prune.scopes import SCOPES
@@ -96,7 +96,7 @@ def test_every_cell_is_exact(family, criterion, granularity, scope):
 
     sparsity = config.round_sparsities[-1]
     group = 8 if granularity.startswith("block") else 1
-    scope = Method.of(config).scope.name
+    scope = resolve(config).scope.name
     is_pattern = granularity in ("1:4", "2:4")
     if scope == "row" and not is_pattern:
         expected = sum(of_rows(target, sparsity, group) for target in targets.values())
@@ -144,10 +144,10 @@ def test_rounds_are_monotone_and_exact(criterion, granularity, scope):
                 model.get_parameter(name).add_(torch.randn_like(mask, dtype=torch.float32) * mask)
         for name, mask in previous.items():
             assert not (masks[name] & ~mask).any()
-        if Method.of(config).scope.name in ("global", "erk", "owl"):
+        if resolve(config).scope.name in ("global", "erk", "owl"):
             size = 8 if granularity.startswith("block") else 1
             assert masks.masked == size * round(sparsity * masks.total / size)
-        if Method.of(config).scope.name == "layer":
+        if resolve(config).scope.name == "layer":
             for mask in masks.values():
                 size = 8 if granularity.startswith("block") else 1
                 assert masked_in(mask) == size * round(sparsity * mask.numel() / size)

@@ -25,7 +25,7 @@ from ..config import CONFIG_NAME, PruningConfig
 from ..distributed.processes import rank_and_size
 from ..distributed.shards import has_shards
 from ..distributed.zero import has_partitions
-from ..plan import Method
+from ..plan import resolve
 from ..recovery.lora import has_adapters
 from ..reporting.history import HISTORY_NAME, PruningHistory
 from ..reporting.plots import PLOT_NAME, can_plot
@@ -210,7 +210,7 @@ def _facts(
     return Facts(
         model,
         sparsity_report(model, counted),
-        method=None if config is None else Method.of(config),
+        method=None if config is None else resolve(config),
         history=history,
         metrics=metrics or {},
         dataset=dataset,

@@ -12,7 +12,7 @@ from ..config import PruningConfig
 from ..distributed.gathering import accessible
 from ..distributed.processes import sum_over_processes_
 from ..distributed.shards import is_sharded, own
-from ..plan import Method
+from ..plan import resolve
 from ..structures.groups import NO_STRUCTURES, kept_in, nonzeros, parameters_of
 from ..weights.masks import masked_in
 from ..weights.targets import find_targets
@@ -192,7 +192,7 @@ def sparsity_report(
         names: Iterable[str] = () if masks is None else masks
         if masks is None or config is not None:
             targets = find_targets(model, *((config.target_modules, config.exclude_modules) if config else ()))
-            structures = Method.of(config).granularity.find(model, targets) if config else NO_STRUCTURES
+            structures = resolve(config).granularity.find(model, targets) if config else NO_STRUCTURES
             names = (parameters_of(structures) or targets) if masks is None else masks
         alive, kept = (kept_in(structures, values) for values in (nonzeros(structures), masks or {}))
         rows_of_structures = tuple(

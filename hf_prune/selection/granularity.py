@@ -35,14 +35,7 @@ class Granularity(ABC):
     # What of a config goes with it.
 
     def require_options(self, asked: Mapping[str, object]) -> None:
-        """Requires that what else a config asks for goes with it.
-
-        Args:
-            asked: The fields of the config that do not have their defaults.
-
-        Raises:
-            ValueError: if one does not.
-        """
+        """Requires that it goes with what else a config asks for: the fields that do not have their defaults."""
         for name in ("multiple_of", "shrink_at_end", "uniform"):
             if name in asked:
                 raise ValueError(
@@ -59,40 +52,23 @@ class Granularity(ABC):
         return "auto"
 
     def attainable(self, sparsities: list[float], rounds_are_asked: bool) -> list[float]:
-        """The sparsities nearest to those of some rounds that it can have.
+        """The sparsities nearest to those of some rounds that it can have; raises if two rounds would have the same.
 
-        Args:
-            sparsities: Absolute, rising.
-            rounds_are_asked: Whether somebody has asked for so many; else those that get no further are left out.
-
-        Raises:
-            ValueError: if two rounds would have the same.
+        If nobody has asked for so many rounds, those that get no further are left out.
         """
         return sparsities
 
     # What it does with a model.
 
     def check(self, targets: Iterable[Target]) -> None:  # noqa: B027
-        """Requires that it fits the shapes of all targets.
-
-        Raises:
-            ValueError: naming each module that it does not fit.
-        """
+        """Requires that it fits the shapes of all targets; the error names each module that it does not fit."""
 
     def find(self, model: nn.Module, targets: Mapping[str, Target]) -> Structures:
-        """The structures that go as a whole; none where weights go.
-
-        Raises:
-            ValueError: as `find_structures` does.
-        """
+        """The structures that go as a whole; none where weights go."""
         return NO_STRUCTURES
 
     def require_prunable(self, model: nn.Module, cut: Cut) -> None:  # noqa: B027
-        """Requires that the last cut of a config can be made.
-
-        Raises:
-            ValueError: if it cannot.
-        """
+        """Requires that the last cut of a config can be made."""
 
     @abstractmethod
     def mask(self, cut: Cut) -> MaskSet:
@@ -103,11 +79,7 @@ class Granularity(ABC):
         """
 
     def quotas(self, cut: Cut) -> Mapping[str, Quota]:
-        """What a method that reconstructs is to prune of each target.
-
-        Raises:
-            ValueError: if the masks so far prune more than is asked for.
-        """
+        """What a method that reconstructs is to prune of each target."""
         raise NotImplementedError(f"no method that reconstructs chooses by granularity {self}.")
 
     def floors(self, cut: Cut) -> list[float]:

@@ -81,11 +81,7 @@ class Pattern(Granularity):
         return [count / self.m for count in dropped]
 
     def check(self, targets: Iterable[Target]) -> None:
-        """Requires that groups of `m` tile the input dimension of every target.
-
-        Raises:
-            ValueError: naming each module where they do not.
-        """
+        """Requires that groups of `m` tile the input dimension of every target."""
         bad = [target for target in targets if target.in_features % self.m]
         if bad:
             widths = ", ".join(f"{target.module!r} has {target.in_features}" for target in bad)
@@ -135,11 +131,7 @@ class Pattern(Granularity):
         return Pattern(self.m - round(sparsity * self.m), self.m)
 
     def require_room(self, kept: torch.Tensor, target: Target) -> None:
-        """Requires that each group of a mask keeps at least `n`.
-
-        Raises:
-            ValueError: if one does not.
-        """
+        """Requires that each group of a mask keeps at least `n`."""
         if (target.to_matrix(kept).reshape(-1, self.m).sum(1) < self.n).any():
             raise ValueError(
                 f"{target.module!r} has groups of {self.m} with more than {self.m - self.n} zeros already; "

@@ -72,11 +72,7 @@ class Structural(Granularity):
         return find_structures(model, self.kinds, targets, self.multiple_of)
 
     def require_prunable(self, model: nn.Module, cut: Cut) -> None:
-        """Requires that no layer is emptied, and that a config can say what is left where it has to.
-
-        Raises:
-            ValueError: if it cannot.
-        """
+        """Requires that no layer is emptied, and that a config can say what is left where it has to."""
         scope, own = cut.scope.name, cut.own_sparsities
         require_removable(model, cut.structures, cut.sparsity, scope, own, uniform=self.uniform)
 

@@ -183,11 +183,7 @@ class Block(WeightGroups):
         return f"block:{self.rows}x{self.columns}"
 
     def check(self, targets: Iterable[Target]) -> None:
-        """Requires that blocks tile every target.
-
-        Raises:
-            ValueError: naming each module that they do not tile.
-        """
+        """Requires that blocks tile every target."""
         bad = [t for t in targets if t.out_features % self.rows or t.in_features % self.columns]
         if bad:
             shapes = ", ".join(f"{t.module!r} is {t.out_features} x {t.in_features}" for t in bad)

@@ -7,7 +7,7 @@ from transformers import TrainerState, TrainingArguments
 
 from hf_prune import PruningConfig
 from hf_prune.pacing.patience import Patience
-from hf_prune.plan import Method
+from hf_prune.plan import resolve
 from hf_prune.training.monitor import (
     FALLING,
     Monitor,
@@ -36,7 +36,7 @@ def arguments(**values) -> TrainingArguments:
 )
 def test_the_config_goes_before_the_training_arguments(metric, best, expected):
     config = PruningConfig(sparsity=0.5, metric=metric)
-    assert metric_name(Method.of(config), arguments(metric_for_best_model=best)) == expected
+    assert metric_name(resolve(config), arguments(metric_for_best_model=best)) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_training_arguments_go_before_the_name(best, greater):
 def check(config: PruningConfig, **values) -> None:
     given = arguments(**values)
     require_evaluations(
-        Method.of(config), given, TrainerState(max_steps=100, num_train_epochs=2, eval_steps=given.eval_steps or 500)
+        resolve(config), given, TrainerState(max_steps=100, num_train_epochs=2, eval_steps=given.eval_steps or 500)
     )
 
 

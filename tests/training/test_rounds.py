@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_prune import PruningConfig, PruningHistory, SparsityReport
-from hf_prune.plan import Method
+from hf_prune.plan import resolve
 from hf_prune.reporting.history import Round
 from hf_prune.reporting.reports import ModuleSparsity
 from hf_prune.training.rounds import Rounds
@@ -15,7 +15,7 @@ PATIENT = PruningConfig(sparsity=0.75, schedule="constant", rounds=3, patience=2
 
 
 def start(config: PruningConfig = PATIENT, max_steps: int = 100) -> Rounds:
-    return Rounds.plan(Method.of(config), PruningHistory(asked=config.round_sparsities), max_steps)
+    return Rounds.plan(resolve(config), PruningHistory(asked=config.round_sparsities), max_steps)
 
 
 def pruned(masked: int, zeros: int | None = None) -> SparsityReport:

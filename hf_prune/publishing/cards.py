@@ -271,7 +271,7 @@ def _what_zeros_are_worth(facts: Facts) -> str:
     if _is_shrunk(facts) and not facts.report.model_zeros:
         return "Pruned structures were removed, which makes the model smaller and faster."
     alone = "Zeros alone make nothing faster or smaller: the model takes the time and the memory of the dense one"
-    return f"{alone}, unless {Granularity.pays if granularity is None else granularity.pays}."
+    return f"{alone}, unless {Granularity.pays_if if granularity is None else granularity.pays_if}."
 
 
 def _rounds(history: PruningHistory) -> str:

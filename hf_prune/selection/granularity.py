@@ -24,7 +24,7 @@ class Granularity(ABC):
     """The only sparsity that it can have, if it is so."""
     can_reconstruct: bool = False
     """Whether methods that reconstruct can choose by it."""
-    pays: str = "a runtime makes use of them"
+    pays_if: str = "a runtime makes use of them"
     """What zeros need in order to save time or memory."""
 
     @classmethod

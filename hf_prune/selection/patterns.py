@@ -42,7 +42,7 @@ class Pattern(Granularity):
         return 1 - self.n / self.m
 
     @property
-    def pays(self) -> str:  # type: ignore[override]
+    def pays_if(self) -> str:  # type: ignore[override]
         """Kernels for the pattern."""
         kernels = "`hf_prune.to_sparse_semi_structured(model)` does of 2:4 on GPUs"
         return f"a runtime makes use of the pattern {self}, as {kernels}"

@@ -1,5 +1,5 @@
 """Which weights go.
 
-Knows the k lowest of any number of scores exactly, how groups of weights are ranked on one process and on many,
-and that scores are checked before they decide anything.
+Knows the k lowest of any number of scores exactly, how a criterion's scores are checked, and what each granularity
+does in a cut: single weights, patterns, blocks and structures, on one process and on many.
 """

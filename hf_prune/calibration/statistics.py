@@ -143,11 +143,7 @@ class OfLoss(Gatherer):
         self._label_counts = LabelCounts(model)
 
     def statistic(self) -> Mapping[str, torch.Tensor]:
-        """The mean over the samples of all processes.
-
-        Raises:
-            ValueError: if it is zero everywhere.
-        """
+        """The mean over the samples of all processes, which may not be zero everywhere."""
         statistic = super().statistic()
         changes = torch.tensor(any(own(values).any() for values in statistic.values()), device=self.count.device)
         if not sum_over_processes_(changes.float()):
@@ -202,12 +198,9 @@ class SquaredGradient(OfLoss):
 def unpadded_inputs(product: Product, batch: Batch, model: nn.Module) -> torch.Tensor:
     """What a weight was multiplied with, `[parts, positions, fan_in]`, without padding where that can be told.
 
-    Args:
-        product: A product of a pass.
-        batch: The batch of the pass.
-        model: The model. Padding is told by `attention_mask [samples, tokens]` where it is known which position is
-            which; in experts it is not, nor in an encoder-decoder, whose decoder has tokens of its own. Where samples
-            and tokens are as many, samples are taken to come first.
+    It is told by `attention_mask [samples, tokens]` of the batch where it is known which position is which; in experts
+    it is not, nor in an encoder-decoder, whose decoder has tokens of its own. Where samples and tokens are as many,
+    samples are taken to come first.
     """
     inputs, mask = product.inputs(1).flatten(1, 2), batch.get("attention_mask")
     has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -229,11 +222,7 @@ def warn_of_unreached(target: Target, reached: torch.Tensor, consequence: str) -
 
 
 def require_finite(values: torch.Tensor, what: str) -> None:
-    """Requires that what was gathered is finite.
-
-    Raises:
-        ValueError: if it is not.
-    """
+    """Requires that what was gathered is finite."""
     if not values.isfinite().all():
         raise ValueError(
             f"{what} is NaN or infinite over the calibration samples. Has training diverged, or does the model "

@@ -21,19 +21,10 @@ STRUCTURES = ("head", "neuron", "head+neuron", "channel", "layer")
 def find_structures(
     model: nn.Module, kinds: tuple[str, ...], targets: Mapping[str, Target], multiple_of: int
 ) -> dict[str, StructureGroup]:
-    """Finds the structures of some kinds.
+    """Finds the structures of some kinds, in the order of the layers, by the module that they are in.
 
-    Args:
-        model: The model, unwrapped.
-        kinds: One of `STRUCTURES`, split.
-        targets: What `find_targets` found.
-        multiple_of: The number of neurons or channels that remain is a multiple of this, or all.
-
-    Returns:
-        Module → its structures, in the order of the layers.
-
-    Raises:
-        ValueError: as `find_in_family` and `find_channels` do, or if the model carries adapters.
+    The kinds are one of `STRUCTURES`, split. The number of neurons or channels that remain is a multiple of
+    `multiple_of`, or all.
     """
     if hasattr(model, "peft_config"):
         raise ValueError(
@@ -59,7 +50,7 @@ def require_removable(
     *,
     uniform: bool,
 ) -> None:
-    """Requires that structures can be removed up to a final sparsity.
+    """Requires that structures can be removed up to a final sparsity without emptying a module.
 
     Args:
         model: The model, unwrapped.
@@ -68,9 +59,6 @@ def require_removable(
         scope: "global" or "layer".
         own: Module → its own final sparsity.
         uniform: Whether a config of the model's family has to say what is left.
-
-    Raises:
-        ValueError: if a module would be emptied, or no config of the family can say what is left.
     """
     if final > 0:
         for kind in kinds_of(structures):
@@ -90,11 +78,7 @@ def zeros_of(model: nn.Module, targets: Mapping[str, Target], structures: Struct
 
 
 def held_zeros(model: nn.Module, targets: Mapping[str, Target], structures: Structures) -> MaskSet:
-    """The masks that hold all zeros of the targets.
-
-    Raises:
-        ValueError: if whole structures are pruned, and zeros are in others.
-    """
+    """The masks that hold all zeros of the targets, which have to be whole structures where these are pruned."""
     masks = zeros_of(model, targets, structures)
     for name, mask in masks.items() if structures else ():
         if name in targets and bool(((targets[name].weight == 0) & mask).any()):

@@ -23,16 +23,13 @@ _HOW_TO_ADD = (
 def find_in_family(
     model: nn.Module, kinds: Collection[str], targets: Mapping[str, Target], multiple_of: int
 ) -> dict[str, StructureGroup]:
-    """Finds the structures of some kinds in a model.
+    """Finds the structures of some kinds in a model, by name, in the order of the layers.
 
     Args:
         model: The model, unwrapped.
         kinds: Of "head", "neuron" and "layer".
         targets: The weights that may be pruned; a structure stays that has a matrix which is none of them.
         multiple_of: The number of neurons that remain in a layer is a multiple of this.
-
-    Returns:
-        Name → structures, in the order of the layers.
 
     Raises:
         ValueError: if the family is unknown, or does not look as described; if layers share weights; if the number
@@ -84,11 +81,7 @@ class _Layer:
         return int(columns.weight.shape[_input_axis(columns)])
 
     def projection(self, part: Heads | Neurons, path: str) -> nn.Linear | Conv1D:
-        """A projection of a part.
-
-        Raises:
-            ValueError: if it is of a kind whose axes are not known.
-        """
+        """A projection of a part, which has to be of a kind whose axes are known."""
         found = self.get(part.module, path)
         if not isinstance(found, (nn.Linear, Conv1D)):
             raise ValueError(
@@ -98,11 +91,7 @@ class _Layer:
         return found
 
     def count(self, part: Heads | Neurons) -> int:
-        """Number of heads (of keys and values, where these are fewer), or of neurons.
-
-        Raises:
-            ValueError: if the heads of keys and values do not divide those of queries.
-        """
+        """Number of heads (of keys and values, where these are fewer, and divide those of queries), or of neurons."""
         if isinstance(part, Neurons):
             return self.width(part)
         widths = {part.columns: self.width(part)}

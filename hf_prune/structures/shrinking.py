@@ -76,15 +76,7 @@ def shrink(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = No
 def find_removable(model: nn.Module) -> dict[str, StructureGroup]:
     """Finds all structures that `shrink` can remove from a model, of all kinds that can be removed from it.
 
-    Args:
-        model: The model, unwrapped.
-
-    Returns:
-        Group → its structures.
-
-    Raises:
-        ValueError: as `find_in_family` and `find_channels` do, if there is no such kind.
-        ModuleNotFoundError: as `find_channels` does.
+    If there is no such kind, it raises what `find_in_family` and `find_channels` do.
     """
     if is_convolutional(model):
         return find_channels(model, find_targets(model, ".*"), multiple_of=1)
@@ -103,15 +95,15 @@ def find_removable(model: nn.Module) -> dict[str, StructureGroup]:
 
 @torch.no_grad()
 def remove_(model: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor]) -> None:
-    """Removes structures from a model.
+    """Removes structures from a model, in place; if nothing would be left of a group, the model stays as it was.
 
     Args:
-        model: The model, unwrapped; changed in place.
+        model: The model, unwrapped.
         structures: Every group of each kind of which something goes: the fields of a config count them all.
         kept: Group → `[count]` bools, False for what goes.
 
     Raises:
-        ValueError: if nothing is left of a group. The model is then as it was.
+        ValueError: if nothing is left of a group.
     """
     layers = {name: group for name, group in structures.items() if group.kind == "layer"}
     parts = {

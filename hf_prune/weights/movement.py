@@ -13,15 +13,7 @@ from .targets import Target
 
 
 def require_gatherable(model: nn.Module, is_due_at_start: bool) -> None:
-    """Requires a training that shows how its weights move, before the first cut.
-
-    Args:
-        model: The model, unwrapped.
-        is_due_at_start: Whether the first cut comes before the first step.
-
-    Raises:
-        ValueError: if DeepSpeed trains it, or there is no step before the first cut.
-    """
+    """Requires a training that shows how its weights move: without DeepSpeed, and with a step before the first cut."""
     if has_partitions(model):
         raise ValueError(
             "movement is the sum of gradients of each step, which DeepSpeed shows to nobody. Take another criterion, "

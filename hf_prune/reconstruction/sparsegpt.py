@@ -158,10 +158,7 @@ def _factor_(hessian: torch.Tensor) -> _Factor | None:
 
 @torch.no_grad()
 def _prune_target_(
-    target: Target,
-    factors: Sequence[_Factor | None],
-    kept: torch.Tensor | None,
-    quota: Quota,
+    target: Target, factors: Sequence[_Factor | None], kept: torch.Tensor | None, quota: Quota
 ) -> torch.Tensor:
     """Prunes a target in place; returns its mask."""
     order = _column_order(target)
@@ -178,13 +175,7 @@ def _prune_target_(
     return target.from_rows(masks[..., back]).contiguous()
 
 
-def _sparsegpt_(
-    name: str,
-    rows: torch.Tensor,
-    factor: _Factor,
-    mask: torch.Tensor,
-    quota: Quota,
-) -> None:
+def _sparsegpt_(name: str, rows: torch.Tensor, factor: _Factor, mask: torch.Tensor, quota: Quota) -> None:
     """Prunes columns from left to right, and moves the error of each onto those that come after it.
 
     Rows, in float32 or better, and their mask, True = kept so far, are `[rows, columns]`, and changed in place.

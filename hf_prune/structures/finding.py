@@ -42,13 +42,7 @@ def find_structures(
 
 
 def require_removable(
-    model: nn.Module,
-    structures: Structures,
-    final: float,
-    scope: str,
-    own: Mapping[str, float],
-    *,
-    uniform: bool,
+    model: nn.Module, structures: Structures, final: float, scope: str, own: Mapping[str, float], *, uniform: bool
 ) -> None:
     """Requires that structures can be removed up to a final sparsity without emptying a module.
 

@@ -12,15 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..calibration.contexts import whole_on_error
 from ..weights.targets import find_targets
 from .channels import find_channels, is_convolutional
-from .groups import (
-    StructureGroup,
-    Structures,
-    count_gone,
-    fields_of,
-    kept_in,
-    kinds_of,
-    nonzeros,
-)
+from .groups import StructureGroup, Structures, count_gone, fields_of, kept_in, kinds_of, nonzeros
 from .heads_and_neurons import find_in_family
 from .loading import WIDTHS, build_empty, can_say, record_shapes_
 

@@ -54,9 +54,7 @@ def decompress(name: str, bitmask: torch.Tensor, values: torch.Tensor, shape: Se
     return values.new_zeros(count).masked_scatter_(bits[:count], values).view(torch.Size(shape))
 
 
-def compressed_state(
-    state: Mapping[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
+def compressed_state(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
     """A state dict in which tensors are compressed that are smaller so, with their shapes by name.
 
     The values of a compressed tensor have its name, its bits have `BITMASK` behind it.

@@ -57,6 +57,8 @@ class Neurons:
     columns: str
     attributes: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
+    tables: ClassVar = ()
+    is_shared: ClassVar = False
     kind: ClassVar = "neuron"
 
 

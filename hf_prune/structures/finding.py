@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..weights.masks import MaskSet
 from ..weights.targets import Target, find_targets
 from .channels import find_channels, is_convolutional
-from .groups import StructureGroup, Structures, fields_of, kinds_of, masks_of_zeros
+from .groups import StructureGroup, Structures, fields_of, kept_in, kinds_of, masks_of, nonzeros
 from .heads_and_neurons import find_in_family
 from .loading import can_say
 from .ranking import count_left, pools_of, require_attainable
@@ -68,7 +68,9 @@ def require_removable(
 
 def zeros_of(model: nn.Module, targets: Mapping[str, Target], structures: Structures) -> MaskSet:
     """The masks of what is zero: of weights, or of whole structures where there are some."""
-    return masks_of_zeros(structures) if structures else MaskSet.from_zeros(model, targets)
+    if not structures:
+        return MaskSet.from_zeros(model, targets)
+    return masks_of(structures, kept_in(structures, nonzeros(structures)))
 
 
 def held_zeros(model: nn.Module, targets: Mapping[str, Target], structures: Structures) -> MaskSet:

@@ -129,11 +129,6 @@ def masks_of(structures: Structures, kept: Mapping[str, torch.Tensor]) -> MaskSe
     return MaskSet(masks)
 
 
-def masks_of_zeros(structures: Structures) -> MaskSet:
-    """The masks that prune the structures of which all is zero."""
-    return masks_of(structures, kept_in(structures, nonzeros(structures)))
-
-
 def parameters_of(structures: Structures) -> dict[str, nn.Parameter]:
     """The parameters of which structures own something, by name."""
     return {member.name: member.parameter for group in structures.values() for member in group.members}

@@ -123,6 +123,8 @@ class RecordQuantizer(HfQuantizer):
     """Gives a model that has no weights yet the shapes that were recorded, and weights that were compressed."""
 
     requires_calibration = False
+    # Its weights are ordinary ones. Trainer asks for the second before it trains.
+    is_trainable = is_qat_trainable = is_compileable = True
     quantization_config: Record
 
     def get_weight_conversions(self) -> list[WeightConverter]:
@@ -146,21 +148,6 @@ class RecordQuantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None) or []
         ours = [c for c in conversions if any(isinstance(op, Decompress) for op in getattr(c, "operations", []))]
         model._weight_conversions = [c for c in conversions if c not in ours]  # type: ignore[assignment]
-
-    @property
-    def is_trainable(self) -> bool:
-        """Its weights are ordinary ones."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Trainer asks for this before it trains."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """Nothing stands in its way."""
-        return True
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """All that it needs is in the config."""

@@ -98,8 +98,9 @@ def remove_(model: PreTrainedModel, structures: Structures, kept: Mapping[str, t
         ValueError: if nothing is left of a group.
     """
     layers = {name: group for name, group in structures.items() if group.kind == "layer"}
+    gone = tuple(f"{stack}.{int(i)}." for stack in layers for i in (~kept[stack]).nonzero())
     parts = {
-        name: group for name, group in structures.items() if name not in layers and not _goes_with(name, layers, kept)
+        name: group for name, group in structures.items() if name not in layers and not f"{name}.".startswith(gone)
     }
     for name, group in {**parts, **layers}.items():
         if not kept[name].any():
@@ -111,18 +112,14 @@ def remove_(model: PreTrainedModel, structures: Structures, kept: Mapping[str, t
             raise ValueError(f"{group.kind} {group.stay[0]} of {name!r} is pruned, and makes what the others read.")
     build_empty(type(model), model.config)  # Else nothing could be recorded.
     with whole_on_error(model):
-        _remove_(model, parts, layers, kept)
-
-
-def _remove_(model: PreTrainedModel, parts: Structures, layers: Structures, kept: Mapping[str, torch.Tensor]) -> None:
-    _own_configs_(model)
-    _remove_parts_(model, {name: group for name, group in parts.items() if not kept[name].all()}, kept)
-    _say_widths_(model, parts, kept)
-    for name, group in layers.items():
-        if not kept[name].all():
-            _remove_layers_(model, group, kept[name])
-    record_shapes_(model)
-    _forget_alignment_(model, {**parts, **layers}, kept)
+        _own_configs_(model)
+        _remove_parts_(model, {name: group for name, group in parts.items() if not kept[name].all()}, kept)
+        _say_widths_(model, parts, kept)
+        for name, group in layers.items():
+            if not kept[name].all():
+                _remove_layers_(model, group, kept[name])
+        record_shapes_(model)
+        _forget_alignment_(model, {**parts, **layers}, kept)
 
 
 def _own_configs_(model: PreTrainedModel) -> None:
@@ -142,12 +139,6 @@ def _forget_alignment_(model: PreTrainedModel, structures: Structures, kept: Map
     if changed and getattr(settings, "alignment_heads", None):
         settings.alignment_heads = None
         logger.warning("alignment_heads of the generation config is dropped: the decoder's heads have other numbers.")
-
-
-def _goes_with(name: str, layers: Structures, kept: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a group lies in a layer that goes."""
-    gone = [f"{stack}.{int(i)}" for stack in layers for i in (~kept[stack]).nonzero()]
-    return any(name == layer or name.startswith(f"{layer}.") for layer in gone)
 
 
 def _remove_parts_(model: nn.Module, parts: Structures, kept: Mapping[str, torch.Tensor]) -> None:

@@ -66,7 +66,11 @@ def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: i
             flops[name] = counter.get_total_flops()
         for _ in range(turns):
             for name, model in models.items():
-                seconds[name].append(_seconds_of(model, batches[name]))
+                start, device = time.perf_counter(), next(model.parameters()).device
+                model(**batches[name])
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds[name].append(time.perf_counter() - start)
     return {name: Cost(parameters[name], flops[name], statistics.median(seconds[name])) for name in models}
 
 
@@ -79,12 +83,3 @@ def measure_cost_or_parameters(model: nn.Module, batches: Callable[[], Iterable[
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         logger.warning("Only parameters are counted, since no forward pass could be measured: %s", error)
         return measure_costs({"model": model}, None)["model"]
-
-
-def _seconds_of(model: nn.Module, batch: Batch) -> float:
-    device = next(model.parameters()).device
-    start = time.perf_counter()
-    model(**batch)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

@@ -114,7 +114,10 @@ def summed_gradients(
             the gradient of each process's loss. They are then made in the dtype of the pass.
     """
     with contextlib.ExitStack() as undo:
-        undo.enter_context(_no_gradients(model))
+        reshard_(model)  # After a forward pass alone some parameters are gathered ones.
+        for parameter in model.parameters():
+            undo.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None
         for target in (watched or {}).values():
             undo.callback(target.weight.register_hook(torch.square).remove)
         with torch.enable_grad():
@@ -122,17 +125,3 @@ def summed_gradients(
         _, size = rank_and_size()
         found = {name: target.weight.grad for name, target in targets.items()}
         return {name: own(gradient).float() * size for name, gradient in found.items() if gradient is not None}
-
-
-@contextlib.contextmanager
-def _no_gradients(model: nn.Module) -> Iterator[None]:
-    """No parameter of a sharded model has a gradient; afterwards each has its own again."""
-    reshard_(model)  # After a forward pass alone some parameters are gathered ones.
-    before = {parameter: parameter.grad for parameter in model.parameters()}
-    for parameter in before:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in before.items():
-            parameter.grad = gradient

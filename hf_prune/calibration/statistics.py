@@ -1,5 +1,6 @@
 """Calibration: what criteria need to know beyond the weights, gathered from ordinary passes over a few samples."""
 
+import contextlib
 import logging
 from collections.abc import Collection, Iterable, Mapping
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..criteria import Statistics
 from ..distributed.processes import failing_together, sum_over_processes_
-from ..distributed.shards import from_own, own, resharded
+from ..distributed.shards import from_own, own, reshard_
 from ..weights.gradient_hooks import paused
 from ..weights.targets import Target, are_sharded
 from .activations import Product, ProductWatch
@@ -54,7 +55,8 @@ def calibrate(
     in_passes, seen = targets_in_passes(model, targets), 0
     gatherers = {name: STATISTICS[name](model, targets, in_passes) for name in needs}
     weights = [target.weight for target in (*targets.values(), *in_passes.values())]
-    with undisturbed(model, weights), resharded(model), paused():
+    with undisturbed(model, weights), contextlib.ExitStack() as after, paused():
+        after.callback(reshard_, model)
         for batch, is_own in in_step(model, read_samples(model, batches, samples, show_progress=show_progress)):
             for gatherer in gatherers.values():
                 gatherer.see(batch, is_own=is_own)

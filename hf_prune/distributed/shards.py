@@ -1,8 +1,5 @@
 """Shards: tensors of which each process holds some rows, as FSDP2 leaves them, and what all rows are together."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -80,15 +77,6 @@ def reshard_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-@contextlib.contextmanager
-def resharded(model: nn.Module) -> Iterator[None]:
-    """A context after which `reshard_` has been called, whatever has happened in it."""
-    try:
-        yield
-    finally:
-        reshard_(model)
 
 
 def gathered_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

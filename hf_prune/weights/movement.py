@@ -43,7 +43,7 @@ class Movement(Tensors):
         """Before the first step of a run."""
         return cls(
             {t.name: torch.zeros_like(own(t.weight.detach()), dtype=torch.float32) for t in targets},
-            _sharded(targets),
+            {t.name: t.weight for t in targets if is_sharded(t.weight)},
             {"run": run, "steps": "0"},
         )
 
@@ -78,7 +78,3 @@ class Movement(Tensors):
             return
         for weight, gradient, total in moving:
             total.addcmul_(weight.to(total.dtype), gradient.to(total.dtype), value=-1)
-
-
-def _sharded(targets: Iterable[Target]) -> dict[str, torch.Tensor]:
-    return {target.name: target.weight for target in targets if is_sharded(target.weight)}

@@ -14,11 +14,7 @@ from transformers import PreTrainedModel
 
 @contextlib.contextmanager
 def keep_random_state(device: torch.device) -> Iterator[None]:
-    """Gives back every random state as it was.
-
-    Args:
-        device: Where the model is, if not on the CPU, whose state is kept too.
-    """
+    """Gives back every random state as it was: that of the CPU, and of the device where the model is."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -39,13 +39,8 @@ class Cost:
 def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: int = 10) -> dict[str, Cost]:
     """Measures forward passes over a batch in evaluation mode, in turns: model by model, again and again.
 
-    Args:
-        models: Name → model, each unwrapped; left as they were.
-        batch: What the models are called with; if None, only parameters are counted.
-        turns: How often each is timed, after one pass that is not.
-
-    Returns:
-        Name → cost.
+    Each unwrapped model is left as it was, and timed `turns` times, after one pass that is not; without a batch only
+    parameters are counted.
 
     Example:
         >>> costs = measure_costs({"dense": nn.Linear(4, 3)}, {"input": torch.ones(2, 4)})
@@ -71,20 +66,16 @@ def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: i
             flops[name] = counter.get_total_flops()
         for _ in range(turns):
             for name, model in models.items():
-                seconds[name].append(_seconds_of(model, batches[name]))
+                start, device = time.perf_counter(), next(model.parameters()).device
+                model(**batches[name])
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds[name].append(time.perf_counter() - start)
     return {name: Cost(parameters[name], flops[name], statistics.median(seconds[name])) for name in models}
 
 
 def measure_cost_or_parameters(model: nn.Module, batches: Callable[[], Iterable[Batch]] | None) -> Cost:
-    """Measures a forward pass over the first batch, or counts parameters alone, with a warning, where it fails.
-
-    Args:
-        model: The model, unwrapped; left as it was.
-        batches: Gives batches, anew at each call; None if there are none.
-
-    Returns:
-        The cost.
-    """
+    """Measures a forward pass over the first batch, or counts parameters alone, with a warning, where it fails."""
     # A training that is over does not fail because nobody can tell what its model costs, drawing a batch included.
     try:
         batch = None if batches is None else next(iter(batches()), None)
@@ -92,12 +83,3 @@ def measure_cost_or_parameters(model: nn.Module, batches: Callable[[], Iterable[
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         logger.warning("Only parameters are counted, since no forward pass could be measured: %s", error)
         return measure_costs({"model": model}, None)["model"]
-
-
-def _seconds_of(model: nn.Module, batch: Batch) -> float:
-    device = next(model.parameters()).device
-    start = time.perf_counter()
-    model(**batch)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

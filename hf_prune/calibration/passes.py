@@ -28,17 +28,11 @@ def targets_in_passes(model: nn.Module, targets: Mapping[str, Target]) -> dict[s
 def in_step(model: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
     """Batches of this process; and of a sharded model, while other processes have more of them, some of theirs.
 
-    Of such a model all processes make every pass together, so that all of them call this.
-
-    Args:
-        model: The model.
-        batches: Those of this process. Reading them may not wait for other processes.
+    Of such a model all processes make every pass together, so that all of them call this. Reading batches may not wait
+    for other processes, and an error in it is raised on all of them.
 
     Yields:
         A batch on its device, and whether it is of this process: those of others must not count here.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: if batches cannot be read: that of the first process, on all of them.
     """
     if not has_shards(model):
         yield from ((batch, True) for batch in batches)
@@ -64,11 +58,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The loss of a batch.
-
-    Raises:
-        ValueError: if the model gives none.
-    """
+    """The loss of a batch; an error if the model gives none."""
     output = model(**batch)
     if isinstance(output, tuple):  # as Trainer takes it
         loss = output[0] if output and torch.is_tensor(output[0]) and not output[0].ndim else None
@@ -87,9 +77,8 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
 def ignores_first_label(model: nn.Module, batch: Batch) -> bool:
     """Whether a loss does not read the first label of a sequence, because it is that of the next position.
 
-    Args:
-        model: The model, in evaluation mode.
-        batch: With labels that are classes, `[samples, positions]`, of which the first are not all ignored.
+    The model is in evaluation mode. Labels are classes, `[samples, positions]`, of which the first are not all
+    ignored.
     """
     without = batch["labels"].clone()
     without[:, 0] = IGNORED_LABEL
@@ -112,7 +101,7 @@ def summed_gradients(
     share: float,
     watched: Mapping[str, Target] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The gradients of the losses of all processes' batches, added up, for the rows that this process holds.
+    """The gradients of the losses of all processes' batches, summed in float32, for the rows that this process holds.
 
     FSDP2 averages gradients over the processes while it divides them. `.grad` stays as it is.
 
@@ -123,12 +112,12 @@ def summed_gradients(
         share: What its loss is multiplied with.
         watched: The targets with the weights that passes compute with, if it is squares that are to be added up: of
             the gradient of each process's loss. They are then made in the dtype of the pass.
-
-    Returns:
-        Parameter → gradients in float32, of those that have any.
     """
     with contextlib.ExitStack() as undo:
-        undo.enter_context(_no_gradients(model))
+        reshard_(model)  # After a forward pass alone some parameters are gathered ones.
+        for parameter in model.parameters():
+            undo.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None
         for target in (watched or {}).values():
             undo.callback(target.weight.register_hook(torch.square).remove)
         with torch.enable_grad():
@@ -136,17 +125,3 @@ def summed_gradients(
         _, size = rank_and_size()
         found = {name: target.weight.grad for name, target in targets.items()}
         return {name: own(gradient).float() * size for name, gradient in found.items() if gradient is not None}
-
-
-@contextlib.contextmanager
-def _no_gradients(model: nn.Module) -> Iterator[None]:
-    """No parameter of a sharded model has a gradient; afterwards each has its own again."""
-    reshard_(model)  # After a forward pass alone some parameters are gathered ones.
-    before = {parameter: parameter.grad for parameter in model.parameters()}
-    for parameter in before:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in before.items():
-            parameter.grad = gradient

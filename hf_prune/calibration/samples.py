@@ -49,19 +49,9 @@ class CalibrationData:
 def read_samples(
     model: nn.Module, batches: Iterable[Batch], samples: int, *, show_progress: bool = False
 ) -> Iterator[Batch]:
-    """The first samples of batches, on the device of a model.
+    """The first samples of this process's batches, on the device of a model, the last batch cut short.
 
-    Args:
-        model: The model.
-        batches: Batches of this process.
-        samples: Number of samples to read, of all processes together.
-        show_progress: Whether a bar shows how far the reader is, if it takes more than a few seconds.
-
-    Yields:
-        Batches, the last one cut short where it has too many samples.
-
-    Raises:
-        TypeError: if a batch is not a dict with tensors.
+    The number of samples is that of all processes together.
     """
     (rank, size), device, seen = rank_and_size(), next(model.parameters()).device, 0
     mine = len(range(rank, samples, size))
@@ -81,16 +71,7 @@ def read_samples(
 
 
 def require_samples(model: nn.Module, seen: int, samples: int) -> None:
-    """Requires that samples were read; says if they were fewer than asked for.
-
-    Args:
-        model: The model.
-        seen: How many were read, on this process.
-        samples: How many were asked for, of all processes together.
-
-    Raises:
-        ValueError: if there were none on any process.
-    """
+    """Requires that samples were read on any process; warns if all processes together read fewer than asked for."""
     seen = int(sum_over_processes_(torch.tensor(seen, device=next(model.parameters()).device)))
     if seen == 0:
         raise ValueError("there are no calibration samples: the dataloader gave no batch.")
@@ -102,16 +83,8 @@ def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed:
     """Calibration batches of this process from the data that a dataloader reads, which itself is left alone.
 
     Samples of a dataset of known length are drawn with the seed, each once and on one process; a stream is read from
-    its beginning.
-
-    Args:
-        dataloader: Its dataset and its collator are used.
-        samples: Number of samples, of all processes together.
-        batch_size: Number of samples in a batch.
-        seed: Seed of the draw.
-
-    Yields:
-        Batches as the collator makes them; as the dataset does, where the dataloader has no batch size.
+    its beginning. The number of samples is that of all processes together. Batches are as the dataloader's collator
+    makes them; as the dataset does, where it has no batch size.
 
     Raises:
         ValueError: if the samples cannot be read without taking them from the training.

@@ -1,5 +1,6 @@
 """Calibration: what criteria need to know beyond the weights, gathered from ordinary passes over a few samples."""
 
+import contextlib
 import logging
 from collections.abc import Collection, Iterable, Mapping
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..criteria import Statistics
 from ..distributed.processes import failing_together, sum_over_processes_
-from ..distributed.shards import from_own, own, resharded
+from ..distributed.shards import from_own, own, reshard_
 from ..weights.gradient_hooks import paused
 from ..weights.targets import Target, are_sharded
 from .activations import Product, ProductWatch
@@ -54,7 +55,8 @@ def calibrate(
     in_passes, seen = targets_in_passes(model, targets), 0
     gatherers = {name: STATISTICS[name](model, targets, in_passes) for name in needs}
     weights = [target.weight for target in (*targets.values(), *in_passes.values())]
-    with undisturbed(model, weights), resharded(model), paused():
+    with undisturbed(model, weights), contextlib.ExitStack() as after, paused():
+        after.callback(reshard_, model)
         for batch, is_own in in_step(model, read_samples(model, batches, samples, show_progress=show_progress)):
             for gatherer in gatherers.values():
                 gatherer.see(batch, is_own=is_own)
@@ -143,11 +145,7 @@ class OfLoss(Gatherer):
         self._label_counts = LabelCounts(model)
 
     def statistic(self) -> Mapping[str, torch.Tensor]:
-        """The mean over the samples of all processes.
-
-        Raises:
-            ValueError: if it is zero everywhere.
-        """
+        """The mean over the samples of all processes, which may not be zero everywhere."""
         statistic = super().statistic()
         changes = torch.tensor(any(own(values).any() for values in statistic.values()), device=self.count.device)
         if not sum_over_processes_(changes.float()):
@@ -202,12 +200,9 @@ class SquaredGradient(OfLoss):
 def unpadded_inputs(product: Product, batch: Batch, model: nn.Module) -> torch.Tensor:
     """What a weight was multiplied with, `[parts, positions, fan_in]`, without padding where that can be told.
 
-    Args:
-        product: A product of a pass.
-        batch: The batch of the pass.
-        model: The model. Padding is told by `attention_mask [samples, tokens]` where it is known which position is
-            which; in experts it is not, nor in an encoder-decoder, whose decoder has tokens of its own. Where samples
-            and tokens are as many, samples are taken to come first.
+    It is told by `attention_mask [samples, tokens]` of the batch where it is known which position is which; in experts
+    it is not, nor in an encoder-decoder, whose decoder has tokens of its own. Where samples and tokens are as many,
+    samples are taken to come first.
     """
     inputs, mask = product.inputs(1).flatten(1, 2), batch.get("attention_mask")
     has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -229,11 +224,7 @@ def warn_of_unreached(target: Target, reached: torch.Tensor, consequence: str) -
 
 
 def require_finite(values: torch.Tensor, what: str) -> None:
-    """Requires that what was gathered is finite.
-
-    Raises:
-        ValueError: if it is not.
-    """
+    """Requires that what was gathered is finite."""
     if not values.isfinite().all():
         raise ValueError(
             f"{what} is NaN or infinite over the calibration samples. Has training diverged, or does the model "

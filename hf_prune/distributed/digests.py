@@ -14,7 +14,7 @@ _MODULUS = 1 << 256
 def digests_of(
     rows_of: Callable[[str], np.ndarray], described: Mapping[str, object], first: Mapping[str, int]
 ) -> dict[str, str]:
-    """A SHA-256 of each of several tensors.
+    """A SHA-256 of each of several tensors, the same on all processes that hold the same.
 
     It covers a description and the sum of the SHA-256s of the rows, each with its number: so each process adds up
     those that it holds, and only sums are sent.
@@ -24,9 +24,6 @@ def digests_of(
         described: Name → whatever else counts, as JSON; the same on all processes.
         first: Name → the number of the first of the rows, of those tensors of which processes hold parts. If there
             are any, all processes call this.
-
-    Returns:
-        Name → digest, the same on all processes that hold the same.
     """
     counts = not first or rank_and_size()[0] == 0
     sums = [_sum(rows_of(name), first.get(name, 0)) if name in first or counts else 0 for name in described]

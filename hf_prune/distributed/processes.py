@@ -37,13 +37,8 @@ def gather_from_processes(value: Value) -> list[Value]:
 def failing_together(together: bool = True) -> Iterator[None]:
     """If what is done in it fails on one process, it fails on all: else the others would wait for it for ever.
 
-    Nothing that is done in it may wait for other processes, but for what fails on all of them together.
-
-    Args:
-        together: Whether the processes do it together; if not, this does nothing.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: that of the first process on which it fails, on all of them.
+    All processes raise the error of the first on which it fails. Nothing that is done in it may wait for other
+    processes, but for what fails on all of them together. Unless the processes do it `together`, this does nothing.
     """
     if not together:
         yield
@@ -58,14 +53,9 @@ def failing_together(together: bool = True) -> Iterator[None]:
 
 
 def require_agreement(values: Mapping[str, object], what: str) -> None:
-    """Requires that all processes have the same values. All of them call it.
+    """Requires that all processes have the same values. All call it; `what` names them in the message.
 
-    Args:
-        values: Name → value.
-        what: What they are, for the message.
-
-    Raises:
-        ValueError: on all processes, if one has another value than the first; the message names the first such value.
+    Where one differs from the first process, all processes raise the error. It names the first such value.
     """
     first, *others = gather_from_processes(dict(values))
     for rank, other in enumerate(others, start=1):

@@ -1,8 +1,5 @@
 """Shards: tensors of which each process holds some rows, as FSDP2 leaves them, and what all rows are together."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -38,12 +35,9 @@ def shard(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def from_own(rows: torch.Tensor, like: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor:
-    """The sharded tensor of which this process holds some rows.
+    """The tensor, sharded as `like` is, of which this process holds some rows; the rows, if `like` is not sharded.
 
-    Args:
-        rows: What this process holds; the whole tensor, if `like` is not sharded.
-        like: Divided as it is to be.
-        shape: The shape of all rows together, that of `like` if None.
+    If None, the shape of all rows together is that of `like`.
     """
     if not isinstance(like, DTensor):
         return rows
@@ -63,11 +57,7 @@ def rows_held(tensor: torch.Tensor) -> slice:
 
 
 def require_by_rows(name: str, tensor: torch.Tensor) -> None:
-    """Requires that a tensor is whole, or divided by rows among all processes.
-
-    Raises:
-        ValueError: if it is divided in another way.
-    """
+    """Requires that a tensor is whole, or divided by rows among all processes."""
     if not isinstance(tensor, DTensor):
         return
     size = torch.distributed.get_world_size()
@@ -87,15 +77,6 @@ def reshard_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-@contextlib.contextmanager
-def resharded(model: nn.Module) -> Iterator[None]:
-    """A context after which `reshard_` has been called, whatever has happened in it."""
-    try:
-        yield
-    finally:
-        reshard_(model)
 
 
 def gathered_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

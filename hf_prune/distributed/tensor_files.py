@@ -61,20 +61,14 @@ class Tensors:
     def save(self, path: str | os.PathLike[str], *, write: bool = True) -> None:
         """Writes the tensors as safetensors, gathering one at a time; the file appears whole or not at all.
 
-        Args:
-            path: Where to.
-            write: Whether this process writes. All of them call this where tensors are rows.
+        Where tensors are rows, all processes call this, and `write` says whether this one writes.
         """
         layout = {name: Layout(tensor.dtype, self.shape_of(name)) for name, tensor in self.tensors.items()}
         save_tensors(layout, self.whole, path, self.metadata, write=write, together=bool(self.like))
 
     @classmethod
     def load(cls: type[Kind], path: str | os.PathLike[str], like: Mapping[str, torch.Tensor] | None = None) -> Kind:
-        """Reads what `save` wrote, onto the CPU.
-
-        Args:
-            path: Where from.
-            like: Name → tensor: of those that are sharded only the rows are read that this process holds.
+        """Reads what `save` wrote, onto the CPU; of tensors that are sharded in `like` only the rows of this process.
 
         Raises:
             FileNotFoundError: if there is no such file.

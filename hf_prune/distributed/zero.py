@@ -30,9 +30,8 @@ def has_partitions(model: nn.Module) -> bool:
 def require_maskable(model: nn.Module) -> None:
     """Requires that what DeepSpeed divides is divided among all processes, in their memory, and where it says.
 
-    Raises:
-        ValueError: if it is swapped to a disk, if each part is held several times (hpZ, MiCS), or if a part of a
-            master is said to be of another parameter than it is.
+    It may not be swapped to a disk or held several times (hpZ, MiCS), and no part of a master may be said to be of
+    another parameter.
     """
     for name, parameter in model.named_parameters():
         if (fragment := getattr(parameter, "_hp_mapping", None)) is not None:
@@ -185,8 +184,7 @@ def _parts(parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, slice]]:
 def _held(parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], slice]]:
     """What this process keeps of a parameter for its training, if it keeps any.
 
-    Yields:
-        A part of the master; of what the optimizer remembers; of which elements they are.
+    That is a part of the master, what the optimizer remembers of it, and of which elements they are.
     """
     optimizer: Any = getattr(parameter, "_z3_optimizer", None)
     fragment: Any = getattr(parameter, "_hp_mapping", None)

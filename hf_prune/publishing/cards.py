@@ -73,15 +73,7 @@ class Facts:
 
 
 def model_card(name: str, facts: Facts) -> ModelCard:
-    """The card of a pruned model.
-
-    Args:
-        name: What it is loaded by: a folder, or a name on the Hub.
-        facts: What there is to tell.
-
-    Returns:
-        The card, metadata included.
-    """
+    """The card of a pruned model, metadata included. It is loaded by its name: a folder, or one on the Hub."""
     results, title = _results(facts), name.rstrip("/").rpartition("/")[2]
     task = pipeline_tag(facts.model)
     data = ModelCardData(

@@ -73,12 +73,7 @@ class FolderChange:
 def compare_folders(
     first: str | os.PathLike[str], second: str | os.PathLike[str], *, show_progress: bool = False
 ) -> FolderChange:
-    """Compares the tensors of two saved models, one at a time.
-
-    Args:
-        first: A folder.
-        second: Another one.
-        show_progress: Whether a bar shows how far it is.
+    """Compares the tensors of two saved models, one at a time; a bar may show how far it is.
 
     Raises:
         ValueError: as `SavedModel` does, or if a tensor has another shape.

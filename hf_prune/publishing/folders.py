@@ -25,10 +25,9 @@ _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jin
 
 
 class Stored(NamedTuple):
-    """A tensor of a saved model.
+    """A tensor of a saved model, mapped to the file if it is not compressed.
 
     Attributes:
-        tensor: The tensor, which is mapped to the file if it is not compressed.
         bytes: What it takes in the file.
         compressed: Whether the file leaves its zeros out.
     """
@@ -99,12 +98,7 @@ class SavedModel(Mapping[str, Stored]):
 
 
 def local_folder(model: str) -> Path:
-    """The folder of a model: itself, or the one into which its files of the Hub are downloaded.
-
-    Raises:
-        ValueError: if it is neither a folder nor a name that the Hub allows.
-        HfHubHTTPError: if the Hub has no such model, or cannot be reached.
-    """
+    """The folder of a model: itself, or the one into which its files of the Hub are downloaded."""
     if Path(model).exists():
         return Path(model)
     try:
@@ -117,9 +111,7 @@ def local_folder(model: str) -> Path:
 def names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """Translates names in files into names in a model, where they are names of the same tensor.
 
-    Args:
-        model: The model.
-        names: Names in its files, which may be those of another version of it, with its body alone, or with a head.
+    The files may be those of another version of the model, with its body alone, or with a head.
 
     Returns:
         Name in the model → name in the files, of those that are in both.
@@ -139,11 +131,7 @@ def names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
 
 
 def files_of_weights(folder: Path) -> list[Path]:
-    """The files that hold the weights of a saved model; where there are several kinds, those that Transformers reads.
-
-    Raises:
-        ValueError: if there are none, or one is missing.
-    """
+    """The files of a saved model's weights; where there are several kinds, those that Transformers reads."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file() and not (folder / names[0]).is_file():
@@ -164,11 +152,7 @@ def _record_of(folder: Path) -> Mapping[str, object]:
 
 
 def read_json(path: Path) -> Mapping[str, object]:
-    """Reads an object from a file of JSON.
-
-    Raises:
-        ValueError: if there is none in it.
-    """
+    """Reads an object from a file of JSON."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (RecursionError, ValueError) as error:

@@ -180,15 +180,7 @@ class FolderReport:
 
 
 def report_folder(folder: str | os.PathLike[str], *, show_progress: bool = False) -> FolderReport:
-    """Counts the zeros of a saved model.
-
-    Args:
-        folder: Where it is.
-        show_progress: Whether a bar shows how far it is.
-
-    Raises:
-        ValueError: as `SavedModel` does.
-    """
+    """Counts the zeros of a saved model; a bar may show how far it is."""
     model = SavedModel(folder)
     shown = tqdm(model, unit="tensor", disable=not show_progress or None)  # None: only on a terminal
     rows = tuple(_count(name, model[name]) for name in shown)

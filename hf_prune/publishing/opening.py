@@ -39,10 +39,6 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.t
 def open_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
     """Loads a model in the dtype of its files, the widest if they have several, in evaluation mode.
 
-    Args:
-        folder: Where it is.
-        device: Where to.
-
     Raises:
         ValueError: if there is none in safetensors, its config names no class of Transformers, a file is damaged,
             weights are missing, or there is no such device.
@@ -76,12 +72,6 @@ def open_empty(folder: Path) -> PreTrainedModel:
 
     They are not on the meta device, where structures cannot be looked for; yet they take no memory, since a system
     gives it page by page, when one is touched.
-
-    Args:
-        folder: Where it is.
-
-    Raises:
-        ValueError: as `open_model` does.
     """
     kind, config = _kind_of(folder)
     return build_recorded(kind, config).to_empty(device="cpu")
@@ -90,14 +80,8 @@ def open_empty(folder: Path) -> PreTrainedModel:
 def open_processing(folder: Path) -> list[Processing]:
     """Loads what was saved with a model to prepare its inputs.
 
-    Args:
-        folder: Where the model is.
-
     Returns:
         A processor; or a tokenizer, an image processor or feature extractor, or both; or nothing.
-
-    Raises:
-        ValueError, OSError: if it cannot be loaded.
     """
     try:
         if (folder / "processor_config.json").is_file():

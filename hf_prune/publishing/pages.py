@@ -37,16 +37,7 @@ pre { overflow-x: auto; padding: .8rem 1rem; border: 1px solid var(--line); bord
 def page_of(name: str, report: FolderReport) -> str:
     """A page about a saved model: its zeros, and its rounds and its config where they were saved with it.
 
-    Args:
-        name: What the model is called.
-        report: What was counted.
-
-    Returns:
-        HTML with its style and its pictures inside, and without scripts.
-
-    Raises:
-        ModuleNotFoundError: if matplotlib is not installed.
-        ValueError: if what was saved with the model is damaged.
+    It is HTML with its style and its pictures inside, and without scripts.
     """
     folder = Path(report.folder)
     facts = {

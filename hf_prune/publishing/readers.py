@@ -44,11 +44,6 @@ def read_batches(
 
     Returns:
         Batches of `input_ids` (`[B, length]`) or `pixel_values` (`[B, C, H, W]`), with `labels` where there are some.
-
-    Raises:
-        ValueError: if nothing can be read, a folder names no label of the model, or the model has no tokenizer or
-            image processor.
-        OSError: if there is no such file, or one cannot be read.
     """
     if not path.exists():
         raise FileNotFoundError(f"there are no calibration samples in {path}: it is neither a file nor a folder.")

@@ -118,11 +118,7 @@ class _Hessian:
             self._sum[product.part_slice, here, on].baddbmm_(x[..., here].mT, x[..., on])
 
     def factors(self) -> list[_Factor | None]:
-        """For each part what SparseGPT needs of it; None where it cannot be had.
-
-        Raises:
-            ValueError: if an activation was NaN or infinite.
-        """
+        """For each part what SparseGPT needs of it; None where it cannot be had."""
         total, name = sum_over_processes_(self._sum), self._target.module
         for here in self._bands:
             behind = slice(here.stop, None)
@@ -162,10 +158,7 @@ def _factor_(hessian: torch.Tensor) -> _Factor | None:
 
 @torch.no_grad()
 def _prune_target_(
-    target: Target,
-    factors: Sequence[_Factor | None],
-    kept: torch.Tensor | None,
-    quota: Quota,
+    target: Target, factors: Sequence[_Factor | None], kept: torch.Tensor | None, quota: Quota
 ) -> torch.Tensor:
     """Prunes a target in place; returns its mask."""
     order = _column_order(target)
@@ -182,21 +175,10 @@ def _prune_target_(
     return target.from_rows(masks[..., back]).contiguous()
 
 
-def _sparsegpt_(
-    name: str,
-    rows: torch.Tensor,
-    factor: _Factor,
-    mask: torch.Tensor,
-    quota: Quota,
-) -> None:
+def _sparsegpt_(name: str, rows: torch.Tensor, factor: _Factor, mask: torch.Tensor, quota: Quota) -> None:
     """Prunes columns from left to right, and moves the error of each onto those that come after it.
 
-    Args:
-        name: The parameter's name, for messages.
-        rows: `[rows, columns]`, in float32 or better; changed in place.
-        factor: What is needed of the Hessian of its inputs.
-        mask: `[rows, columns]`, bool, True = kept so far; changed in place.
-        quota: What to prune.
+    Rows, in float32 or better, and their mask, True = kept so far, are `[rows, columns]`, and changed in place.
     """
     # `group` columns are chosen among at once. A pattern is chosen when its first column is reached, and those before
     # it have passed on their errors; so several share a block.

@@ -92,12 +92,9 @@ class Stages:
         self._undo.close()
 
     def run(self, stage: Stage, on_product: Callable[[Product, Batch], None]) -> None:
-        """Runs all batches up to a stage, with the weights as they are now.
+        """Runs all batches up to a stage of `order`, with the weights as they are now.
 
-        Args:
-            stage: One of `order`.
-            on_product: Called with each product of the stage's first target, and its batch; the others have the same
-                inputs.
+        The callback gets each product of the stage's first target, and its batch; the others have the same inputs.
         """
         for index, batch in enumerate(self._batches):
             seen = 0

@@ -22,13 +22,7 @@ Value = TypeVar("Value")
 
 
 class _Adapted(NamedTuple):
-    """A layer of peft.
-
-    Attributes:
-        name: The name of the parameter that it adapts, without what peft has added.
-        layer: The layer.
-        weight: The parameter.
-    """
+    """A layer of peft, with the parameter that it adapts, and its name without what peft has added."""
 
     name: str
     layer: Any
@@ -104,26 +98,15 @@ def keeps_sparsity(model: nn.Module) -> bool:
 
 
 def require_maskable_adapters(model: nn.Module, names: Iterable[str]) -> None:
-    """Requires that the adapters on pruned parameters can be masked.
-
-    Args:
-        model: The model with its adapters.
-        names: The parameters that are pruned.
-
-    Raises:
-        ValueError: if one is another kind than plain LoRA on Linear or Conv1D, or is merged.
-    """
+    """Requires that the adapters on pruned parameters can be masked: plain LoRA on Linear or Conv1D, not merged."""
     _require_maskable(_adapted(model), _by_parameter(model, dict.fromkeys(names)))
 
 
 def mask_adapters_(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """Has LoRA layers leave at zero what is pruned of their weights; where there is no adapter, nothing changes.
 
-    Under FSDP2 all processes call this, and adapters leave every zero of the weights alone: see `MaskedLinear`.
-
-    Args:
-        model: The model with its adapters; `require_maskable_adapters` has found nothing wrong with them.
-        masks: Parameter → bool mask, True = kept. Masked weights are zero.
+    `require_maskable_adapters` has found nothing wrong with them, and masked weights are zero. Under FSDP2 all
+    processes call this, and adapters leave every zero of the weights alone: see `MaskedLinear`.
     """
     _mask_(_adapted(model), _by_parameter(model, masks))
 
@@ -131,12 +114,7 @@ def mask_adapters_(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
 def with_adapters(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Target]:
     """Targets that know what the active LoRA adapters add to them; all processes call this.
 
-    Args:
-        model: The model with its adapters.
-        targets: What `find_targets` found in it.
-
-    Returns:
-        The same, by the same names. Adapters that are merged, or do more than add, are left out.
+    Adapters that are merged, or do more than add, are left out.
     """
     from peft.tuners.lora.layer import Linear
 

@@ -35,9 +35,8 @@ class MaskedLinear(Linear):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Adds an adapter.
 
-        Raises:
-            ValueError: if it is to begin with what is taken from the base weight, which would fill the zeros, or is of
-                a variant of LoRA that cannot be masked.
+        It may not begin with what is taken from the base weight, which would fill the zeros, or be of a variant of
+        LoRA that cannot be masked.
         """
         if (how := config.init_lora_weights) not in _INITS:
             raise ValueError(f"init_lora_weights={how!r} changes base weights, and fills their zeros. Take True.")
@@ -51,11 +50,7 @@ class MaskedLinear(Linear):
         return delta.where(_kept(self._mask_on(delta.device), weight), 0)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`[…, in]` → `[…, out]`.
-
-        Raises:
-            ValueError: if the samples of a batch are to go through different adapters, or weights are not in memory.
-        """
+        """`[…, in]` → `[…, out]`; not with different adapters for the samples of a batch."""
         adapters = [name for name in self.active_adapters if name in self.lora_A]
         if kwargs.get("adapter_names") is not None:
             raise ValueError("adapter_names, one for each sample of a batch, cannot be used where sparsity is kept.")

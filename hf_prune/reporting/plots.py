@@ -27,11 +27,7 @@ def can_plot() -> bool:
 
 
 def require_matplotlib() -> None:
-    """Requires something to draw with.
-
-    Raises:
-        ModuleNotFoundError: if matplotlib is not installed.
-    """
+    """Requires something to draw with."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
@@ -58,9 +54,6 @@ def figure_of_run(
         bests: Its best value in each round.
         sparsity: What each cut reached.
         end: The last step.
-
-    Raises:
-        ModuleNotFoundError: if matplotlib is not installed.
     """
     figure = _figure(8, 5)
     axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -94,12 +87,7 @@ def figure_of_run(
 def figure_of_modules(sparsity: Mapping[str, float]) -> "Figure":
     """Sparsity by module: a column for each layer, a row for each module that layers have.
 
-    Args:
-        sparsity: Module → its sparsity. The first number in a name is that of the layer; modules without one have a
-            row of one cell.
-
-    Raises:
-        ModuleNotFoundError: if matplotlib is not installed.
+    The first number in a name is that of the layer; modules without one have a row of one cell.
     """
     cells = {_row_and_column(_printable(name)): value for name, value in sparsity.items()}
     rows, columns = list(dict.fromkeys(row for row, _ in cells)), sorted({column for _, column in cells})

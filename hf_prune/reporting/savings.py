@@ -16,15 +16,12 @@ def shrink_measured(
     masks: Mapping[str, torch.Tensor] | None = None,
     batches: Callable[[], Iterable[Batch]] | None = None,
 ) -> dict[str, Cost]:
-    """Removes what is pruned as a whole, and measures what that saves.
+    """Removes what is pruned as a whole, and measures what the model takes before ("masked") and after it ("shrunk").
 
     Args:
         model: The model, unwrapped; changed in place.
         masks: As in `shrink`.
         batches: Gives batches, anew at each call, of which the first is measured; None to count parameters alone.
-
-    Returns:
-        What it took with zeros ("masked"), and takes without them ("shrunk").
 
     Raises:
         ValueError, RuntimeError: if they cannot be removed, or the model could be called before and cannot be called

@@ -33,10 +33,6 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
 
     Returns:
         The module that produces the channels, the first if there are several → channels.
-
-    Raises:
-        ModuleNotFoundError: if torch-pruning is not installed.
-        ValueError: if the model is no such network, or no channel can be removed.
     """
     if not is_convolutional(model):
         raise ValueError(
@@ -134,21 +130,17 @@ def _members(
     module: nn.Module, name: str, produces: bool, positions: list[int], owners: list[int]
 ) -> Iterator[Member]:
     """What a module has for each channel; nothing if it is of a kind that cannot lose channels."""
+    axis = 0
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         # A convolution that is depthwise has one kernel for each channel, whichever side is asked for.
         depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1
         if getattr(module, "groups", 1) > 1 and not depthwise:
             return
         axis = 0 if produces or depthwise else 1
-        yield _member(f"{name}.weight", module.weight, axis, positions, owners)
-        if module.bias is not None and axis == 0:
-            yield _member(f"{name}.bias", module.bias, 0, positions, owners)
-    elif isinstance(module, nn.BatchNorm2d) and module.affine:
-        yield _member(f"{name}.weight", module.weight, 0, positions, owners)
-        yield _member(f"{name}.bias", module.bias, 0, positions, owners)
-
-
-def _member(name: str, parameter: Any, axis: int, positions: list[int], owners: list[int]) -> Member:
-    owner = torch.full((parameter.shape[axis],), NOBODY)
-    owner[positions] = torch.tensor(owners)
-    return Member(name, parameter, axis, owner)
+    elif not (isinstance(module, nn.BatchNorm2d) and module.affine):
+        return
+    for attribute in ("weight", "bias") if axis == 0 else ("weight",):
+        if (parameter := getattr(module, attribute)) is not None:
+            owner = torch.full((parameter.shape[axis],), NOBODY)
+            owner[positions] = torch.tensor(owners)
+            yield Member(f"{name}.{attribute}", parameter, axis, owner)

@@ -57,6 +57,8 @@ class Neurons:
     columns: str
     attributes: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
+    tables: ClassVar = ()
+    is_shared: ClassVar = False
     kind: ClassVar = "neuron"
 
 
@@ -96,87 +98,68 @@ def _neurons(module: str, projections: str, *fields: str, **others: Any) -> Neur
     return Neurons(module, dict.fromkeys(rows, 1), columns, fields=fields, **others)
 
 
-_LLAMA: Family = (
-    Stack(
-        "layers",
-        (
-            _heads(
-                "self_attn",
-                "q_proj k_proj v_proj o_proj",
-                fields=("num_attention_heads", "num_key_value_heads"),
-                fixed="head_dim",
-            ),
-            _neurons("mlp", "gate_proj up_proj down_proj", "intermediate_size", attributes=("intermediate_size",)),
-        ),
+def _family(layers: str, *parts: Heads | Neurons, **others: Any) -> Family:
+    """A family of one stack."""
+    return (Stack(layers, parts, **others),)
+
+
+_LLAMA = _family(
+    "layers",
+    _heads(
+        "self_attn",
+        "q_proj k_proj v_proj o_proj",
+        fields=("num_attention_heads", "num_key_value_heads"),
+        fixed="head_dim",
     ),
+    _neurons("mlp", "gate_proj up_proj down_proj", "intermediate_size", attributes=("intermediate_size",)),
 )
-_BERT: Family = (
-    Stack(
-        "encoder.layer",
-        (
-            _heads(
-                "attention",
-                "self.query self.key self.value output.dense",
-                size="self.attention_head_size",
-                attributes=("self.num_attention_heads", "self.all_head_size"),
-            ),
-            _heads(
-                "crossattention",
-                "self.query self.key self.value output.dense",
-                size="self.attention_head_size",
-                attributes=("self.num_attention_heads", "self.all_head_size"),
-            ),
-            _neurons("", "intermediate.dense output.dense", "intermediate_size"),
-        ),
-        norm_first=False,
+_BERT = _family(
+    "encoder.layer",
+    *(
+        _heads(
+            attention,
+            "self.query self.key self.value output.dense",
+            size="self.attention_head_size",
+            attributes=("self.num_attention_heads", "self.all_head_size"),
+        )
+        for attention in ("attention", "crossattention")
     ),
+    _neurons("", "intermediate.dense output.dense", "intermediate_size"),
+    norm_first=False,
 )
-_VIT: Family = (
-    Stack(
-        "layers",
-        (
-            _heads(
-                "attention",
-                "q_proj k_proj v_proj o_proj",
-                attributes=("num_attention_heads",),
-                fields=("num_attention_heads",),
-                fixed="head_dim",
-            ),
-            _neurons("mlp", "fc1 fc2", "intermediate_size"),
-        ),
+_VIT = _family(
+    "layers",
+    _heads(
+        "attention",
+        "q_proj k_proj v_proj o_proj",
+        attributes=("num_attention_heads",),
+        fields=("num_attention_heads",),
+        fixed="head_dim",
     ),
+    _neurons("mlp", "fc1 fc2", "intermediate_size"),
 )
-_DINOV2: Family = (
-    Stack(
-        "encoder.layer",
-        (
-            # The width of a head follows from the config in Transformers 5.17, and is a field of it in 5.23.
-            _heads("attention", "q_proj k_proj v_proj o_proj", attributes=("num_attention_heads",)),
-            _heads(
-                "attention",
-                "attention.query attention.key attention.value output.dense",
-                size="attention.attention_head_size",
-                attributes=("attention.num_attention_heads", "attention.all_head_size"),
-            ),
-            _neurons("mlp", "fc1 fc2"),
-            _neurons("mlp", "gate_proj up_proj down_proj"),
-            Neurons("mlp", {"weights_in": 2}, "weights_out"),
-        ),
+_DINOV2 = _family(
+    "encoder.layer",
+    # The width of a head follows from the config in Transformers 5.17, and is a field of it in 5.23.
+    _heads("attention", "q_proj k_proj v_proj o_proj", attributes=("num_attention_heads",)),
+    _heads(
+        "attention",
+        "attention.query attention.key attention.value output.dense",
+        size="attention.attention_head_size",
+        attributes=("attention.num_attention_heads", "attention.all_head_size"),
     ),
+    _neurons("mlp", "fc1 fc2"),
+    _neurons("mlp", "gate_proj up_proj down_proj"),
+    Neurons("mlp", {"weights_in": 2}, "weights_out"),
 )
-_T5_ATTENTION: dict[str, Any] = {
-    "size": "key_value_proj_dim",
-    "attributes": ("n_heads", "inner_dim"),
-    "fields": ("num_heads",),
-}
-_T5_FEED_FORWARD = (
-    *(_neurons(f"layer.{i}.DenseReluDense", "wi wo", "d_ff") for i in (1, 2)),
-    *(_neurons(f"layer.{i}.DenseReluDense", "wi_0 wi_1 wo", "d_ff") for i in (1, 2)),
+_T5_ATTENTION: dict[str, Any] = dict(
+    size="key_value_proj_dim", attributes=("n_heads", "inner_dim"), fields=("num_heads",), is_shared=True
 )
-_T5_SELF = _heads(
-    "layer.0.SelfAttention", "q k v o", tables=("relative_attention_bias",), is_shared=True, **_T5_ATTENTION
+_T5_FEED_FORWARD = tuple(
+    _neurons(f"layer.{i}.DenseReluDense", rows, "d_ff") for rows in ("wi wo", "wi_0 wi_1 wo") for i in (1, 2)
 )
-_T5_CROSS = _heads("layer.1.EncDecAttention", "q k v o", is_shared=True, **_T5_ATTENTION)
+_T5_SELF = _heads("layer.0.SelfAttention", "q k v o", tables=("relative_attention_bias",), **_T5_ATTENTION)
+_T5_CROSS = _heads("layer.1.EncDecAttention", "q k v o", **_T5_ATTENTION)
 _T5: Family = (
     Stack("encoder.block", (_T5_SELF, *_T5_FEED_FORWARD), ("num_layers",)),
     Stack("decoder.block", (_T5_SELF, _T5_CROSS, *_T5_FEED_FORWARD), ("num_decoder_layers",)),
@@ -199,63 +182,38 @@ def _bart(norm_first: bool) -> Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "gpt_neo": (
-        Stack(
-            "h",
-            (
-                _heads("attn.attention", "q_proj k_proj v_proj out_proj", attributes=("num_heads",)),
-                _neurons("mlp", "c_fc c_proj", "intermediate_size"),
-            ),
-            ("num_layers",),
-        ),
+    "gpt_neo": _family(
+        "h",
+        _heads("attn.attention", "q_proj k_proj v_proj out_proj", attributes=("num_heads",)),
+        _neurons("mlp", "c_fc c_proj", "intermediate_size"),
+        fields=("num_layers",),
     ),
-    "gpt2": (
-        Stack(
-            "h",
-            (
-                Heads("attn", {"c_attn": 3}, "c_proj", attributes=("num_heads", "split_size")),
-                Heads(
-                    "crossattention",
-                    {"q_attn": 1, "c_attn": 2},
-                    "c_proj",
-                    attributes=("num_heads", "split_size"),
-                ),
-                _neurons("mlp", "c_fc c_proj", "n_inner"),
-            ),
-            ("n_layer",),
-        ),
+    "gpt2": _family(
+        "h",
+        Heads("attn", {"c_attn": 3}, "c_proj", attributes=("num_heads", "split_size")),
+        Heads("crossattention", {"q_attn": 1, "c_attn": 2}, "c_proj", attributes=("num_heads", "split_size")),
+        _neurons("mlp", "c_fc c_proj", "n_inner"),
+        fields=("n_layer",),
     ),
-    "gpt_neox": (
-        Stack(
-            "layers",
-            (
-                _heads("attention", "query_key_value dense", size="head_size"),
-                _neurons("mlp", "dense_h_to_4h dense_4h_to_h", "intermediate_size"),
-            ),
-        ),
+    "gpt_neox": _family(
+        "layers",
+        _heads("attention", "query_key_value dense", size="head_size"),
+        _neurons("mlp", "dense_h_to_4h dense_4h_to_h", "intermediate_size"),
     ),
-    "opt": (
-        Stack(
-            "decoder.layers",
-            (
-                _heads("self_attn", "q_proj k_proj v_proj out_proj", attributes=("num_heads",)),
-                _neurons("", "fc1 fc2", "ffn_dim"),
-            ),
-            norm_first_field="do_layer_norm_before",
-        ),
+    "opt": _family(
+        "decoder.layers",
+        _heads("self_attn", "q_proj k_proj v_proj out_proj", attributes=("num_heads",)),
+        _neurons("", "fc1 fc2", "ffn_dim"),
+        norm_first_field="do_layer_norm_before",
     ),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), _LLAMA),
     **dict.fromkeys(("bert", "roberta"), _BERT),
-    "distilbert": (
-        Stack(
-            "transformer.layer",
-            (
-                _heads("attention", "q_lin k_lin v_lin out_lin", size="attention_head_size", attributes=("n_heads",)),
-                _neurons("ffn", "lin1 lin2", "hidden_dim"),
-            ),
-            ("n_layers",),
-            norm_first=False,
-        ),
+    "distilbert": _family(
+        "transformer.layer",
+        _heads("attention", "q_lin k_lin v_lin out_lin", size="attention_head_size", attributes=("n_heads",)),
+        _neurons("ffn", "lin1 lin2", "hidden_dim"),
+        fields=("n_layers",),
+        norm_first=False,
     ),
     **dict.fromkeys(("vit", "deit"), _VIT),
     "dinov2": _DINOV2,

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..weights.masks import MaskSet
 from ..weights.targets import Target, find_targets
 from .channels import find_channels, is_convolutional
-from .groups import StructureGroup, Structures, fields_of, kinds_of, masks_of_zeros
+from .groups import StructureGroup, Structures, fields_of, kept_in, kinds_of, masks_of, nonzeros
 from .heads_and_neurons import find_in_family
 from .loading import can_say
 from .ranking import count_left, pools_of, require_attainable
@@ -21,19 +21,10 @@ STRUCTURES = ("head", "neuron", "head+neuron", "channel", "layer")
 def find_structures(
     model: nn.Module, kinds: tuple[str, ...], targets: Mapping[str, Target], multiple_of: int
 ) -> dict[str, StructureGroup]:
-    """Finds the structures of some kinds.
+    """Finds the structures of some kinds, in the order of the layers, by the module that they are in.
 
-    Args:
-        model: The model, unwrapped.
-        kinds: One of `STRUCTURES`, split.
-        targets: What `find_targets` found.
-        multiple_of: The number of neurons or channels that remain is a multiple of this, or all.
-
-    Returns:
-        Module → its structures, in the order of the layers.
-
-    Raises:
-        ValueError: as `find_in_family` and `find_channels` do, or if the model carries adapters.
+    The kinds are one of `STRUCTURES`, split. The number of neurons or channels that remain is a multiple of
+    `multiple_of`, or all.
     """
     if hasattr(model, "peft_config"):
         raise ValueError(
@@ -51,15 +42,9 @@ def find_structures(
 
 
 def require_removable(
-    model: nn.Module,
-    structures: Structures,
-    final: float,
-    scope: str,
-    own: Mapping[str, float],
-    *,
-    uniform: bool,
+    model: nn.Module, structures: Structures, final: float, scope: str, own: Mapping[str, float], *, uniform: bool
 ) -> None:
-    """Requires that structures can be removed up to a final sparsity.
+    """Requires that structures can be removed up to a final sparsity without emptying a module.
 
     Args:
         model: The model, unwrapped.
@@ -68,9 +53,6 @@ def require_removable(
         scope: "global" or "layer".
         own: Module → its own final sparsity.
         uniform: Whether a config of the model's family has to say what is left.
-
-    Raises:
-        ValueError: if a module would be emptied, or no config of the family can say what is left.
     """
     if final > 0:
         for kind in kinds_of(structures):
@@ -86,15 +68,13 @@ def require_removable(
 
 def zeros_of(model: nn.Module, targets: Mapping[str, Target], structures: Structures) -> MaskSet:
     """The masks of what is zero: of weights, or of whole structures where there are some."""
-    return masks_of_zeros(structures) if structures else MaskSet.from_zeros(model, targets)
+    if not structures:
+        return MaskSet.from_zeros(model, targets)
+    return masks_of(structures, kept_in(structures, nonzeros(structures)))
 
 
 def held_zeros(model: nn.Module, targets: Mapping[str, Target], structures: Structures) -> MaskSet:
-    """The masks that hold all zeros of the targets.
-
-    Raises:
-        ValueError: if whole structures are pruned, and zeros are in others.
-    """
+    """The masks that hold all zeros of the targets, which have to be whole structures where these are pruned."""
     masks = zeros_of(model, targets, structures)
     for name, mask in masks.items() if structures else ():
         if name in targets and bool(((targets[name].weight == 0) & mask).any()):

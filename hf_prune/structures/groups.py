@@ -85,17 +85,7 @@ class StructureGroup:
         return sorted({gone, *(level for level in levels if level > gone)})
 
     def kept_of(self, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Which structures masks keep something of.
-
-        Args:
-            masks: Parameter → bool mask of its shape, True = kept. Of parameters that are missing all is kept.
-
-        Returns:
-            `[count]` bools, False where nothing is kept of a structure.
-
-        Raises:
-            ValueError: if a mask has another shape.
-        """
+        """Which structures masks keep something of, `[count]` bools. Of parameters without a mask all is kept."""
         kept = torch.zeros(self.count, dtype=torch.bool)
         for member in self.members:
             if member.name in masks:
@@ -126,12 +116,7 @@ def kept_in(structures: Structures, masks: Mapping[str, torch.Tensor]) -> dict[s
 def masks_of(structures: Structures, kept: Mapping[str, torch.Tensor]) -> MaskSet:
     """The masks that keep some structures and prune all that the others own.
 
-    Args:
-        structures: Where they are.
-        kept: Group → `[count]` bools.
-
-    Returns:
-        A mask for each parameter of which a structure owns something, on its device.
+    There is one for each parameter of which a structure owns something, on its device.
     """
     masks: dict[str, torch.Tensor] = {}
     for name, group in structures.items():
@@ -142,11 +127,6 @@ def masks_of(structures: Structures, kept: Mapping[str, torch.Tensor]) -> MaskSe
             shape = [-1 if axis == member.axis else 1 for axis in range(mask.ndim)]
             mask &= member.kept_positions(kept[name]).to(mask.device).view(shape)
     return MaskSet(masks)
-
-
-def masks_of_zeros(structures: Structures) -> MaskSet:
-    """The masks that prune the structures of which all is zero."""
-    return masks_of(structures, kept_in(structures, nonzeros(structures)))
 
 
 def parameters_of(structures: Structures) -> dict[str, nn.Parameter]:
@@ -176,9 +156,6 @@ def fields_of(structures: Structures, left: Mapping[str, int]) -> dict[str, int]
     Args:
         structures: All of each kind.
         left: Group → how many of its structures are left.
-
-    Returns:
-        Field → value.
     """
     numbers: dict[str, set[int]] = {}
     for name, group in structures.items():

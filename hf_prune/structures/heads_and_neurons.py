@@ -23,16 +23,13 @@ _HOW_TO_ADD = (
 def find_in_family(
     model: nn.Module, kinds: Collection[str], targets: Mapping[str, Target], multiple_of: int
 ) -> dict[str, StructureGroup]:
-    """Finds the structures of some kinds in a model.
+    """Finds the structures of some kinds in a model, by name, in the order of the layers.
 
     Args:
         model: The model, unwrapped.
         kinds: Of "head", "neuron" and "layer".
         targets: The weights that may be pruned; a structure stays that has a matrix which is none of them.
         multiple_of: The number of neurons that remain in a layer is a multiple of this.
-
-    Returns:
-        Name → structures, in the order of the layers.
 
     Raises:
         ValueError: if the family is unknown, or does not look as described; if layers share weights; if the number
@@ -75,7 +72,7 @@ class _Layer:
 
     def tables(self, part: Heads | Neurons) -> list[str]:
         """The paths of the embeddings with a column for each head that the layer has."""
-        paths = [_join(part.module, table) for table in part.tables] if isinstance(part, Heads) else []
+        paths = [_join(part.module, table) for table in part.tables]
         return [path for path in paths if self.get(path) is not None]
 
     def width(self, part: Heads | Neurons) -> int:
@@ -84,11 +81,7 @@ class _Layer:
         return int(columns.weight.shape[_input_axis(columns)])
 
     def projection(self, part: Heads | Neurons, path: str) -> nn.Linear | Conv1D:
-        """A projection of a part.
-
-        Raises:
-            ValueError: if it is of a kind whose axes are not known.
-        """
+        """A projection of a part, which has to be of a kind whose axes are known."""
         found = self.get(part.module, path)
         if not isinstance(found, (nn.Linear, Conv1D)):
             raise ValueError(
@@ -98,11 +91,7 @@ class _Layer:
         return found
 
     def count(self, part: Heads | Neurons) -> int:
-        """Number of heads (of keys and values, where these are fewer), or of neurons.
-
-        Raises:
-            ValueError: if the heads of keys and values do not divide those of queries.
-        """
+        """Number of heads (of keys and values, where these are fewer, and divide those of queries), or of neurons."""
         if isinstance(part, Neurons):
             return self.width(part)
         widths = {part.columns: self.width(part)}
@@ -161,21 +150,20 @@ class _Layers:
     def structures(self, kinds: Collection[str], multiple_of: int) -> Iterator[StructureGroup]:
         if "layer" in kinds:
             yield self._whole()
-        for kind in ("head", "neuron"):
-            parts = [part for part in self.stack.parts if part.kind == kind and kind in kinds]
-            if parts and not any(layer.has(part) for layer in self.layers for part in parts):
+        parts = [part for part in self.stack.parts if part.kind in kinds]
+        for kind in sorted({part.kind for part in parts}):
+            if not any(layer.has(part) for layer in self.layers for part in parts if part.kind == kind):
                 raise ValueError(
                     f"{self.name!r} has no {kind}s where this family has them; it looks otherwise in the installed "
                     f"version of Transformers. {_HOW_TO_ADD.format(self.config.model_type)}"
                 )
-        for part in self.stack.parts:
-            owners = [layer for layer in self.layers if part.kind in kinds and layer.has(part)]
-            if isinstance(part, Heads) and part.is_shared and owners:
+        for part in parts:
+            owners = [layer for layer in self.layers if layer.has(part)]
+            if part.is_shared and owners:
                 yield _of_part(part, owners, multiple_of, f"{self.name}.{part.module}")
         for layer in self.layers:
-            for part in self.stack.parts:
-                is_shared = isinstance(part, Heads) and part.is_shared
-                if part.kind in kinds and layer.has(part) and not is_shared:
+            for part in parts:
+                if layer.has(part) and not part.is_shared:
                     yield _of_part(part, [layer], multiple_of, _join(layer.name, part.module))
 
     def why_layers_stay(self) -> str | None:

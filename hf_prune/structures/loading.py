@@ -106,11 +106,7 @@ class Decompress(ConversionOps):
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, list[torch.Tensor]], *, full_layer_name: str, model: PreTrainedModel, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
-        """The weight.
-
-        Raises:
-            ValueError: if one of the two is missing, or they do not fit each other, or the model.
-        """
+        """The weight, of its bits and its values: both have to be there, and to fit each other and the model."""
         found = {pattern.endswith(BITMASK): tensor for pattern, (tensor,) in input_dict.items()}
         shape = list(model.get_parameter_or_buffer(full_layer_name).shape)
         if True not in found and False in found and list(found[False].shape) == shape:
@@ -127,6 +123,8 @@ class RecordQuantizer(HfQuantizer):
     """Gives a model that has no weights yet the shapes that were recorded, and weights that were compressed."""
 
     requires_calibration = False
+    # Its weights are ordinary ones. Trainer asks for the second before it trains.
+    is_trainable = is_qat_trainable = is_compileable = True
     quantization_config: Record
 
     def get_weight_conversions(self) -> list[WeightConverter]:
@@ -150,21 +148,6 @@ class RecordQuantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None) or []
         ours = [c for c in conversions if any(isinstance(op, Decompress) for op in getattr(c, "operations", []))]
         model._weight_conversions = [c for c in conversions if c not in ours]  # type: ignore[assignment]
-
-    @property
-    def is_trainable(self) -> bool:
-        """Its weights are ordinary ones."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Trainer asks for this before it trains."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """Nothing stands in its way."""
-        return True
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """All that it needs is in the config."""
@@ -217,11 +200,7 @@ def record_shapes_(model: PreTrainedModel) -> None:
 
 
 def build_recorded(kind: type[PreTrainedModel], model_config: PretrainedConfig) -> PreTrainedModel:
-    """What a config and the shapes that are recorded in it say that a model is, without weights.
-
-    Raises:
-        ValueError: as `build_empty` does, or if the record is of another model.
-    """
+    """A model without weights, as its config and the shapes that are recorded in it describe it."""
     model = build_empty(kind, model_config)
     if record := recorded_in(model_config):
         _apply_(model, Record(**record))
@@ -229,11 +208,7 @@ def build_recorded(kind: type[PreTrainedModel], model_config: PretrainedConfig) 
 
 
 def build_empty(kind: type[PreTrainedModel], model_config: PretrainedConfig) -> PreTrainedModel:
-    """What a config alone says that a model is, without weights.
-
-    Raises:
-        ValueError: if the model's class needs more than a config.
-    """
+    """A model without weights, as its config alone describes it; an error if its class needs more."""
     try:
         with torch.device("meta"), no_init_weights(), no_tie_weights():
             return kind(copy.deepcopy(model_config))
@@ -275,11 +250,7 @@ def _is_size(value: object) -> bool:
 
 
 def _apply_(model: PreTrainedModel, record: Record) -> None:
-    """Gives a model on the meta device its recorded shapes, as far as it has what they are of.
-
-    Raises:
-        ValueError: if it has no such modules or tensors: it is another model.
-    """
+    """Gives a model on the meta device its recorded shapes, as far as it has what they are of."""
     if record.shapes and not any(_find(model, name.rpartition(".")[0]) for name in record.shapes):
         raise _other_model(model, next(iter(record.shapes)))
     for name, shape in record.shapes.items():
@@ -305,8 +276,7 @@ def _apply_(model: PreTrainedModel, record: Record) -> None:
 def _find(model: PreTrainedModel, path: str) -> nn.Module | None:
     """A module by its name in the model that was saved, which may have had another head, or none.
 
-    Returns:
-        The module, or None if it belongs to what this model does not have: another head, or an encoder.
+    None if it belongs to what this model does not have: another head, or an encoder.
     """
     inner = path.partition(".")[2]  # Without the name of a base model, which another class calls otherwise.
     for root, own in itertools.product((model, model.base_model), filter(None, (path, inner))):

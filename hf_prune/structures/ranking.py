@@ -32,9 +32,6 @@ def choose(
 
     Returns:
         Group → `[count]` bools, True = kept.
-
-    Raises:
-        ValueError: if a score is NaN, if more is gone already, or if a group would be emptied.
     """
     for name in structures:
         if nan := int(scores[name].isnan().sum()):
@@ -54,16 +51,10 @@ def choose(
 def pools_of(
     structures: Structures, sparsity: float, scope: str, own: Mapping[str, float]
 ) -> list[tuple[list[str], float]]:
-    """Divides groups into pools, whose structures compete with each other.
+    """Divides groups into pools, whose structures compete with each other: names, and the fraction that is to be gone.
 
-    Args:
-        structures: The groups.
-        sparsity: Fraction of the structures that is to be gone, in `[0, 1)`.
-        scope: "global" (a pool for each kind) or "layer" (a pool for each group; whole layers are one all the same).
-        own: Group → its own sparsity. These have a pool each.
-
-    Returns:
-        The names of the groups in each pool, and the fraction of its structures that is to be gone.
+    With the scope "global" each kind is a pool, with "layer" each group, but for whole layers, which are one all the
+    same. Groups with an `own` sparsity have a pool each.
     """
     result = [([name], own[name]) for name in structures if name in own]
     for kind in kinds_of(structures):
@@ -90,13 +81,7 @@ def floors_of_structures(
 def require_attainable(structures: Structures, sparsity: float, gone: Mapping[str, int]) -> None:
     """Requires that a sparsity of groups that compete can be reached, up to half a step.
 
-    Args:
-        structures: The groups.
-        sparsity: Fraction of their structures that is to be gone.
-        gone: Group → how many are gone already; none where it is missing.
-
-    Raises:
-        ValueError: if it would empty a group, or if more is gone already.
+    It may not empty a group, and no more may be `gone` already, which is none for groups that are missing there.
     """
     total = sum(group.count for group in structures.values())
     asked, least = round(sparsity * total), sum(gone.values())

@@ -12,15 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..calibration.contexts import whole_on_error
 from ..weights.targets import find_targets
 from .channels import find_channels, is_convolutional
-from .groups import (
-    StructureGroup,
-    Structures,
-    count_gone,
-    fields_of,
-    kept_in,
-    kinds_of,
-    nonzeros,
-)
+from .groups import StructureGroup, Structures, count_gone, fields_of, kept_in, kinds_of, nonzeros
 from .heads_and_neurons import find_in_family
 from .loading import WIDTHS, build_empty, can_say, record_shapes_
 
@@ -76,15 +68,7 @@ def shrink(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = No
 def find_removable(model: nn.Module) -> dict[str, StructureGroup]:
     """Finds all structures that `shrink` can remove from a model, of all kinds that can be removed from it.
 
-    Args:
-        model: The model, unwrapped.
-
-    Returns:
-        Group → its structures.
-
-    Raises:
-        ValueError: as `find_in_family` and `find_channels` do, if there is no such kind.
-        ModuleNotFoundError: as `find_channels` does.
+    If there is no such kind, it raises what `find_in_family` and `find_channels` do.
     """
     if is_convolutional(model):
         return find_channels(model, find_targets(model, ".*"), multiple_of=1)
@@ -103,19 +87,20 @@ def find_removable(model: nn.Module) -> dict[str, StructureGroup]:
 
 @torch.no_grad()
 def remove_(model: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor]) -> None:
-    """Removes structures from a model.
+    """Removes structures from a model, in place; if nothing would be left of a group, the model stays as it was.
 
     Args:
-        model: The model, unwrapped; changed in place.
+        model: The model, unwrapped.
         structures: Every group of each kind of which something goes: the fields of a config count them all.
         kept: Group → `[count]` bools, False for what goes.
 
     Raises:
-        ValueError: if nothing is left of a group. The model is then as it was.
+        ValueError: if nothing is left of a group.
     """
     layers = {name: group for name, group in structures.items() if group.kind == "layer"}
+    gone = tuple(f"{stack}.{int(i)}." for stack in layers for i in (~kept[stack]).nonzero())
     parts = {
-        name: group for name, group in structures.items() if name not in layers and not _goes_with(name, layers, kept)
+        name: group for name, group in structures.items() if name not in layers and not f"{name}.".startswith(gone)
     }
     for name, group in {**parts, **layers}.items():
         if not kept[name].any():
@@ -127,18 +112,14 @@ def remove_(model: PreTrainedModel, structures: Structures, kept: Mapping[str, t
             raise ValueError(f"{group.kind} {group.stay[0]} of {name!r} is pruned, and makes what the others read.")
     build_empty(type(model), model.config)  # Else nothing could be recorded.
     with whole_on_error(model):
-        _remove_(model, parts, layers, kept)
-
-
-def _remove_(model: PreTrainedModel, parts: Structures, layers: Structures, kept: Mapping[str, torch.Tensor]) -> None:
-    _own_configs_(model)
-    _remove_parts_(model, {name: group for name, group in parts.items() if not kept[name].all()}, kept)
-    _say_widths_(model, parts, kept)
-    for name, group in layers.items():
-        if not kept[name].all():
-            _remove_layers_(model, group, kept[name])
-    record_shapes_(model)
-    _forget_alignment_(model, {**parts, **layers}, kept)
+        _own_configs_(model)
+        _remove_parts_(model, {name: group for name, group in parts.items() if not kept[name].all()}, kept)
+        _say_widths_(model, parts, kept)
+        for name, group in layers.items():
+            if not kept[name].all():
+                _remove_layers_(model, group, kept[name])
+        record_shapes_(model)
+        _forget_alignment_(model, {**parts, **layers}, kept)
 
 
 def _own_configs_(model: PreTrainedModel) -> None:
@@ -158,12 +139,6 @@ def _forget_alignment_(model: PreTrainedModel, structures: Structures, kept: Map
     if changed and getattr(settings, "alignment_heads", None):
         settings.alignment_heads = None
         logger.warning("alignment_heads of the generation config is dropped: the decoder's heads have other numbers.")
-
-
-def _goes_with(name: str, layers: Structures, kept: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a group lies in a layer that goes."""
-    gone = [f"{stack}.{int(i)}" for stack in layers for i in (~kept[stack]).nonzero()]
-    return any(name == layer or name.startswith(f"{layer}.") for layer in gone)
 
 
 def _remove_parts_(model: nn.Module, parts: Structures, kept: Mapping[str, torch.Tensor]) -> None:

@@ -12,10 +12,7 @@ nothing of compression meets a wrong shape, and no tensor that is missing."""
 
 
 def compress(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A tensor without its zeros.
-
-    Args:
-        tensor: Of any shape and dtype. A negative zero is a zero like others, and comes back as a positive one.
+    """A tensor of any shape and dtype without its zeros: negative ones are zeros too, and come back as positive ones.
 
     Returns:
         The bits in the order of the elements, the highest first, `[⌈n/8⌉]`, uint8, the last byte filled up with zeros;
@@ -31,16 +28,7 @@ def compress(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def decompress(name: str, bitmask: torch.Tensor, values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The tensor that was compressed.
-
-    Args:
-        name: Its name, for the message.
-        bitmask: The bits.
-        values: The elements that are not zero, on the same device.
-        shape: The tensor's shape.
-
-    Returns:
-        The tensor, on that device.
+    """The tensor that was compressed, on the device of its bits and values; the name is for messages.
 
     Raises:
         ValueError: if bits and elements do not fit each other, or the shape.
@@ -66,16 +54,10 @@ def decompress(name: str, bitmask: torch.Tensor, values: torch.Tensor, shape: Se
     return values.new_zeros(count).masked_scatter_(bits[:count], values).view(torch.Size(shape))
 
 
-def compressed_state(
-    state: Mapping[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
-    """A state dict in which tensors are compressed that are smaller so.
+def compressed_state(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
+    """A state dict in which tensors are compressed that are smaller so, with their shapes by name.
 
-    Args:
-        state: Name → tensor.
-
-    Returns:
-        Name → tensor, or its values, with its bits behind `BITMASK`; and name → shape of those that are compressed.
+    The values of a compressed tensor have its name, its bits have `BITMASK` behind it.
     """
     found: dict[str, torch.Tensor] = {}
     shapes: dict[str, list[int]] = {}

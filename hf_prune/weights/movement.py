@@ -13,15 +13,7 @@ from .targets import Target
 
 
 def require_gatherable(model: nn.Module, is_due_at_start: bool) -> None:
-    """Requires a training that shows how its weights move, before the first cut.
-
-    Args:
-        model: The model, unwrapped.
-        is_due_at_start: Whether the first cut comes before the first step.
-
-    Raises:
-        ValueError: if DeepSpeed trains it, or there is no step before the first cut.
-    """
+    """Requires a training that shows how its weights move: without DeepSpeed, and with a step before the first cut."""
     if has_partitions(model):
         raise ValueError(
             "movement is the sum of gradients of each step, which DeepSpeed shows to nobody. Take another criterion, "
@@ -51,7 +43,7 @@ class Movement(Tensors):
         """Before the first step of a run."""
         return cls(
             {t.name: torch.zeros_like(own(t.weight.detach()), dtype=torch.float32) for t in targets},
-            _sharded(targets),
+            {t.name: t.weight for t in targets if is_sharded(t.weight)},
             {"run": run, "steps": "0"},
         )
 
@@ -86,7 +78,3 @@ class Movement(Tensors):
             return
         for weight, gradient, total in moving:
             total.addcmul_(weight.to(total.dtype), gradient.to(total.dtype), value=-1)
-
-
-def _sharded(targets: Iterable[Target]) -> dict[str, torch.Tensor]:
-    return {target.name: target.weight for target in targets if is_sharded(target.weight)}

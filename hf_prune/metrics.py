@@ -29,13 +29,10 @@ class Accuracy(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="The fraction of labels that were predicted correctly; a label of -100 does not count.",
-            citation="",
-            inputs_description="predictions: the predicted classes. references: the labels.",
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
+        return _info(
+            "The fraction of labels that were predicted correctly; a label of -100 does not count.",
+            "predictions: the predicted classes. references: the labels.",
+            "int64",
         )
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
@@ -54,16 +51,11 @@ class Perplexity(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="The exponential of the mean negative log-likelihood of a token.",
-            citation="",
-            inputs_description=(
-                "predictions: each sample's negative log-likelihood, summed over its labelled tokens. "
-                "references: how many labelled tokens each sample has."
-            ),
-            features=datasets.Features(
-                {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
-            ),
+        return _info(
+            "The exponential of the mean negative log-likelihood of a token.",
+            "predictions: each sample's negative log-likelihood, summed over its labelled tokens. "
+            "references: how many labelled tokens each sample has.",
+            "float64",
         )
 
     def _compute(self, predictions: list[float], references: list[int]) -> dict[str, float]:
@@ -157,6 +149,12 @@ def perplexity_metrics(shift: bool = True) -> tuple[ComputeMetrics, PreprocessLo
         return metric.compute() if compute_result else {}
 
     return compute, preprocess
+
+
+def _info(description: str, inputs: str, kind: str) -> evaluate.MetricInfo:
+    """What `evaluate` asks of a metric whose predictions are of a kind, and whose references are whole numbers."""
+    features = datasets.Features({"predictions": datasets.Value(kind), "references": datasets.Value("int64")})
+    return evaluate.MetricInfo(description=description, citation="", inputs_description=inputs, features=features)
 
 
 def _nll_and_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,7 @@ def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: i
             flops[name] = counter.get_total_flops()
         for _ in range(turns):
             for name, model in models.items():
-                start, device = time.perf_counter(), next(model.parameters()).device
+                device, start = next(model.parameters()).device, time.perf_counter()
                 model(**batches[name])
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)

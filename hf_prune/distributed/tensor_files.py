@@ -110,15 +110,8 @@ def save_tensors(
 ) -> None:
     """Writes safetensors under a temporary name, and renames them when they are whole.
 
-    One tensor after the other is made and written, so that they need not be in memory together.
-
-    Args:
-        layout: Name → dtype and shape.
-        tensor_of: Name → the tensor, on the CPU.
-        path: Where to. What was there before stays until the new file is whole.
-        metadata: Text to write into the header.
-        write: Whether this process writes.
-        together: Whether all processes make each tensor together, those too that do not write.
+    Each tensor is made by `tensor_of`, on the CPU, and written before the next, so that they need not be in memory
+    together. If all processes make each of them `together`, those that do not `write` call this too.
     """
     # The widest first, so that each begins at a multiple of its elements' size.
     names = sorted(layout, key=lambda name: (-layout[name].dtype.itemsize, name))

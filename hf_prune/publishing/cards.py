@@ -102,8 +102,9 @@ def model_card(name: str, facts: Facts) -> ModelCard:
         f"## Load it\n\n{_how_to_load(name, facts)}",
         f"## Size and speed\n\n{_size_and_speed(facts)}",
     ]
-    if facts.history is not None and len(facts.history):
-        sections.append(f"## Rounds\n\n{_rounds(facts.history)}")
+    if facts.history:
+        rounds = [_markdown(facts.history.rows()), facts.history.shortfall()]
+        sections.append("\n\n".join(filter(None, ["## Rounds", *rounds])))
     sections += [f"## Sparsity\n\n{_sparsity(facts.report)}", f"## How it was made\n\n{_how_made(facts)}"]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
@@ -242,7 +243,7 @@ def _size_and_speed(facts: Facts) -> str:
     dense, pruned = costs.get("dense"), costs.get("pruned")
     rows = [["", "dense", "pruned"]]
     parameters = sum(parameter.numel() for parameter in facts.model.parameters())
-    rows.append(["parameters", _count(dense.parameters if dense else None), f"{parameters:,}"])
+    rows.append(["parameters", f"{dense.parameters:,}" if dense else "", f"{parameters:,}"])
     rows.append(["of them zero", "", f"{report.model_zeros:,} ({report.model_sparsity:.2%})"])
     size = next(facts.model.parameters()).element_size()
     rows.append(["MB of weights", number(dense.parameters * size / 1e6) if dense else "", number(facts.bytes / 1e6)])
@@ -264,11 +265,6 @@ def _what_zeros_are_worth(facts: Facts) -> str:
         return "Pruned structures were removed, which makes the model smaller and faster."
     alone = "Zeros alone make nothing faster or smaller: the model takes the time and the memory of the dense one"
     return f"{alone}, unless {Granularity.pays_if if granularity is None else granularity.pays_if}."
-
-
-def _rounds(history: PruningHistory) -> str:
-    text = _markdown(history.rows())
-    return f"{text}\n\n{shortfall}" if (shortfall := history.shortfall()) else text
 
 
 def _sparsity(report: SparsityReport) -> str:
@@ -300,7 +296,3 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def _code(text: str, language: str) -> str:
     return f"```{language}\n{text}\n```"
-
-
-def _count(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"

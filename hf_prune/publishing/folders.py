@@ -55,7 +55,10 @@ class SavedModel(Mapping[str, Stored]):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self.record = _record_of(self.folder)
+        config = self.folder / "config.json"
+        self.record: Mapping[str, object] = {}
+        if config.is_file():
+            self.record = Record(**recorded_in(read_json(config))).to_dict()
         self._shapes: Mapping[str, list[int]] = self.record.get("compressed", {})  # type: ignore[assignment]
         self._files: dict[str, Path] = {}
         for path in files_of_weights(self.folder):
@@ -144,11 +147,6 @@ def files_of_weights(folder: Path) -> list[Path]:
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{folder} is not a saved model: it has no {missing[0]}.")
     return [folder / name for name in names]
-
-
-def _record_of(folder: Path) -> Mapping[str, object]:
-    file = folder / "config.json"
-    return Record(**recorded_in(read_json(file))).to_dict() if file.is_file() else {}
 
 
 def read_json(path: Path) -> Mapping[str, object]:

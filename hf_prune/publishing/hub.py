@@ -214,14 +214,10 @@ def _facts(
         history=history,
         metrics=metrics or {},
         dataset=dataset,
-        base_model=base_model or _name_on_the_hub(model),
+        # A model has this hash if it was loaded from the Hub.
+        base_model=base_model or (str(model.name_or_path) if getattr(model.config, "_commit_hash", None) else None),
         costs=_costs(model, history, batch),
     )
-
-
-def _name_on_the_hub(model: PreTrainedModel) -> str | None:
-    """The name by which a model was loaded, if that was from the Hub."""
-    return str(model.name_or_path) if getattr(model.config, "_commit_hash", None) else None
 
 
 def _costs(model: PreTrainedModel, history: PruningHistory | None, batch: Batch | None) -> dict[str, Cost]:

@@ -118,14 +118,7 @@ def _kind_of(folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
             "with code of their own are not loaded from the command line: call hf_prune from a script."
         )
     # Any other name is that of code on the Hub.
-    if any(getattr(each, "_attn_implementation", None) not in (None, "eager", "sdpa") for each in _configs(config)):
+    configs = [config, *(getattr(config, part, None) for part in config.sub_configs)]
+    if any(getattr(each, "_attn_implementation", None) not in (None, "eager", "sdpa") for each in configs):
         config._attn_implementation = "eager"
     return kind, config
-
-
-def _configs(model_config: PretrainedConfig) -> list[PretrainedConfig]:
-    """A config and those inside of it."""
-    return [
-        model_config,
-        *(each for name in model_config.sub_configs if (each := getattr(model_config, name, None)) is not None),
-    ]

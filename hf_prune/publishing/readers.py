@@ -109,12 +109,11 @@ def _read_images(
         raise ModuleNotFoundError("images need Pillow: pip install pillow.") from error
     # One by one, because a folder that is a link to another place is followed only if it is asked itself.
     places = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())]
-    found = {path for place in places for path in place.rglob("*") if path.suffix.lower() in _IMAGES}
-    files = sorted(found)
+    files = sorted({path for place in places for path in place.rglob("*") if path.suffix.lower() in _IMAGES})
     if not files:
         raise ValueError(f"there are no calibration samples in {folder}: it holds no images.")
-    drawn = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:samples]
-    chosen = [files[int(i)] for i in drawn]
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
+    chosen = [files[int(i)] for i in order[:samples]]
     mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
     images = []
     for path in chosen:

@@ -179,11 +179,7 @@ class PruningHistory(Drawn, Sequence[Round]):
         lines = [table([list(columns), *zip(*columns.values(), strict=True)], rules=(1,))]
         if exponential:
             lines.append("* the exponential of a mean of batch means, not weighted by tokens")
-        if savings := self.savings():
-            lines.append(savings)
-        if shortfall := self.shortfall():
-            lines.append(shortfall)
-        return "\n".join(lines)
+        return "\n".join(filter(None, [*lines, self.savings(), self.shortfall()]))
 
     def rows(self) -> list[list[str]]:
         """The rounds as cells: a head, a row for the dense model, and one for each round."""

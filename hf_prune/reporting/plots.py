@@ -140,11 +140,7 @@ class Drawn:
     """What can be drawn: its `figure` says how."""
 
     def figure(self) -> "Figure":
-        """What `plot` draws.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
+        """What `plot` draws."""
         raise NotImplementedError
 
     def plot(self, path: str | os.PathLike[str]) -> None:

@@ -33,6 +33,10 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
 
     Returns:
         The module that produces the channels, the first if there are several → channels.
+
+    Raises:
+        ModuleNotFoundError: if torch-pruning is not installed.
+        ValueError: if the model is no such network, or no channel can be removed.
     """
     if not is_convolutional(model):
         raise ValueError(

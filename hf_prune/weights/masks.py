@@ -160,7 +160,11 @@ class MaskSet(Mapping[str, torch.Tensor]):
             path: Where to.
             write: Whether this process writes. All of them call this where masks are sharded.
         """
-        self._packed().save(path, write=write)
+        # A byte for every eight weights of a row, so that who holds rows of a mask holds rows of these too.
+        packed = {name: torch.from_numpy(_bits_of(mask)) for name, mask in self.items()}
+        sharded = {name: mask for name, mask in self.items() if is_sharded(mask)}
+        shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
+        Tensors(packed, sharded, {"format": _FORMAT, "shapes": shapes}).save(path, write=write)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], like: Mapping[str, torch.Tensor] | None = None) -> "MaskSet":
@@ -189,15 +193,6 @@ class MaskSet(Mapping[str, torch.Tensor]):
             return cls({name: _unpack(packed, name, shape, like.get(name)) for name, shape in shapes.items()})
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is truncated or not a file of masks ({error}).") from error
-
-    def _packed(self) -> Tensors:
-        """A byte for every eight weights of a row, so that who holds rows of a mask holds rows of these too."""
-        shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
-        return Tensors(
-            {name: torch.from_numpy(_bits_of(mask)) for name, mask in self.items()},
-            {name: mask for name, mask in self.items() if is_sharded(mask)},
-            {"format": _FORMAT, "shapes": shapes},
-        )
 
 
 def mask_(tensor: torch.Tensor, mask: torch.Tensor) -> None:

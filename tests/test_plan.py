@@ -1,8 +1,11 @@
+"""What a plan says, and the sparsities on a cut's way."""
+
 import pytest
 import torch
 from torch import nn
 
-from hf_prune import MaskSet, PruningConfig
+from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, prune
+from hf_prune.criteria import needs
 from hf_prune.plan import Plan, resolve
 from hf_prune.structures.groups import NO_STRUCTURES, Member, StructureGroup
 
@@ -52,3 +55,42 @@ def test_of_structures_it_begins_where_the_one_is_that_has_lost_most():
     assert levels(PruningConfig(**config), 0.75, masks, structures) == pytest.approx([first, 0.75])
     first = 1 - (0.5 * 0.25) ** 0.5  # 2 of 4 in the first place.
     assert levels(PruningConfig(**config, scope="layer"), 0.75, masks, structures) == pytest.approx([first, 0.75])
+
+
+def test_a_criterion_that_declares_a_scope_that_there_is_not():
+    @needs(scope="everywhere")
+    def mine(inputs):
+        return inputs.weight.abs()
+
+    message = (
+        r"^the criterion .*mine declares the scope 'everywhere'; it must be one of global, layer, row, erk, owl\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        PruningTrainerCallback(PruningConfig(sparsity=0.5), criterion=mine)
+    with pytest.raises(ValueError, match=message):
+        prune(nn.Linear(8, 8), PruningConfig(sparsity=0.5), criterion=mine)
+    # A scope that the config names, and a pattern, whose groups compete with none, leave it unread.
+    for config in (PruningConfig(sparsity=0.5, scope="layer"), PruningConfig(granularity="2:4")):
+        assert prune(nn.Linear(8, 8), config, criterion=mine).sparsity == 0.5
+
+
+def test_only_what_can_be_chosen_while_it_is_reconstructed_has_quotas():
+    model = nn.Sequential(nn.Linear(8, 8))
+    plan = Plan.of(model, PruningConfig(sparsity=0.5, granularity="block:2x2"))
+    with pytest.raises(NotImplementedError, match="no method that reconstructs chooses by granularity block:2x2"):
+        plan.quotas(MaskSet(), 0.5, {})
+
+
+def test_a_plan_is_made_before_anything_is_cut():
+    """Each thing that can be wrong is said by the plan; the weights are as they were."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6))
+    before = [parameter.clone() for parameter in model.parameters()]
+    for config, message in [
+        (PruningConfig(sparsity=0.5, target_modules="no.*"), "matches no prunable module"),
+        (PruningConfig(sparsity=0.5, granularity="block:4x4"), "block:4x4 needs out_features divisible by 4"),
+        (PruningConfig(sparsity=0.5, layer_sparsity={"mlp": 0.1}), "'mlp' matches none of the targeted modules"),
+        (PruningConfig(sparsity=0.5, granularity="head"), "head"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Plan.of(model, config)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -19,7 +19,6 @@ from .training.checkpoints import blank_progress, checkpoint_folder, progress_of
 from .training.events import Event
 from .training.monitor import require_evaluations
 from .training.optimizers import require_not_retired, require_restartable, undo_restart_lr_
-from .training.resuming import resume_
 from .training.run import Run
 from .weights.masks import MaskSet
 
@@ -89,23 +88,23 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self.criterion = criterion
         self.evaluate: Callable[..., Mapping[str, float]] | None = None
         self.log: Callable[[dict[str, float]], None] | None = None
-        self._method = resolve(config, criterion)
-        self._run: Run | None = None  # The last one.
-        self._training: Run | None = None  # The one that is under way.
+        self._settings = resolve(config, criterion)
+        self._last_run: Run | None = None
+        self._run: Run | None = None  # While it is under way.
 
     @property
     def masks(self) -> MaskSet:
         """The masks so far, by parameter name."""
-        return MaskSet() if self._run is None else self._run.masks
+        return MaskSet() if self._last_run is None else self._last_run.masks
 
     @property
     def history(self) -> PruningHistory:
         """The rounds so far."""
-        return PruningHistory() if self._run is None else self._run.history
+        return PruningHistory() if self._last_run is None else self._last_run.history
 
     def state(self) -> dict[str, object]:
         """What Trainer stores in a checkpoint's `trainer_state.json`; tensors are in files of their own."""
-        progress = blank_progress(self._method) if self._run is None else self._run.progress()
+        progress = blank_progress(self._settings) if self._last_run is None else self._last_run.progress()
         return {"args": {"config": self.config.to_dict()}, "attributes": {}, "progress": progress}
 
     # Events, in the order in which Trainer sends them.
@@ -114,43 +113,43 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Checks that the config fits the model and the run; starts, or goes on where a checkpoint was."""
-        event = self._event(args, state, kwargs)
+        event = self._event(args, state, control, kwargs)
         reshard_(event.model)  # Another callback may have called it.
-        if self._run is not None:
-            self._run.release_()
+        if self._last_run is not None:
+            self._last_run.release_()
         undo_restart_lr_(event.scheduler)
-        self._run = self._training = None
+        self._last_run = self._run = None
         event.require_supported()
         if self.config.restart_lr:
             require_restartable(event.scheduler)
         if self.config.patience:
-            require_evaluations(self._method, args, state)
+            require_evaluations(self._settings, args, state)
         if isinstance(state.stateful_callbacks, dict) and state.global_step == 0:
             progress_of(state.stateful_callbacks)  # Raises if there is more than one.
         require_not_retired(event.optimizer)
         with accessible(event.model):
             plan = Plan.of(event.model, self.config, self.criterion, seed=args.seed)
             plan.require_trainable(event.model)
-            self._run = run = Run(plan, event)
+            self._last_run = run = Run(plan, event)
             if state.global_step > 0:
-                resume_(run, event)
+                run.resume_(event)
             else:
                 run.begin_(event)
-        self._training = run
+        self._run = run
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cuts if a round begins here: after what Trainer evaluated and saved at the end of the step before."""
-        if self._training is not None:
-            self._training.begin_step_(self._event(args, state, kwargs))
+        if self._run is not None:
+            self._run.begin_step_(self._event(args, state, control, kwargs))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Adds the step to the movement, if the criterion reads it."""
-        if self._training is not None:
-            self._training.add_movement_()
+        if self._run is not None:
+            self._run.add_movement_()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -162,22 +161,22 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Counts what the round costs."""
-        if self._training is not None:
-            self._training.end_step_(self._event(args, state, kwargs), control)
+        if self._run is not None:
+            self._run.end_step_(self._event(args, state, control, kwargs))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Lets nothing happen in a run that was over when it was resumed."""
-        if self._training is not None:
-            self._training.stay_over_(state, control)
+        if self._run is not None:
+            self._run.stay_over_(self._event(args, state, control, kwargs))
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Notes the metric. A cut that is due waits for the next step, so that Trainer saves what it evaluated."""
-        if self._training is not None:
-            self._training.observe_(self._event(args, state, kwargs), kwargs["metrics"], control)
+        if self._run is not None:
+            self._run.observe_(self._event(args, state, control, kwargs), kwargs["metrics"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts masks, best weights, movement, config and history into the checkpoint."""
@@ -185,8 +184,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         write = args.should_save and folder.is_dir()
         if args.should_save and not write:
             logger.warning("%s is gone: was it rotated away by save_total_limit, among older ones?", folder)
-        if self._run is not None:
-            self._run.save(folder, state.global_step, write=write)
+        if self._last_run is not None:
+            self._last_run.save(folder, state.global_step, write=write)
         if write:
             self._save_reports(folder)
 
@@ -195,10 +194,10 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Leaves an ordinary model with its zeros, and says loudly if they are fewer than asked for."""
         undo_restart_lr_(kwargs["lr_scheduler"])
-        run, self._training = self._training, None
+        run, self._run = self._run, None
         if run is not None:
             run.release_()
-            run.end_(self._event(args, state, kwargs))
+            run.end_(self._event(args, state, control, kwargs))
         if args.should_save:
             self._save_reports(Path(str(args.output_dir)))
 
@@ -213,8 +212,10 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             if self.history and can_plot():
                 self.history.plot(folder / PLOT_NAME)
 
-    def _event(self, args: TrainingArguments, state: TrainerState, given: Mapping[str, Any]) -> Event:
-        return Event.of(args, state, given, evaluate=self.evaluate, log=self.log)
+    def _event(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, given: Mapping[str, Any]
+    ) -> Event:
+        return Event.of(args, state, control, given)._replace(evaluate=self.evaluate, log=self.log)
 
     def _save_reports(self, folder: Path) -> None:
         self.config.save_pretrained(folder)

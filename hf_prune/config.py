@@ -15,11 +15,11 @@ from typing import get_args, get_origin, get_type_hints
 
 from . import granularities, schedules
 from .criteria import CRITERION_NAMES, RECONSTRUCTIONS
-from .granularities import Granularity
 from .pacing.patience import require_patience
 from .pacing.timing import require_begin_and_end
 from .scopes import SCOPES
-from .selection.structural_granularity import MULTIPLE_OF
+from .selection.granularity import Granularity
+from .selection.whole_structures import MULTIPLE_OF
 from .weights.targets import is_regex
 
 CONFIG_NAME = "pruning_config.json"

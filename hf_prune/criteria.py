@@ -6,6 +6,7 @@ with `needs`.
 """
 
 import zlib
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -295,6 +296,7 @@ CRITERIA: dict[str, Criterion] = {
     "lamp": lamp,
 }
 
-RECONSTRUCTIONS = ("sparsegpt",)
-"""Methods in place of a criterion that also change the weights that they keep: see `hf_prune.reconstruction`."""
-CRITERION_NAMES = (*CRITERIA, *RECONSTRUCTIONS)
+RECONSTRUCTIONS = {"sparsegpt": fisher}
+"""Methods in place of a criterion that also change the weights that they keep (see `hf_prune.reconstruction`) → the
+criterion by which they divide a sparsity among the layers, if all of them compete."""
+CRITERION_NAMES = ChainMap(RECONSTRUCTIONS, CRITERIA)  # A view: what is added to `CRITERIA` is known at once.

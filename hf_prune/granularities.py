@@ -4,23 +4,25 @@ Each is a class that does its own work: see `hf_prune.selection.granularity`. On
 in `GRANULARITIES`.
 """
 
+from dataclasses import replace
+from typing import Any, cast
+
 from .selection.granularity import Granularity
 from .selection.patterns import Pattern
-from .selection.structural_granularity import MULTIPLE_OF, Structural
 from .selection.weight_groups import Block, Unstructured
+from .selection.whole_structures import Structural
 
 __all__ = ["GRANULARITIES", "Block", "Granularity", "Pattern", "Structural", "Unstructured", "parse"]
 
 GRANULARITIES: tuple[type[Granularity], ...] = (Unstructured, Pattern, Block, Structural)
 
 
-def parse(text: str, *, multiple_of: int = MULTIPLE_OF, uniform: bool = False) -> Granularity:
+def parse(text: str, **options: object) -> Granularity:
     """Reads a granularity as a config spells it.
 
     Args:
         text: `unstructured`, `N:M` such as `2:4`, `block:RxC` such as `block:4x4`, or one of `STRUCTURES`.
-        multiple_of: Of structures, as in `Structural`.
-        uniform: Of structures, as in `Structural`.
+        options: Other fields of the config; those that the granularity has too are filled in.
 
     Returns:
         The record.
@@ -33,7 +35,7 @@ def parse(text: str, *, multiple_of: int = MULTIPLE_OF, uniform: bool = False) -
         (Pattern(n=2, m=4), Block(rows=4, columns=8))
     """
     for kind in GRANULARITIES:
-        if (granularity := kind.read(text, multiple_of, uniform)) is not None:
-            return granularity
+        if (granularity := kind.read(text)) is not None:
+            return replace(cast(Any, granularity), **{name: options[name] for name in kind.options if name in options})
     *spellings, last = (kind.spelling for kind in GRANULARITIES)
     raise ValueError(f"granularity must be {', '.join(spellings)} or {last}; got {text!r}.")

@@ -1,8 +1,8 @@
-"""The plan: what a config means for one model, resolved and checked once. Below it there are objects, no words."""
+"""The plan: what a config means for one model, resolved and checked once."""
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from . import granularities
 from .config import PruningConfig
-from .criteria import CRITERIA, RECONSTRUCTIONS, Criterion, Statistics, fisher, magnitude, needs_of, scope_of
+from .criteria import CRITERION_NAMES, RECONSTRUCTIONS, Criterion, Statistics, magnitude, needs_of, scope_of
 from .distributed.zero import has_partitions
 from .recovery.lora import has_adapters, require_maskable_adapters
 from .scopes import GLOBAL, SCOPES, Scope
@@ -24,7 +24,7 @@ from .weights.targets import Target, are_sharded, find_targets
 
 
 @dataclass(frozen=True, eq=False)
-class Method:
+class Settings:
     """What a config means for any model.
 
     Attributes:
@@ -55,7 +55,7 @@ class Method:
         return bool(self.needs) or self.reconstructs
 
 
-def resolve(config: PruningConfig, criterion: Criterion | None = None) -> Method:
+def resolve(config: PruningConfig, criterion: Criterion | None = None) -> Settings:
     """Resolves the words of a config, whatever the model.
 
     Args:
@@ -67,7 +67,7 @@ def resolve(config: PruningConfig, criterion: Criterion | None = None) -> Method
     """
     granularity = granularities.parse(config.granularity, multiple_of=config.multiple_of, uniform=config.uniform)
     reconstructs = criterion is None and config.criterion in RECONSTRUCTIONS
-    chosen = fisher if reconstructs else criterion or CRITERIA[config.criterion]
+    chosen = criterion or CRITERION_NAMES[config.criterion]
     own_name = str(getattr(criterion, "__qualname__", type(criterion).__qualname__))
     name = config.criterion if criterion is None else own_name
     auto = granularity.auto_scope(scope_of(chosen))
@@ -75,11 +75,11 @@ def resolve(config: PruningConfig, criterion: Criterion | None = None) -> Method
     if scope is None:
         known = ", ".join(each for each in SCOPES if each != "auto")
         raise ValueError(f"the criterion {name} declares the scope {auto!r}; it must be one of {known}.")
-    return Method(config, granularity, scope, chosen, name, reconstructs)
+    return Settings(config, granularity, scope, chosen, name, reconstructs)
 
 
 @dataclass(frozen=True, eq=False)
-class Plan(Method):
+class Plan(Settings):
     """What a config means for one model.
 
     Attributes:
@@ -111,28 +111,36 @@ class Plan(Method):
                 structures; if a pattern of `layer_sparsity` matches nothing; or if weights are sharded and whole ones
                 are needed.
         """
-        method = resolve(config, criterion)
-        granularity, targets = method.granularity, find_targets(model, config.target_modules, config.exclude_modules)
+        settings = resolve(config, criterion)
+        granularity, targets = settings.granularity, find_targets(model, config.target_modules, config.exclude_modules)
         granularity.check(targets.values())
-        if are_sharded(targets.values()) and (method.reconstructs or granularity.kinds):
-            what = f"granularity {str(granularity)!r}" if granularity.kinds else f"criterion {config.criterion!r}"
+        if are_sharded(targets.values()) and (settings.reconstructs or granularity.needs_whole_weights):
+            what = f"criterion {config.criterion!r}" if settings.reconstructs else f"granularity {str(granularity)!r}"
             raise ValueError(
                 f"{what} needs whole weights, and FSDP has sharded them. Prune unstructured, N:M or in blocks by "
                 "another criterion, or train with DistributedDataParallel."
             )
         structures = granularity.find(model, targets)
-        modules = {n: n for n in structures} if granularity.kinds else {n: t.module for n, t in targets.items()}
-        what = "places of structures" if granularity.kinds else "targeted modules"
-        own = _own_sparsities(config.own_sparsities, modules, what)
-        plan = cls(**vars(method), targets=targets, structures=structures, own_sparsities=own, seed=seed)
+        plan = cls(
+            config,
+            granularity,
+            settings.scope,
+            settings.criterion,
+            settings.criterion_name,
+            settings.reconstructs,
+            targets,
+            structures,
+            _own_sparsities(config.own_sparsities, *granularity.named(targets, structures)),
+            seed,
+        )
         if config.round_sparsities:
             granularity.require_prunable(model, plan.cut(MaskSet(), config.round_sparsities[-1]))
         return plan
 
     @property
-    def masked_names(self) -> Collection[str]:
-        """The parameters that have masks: targets, or all that belongs to a structure."""
-        return parameters_of(self.structures) or self.targets
+    def parameters(self) -> Mapping[str, torch.Tensor]:
+        """What has a mask, by name: the targets, or all that structures own."""
+        return parameters_of(self.structures) or {name: target.weight for name, target in self.targets.items()}
 
     def cut(self, masks: MaskSet, sparsity: float, statistics: Statistics | None = None) -> Cut:
         """What is decided in a cut from some masks to an absolute sparsity."""
@@ -152,7 +160,7 @@ class Plan(Method):
             statistics: What the criterion has declared to need.
 
         Returns:
-            A mask for each of `masked_names`.
+            A mask for each of `parameters`.
 
         Raises:
             ValueError: if a weight is not finite, a score is NaN or has a wrong shape, or the criterion changed a
@@ -168,7 +176,7 @@ class Plan(Method):
         require_finite_weights(self.targets.values())
         return self.granularity.quotas(self.cut(masks, sparsity, statistics))
 
-    def levels(self, masks: MaskSet, sparsity: float) -> list[float]:
+    def steps(self, masks: MaskSet, sparsity: float) -> list[float]:
         """The rising sparsities on a cut's way: `score_steps` steps that each leave the same share of what is left."""
         steps, final = self.config.score_steps, self.config.round_sparsities[-1]
         if steps == 1:
@@ -176,8 +184,8 @@ class Plan(Method):
         # No pool can get back what it has lost.
         before = min(max(self.granularity.floors(self.cut(masks, final)), default=0.0), final)
         share = (1 - sparsity) / (1 - before)
-        levels = self.granularity.levels([1 - (1 - before) * share ** (step / steps) for step in range(1, steps)])
-        return [*(level for level in levels if before < level < sparsity), sparsity]
+        nearest = self.granularity.nearest([1 - (1 - before) * share ** (step / steps) for step in range(1, steps)])
+        return [*(step for step in nearest if before < step < sparsity), sparsity]
 
     def zeros(self, model: nn.Module) -> MaskSet:
         """The masks of what is zero in the model."""

@@ -18,8 +18,7 @@ from .distributed.zero import master_of, set_master_
 from .plan import Plan
 from .reconstruction.sparsegpt import reconstruct_
 from .recovery.lora import has_adapters, keeps_sparsity, mask_adapters_, require_maskable_adapters, with_adapters
-from .reporting.reports import SparsityReport, sparsity_report
-from .structures.groups import parameters_of
+from .reporting.reports import SparsityReport, count_zeros
 from .weights.masks import MaskSet
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ def cut_(
         data: What may be looked at.
 
     Returns:
-        A mask for each of `plan.masked_names`.
+        A mask for each of `plan.parameters`.
 
     Raises:
         ValueError, TypeError: as `Plan.next_masks` and `calibrate` do, or if the criterion looks at data and there are
@@ -69,7 +68,7 @@ def cut_(
         found = calibrate(model, plan.targets, batches(), missing, samples, show_progress=data.show_progress)
         return {**data.known, **found}
 
-    changed = [target.weight for target in plan.targets.values()] + list(parameters_of(plan.structures).values())
+    changed = {**{name: target.weight for name, target in plan.targets.items()}, **plan.parameters}.values()
     several_steps = plan.reconstructs or plan.config.score_steps > 1
     with _put_back_on_error(changed) if several_steps else contextlib.nullcontext():
         if plan.reconstructs and batches is not None:
@@ -80,8 +79,8 @@ def cut_(
             for target in plan.targets.values():
                 set_master_(target.weight, target.weight)
             return masks
-        for level in plan.levels(masks, sparsity):
-            masks = plan.next_masks(masks, level, statistics())
+        for step in plan.steps(masks, sparsity):
+            masks = plan.next_masks(masks, step, statistics())
             masks.apply_(model)
     return masks
 
@@ -160,4 +159,4 @@ def prune(
             masks = cut_(model, plan, masks, config.round_sparsities[-1], data)
         if keeps:
             mask_adapters_(model, MaskSet.from_zeros(model, plan.targets))
-        return sparsity_report(model, config, masks=masks)
+        return count_zeros(model, masks, plan.structures, masks)

@@ -48,7 +48,7 @@ def constant(sparsity: float, rounds: int = 5) -> list[float]:
         >>> constant(0.5, rounds=4)
         [0.125, 0.25, 0.375, 0.5]
     """
-    return _ending_at(sparsity, [sparsity * i / rounds for i in range(1, rounds + 1)])
+    return ending_at(sparsity, [sparsity * i / rounds for i in range(1, rounds + 1)])
 
 
 def geometric(sparsity: float, rounds: int = 5) -> list[float]:
@@ -69,7 +69,7 @@ def geometric(sparsity: float, rounds: int = 5) -> list[float]:
 
     Source: the iterative geometric schedule of Janusz et al. 2025, arXiv 2508.13836.
     """
-    return _ending_at(sparsity, [1 - (1 - sparsity) ** (i / rounds) for i in range(1, rounds + 1)])
+    return ending_at(sparsity, [1 - (1 - sparsity) ** (i / rounds) for i in range(1, rounds + 1)])
 
 
 def hybrid(sparsity: float, rounds: int = 5, initial_sparsity: float | None = None) -> list[float]:
@@ -104,7 +104,7 @@ def hybrid(sparsity: float, rounds: int = 5, initial_sparsity: float | None = No
         )
     first = 1 - math.sqrt(1 - sparsity) if initial_sparsity is None else initial_sparsity
     share = (1 - sparsity) / (1 - first)
-    return _ending_at(sparsity, [1 - (1 - first) * share ** (i / (rounds - 1)) for i in range(rounds)])
+    return ending_at(sparsity, [1 - (1 - first) * share ** (i / (rounds - 1)) for i in range(rounds)])
 
 
 def cubic(sparsity: float, rounds: int = 5) -> list[float]:
@@ -125,7 +125,7 @@ def cubic(sparsity: float, rounds: int = 5) -> list[float]:
 
     Source: Zhu and Gupta 2017, "To prune, or not to prune", arXiv 1710.01878.
     """
-    return _ending_at(sparsity, [sparsity * (1 - (1 - i / rounds) ** 3) for i in range(1, rounds + 1)])
+    return ending_at(sparsity, [sparsity * (1 - (1 - i / rounds) ** 3) for i in range(1, rounds + 1)])
 
 
 def auto(sparsity: float, rounds: int | None = None, initial_sparsity: float | None = None) -> list[float]:
@@ -251,6 +251,6 @@ def explicit(sparsities: Sequence[float]) -> list[float]:
     return list(sparsities)
 
 
-def _ending_at(sparsity: float, values: list[float]) -> list[float]:
-    # The last value is the target itself, not a formula's rounding of it: the count of zeros is derived from it.
+def ending_at(sparsity: float, values: list[float]) -> list[float]:
+    """The values, of which the last is the target itself, not a formula's rounding of it: zeros are counted by it."""
     return [*values[:-1], sparsity]

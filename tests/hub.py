@@ -16,7 +16,7 @@ from transformers.utils import hub as transformers_hub
 
 TOKEN, USER = "hf_of_the_test", "tester"
 Fault = Callable[[str, str], int | None]
-"""Method and path → the status with which the hub answers, 0 for a connection that is cut, or None for no fault."""
+"""Settings and path → the status with which the hub answers, 0 for a connection that is cut, or None for no fault."""
 
 
 class Hub(ThreadingHTTPServer):
@@ -25,7 +25,7 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         files: Repository → path → content, at its only revision.
         private: Repository → whether it was asked to be private; None if nothing was said.
-        requests: Method and path of each request.
+        requests: Settings and path of each request.
         fault: Says whether a request fails.
         lfs: Whether weights are uploaded as large files, apart from the commit.
     """

@@ -16,7 +16,7 @@ def levels(config, sparsity, masks=None, structures=NO_STRUCTURES):
         plan = Plan(**vars(resolve(config)), targets={}, structures=structures, own_sparsities={})
     else:
         plan = Plan.of(model, config)
-    return plan.levels(MaskSet(masks or {}), sparsity)
+    return plan.steps(MaskSet(masks or {}), sparsity)
 
 
 def test_a_cut_in_one_step():

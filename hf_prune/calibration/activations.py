@@ -1,4 +1,4 @@
-"""Products: what each targeted weight is multiplied with in an ordinary forward pass, whichever module does it."""
+"""Layer inputs and outputs: what each targeted weight is multiplied with, and gives, whichever module does it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

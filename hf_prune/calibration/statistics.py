@@ -1,4 +1,4 @@
-"""Calibration: what criteria need to know beyond the weights, gathered from ordinary passes over a few samples."""
+"""Statistics: what criteria need to know beyond the weights, gathered from ordinary passes over a few samples."""
 
 import contextlib
 import logging

@@ -108,17 +108,13 @@ class Patience:
         """Plans rounds for a run.
 
         Args:
-            rounds: Number of rounds.
-            begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of `max_steps`.
-            end: Where the rounds end, in the same words; if None, after `PATIENCE_SHARE` of the steps that follow
-                `begin`, or as many as the rounds need.
-            max_steps: Number of optimizer steps of the run.
+            rounds: As in `Even.plan`.
+            begin: As there.
+            end: As there, with `PATIENCE_SHARE`.
+            max_steps: As there.
             patience: For each round, evaluations without improvement; the last repeats.
             max_round_steps: The most steps that a round may take; no limit if None.
             min_round_steps: The steps to keep for each later round; an equal share if None.
-
-        Returns:
-            The pacing.
 
         Raises:
             ValueError: if the rounds do not fit.

@@ -1,4 +1,4 @@
-"""Timing: what a config says of steps, checked, and as the steps of a run."""
+"""Timing: `begin` and `end`, checked, and as steps of a run."""
 
 import math
 

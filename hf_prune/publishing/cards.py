@@ -23,11 +23,11 @@ from yaml import YAMLError
 
 from ..calibration.costs import Cost
 from ..callback import TAGS
-from ..granularities import Granularity
-from ..plan import Method
+from ..plan import Settings
 from ..reporting.history import PruningHistory
 from ..reporting.reports import SparsityReport
 from ..reporting.tables import number
+from ..selection.weight_groups import Unstructured
 from ..structures.loading import recorded_in
 
 UNKNOWN = "unknown"
@@ -46,7 +46,7 @@ class Facts:
         model: The model, unwrapped.
         report: How sparse it is.
         bytes: Size of its files of weights, once they are written.
-        method: How it was pruned; None if that is not known.
+        settings: How it was pruned; None if that is not known.
         history: Its rounds; None if they are not known.
         metrics: Metrics of the model as it is, such as `test_accuracy`.
         dataset: Name of the data of these metrics on the Hub, or of the file; None if that is not known.
@@ -58,7 +58,7 @@ class Facts:
     model: PreTrainedModel
     report: SparsityReport
     bytes: int = 0
-    method: Method | None = None
+    settings: Settings | None = None
     history: PruningHistory | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     dataset: str | None = None
@@ -168,7 +168,7 @@ def _results(facts: Facts) -> list[tuple[str, str, float]]:
         is_of_time = metric in _OF_TIME or metric.endswith("per_second")
         if split in ("test", "eval") and isinstance(value, numbers.Real) and not is_of_time:
             found.append((metric, {"eval": "validation"}.get(split, split), float(value)))
-    last = None if facts.history is None else _last_value(facts.history, facts.method)
+    last = None if facts.history is None else _last_value(facts.history, facts.settings)
     if not found and facts.history is not None and last is not None:
         found.append((facts.history.metric.removeprefix("eval_"), "validation", last))
     return found
@@ -177,11 +177,11 @@ def _results(facts: Facts) -> list[tuple[str, str, float]]:
 _OF_TIME = ("runtime", "model_preparation_time")
 
 
-def _last_value(history: PruningHistory, method: Method | None) -> float | None:
+def _last_value(history: PruningHistory, settings: Settings | None) -> float | None:
     """The metric of the weights that the last round has handed on."""
     if not history:
         return None
-    came_back = method is not None and method.config.patience and method.config.restore == "best"
+    came_back = settings is not None and settings.config.patience and settings.config.restore == "best"
     return history[-1].best if came_back else history[-1].last
 
 
@@ -206,14 +206,14 @@ def _is_shrunk(facts: Facts) -> bool:
 
 
 def _units(facts: Facts) -> str:
-    kinds = () if facts.method is None else facts.method.granularity.kinds
+    kinds = () if facts.settings is None else facts.settings.granularity.kinds
     return " and ".join(f"{kind}s" for kind in kinds) or "structures"
 
 
 def _before_and_after(facts: Facts) -> list[list[str]]:
     """The history's metric, and every metric that was measured."""
     history, rows = facts.history, []
-    if history is not None and (value := _last_value(history, facts.method)) is not None:
+    if history is not None and (value := _last_value(history, facts.settings)) is not None:
         rows.append([f"{history.metric} (validation)", number(history.dense), number(value)])
     for metric, split, value in _results(facts):
         dense = facts.metrics.get(f"dense_{split}_{metric}")
@@ -256,7 +256,7 @@ def _size_and_speed(facts: Facts) -> str:
 
 
 def _what_zeros_are_worth(facts: Facts) -> str:
-    granularity = None if facts.method is None else facts.method.granularity
+    granularity = None if facts.settings is None else facts.settings.granularity
     if granularity is not None and granularity.kinds and not _is_shrunk(facts):
         if facts.report.zeros:
             return "Pruned structures are still there, as zeros: `hf_prune.shrink(model)` removes them."
@@ -264,7 +264,7 @@ def _what_zeros_are_worth(facts: Facts) -> str:
     if _is_shrunk(facts) and not facts.report.model_zeros:
         return "Pruned structures were removed, which makes the model smaller and faster."
     alone = "Zeros alone make nothing faster or smaller: the model takes the time and the memory of the dense one"
-    return f"{alone}, unless {Granularity.pays_if if granularity is None else granularity.pays_if}."
+    return f"{alone}, unless {(granularity or Unstructured()).pays_if}."
 
 
 def _sparsity(report: SparsityReport) -> str:
@@ -282,8 +282,8 @@ def _how_made(facts: Facts) -> str:
     packages = ["hf_prune", "transformers", "torch", "accelerate"]
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     parts = [_code(command(), "bash"), f"With {versions}, Python {platform.python_version()}."]
-    if facts.method is not None:
-        asked = _code(facts.method.config.without_defaults(), "json")
+    if facts.settings is not None:
+        asked = _code(facts.settings.config.without_defaults(), "json")
         parts.append(f"`pruning_config.json`, without defaults:\n\n{asked}")
     return "\n\n".join(parts)
 

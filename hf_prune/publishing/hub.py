@@ -210,7 +210,7 @@ def _facts(
     return Facts(
         model,
         sparsity_report(model, counted),
-        method=None if config is None else resolve(config),
+        settings=None if config is None else resolve(config),
         history=history,
         metrics=metrics or {},
         dataset=dataset,
@@ -259,8 +259,8 @@ def _save(
         several = isinstance(processing_class, Sequence)
         for each in cast(Sequence[Processing], processing_class if several else filter(None, [processing_class])):
             each.save_pretrained(stage)
-        if facts.method is not None:
-            facts.method.config.save_pretrained(stage)
+        if facts.settings is not None:
+            facts.settings.config.save_pretrained(stage)
         if facts.history is not None:
             facts.history.save(stage / HISTORY_NAME)
             if facts.history and can_plot():

@@ -31,7 +31,7 @@ _INTEGERS: dict[int, type[np.unsignedinteger]] = {1: np.uint8, 2: np.uint16, 4: 
 """Unsigned ones, by their number of bytes."""
 
 
-class Pattern(NamedTuple):
+class FoundPattern(NamedTuple):
     """N:M along a dimension of a tensor.
 
     Attributes:
@@ -49,7 +49,7 @@ class Pattern(NamedTuple):
     def __str__(self) -> str:
         return f"{self.n}:{self.m}" if self.dim == -1 else f"{self.n}:{self.m} (dim {self.dim})"
 
-    def follows_from(self, other: "Pattern") -> bool:
+    def follows_from(self, other: "FoundPattern") -> bool:
         """Whether what has another pattern has this one."""
         return self.dim == other.dim and self.n >= other.n * max(1, self.m // other.m)
 
@@ -227,12 +227,12 @@ def _count(name: str, stored: Stored) -> TensorZeros:
     axis = 0 if tensor.ndim == 2 else 1
     strides = {-1: 1, axis: math.prod(tensor.shape[axis + 1 :])} if has_rows else {}
     possible = [
-        Pattern(n, m, dim, strides[dim]) for dim in strides for n, m in _PATTERNS if tensor.shape[dim] % m == 0
+        FoundPattern(n, m, dim, strides[dim]) for dim in strides for n, m in _PATTERNS if tensor.shape[dim] % m == 0
     ]
     # The first rows tell almost as surely as all of them that there is no pattern.
     possible = _among(possible, _nonzero(rows[:_ALIGNED], *_room(rows[:_ALIGNED])))
 
-    def look(some: np.ndarray) -> tuple[int, int, list[Pattern]]:
+    def look(some: np.ndarray) -> tuple[int, int, list[FoundPattern]]:
         zeros, zero_rows, left = 0, 0, possible
         step = max(_ALIGNED, CHUNK // max(width, 1) // _ALIGNED * _ALIGNED)
         room = _room(some[:step])  # Memory that is new each time would take longer than what is done in it.
@@ -280,9 +280,9 @@ def _nonzero(bits: np.ndarray, room: np.ndarray, kept: np.ndarray) -> np.ndarray
     return np.not_equal(bits, 0, out=kept)
 
 
-def _among(patterns: Sequence[Pattern], kept: np.ndarray) -> list[Pattern]:
+def _among(patterns: Sequence[FoundPattern], kept: np.ndarray) -> list[FoundPattern]:
     """Those that all of some rows have; what follows from another one is not looked for."""
-    found: list[Pattern] = []
+    found: list[FoundPattern] = []
     for pattern in patterns:
         if any(pattern.follows_from(other) for other in found) or pattern.most(kept) <= pattern.n:
             found.append(pattern)

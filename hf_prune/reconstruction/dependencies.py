@@ -1,4 +1,4 @@
-"""Reads: what a forward pass depends on, seen while it runs: the outputs of blocks, and the values of tensors."""
+"""Dependencies: what a forward pass depends on, seen while it runs: outputs of blocks, and values of tensors."""
 
 import itertools
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Reconstruction: pruning that also changes the weights that it keeps, so that a layer's outputs stay what they were.
+"""SparseGPT: pruning that also changes the weights that it keeps, so that a layer's outputs stay what they were.
 
 What a method of this kind minimizes for each row `w` of a weight is the squared error of its outputs on calibration
 samples, `‖(w − ŵ) X‖²`, which depends on the inputs `X` through their Hessian `H = X Xᵀ` alone.

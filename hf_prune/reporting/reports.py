@@ -13,7 +13,7 @@ from ..distributed.gathering import accessible
 from ..distributed.processes import sum_over_processes_
 from ..distributed.shards import is_sharded, own
 from ..plan import resolve
-from ..structures.groups import NO_STRUCTURES, kept_in, nonzeros, parameters_of
+from ..structures.groups import NO_STRUCTURES, Structures, kept_in, nonzeros, parameters_of
 from ..weights.masks import masked_in
 from ..weights.targets import find_targets
 from .plots import Drawn, figure_of_modules
@@ -194,26 +194,34 @@ def sparsity_report(
             targets = find_targets(model, *((config.target_modules, config.exclude_modules) if config else ()))
             structures = resolve(config).granularity.find(model, targets) if config else NO_STRUCTURES
             names = (parameters_of(structures) or targets) if masks is None else masks
-        alive, kept = (kept_in(structures, values) for values in (nonzeros(structures), masks or {}))
-        rows_of_structures = tuple(
-            StructureSparsity(
-                name,
-                group.kind,
-                zeros=int((~alive[name]).sum()),
-                total=group.count,
-                masked=None if masks is None else int((~kept[name]).sum()),
-            )
-            for name, group in structures.items()
+        return count_zeros(model, names, structures, masks)
+
+
+@torch.no_grad()
+def count_zeros(
+    model: nn.Module, names: Iterable[str], structures: Structures, masks: Mapping[str, torch.Tensor] | None = None
+) -> SparsityReport:
+    """Counts the zeros of some parameters, of structures, and of a whole model whose parameters can be looked at."""
+    alive, kept = (kept_in(structures, values) for values in (nonzeros(structures), masks or {}))
+    rows_of_structures = tuple(
+        StructureSparsity(
+            name,
+            group.kind,
+            zeros=int((~alive[name]).sum()),
+            total=group.count,
+            masked=None if masks is None else int((~kept[name]).sum()),
         )
-        zeros = _zeros_of(list(model.parameters()))
-        rows = []
-        for name in names:
-            weight = model.get_parameter(name)
-            masked = None if masks is None else masked_in(masks[name])
-            shape = tuple(weight.shape)
-            rows.append(ModuleSparsity(name.removesuffix(".weight"), shape, zeros[id(weight)], weight.numel(), masked))
-        total = sum(weight.numel() for weight in model.parameters())
-        return SparsityReport(tuple(rows), sum(zeros.values()), total, rows_of_structures)
+        for name, group in structures.items()
+    )
+    zeros = _zeros_of(list(model.parameters()))
+    rows = []
+    for name in names:
+        weight = model.get_parameter(name)
+        masked = None if masks is None else masked_in(masks[name])
+        shape = tuple(weight.shape)
+        rows.append(ModuleSparsity(name.removesuffix(".weight"), shape, zeros[id(weight)], weight.numel(), masked))
+    total = sum(weight.numel() for weight in model.parameters())
+    return SparsityReport(tuple(rows), sum(zeros.values()), total, rows_of_structures)
 
 
 def _zeros_of(weights: Sequence[torch.Tensor]) -> dict[int, int]:

@@ -18,19 +18,29 @@ class Granularity(ABC):
 
     spelling: ClassVar[str]
     """How configs spell it, for messages."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """The fields of a config that are fields of it too."""
     kinds: tuple[str, ...] = ()
     """The kinds of structures that go as a whole; none where weights go."""
-    fixed_sparsity: float | None = None
-    """The only sparsity that it can have, if it is so."""
-    can_reconstruct: bool = False
+    needs_whole_weights: ClassVar[bool] = False
+    """Whether it cannot choose among the rows that a process holds of sharded weights."""
+    can_reconstruct: ClassVar[bool] = False
     """Whether methods that reconstruct can choose by it."""
-    pays_if: str = "a runtime makes use of them"
-    """What zeros need in order to save time or memory."""
 
     @classmethod
     @abstractmethod
-    def read(cls, text: str, multiple_of: int, uniform: bool) -> "Granularity | None":
+    def read(cls, text: str) -> "Granularity | None":
         """What a config spells; None if it is not of this class. Raises ValueError if it is, and cannot be."""
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """The only sparsity that it can have, if it is so."""
+        return None
+
+    @property
+    def pays_if(self) -> str:
+        """What zeros need in order to save time or memory."""
+        return "a runtime makes use of them"
 
     # What of a config goes with it.
 
@@ -67,6 +77,10 @@ class Granularity(ABC):
         """The structures that go as a whole; none where weights go."""
         return NO_STRUCTURES
 
+    def named(self, targets: Mapping[str, Target], structures: Structures) -> tuple[Mapping[str, str], str]:
+        """What can have a sparsity of its own → the name of its module; and what these are, for messages."""
+        return {name: target.module for name, target in targets.items()}, "targeted modules"
+
     def require_prunable(self, model: nn.Module, cut: Cut) -> None:  # noqa: B027
         """Requires that the last cut of a config can be made."""
 
@@ -86,6 +100,6 @@ class Granularity(ABC):
         """The lowest sparsities that are still possible, by each pool, on the way to the one of a cut."""
         return floors_of_weights(cut)
 
-    def levels(self, levels: list[float]) -> list[float]:
-        """The sparsities on a cut's way that it can have, each once."""
-        return levels
+    def nearest(self, sparsities: list[float]) -> list[float]:
+        """The sparsities that it can have and that are nearest to some, each once."""
+        return sparsities

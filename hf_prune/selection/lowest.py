@@ -1,4 +1,4 @@
-"""Selection: the k lowest scores of many tensors, exactly, without ever putting the tensors together.
+"""The k lowest scores of many tensors, exactly, without ever putting the tensors together.
 
 The order is total: by value (`−0.0` equals `0.0`), ties by position (tensor by tensor, each in its row-major order).
 Floating-point numbers are mapped to integers that sort alike, and the k-th lowest integer is found from its highest

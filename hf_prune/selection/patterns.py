@@ -24,7 +24,7 @@ class Pattern(Granularity):
     can_reconstruct = True
 
     @classmethod
-    def read(cls, text: str, multiple_of: int, uniform: bool) -> "Pattern | None":
+    def read(cls, text: str) -> "Pattern | None":
         """Reads `N:M`."""
         if not (found := re.fullmatch(r"(\d+):(\d+)", text)):
             return None
@@ -37,12 +37,12 @@ class Pattern(Granularity):
         return f"{self.n}:{self.m}"
 
     @property
-    def fixed_sparsity(self) -> float:  # type: ignore[override]
+    def fixed_sparsity(self) -> float:
         """`1 − N/M`."""
         return 1 - self.n / self.m
 
     @property
-    def pays_if(self) -> str:  # type: ignore[override]
+    def pays_if(self) -> str:
         """Kernels for the pattern."""
         kernels = "`hf_prune.to_sparse_semi_structured(model)` does of 2:4 on GPUs"
         return f"a runtime makes use of the pattern {self}, as {kernels}"
@@ -101,9 +101,9 @@ class Pattern(Granularity):
             pattern.require_room(mask, cut.targets[name])
         return dict.fromkeys(cut.targets, pattern)
 
-    def levels(self, levels: list[float]) -> list[float]:
+    def nearest(self, sparsities: list[float]) -> list[float]:
         """Those of the nearest patterns."""
-        return sorted({round(level * self.m) / self.m for level in levels})
+        return sorted({round(sparsity * self.m) / self.m for sparsity in sparsities})
 
     def keep(self, scores: torch.Tensor, kept: torch.Tensor | None, target: Target) -> torch.Tensor:
         """The mask that keeps the `n` best of each group; ties keep the last by position.

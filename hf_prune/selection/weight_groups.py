@@ -120,7 +120,7 @@ class Unstructured(WeightGroups):
     are_single = True
 
     @classmethod
-    def read(cls, text: str, multiple_of: int, uniform: bool) -> "Unstructured | None":
+    def read(cls, text: str) -> "Unstructured | None":
         """Reads `unstructured`."""
         return cls() if text == "unstructured" else None
 
@@ -170,7 +170,7 @@ class Block(WeightGroups):
     spelling = "block:RxC (such as block:4x4)"
 
     @classmethod
-    def read(cls, text: str, multiple_of: int, uniform: bool) -> "Block | None":
+    def read(cls, text: str) -> "Block | None":
         """Reads `block:RxC`."""
         if not (found := re.fullmatch(r"block:(\d+)x(\d+)", text)):
             return None

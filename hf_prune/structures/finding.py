@@ -57,7 +57,7 @@ def require_removable(
     if final > 0:
         for kind in kinds_of(structures):
             of_kind = [group for group in structures.values() if group.kind == kind]
-            if all(len(group.levels()) == 1 for group in of_kind):
+            if all(len(group.counts_that_may_go()) == 1 for group in of_kind):
                 few = "one" if of_kind[0].multiple == 1 else f"{of_kind[0].multiple} (multiple_of)"
                 raise ValueError(f"no {kind} of {type(model).__name__} can go: no place has more than {few}.")
     if uniform:

@@ -72,11 +72,11 @@ class StructureGroup:
     fields: tuple[tuple[str, int], ...] = ()
     fixed: tuple[tuple[str, int], ...] = ()
 
-    def levels(self, gone: int = 0) -> list[int]:
+    def counts_that_may_go(self, gone: int = 0) -> list[int]:
         """How many may be gone, in rising order, from a number that is gone already.
 
         Example:
-            >>> StructureGroup("mlp", "neuron", 20, (), multiple=8).levels()
+            >>> StructureGroup("mlp", "neuron", 20, (), multiple=8).counts_that_may_go()
             [0, 4, 12]
         """
         last = self.count - max(len(self.stay), 1)

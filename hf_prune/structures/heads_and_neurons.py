@@ -1,4 +1,4 @@
-"""Places: where a model of a known family has its heads, neurons and layers."""
+"""Heads, neurons and layers: where a model of a known family has them."""
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence

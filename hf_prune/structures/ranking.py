@@ -1,4 +1,4 @@
-"""Choosing: which structures go, so many of each kind, by their scores."""
+"""Ranking: which structures go, so many of each kind, by their scores."""
 
 import itertools
 from collections.abc import Mapping
@@ -85,7 +85,7 @@ def require_attainable(structures: Structures, sparsity: float, gone: Mapping[st
     """
     total = sum(group.count for group in structures.values())
     asked, least = round(sparsity * total), sum(gone.values())
-    most = sum(group.levels(gone.get(name, 0))[-1] for name, group in structures.items())
+    most = sum(group.counts_that_may_go(gone.get(name, 0))[-1] for name, group in structures.items())
     multiple = max(group.multiple for group in structures.values())
     kind = next(iter(structures.values())).kind
     where = repr(next(iter(structures))) if len(structures) == 1 else f"{len(structures)} places"
@@ -107,7 +107,7 @@ def require_attainable(structures: Structures, sparsity: float, gone: Mapping[st
 def count_left(group: StructureGroup, sparsity: float) -> int:
     """How many of a group's structures are left at a sparsity, if it competes with no other."""
     asked = round(sparsity * group.count)
-    return group.count - min(group.levels(), key=lambda gone: (abs(gone - asked), -gone))
+    return group.count - min(group.counts_that_may_go(), key=lambda gone: (abs(gone - asked), -gone))
 
 
 def _order(group: StructureGroup, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ def _quotas(
     quotas, total = dict(gone), sum(gone.values())
     steps = []
     for name, group in structures.items():
-        ranked, levels = scores[name][orders[name]], group.levels(gone[name])
+        ranked, levels = scores[name][orders[name]], group.counts_that_may_go(gone[name])
         steps += [(float(ranked[a:b].mean()), name, b) for a, b in itertools.pairwise(levels)]
     # Python sorts stably: of equal scores the first group goes first.
     for _, name, level in sorted(steps, key=lambda step: step[0]):

@@ -13,7 +13,7 @@ from transformers import TrainerState, TrainingArguments
 
 from ..distributed.processes import gather_from_processes, sum_over_processes_
 from ..distributed.shards import own
-from ..plan import Method, Plan
+from ..plan import Plan, Settings
 from ..recovery.lora import has_adapters
 from ..reporting.history import PruningHistory
 from ..weights.masks import MaskSet
@@ -62,12 +62,12 @@ class Progress(TypedDict):
     history: dict[str, object]
 
 
-def blank_progress(method: Method) -> Progress:
+def blank_progress(settings: Settings) -> Progress:
     """The progress of a run that has not begun."""
     return {
         "run": "",
-        "config": method.config.to_dict(),
-        "criterion": method.criterion_name,
+        "config": settings.config.to_dict(),
+        "criterion": settings.criterion_name,
         "pacing": {},
         "lr_start": None,
         "masks": None,
@@ -120,7 +120,7 @@ def recover_(plan: Plan, event: Event, progress: Progress) -> Recovered:
     Raises:
         ValueError: if one of them is not there as it was recorded.
     """
-    model, args, names = event.model, event.args, plan.masked_names
+    model, args, names = event.model, event.args, plan.parameters
     named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
     folders = [*named, checkpoint_folder(args, event.state)]
     folder = _find_checkpoint(folders, progress, event.state.global_step)
@@ -138,7 +138,7 @@ def recover_(plan: Plan, event: Event, progress: Progress) -> Recovered:
             MASKS_NAME,
             progress["masks"],
             (
-                lambda: _load(MaskSet, folder, MASKS_NAME, {name: model.get_parameter(name) for name in names}),
+                lambda: _load(MaskSet, folder, MASKS_NAME, names),
                 lambda: plan.zeros(model),
             ),
             folder,

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..calibration.samples import Batch, batches_of
 from ..distributed.processes import failing_together
@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 class Event(NamedTuple):
-    """What Trainer hands to an event that may lead to a cut.
+    """What Trainer hands to a callback, and what users lend.
 
     Attributes:
         args: The training arguments.
         state: The trainer's state.
+        control: What the trainer is to do next.
         model: The model, unwrapped.
         optimizer: The optimizer.
         scheduler: The learning rate's schedule.
@@ -37,6 +38,7 @@ class Event(NamedTuple):
 
     args: TrainingArguments
     state: TrainerState
+    control: TrainerControl
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
@@ -45,10 +47,12 @@ class Event(NamedTuple):
     log: Callable[[dict[str, float]], None] | None = None
 
     @classmethod
-    def of(cls, args: TrainingArguments, state: TrainerState, given: Mapping[str, Any], **lent: Any) -> "Event":
-        """From the arguments of an event, and what users have lent."""
+    def of(
+        cls, args: TrainingArguments, state: TrainerState, control: TrainerControl, given: Mapping[str, Any]
+    ) -> "Event":
+        """From the arguments of an event."""
         model, optimizer, scheduler = given["model"], given["optimizer"], given["lr_scheduler"]
-        return cls(args, state, model, optimizer, scheduler, given.get("train_dataloader"), **lent)
+        return cls(args, state, control, model, optimizer, scheduler, given.get("train_dataloader"))
 
     def say(self, sentence: str | None) -> None:
         """Says what every process knows, once."""

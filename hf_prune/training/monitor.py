@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from transformers import TrainerState, TrainingArguments
 
 from ..pacing.patience import Patience
-from ..plan import Method
+from ..plan import Settings
 
 FALLING = {
     *("loss", "perplexity", "ppl", "nll", "error", "errors", "err", "eer", "wer", "cer", "ter", "mer", "fid", "brier"),
@@ -66,18 +66,13 @@ class Monitor:
         return metrics.get(metric.replace("eval", prefix, 1))
 
 
-def metric_name(method: Method, args: TrainingArguments) -> str:
+def metric_name(settings: Settings, args: TrainingArguments) -> str:
     """The metric of the config, else Trainer's `metric_for_best_model`, else the loss; with the prefix `eval_`."""
-    return _prefixed(method.config.metric or args.metric_for_best_model or "loss")
+    return _prefixed(settings.config.metric or args.metric_for_best_model or "loss")
 
 
 def improves_as_it_rises(metric: str, args: TrainingArguments) -> bool:
-    """Whether greater is better: as the training arguments say if it is their metric or they name none, else by name.
-
-    Args:
-        metric: As `metric_name` gives it.
-        args: The training arguments.
-    """
+    """Whether greater is better: as the arguments say if it is their metric or they name none, else by its name."""
     falls = metric.endswith("loss") or not FALLING.isdisjoint(re.split(r"[^a-z0-9]+", metric.lower()))
     theirs = args.metric_for_best_model is None or _prefixed(args.metric_for_best_model) == metric
     if args.greater_is_better is None or not theirs:
@@ -91,17 +86,8 @@ def improves_as_it_rises(metric: str, args: TrainingArguments) -> bool:
     return args.greater_is_better
 
 
-def require_evaluations(method: Method, args: TrainingArguments, state: TrainerState) -> None:
-    """Requires what patience needs: evaluations before the run is over, and no other metric that decides what stays.
-
-    Args:
-        method: What a config with patience means.
-        args: The training arguments.
-        state: The trainer's state, in which fractions have become steps.
-
-    Raises:
-        ValueError: if it cannot work.
-    """
+def require_evaluations(settings: Settings, args: TrainingArguments, state: TrainerState) -> None:
+    """Requires evaluations before the run is over, and no other metric that decides what stays, as patience needs."""
     often = "Set eval_strategy and eval_steps in the training arguments, and eval_dataset in the Trainer."
     if args.eval_strategy == "no":
         raise ValueError(f"patience needs evaluations, and there are none. {often}")
@@ -109,8 +95,8 @@ def require_evaluations(method: Method, args: TrainingArguments, state: TrainerS
     delay = args.eval_delay * (1 if args.eval_strategy == "steps" else every)
     if max(every, delay) >= state.max_steps:
         raise ValueError(f"patience needs several evaluations, and there is none before the run's end. {often}")
-    if args.load_best_model_at_end and method.config.restore == "best":
-        ours, theirs = metric_name(method, args), _prefixed(str(args.metric_for_best_model))
+    if args.load_best_model_at_end and settings.config.restore == "best":
+        ours, theirs = metric_name(settings, args), _prefixed(str(args.metric_for_best_model))
         if ours != theirs:
             raise ValueError(
                 f"patience brings the best {ours} back, and load_best_model_at_end the best {theirs}. Take the same "

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..pacing.even import Even
 from ..pacing.patience import Patience
-from ..plan import Method
+from ..plan import Settings
 from ..reporting.history import PruningHistory, Round
 from ..reporting.reports import SparsityReport
 from ..weights.snapshot import Snapshot
@@ -20,7 +20,7 @@ class Rounds:
     """Where the rounds of a run are: which one it is in, what it has cost, and its best weights.
 
     Args:
-        method: What the config means.
+        settings: What the config means.
         pacing: When rounds begin and end.
         history: What was written down so far.
 
@@ -32,8 +32,8 @@ class Rounds:
             is one.
     """
 
-    def __init__(self, method: Method, pacing: Even | Patience, history: PruningHistory) -> None:
-        self.config = method.config
+    def __init__(self, settings: Settings, pacing: Even | Patience, history: PruningHistory) -> None:
+        self.config = settings.config
         self.pacing = pacing
         self.history = history
         self.best: Snapshot | None = None
@@ -41,15 +41,15 @@ class Rounds:
         self._nan_is_said = False
 
     @classmethod
-    def plan(cls, method: Method, history: PruningHistory, max_steps: int) -> "Rounds":
+    def plan(cls, settings: Settings, history: PruningHistory, max_steps: int) -> "Rounds":
         """Plans the rounds for a run.
 
         Raises:
             ValueError: if they do not fit.
         """
-        config, rounds = method.config, len(method.config.round_sparsities)
+        config, rounds = settings.config, len(settings.config.round_sparsities)
         if config.patience is None:
-            return cls(method, Even.plan(rounds, config.begin, config.end, max_steps), history)
+            return cls(settings, Even.plan(rounds, config.begin, config.end, max_steps), history)
         pacing = Patience.plan(
             rounds,
             config.begin,
@@ -60,7 +60,7 @@ class Rounds:
             min_round_steps=config.min_round_steps,
         )
         pacing.min_delta = config.min_delta
-        return cls(method, pacing, history)
+        return cls(settings, pacing, history)
 
     @property
     def next_sparsity(self) -> float:

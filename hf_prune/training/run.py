@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from transformers import PreTrainedModel, TrainerControl, TrainerState
+from transformers import PreTrainedModel
 
 from ..calibration.contexts import keep_random_state
 from ..calibration.samples import CalibrationData
@@ -19,12 +19,21 @@ from ..plan import Plan
 from ..pruning import cut_
 from ..recovery.lora import has_adapters, mask_adapters_
 from ..reporting.history import PruningHistory
-from ..reporting.reports import sparsity_report
+from ..reporting.reports import count_zeros
 from ..reporting.savings import shrink_measured
 from ..weights.gradient_hooks import GradientHooks
 from ..weights.masks import MaskSet
 from ..weights.movement import Movement, require_gatherable
-from .checkpoints import BEST_NAME, MASKS_NAME, MOVEMENT_NAME, Progress
+from .checkpoints import (
+    BEST_NAME,
+    MASKS_NAME,
+    MOVEMENT_NAME,
+    Progress,
+    blank_progress,
+    progress_of,
+    recover_,
+    require_same,
+)  # fmt: skip
 from .events import Event
 from .monitor import Monitor, as_number, improves_as_it_rises, metric_name, warn_of_few_evaluations
 from .optimizers import cut_state_, restart_lr_, retire
@@ -77,9 +86,8 @@ class Run:
     def progress(self) -> Progress:
         """What it is resumed from, as JSON; tensors are in files of their own."""
         return {
+            **blank_progress(self.plan),
             "run": self.id,
-            "config": self.plan.config.to_dict(),
-            "criterion": self.plan.criterion_name,
             "pacing": dataclasses.asdict(self.rounds.pacing),
             "lr_start": self.lr_start,
             "masks": self.masks.digest() if self.masks else None,
@@ -89,11 +97,7 @@ class Run:
         }
 
     def begin_(self, event: Event) -> None:
-        """Plans the rounds, holds the zeros that are there, and cuts if the first round begins here.
-
-        Raises:
-            ValueError: if the rounds do not fit the run, or what is held leaves the first one no room.
-        """
+        """Plans the rounds, holds the zeros that are there, and cuts if the first round begins here."""
         plan, metric = self.plan, metric_name(self.plan, event.args)
         history = PruningHistory(
             metric,
@@ -112,7 +116,32 @@ class Run:
             if not self.masks.masked:
                 logger.warning("hold_zeros found no zeros to hold.")
             plan.require_room(self.masks)
-        self.cut_if_due_(event)
+        self._cut_if_due_(event)
+
+    def resume_(self, event: Event) -> None:
+        """Goes on where its checkpoint was; raises if it was begun otherwise, does not fit, or is not whole."""
+        state, scheduler, plan = event.state, event.scheduler, self.plan
+        progress = progress_of(state.stateful_callbacks)
+        require_same(progress, plan)
+        pacing = (Patience if plan.config.patience else Even)(**progress["pacing"])  # type: ignore[arg-type]
+        pacing.resize_(state.max_steps, state.global_step)
+        self.id, self.resumed_at = progress["run"], state.global_step
+        self.rounds = Rounds(plan, pacing, PruningHistory.from_dict(progress["history"]))
+        if progress["lr_start"] is not None:
+            # Without the scheduler's file, as with `save_only_model`, Trainer begins its schedule anew, and so do we.
+            lost = scheduler.last_epoch < progress["lr_start"]
+            self.lr_start = scheduler.last_epoch if lost else progress["lr_start"]
+            past = 0 if lost else state.global_step - self.history[-1].step
+            left = max(1, past + pacing.steps_left(state.global_step))
+            restart_lr_(scheduler, self.lr_start, left, state.max_steps)
+        self.masks, self.rounds.best, movement = recover_(plan, event, progress)
+        if movement is not None:
+            self.movement = movement.beside(plan.targets)
+        if self.masks:
+            self.masks.settle_()
+            self._hold_(event)
+        if pacing.is_run_over(state.global_step):
+            self.overrun = Overrun.of(state, event.model)
 
     def begin_step_(self, event: Event) -> None:
         """Cuts if a round begins here: after what Trainer evaluated and saved at the end of the step before."""
@@ -120,17 +149,17 @@ class Run:
             self.monitor.require(self.history.metric)
         if not self._hooks.are_on(self._weights, self.masks):
             self._hooks.hold_(self._weights, self.masks)
-        self.cut_if_due_(event)
+        self._cut_if_due_(event)
 
     def add_movement_(self) -> None:
         """Adds the step to the movement, if the criterion reads it."""
         if self.movement is not None and self.overrun is None:
             self.movement.add_step_(self.plan.targets.values())
 
-    def end_step_(self, event: Event, control: TrainerControl) -> None:
+    def end_step_(self, event: Event) -> None:
         """Counts what the round costs, and ends the training with the last one."""
         if self.overrun is not None:
-            self.stay_over_(event.state, control)
+            self.stay_over_(event)
             return
         args, state = event.args, event.state
         tokens, self._tokens_seen = state.num_input_tokens_seen - self._tokens_seen, state.num_input_tokens_seen
@@ -139,14 +168,14 @@ class Run:
             samples=batch_size * args.gradient_accumulation_steps * args.world_size,
             tokens=tokens if args.include_num_input_tokens_seen != "no" else None,
         )
-        self._stop_if_over(state, control)
+        self._stop_if_over(event)
 
-    def stay_over_(self, state: TrainerState, control: TrainerControl) -> None:
+    def stay_over_(self, event: Event) -> None:
         """Lets nothing happen in a run that was over when it was resumed."""
         if self.overrun is not None:
-            self.overrun.stay_over_(state, control)
+            self.overrun.stay_over_(event.state, event.control)
 
-    def observe_(self, event: Event, metrics: Mapping[str, object], control: TrainerControl) -> None:
+    def observe_(self, event: Event, metrics: Mapping[str, object]) -> None:
         """Notes what an evaluation has given. A cut that is due waits for the next step."""
         metric, step = self.history.metric, event.state.global_step
         self.monitor.note_(metrics)
@@ -155,20 +184,14 @@ class Run:
             # That of the first process: with one of its own each would prune at another step.
             value = gather_from_processes(as_number(metric, metrics[metric]))[0]
             self.rounds.observe_(step, value, event.model)
-            self._stop_if_over(event.state, control)
+            self._stop_if_over(event)
 
-    def _stop_if_over(self, state: TrainerState, control: TrainerControl) -> None:
-        if self.rounds.pacing.is_run_over(state.global_step):
-            control.should_training_stop = True
+    def _stop_if_over(self, event: Event) -> None:
+        if self.rounds.pacing.is_run_over(event.state.global_step):
+            event.control.should_training_stop = True
 
     def save(self, folder: Path, step: int, *, write: bool) -> None:
-        """Puts masks, best weights and movement into a checkpoint.
-
-        Args:
-            folder: The checkpoint.
-            step: Number of finished steps.
-            write: Whether this process writes. All of them call this.
-        """
+        """Puts masks, best weights and movement into a checkpoint; all processes call this, and some write."""
         if self.masks:
             self.masks.save(folder / MASKS_NAME, write=write)
         if self.rounds.best is not None and self.history[-1].best_step != step:
@@ -198,7 +221,7 @@ class Run:
         if has_adapters(model) and self.masks:  # Beside adapters there are no base weights to read them from.
             self.masks.save(Path(str(args.output_dir)) / MASKS_NAME, write=args.should_save)
 
-    def hold_(self, event: Event) -> None:
+    def _hold_(self, event: Event) -> None:
         """Has gradients, and adapters if there are any, leave what is masked at zero."""
         self._hooks.hold_(self._weights, self.masks)
         if has_adapters(event.model):
@@ -208,7 +231,7 @@ class Run:
         """Takes the hooks from the weights."""
         self._hooks.release_(self._weights.values())
 
-    def cut_if_due_(self, event: Event) -> None:
+    def _cut_if_due_(self, event: Event) -> None:
         """Cuts if a round begins here."""
         if self.rounds.pacing.is_due(event.state.global_step):
             with accessible(event.model):
@@ -242,11 +265,11 @@ class Run:
             require_agreement(masks.digests(), "a mask")
         self.masks = masks
         cut_state_(event.optimizer, config.optimizer_state, {w: masks.get(name) for name, w in self._weights.items()})
-        self.hold_(event)
+        self._hold_(event)
         # Metrics of a less sparse model must not keep a sparser one from becoming the best.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
-        report = sparsity_report(model, config, masks)
+        report = count_zeros(model, masks, self.plan.structures, masks)
         row = self.rounds.begin_(state.global_step, asked, report, self.plan.criterion_name)
         event.say(
             f"Round {row.round} of {len(config.round_sparsities)} at step {row.step}: sparsity {row.reached:.4f}, "

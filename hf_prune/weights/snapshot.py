@@ -1,4 +1,4 @@
-"""The best weights of a round: a real copy, which later steps do not change."""
+"""Snapshots: real copies of a model's weights, which later steps do not change."""
 
 import functools
 

@@ -57,10 +57,10 @@ def test_what_a_model_is_for(family, task):
 def test_what_was_shrunk_without_a_trainer_is_gone():
     model, config = build_of_structures("llama"), PruningConfig(sparsity=0.5, granularity="neuron", multiple_of=4)
     prune(model, config)
-    before = str(model_card("a", Facts(model, sparsity_report(model, config), method=resolve(config))))
+    before = str(model_card("a", Facts(model, sparsity_report(model, config), settings=resolve(config))))
     assert "Pruned structures are still there, as zeros" in before
     shrink(model)
-    after = str(model_card("a", Facts(model, sparsity_report(model, config), method=resolve(config))))
+    after = str(model_card("a", Facts(model, sparsity_report(model, config), settings=resolve(config))))
     assert "Pruned structures were removed, which makes the model smaller and faster." in after
     assert "some of its neurons were removed" in after
 
@@ -70,7 +70,7 @@ def test_where_nothing_tells_what_was_removed_the_card_does_not_either():
     config = PruningConfig(sparsity=0.5, granularity="neuron", multiple_of=4, uniform=True)
     prune(model, config)
     shrink(model)
-    card = str(model_card("a", Facts(model, sparsity_report(model, config), method=resolve(config))))
+    card = str(model_card("a", Facts(model, sparsity_report(model, config), settings=resolve(config))))
     assert "None of its neurons is zero: what was pruned has been removed, or nothing was." in card
 
 

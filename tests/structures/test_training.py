@@ -66,7 +66,7 @@ def test_whole_structures_are_held_and_removed_at_the_end(name, make_trainer):
     assert watch.wrong == []
     rounds = pruning.history
     assert [row.masked for row in rounds] == [row.zeros for row in rounds]
-    assert rounds[-1].total == sum(those.count for those in pruning._run.plan.structures.values())
+    assert rounds[-1].total == sum(those.count for those in pruning._last_run.plan.structures.values())
     assert rounds[0].masked < rounds[1].masked
     assert trainer.model is model
     assert model.num_parameters() < before

@@ -33,11 +33,13 @@ class Structural(Granularity):
     multiple_of: int = MULTIPLE_OF
     uniform: bool = False
     spelling = f"one of {', '.join(STRUCTURES)}"
+    options = ("multiple_of", "uniform")
+    needs_whole_weights = True
 
     @classmethod
-    def read(cls, text: str, multiple_of: int, uniform: bool) -> "Structural | None":
+    def read(cls, text: str) -> "Structural | None":
         """Reads one of `STRUCTURES`."""
-        return cls(tuple(text.split("+")), multiple_of, uniform) if text in STRUCTURES else None
+        return cls(tuple(text.split("+"))) if text in STRUCTURES else None
 
     def __str__(self) -> str:
         return "+".join(self.kinds)
@@ -70,6 +72,10 @@ class Structural(Granularity):
     def find(self, model: nn.Module, targets: Mapping[str, Target]) -> Structures:
         """The structures of these kinds."""
         return find_structures(model, self.kinds, targets, self.multiple_of)
+
+    def named(self, targets: Mapping[str, Target], structures: Structures) -> tuple[Mapping[str, str], str]:
+        """Groups of structures have the names of their modules."""
+        return {name: name for name in structures}, "places of structures"
 
     def require_prunable(self, model: nn.Module, cut: Cut) -> None:
         """Requires that no layer is emptied, and that a config can say what is left where it has to."""

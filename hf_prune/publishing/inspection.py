@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.utils.logging import tqdm
 
-from ..reporting.reports import StructureSparsity, structure_rows
+from ..reporting.reports import Counted, StructureSparsity, structure_rows
 from ..reporting.tables import table
 from ..structures.shrinking import find_removable
 from .folders import SavedModel, Stored, names_in
@@ -62,7 +62,7 @@ class FoundPattern(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TensorZeros:
+class TensorZeros(Counted):
     """The zeros of a tensor in a file.
 
     Attributes:
@@ -88,14 +88,9 @@ class TensorZeros:
     zero_rows: int = 0
     compressed: bool = False
 
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the elements that are zero."""
-        return self.zeros / max(self.total, 1)
-
 
 @dataclass(frozen=True)
-class FolderReport:
+class FolderReport(Counted):
     """The zeros of a saved model. Prints as a table.
 
     Attributes:
@@ -127,11 +122,6 @@ class FolderReport:
     def bytes(self) -> int:
         """What the tensors take in the files."""
         return sum(row.bytes for row in self.tensors)
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the elements that are zero."""
-        return self.zeros / max(self.total, 1)
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON primitives."""

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,8 +23,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+class Counted:
+    """What has a number of `zeros`, of a `total`."""
+
+    @property
+    def sparsity(self: Any) -> float:
+        """Fraction of the total that is zero."""
+        return self.zeros / max(self.total, 1)
+
+
 @dataclass(frozen=True)
-class ModuleSparsity:
+class ModuleSparsity(Counted):
     """One row of a `SparsityReport`.
 
     Attributes:
@@ -42,14 +51,9 @@ class ModuleSparsity:
     total: int
     masked: int | None = None
 
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the weights that are zero."""
-        return self.zeros / max(self.total, 1)
-
 
 @dataclass(frozen=True)
-class StructureSparsity:
+class StructureSparsity(Counted):
     """One row of a `SparsityReport` of whole structures.
 
     Attributes:
@@ -65,11 +69,6 @@ class StructureSparsity:
     zeros: int
     total: int
     masked: int | None = None
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the structures of which all is zero."""
-        return self.zeros / self.total
 
 
 def structure_rows(structures: Iterable[StructureSparsity]) -> list[list[str]]:

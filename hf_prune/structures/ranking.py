@@ -79,9 +79,9 @@ def floors_of_structures(
 
 
 def require_attainable(structures: Structures, sparsity: float, gone: Mapping[str, int]) -> None:
-    """Requires that a sparsity of groups that compete can be reached, up to half a step.
+    """Requires that a sparsity of groups that compete can be reached, up to half a step, without emptying a group.
 
-    It may not empty a group, and no more may be `gone` already, which is none for groups that are missing there.
+    Of groups that `gone` lacks nothing is gone already; of all together, no more may be than is asked for.
     """
     total = sum(group.count for group in structures.values())
     asked, least = round(sparsity * total), sum(gone.values())

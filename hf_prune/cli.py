@@ -13,7 +13,7 @@ import typer
 from typer import Argument, Option
 
 app = typer.Typer(
-    help="Pruned models: how they are made, what is in them, and where they go.", no_args_is_help=True,
+    help="Prune, shrink, inspect, compare and publish models.", no_args_is_help=True,
     add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 Model = Annotated[str, Argument(help="A folder, or a name on the Hub.")]
@@ -34,11 +34,11 @@ def prune_command(
     granularity: Annotated[str | None, Option(help="unstructured, 2:4, block:4x4, head, neuron, …")] = None,
     criterion: Annotated[str | None, Option(help="magnitude, wanda, sparsegpt, taylor, …")] = None,
     scope: Annotated[str | None, Option(help="auto, global, layer, row, erk, owl")] = None,
-    config: Annotated[Path | None, Option(help="A folder with a pruning_config.json; flags go before it.")] = None,
+    config: Annotated[Path | None, Option(help="A folder with a pruning_config.json; flags override it.")] = None,
     calibration: Annotated[Path | None, Option(help="A text file, or a folder of images.")] = None,
     samples: Annotated[int | None, Option(help="Number of calibration samples.")] = None,
-    length: Annotated[int | None, Option(min=1, help="Tokens in a sample of text; at most 512.")] = None,
-    batch_size: Annotated[int | None, Option(min=1, help="Samples in a batch; 8.")] = None,
+    length: Annotated[int | None, Option(min=1, help="Tokens per sample of text, at most 512.")] = None,
+    batch_size: Annotated[int | None, Option(min=1, help="Batch size; 8 by default.")] = None,
     seed: Annotated[int, Option(help="Seed of drawn images, and of criteria that draw numbers.")] = 0,
     compress: Compress = False,
     device: Device = None,
@@ -66,7 +66,7 @@ def prune_command(
             f"the criterion {asked.criterion} with scope {asked.scope} looks at no data: leave --calibration out, or "
             "take another --criterion, such as wanda."
         )
-    if calibration is None and not (samples is length is batch_size is None):
+    if calibration is None and (samples, length, batch_size) != (None, None, None):
         raise ValueError("--samples, --length and --batch-size need --calibration: give it, or leave them out.")
     folder = local_folder(model)
     if device is None:

@@ -201,7 +201,8 @@ def resolve(
         The absolute sparsity after each round.
 
     Raises:
-        ValueError: if the schedule is unknown, does not take an argument that is given, or refuses its value.
+        ValueError: if the schedule is unknown, does not take an argument that is given, refuses its value, or gives
+            what is no schedule.
 
     Example:
         >>> resolve("constant", 0.5, rounds=2)
@@ -221,7 +222,14 @@ def resolve(
                 f"{name}={given[name]} does not go with schedule={schedule!r}. "
                 f"Leave it out, or take one of {', '.join(takers)}."
             )
-    return SCHEDULES[schedule](sparsity, **given)
+    values = SCHEDULES[schedule](sparsity, **given)
+    if not (
+        values and values[0] >= 0 and values[-1] == sparsity and all(a <= b for a, b in itertools.pairwise(values))
+    ):
+        raise ValueError(
+            f"schedule {schedule!r} gave {values}; it has to rise from round to round and end at {sparsity}."
+        )
+    return values
 
 
 def explicit(sparsities: Sequence[float]) -> list[float]:

@@ -3,19 +3,19 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PhiConfig, PhiForCausalLM, default_data_collator
 
-from hf_prune import Heads, Neurons, PruningConfig, Stack, describe_family, granularities, prune, shrink
+from hf_prune import Heads, MaskSet, Neurons, PruningConfig, Stack, describe_family, granularities, prune, shrink
 from hf_prune.criteria import CRITERIA, ScoreInputs, needs
 from hf_prune.schedules import SCHEDULES, ending_at, explicit
 from hf_prune.selection.weight_groups import WeightGroups
 from hf_prune.structures.families import FAMILIES
-from hf_prune.weights.masks import masked_in
-from hf_prune.weights.targets import Target, find_targets
+from hf_prune.weights.targets import Target
 from tests.tiny import batch, build
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ def add(monkeypatch):
     monkeypatch.setattr(granularities, "GRANULARITIES", granularities.GRANULARITIES)
     tables = [(table, dict(table)) for table in (SCHEDULES, CRITERIA, FAMILIES)]
     names = {
-        "math": math, "torch": torch, "dataclass": dataclasses.dataclass, "needs": needs, "ScoreInputs": ScoreInputs,
+        "math": math, "torch": torch, "re": re, "Iterable": Iterable, "dataclass": dataclasses.dataclass, "needs": needs, "ScoreInputs": ScoreInputs,
         "SCHEDULES": SCHEDULES, "CRITERIA": CRITERIA, "granularities": granularities, "ending_at": ending_at,
         "WeightGroups": WeightGroups, "Target": Target, "Heads": Heads, "Neurons": Neurons, "Stack": Stack,
         "describe_family": describe_family,
@@ -59,27 +59,37 @@ def test_a_criterion(add):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "resnet"])
-@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+@pytest.mark.parametrize("scope", ["global", "layer", "row", "erk"])
 def test_a_granularity(add, family, scope):
+    """Strips of N inputs are blocks of 1xN."""
     add("granularity")
-    model = build(family)
-    config = PruningConfig(sparsity=0.25, granularity="row", scope=scope)
-    prune(model, config)
-    rows = {n: (t.to_rows(t.weight) != 0).flatten(0, 1).float().mean(1) for n, t in find_targets(model).items()}
-    assert all(set(each.tolist()) <= {0.0, 1.0} for each in rows.values())
-    gone, total = sum(int((each == 0).sum()) for each in rows.values()), sum(len(each) for each in rows.values())
-    assert abs(gone - 0.25 * total) <= (len(rows) / 2 if scope == "layer" else 0.5)
+    strips, blocks = build(family), build(family)
+    config = PruningConfig(sparsity=0.5, granularity="strip:4", scope=scope)
+    report = prune(strips, config)
+    expected = prune(blocks, dataclasses.replace(config, granularity="block:1x4"))
+    assert report.zeros == expected.zeros > 0
+    assert all(torch.equal(a, b) for a, b in zip(strips.parameters(), blocks.parameters(), strict=True))
 
 
 def test_a_granularity_goes_on_from_its_masks(add):
     add("granularity")
     model = build("llama")
-    prune(model, PruningConfig(sparsity=0.25, granularity="row"))
-    before = {name: target.weight == 0 for name, target in find_targets(model).items()}
-    prune(model, PruningConfig(sparsity=0.5, granularity="row", hold_zeros=True))
-    after = {name: target.weight == 0 for name, target in find_targets(model).items()}
-    assert all(not (before[name] & ~after[name]).any() for name in before)
-    assert sum(masked_in(~each) for each in after.values()) > sum(masked_in(~each) for each in before.values())
+    prune(model, PruningConfig(sparsity=0.25, granularity="strip:4"))
+    before = MaskSet.from_zeros(model)
+    prune(model, PruningConfig(sparsity=0.5, granularity="strip:4", hold_zeros=True))
+    after = MaskSet.from_zeros(model)
+    assert not any((after[name] & ~before[name]).any() for name in before)
+    assert after.sparsity == 0.5
+
+
+def test_a_granularity_says_what_does_not_fit(add):
+    add("granularity")
+    with pytest.raises(ValueError, match=r"strip:7 needs in_features divisible by 7"):
+        prune(build("llama"), PruningConfig(sparsity=0.5, granularity="strip:7"))
+    model = build("llama")
+    prune(model, PruningConfig(sparsity=0.25))
+    with pytest.raises(ValueError, match=r"are not whole groups of strip:4\. Start without hold_zeros"):
+        prune(model, PruningConfig(sparsity=0.5, granularity="strip:4", hold_zeros=True))
 
 
 @pytest.mark.parametrize("granularity", ["head", "neuron", "head+neuron", "layer"])

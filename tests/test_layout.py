@@ -130,7 +130,8 @@ def test_an_import_is_recognised(source, expected):
 
 def test_every_file_has_its_place_in_the_order():
     files = (path.relative_to(PACKAGE).with_suffix("").parts for path in PACKAGE.rglob("*.py"))
-    assert sorted(".".join(parts) for parts in files) == sorted([*PACKAGES, *ORDER])
+    found, listed = {".".join(parts) for parts in files}, {*PACKAGES, *ORDER}
+    assert found == listed, f"put into LAYOUT {found - listed}, and take out {listed - found}"
 
 
 @MODULES
@@ -286,7 +287,7 @@ def test_a_module_that_lacks_a_package_says_which(monkeypatch):
         _ = hf_prune.metrics
 
 
-def test_the_public_names_are_those_of_the_design():
+def test_the_public_names_are_these():
     assert set(hf_prune.__all__) == {
         "Heads",
         "MaskSet",

@@ -23,7 +23,7 @@ def power(base, exponent):
         return Fraction(base**exponent)
 
 
-# The equations of DESIGN's table, with numbers that do not round.
+# The equations that the docstrings give, with numbers that do not round.
 EQUATIONS = {
     constant: lambda t, n, i: t * Fraction(i, n),
     geometric: lambda t, n, i: 1 - power(1 - t, Fraction(i, n)),
@@ -117,7 +117,7 @@ def test_every_schedule_works_with_the_sparsity_alone(name):
     assert name != "one_shot" or len(values) == 1
 
 
-def test_the_known_schedules_are_those_of_the_design():
+def test_the_schedules_of_the_study_are_known():
     assert {"auto", "one_shot", "constant", "geometric", "hybrid", "cubic"} <= set(schedules.SCHEDULES)
 
 
@@ -224,3 +224,14 @@ def test_explicit_is_a_copy_of_what_was_given():
 def test_a_schedule_that_cannot_be_is_an_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "values", [[], [0.5, 0.25, 0.9], [0.5, 0.8], [-0.1, 0.9], [0.1, 1.2, 0.9], [float("nan"), 0.9]]
+)
+def test_a_schedule_that_is_none_is_an_error(values, monkeypatch):
+    monkeypatch.setitem(schedules.SCHEDULES, "mine", lambda sparsity: values)
+    with pytest.raises(
+        ValueError, match=r"schedule 'mine' gave .*; it has to rise from round to round and end at 0\.9"
+    ):
+        resolve("mine", 0.9)

@@ -19,7 +19,7 @@ from .lowest import check_scores, drop_lowest, drop_lowest_of_each
 
 
 class WeightGroups(Granularity):
-    """Groups of weights of a target, of which the lowest go.
+    """Groups of as many weights each, of which the lowest go.
 
     What there is one of for each group is `[rows, groups of a row]`, unless `to_rows` says otherwise.
     """
@@ -35,9 +35,15 @@ class WeightGroups(Granularity):
     def pool(self, scores: torch.Tensor, target: Target) -> torch.Tensor:
         """Scores of the weights → scores of the groups."""
 
-    @abstractmethod
     def pool_mask(self, mask: torch.Tensor, target: Target) -> torch.Tensor:
-        """Mask of the weights → mask of the groups."""
+        """Mask of the weights → mask of the groups. Raises ValueError if a group is masked in part."""
+        kept = self.pool(mask.float(), target)
+        if not ((kept == 0) | (kept == mask.numel() // kept.numel())).all():
+            raise ValueError(
+                f"the zeros of {target.module!r} are not whole groups of {self}. Start without hold_zeros, or choose "
+                "another granularity."
+            )
+        return kept > 0
 
     @abstractmethod
     def spread(self, mask: torch.Tensor, target: Target) -> torch.Tensor:

@@ -223,12 +223,9 @@ def resolve(
                 f"Leave it out, or take one of {', '.join(takers)}."
             )
     values = SCHEDULES[schedule](sparsity, **given)
-    if not (
-        values and values[0] >= 0 and values[-1] == sparsity and all(a <= b for a, b in itertools.pairwise(values))
-    ):
-        raise ValueError(
-            f"schedule {schedule!r} gave {values}; it has to rise from round to round and end at {sparsity}."
-        )
+    rises = bool(values) and values[0] >= 0 and all(a <= b for a, b in itertools.pairwise(values))
+    if not rises or values[-1] != sparsity:
+        raise ValueError(f"schedule {schedule!r} gave {values}; it has to rise, and to end at {sparsity}.")
     return values
 
 

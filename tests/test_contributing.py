@@ -28,7 +28,8 @@ def add(monkeypatch):
     monkeypatch.setattr(granularities, "GRANULARITIES", granularities.GRANULARITIES)
     tables = [(table, dict(table)) for table in (SCHEDULES, CRITERIA, FAMILIES)]
     names = {
-        "math": math, "torch": torch, "re": re, "Iterable": Iterable, "dataclass": dataclasses.dataclass, "needs": needs, "ScoreInputs": ScoreInputs,
+        "math": math, "torch": torch, "re": re, "Iterable": Iterable,
+        "dataclass": dataclasses.dataclass, "needs": needs, "ScoreInputs": ScoreInputs,
         "SCHEDULES": SCHEDULES, "CRITERIA": CRITERIA, "granularities": granularities, "ending_at": ending_at,
         "WeightGroups": WeightGroups, "Target": Target, "Heads": Heads, "Neurons": Neurons, "Stack": Stack,
         "describe_family": describe_family,

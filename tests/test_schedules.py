@@ -226,12 +226,8 @@ def test_a_schedule_that_cannot_be_is_an_error(call, message):
         call()
 
 
-@pytest.mark.parametrize(
-    "values", [[], [0.5, 0.25, 0.9], [0.5, 0.8], [-0.1, 0.9], [0.1, 1.2, 0.9], [float("nan"), 0.9]]
-)
+@pytest.mark.parametrize("values", [[], [0.5, 0.25, 0.9], [0.5, 0.8], [-0.1, 0.9], [0.1, 1.2, 0.9], [math.nan, 0.9]])
 def test_a_schedule_that_is_none_is_an_error(values, monkeypatch):
     monkeypatch.setitem(schedules.SCHEDULES, "mine", lambda sparsity: values)
-    with pytest.raises(
-        ValueError, match=r"schedule 'mine' gave .*; it has to rise from round to round and end at 0\.9"
-    ):
+    with pytest.raises(ValueError, match=r"schedule 'mine' gave .*; it has to rise, and to end at 0\.9"):
         resolve("mine", 0.9)

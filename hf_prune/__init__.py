@@ -1,6 +1,7 @@
 """hf_prune: pruning for Hugging Face Transformers, as a callback of `transformers.Trainer`."""
 
 import importlib
+import threading
 from typing import TYPE_CHECKING
 
 from .structures.registration import register_with_transformers
@@ -61,23 +62,23 @@ _MODULES = {
     "sparsity_report": "reporting.reports",
     "to_sparse_semi_structured": "inference.semi_structured",
 }
+_LOCK = threading.RLock()
 _MOVED = {"checkpoints": "training.checkpoints"}
 
 
 def _find(name: str) -> object:
-    """A public name, or a module of the package, such as `hf_prune.metrics`."""
-    if name in _MODULES:
-        found: object = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    elif name.startswith("_"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    else:
-        path = f"{__name__}.{_MOVED.get(name, name)}"
+    """A public name, or a module of the package, such as `hf_prune.metrics`; one at a time, whatever thread asks."""
+    path = f"{__name__}.{_MODULES.get(name) or _MOVED.get(name, name)}"
+    with _LOCK:
         try:
-            found = importlib.import_module(path)
+            module = None if name.startswith("_") else importlib.import_module(path)
         except ModuleNotFoundError as error:
             if error.name != path:
                 raise
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+            module = None
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(module, name) if name in _MODULES else module
     globals()[name] = found
     return found
 
@@ -87,7 +88,7 @@ if not TYPE_CHECKING:  # Type checkers would believe in names that are misspelt.
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 register_with_transformers()

@@ -65,10 +65,10 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 
     Raises:
         TypeError: if `config` is not a `PruningConfig`, or `criterion` not a function.
-        ValueError: from `trainer.train()`, if the config does not fit the model, the run or the checkpoint, if scores
-            or what a calibration gathers are not finite, if the model carries adapters that cannot be masked, if its
-            parameters are sharded otherwise than by FSDP2 or DeepSpeed's ZeRO, or if it was evaluated before `train()`
-            and there are several processes.
+        ValueError: if the criterion has declared a scope that there is not; from `trainer.train()`, if the config does
+            not fit the model, the run or the checkpoint, if scores or what a calibration gathers are not finite, if
+            the model carries adapters that cannot be masked, if its parameters are sharded otherwise than by FSDP2 or
+            DeepSpeed's ZeRO, or if it was evaluated before `train()` and there are several processes.
 
     Example:
         >>> callback = PruningTrainerCallback(PruningConfig(sparsity=0.8))
@@ -88,7 +88,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self.criterion = criterion
         self.evaluate: Callable[..., Mapping[str, float]] | None = None
         self.log: Callable[[dict[str, float]], None] | None = None
-        self._settings = resolve(config, criterion)
+        resolve(config, criterion)  # Raises if the criterion has declared what there is not.
         self._last_run: Run | None = None
         self._run: Run | None = None  # While it is under way.
 
@@ -104,7 +104,11 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, object]:
         """What Trainer stores in a checkpoint's `trainer_state.json`; tensors are in files of their own."""
-        progress = blank_progress(self._settings) if self._last_run is None else self._last_run.progress()
+        progress = (
+            blank_progress(resolve(self.config, self.criterion))
+            if self._last_run is None
+            else self._last_run.progress()
+        )
         return {"args": {"config": self.config.to_dict()}, "attributes": {}, "progress": progress}
 
     # Events, in the order in which Trainer sends them.
@@ -123,7 +127,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if self.config.restart_lr:
             require_restartable(event.scheduler)
         if self.config.patience:
-            require_evaluations(self._settings, args, state)
+            require_evaluations(resolve(self.config, self.criterion), args, state)
         if isinstance(state.stateful_callbacks, dict) and state.global_step == 0:
             progress_of(state.stateful_callbacks)  # Raises if there is more than one.
         require_not_retired(event.optimizer)

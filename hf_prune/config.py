@@ -13,10 +13,11 @@ from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import get_args, get_origin, get_type_hints
 
-from . import granularities, schedules
 from .criteria import CRITERION_NAMES, RECONSTRUCTIONS
+from .granularities import parse as parse_granularity
 from .pacing.patience import require_patience
 from .pacing.timing import require_begin_and_end
+from .schedules import SCHEDULES, explicit, resolve
 from .scopes import SCOPES
 from .selection.granularity import Granularity
 from .selection.whole_structures import MULTIPLE_OF
@@ -26,7 +27,7 @@ CONFIG_NAME = "pruning_config.json"
 RESTORE = ("best", "last")
 OPTIMIZER_STATES = ("mask", "reset", "keep")
 _CHOICES: dict[str, Iterable[str]] = {
-    "schedule": schedules.SCHEDULES,
+    "schedule": SCHEDULES,
     "criterion": CRITERION_NAMES,
     "scope": SCOPES,
     "optimizer_state": OPTIMIZER_STATES,
@@ -55,7 +56,7 @@ class PruningConfig:
         sparsity: Fraction of the targeted weights to remove, in `[0, 1)`. May be left out where it follows from
             something else: from an N:M granularity, from `sparsities`, or with `hold_zeros` alone, which then prunes
             nothing further.
-        schedule: How sparse after each round: a key of `hf_prune.schedules.SCHEDULES`. For N:M, "auto" is one cut, or
+        schedule: How sparse after each round: a key of `hf_prune.SCHEDULES`. For N:M, "auto" is one cut, or
             "constant" where `rounds` is given.
         rounds: Number of rounds; the schedule's own default if None.
         initial_sparsity: Sparsity after the first cut of the hybrid schedule.
@@ -63,8 +64,7 @@ class PruningConfig:
         criterion: What a weight is worth: a key of `hf_prune.criteria.CRITERIA`, or a method of
             `hf_prune.criteria.RECONSTRUCTIONS` ("sparsegpt"), which also changes the weights that it keeps so that
             each layer's outputs stay what they were.
-        calibration_samples: Number of training samples that a criterion or scope looks at in each cut, if it looks at
-            data; of all processes together.
+        calibration_samples: Number of training samples that a cut looks at, in total over all processes, if it does.
         score_steps: Number of steps in which a cut reaches its sparsity, each leaving the same share of what the one
             before has left, with new scores for each. Helps criteria that look at data.
         granularity: What is removed together: "unstructured", "N:M" (N kept of every M along the input dimension,
@@ -85,7 +85,7 @@ class PruningConfig:
         target_modules: Modules to prune instead of the default ones; see `hf_prune.weights.targets.find_targets`.
         exclude_modules: Modules to leave out.
         begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of the run.
-        end: Where the rounds end, in the same words; if None, after a quarter of the steps that follow `begin`, with
+        end: Where the rounds end, as in `begin`; if None, after a quarter of the steps that follow `begin`, with
             patience after half of them, or as many as the rounds need. What the run has left after it belongs to the
             last round.
         patience: A round ends when the metric has not improved for this many evaluations; a list gives one number a
@@ -173,7 +173,7 @@ class PruningConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
-        granularity = granularities.parse(self.granularity, multiple_of=self.multiple_of, uniform=self.uniform)
+        granularity = parse_granularity(self.granularity, multiple_of=self.multiple_of, uniform=self.uniform)
         asked = {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
         granularity.require_options(asked)
         if self.criterion in RECONSTRUCTIONS:
@@ -226,7 +226,7 @@ class PruningConfig:
         given = [n for n in ("rounds", "initial_sparsity") if getattr(self, n) is not None]
         given += ["schedule"] if self.schedule != "auto" else []
         if self.sparsities is not None:
-            values = schedules.explicit(self.sparsities)
+            values = explicit(self.sparsities)
             if given or (self.sparsity is not None and self.sparsity != values[-1]):
                 raise ValueError(f"sparsities says all about the rounds; leave out {', '.join(given) or 'sparsity'}.")
             return granularity.attainable(values, rounds_are_asked=True)
@@ -238,7 +238,7 @@ class PruningConfig:
             return []
         auto = self.schedule == "auto"
         schedule = granularity.auto_schedule(self.rounds, self.initial_sparsity) if auto else self.schedule
-        values = schedules.resolve(schedule, target, self.rounds, self.initial_sparsity)
+        values = resolve(schedule, target, self.rounds, self.initial_sparsity)
         return granularity.attainable(values, rounds_are_asked=self.rounds is not None)
 
     def _target_sparsity(self, granularity: Granularity) -> float | None:
@@ -309,7 +309,7 @@ class PruningConfig:
 
 
 def asked_in(folder: Path) -> str | None:
-    """What a saved model was asked to be, as `PruningConfig.without_defaults` says it; None if nobody has said it."""
+    """What `PruningConfig.without_defaults` says of a saved model; None if no config lies beside it."""
     return PruningConfig.from_pretrained(folder).without_defaults() if (folder / CONFIG_NAME).is_file() else None
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import granularities
 from .config import PruningConfig
 from .criteria import CRITERION_NAMES, RECONSTRUCTIONS, Criterion, Statistics, magnitude, needs_of, scope_of
 from .distributed.zero import has_partitions
+from .granularities import parse as parse_granularity
 from .recovery.lora import has_adapters, require_maskable_adapters
 from .scopes import GLOBAL, SCOPES, Scope
 from .selection.cuts import Cut, Quota
@@ -65,17 +65,16 @@ def resolve(config: PruningConfig, criterion: Criterion | None = None) -> Settin
     Raises:
         ValueError: if the criterion has declared a scope that there is not.
     """
-    granularity = granularities.parse(config.granularity, multiple_of=config.multiple_of, uniform=config.uniform)
+    granularity = parse_granularity(config.granularity, multiple_of=config.multiple_of, uniform=config.uniform)
     reconstructs = criterion is None and config.criterion in RECONSTRUCTIONS
     chosen = criterion or CRITERION_NAMES[config.criterion]
     own_name = str(getattr(criterion, "__qualname__", type(criterion).__qualname__))
     name = config.criterion if criterion is None else own_name
-    auto = granularity.auto_scope(scope_of(chosen))
-    scope = SCOPES.get(auto if config.scope == "auto" else config.scope)
-    if scope is None:
-        known = ", ".join(each for each in SCOPES if each != "auto")
-        raise ValueError(f"the criterion {name} declares the scope {auto!r}; it must be one of {known}.")
-    return Settings(config, granularity, scope, chosen, name, reconstructs)
+    auto = granularity.auto_scope(scope_of(chosen), reconstructs)
+    scope = auto if config.scope == "auto" else config.scope
+    if scope not in SCOPES:
+        raise ValueError(f"the criterion {name} declares the scope {scope!r}; it must be one of {', '.join(SCOPES)}.")
+    return Settings(config, granularity, SCOPES[scope] or GLOBAL, chosen, name, reconstructs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,10 @@
+import copy
 import gc
 import json
 import logging
 import math
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -812,3 +814,22 @@ def test_two_pruning_callbacks_are_an_error(make_trainer):
 def test_a_criterion_must_be_a_function():
     with pytest.raises(TypeError, match=r"must be a function of ScoreInputs, got 'random'\. Names go into"):
         PruningTrainerCallback(FOUR_ROUNDS, criterion="random")
+
+
+def test_a_callback_is_copied_and_pickled_with_the_run_that_it_had(make_trainer):
+    pruning = PruningTrainerCallback(FOUR_ROUNDS)
+    make_trainer(build("gpt2"), pruning).train()
+    for other in (copy.deepcopy(pruning), pickle.loads(pickle.dumps(pruning))):
+        assert other.masks == pruning.masks
+        assert other.history.to_dict() == pruning.history.to_dict()
+        assert other.state() == pruning.state()
+
+
+def test_a_criterion_that_is_set_later_is_the_one_that_is_written_down():
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.5))
+    pruning.criterion = mean_distance
+    assert pruning.state()["progress"]["criterion"] == "mean_distance"
+
+
+def mean_distance(inputs):
+    return (inputs.weight - inputs.weight.mean()).abs()

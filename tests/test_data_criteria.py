@@ -126,6 +126,18 @@ def test_score_steps_go_on_where_layers_are_as_sparse_as_they_want():
     assert report.sparsity == pytest.approx(0.95, abs=0.02)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+def test_score_steps_of_a_pattern_leave_room_for_zeros_that_lie_together(steps):
+    """A row that has lost half of each group already goes straight to the last pattern."""
+    model = build("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.self_attn.q_proj.weight")[0].view(-1, 8)[:, :4] = 0
+    config = PruningConfig(
+        granularity="4:8", criterion="wanda", score_steps=steps, hold_zeros=True, calibration_samples=8
+    )
+    assert prune(model, config, data(model)).sparsity == 0.5
+
+
 def test_samples_that_can_be_read_once_are_an_error():
     model = build("llama")
     with pytest.raises(ValueError, match=r"dataloader is a generator, which can be read once"):

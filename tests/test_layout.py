@@ -139,6 +139,14 @@ def test_a_file_imports_only_files_above_it(module):
     assert imported_files(tree(module), package_of(module)) <= set(ORDER[: ORDER.index(module)])
 
 
+@MODULES
+def test_no_file_asks_the_package_itself(module):
+    """Its names come by a lock when they are asked for, behind which no import may wait for another."""
+    sources = [node for node in ast.walk(tree(module)) if isinstance(node, ast.ImportFrom) and node.level]
+    parents = module.count(".") + 1
+    assert not [node for node in sources if node.module is None and node.level == parents]
+
+
 # The house
 
 
@@ -179,7 +187,7 @@ def test_a_config_is_words_at_the_door_and_a_plan_behind_it():
 def test_a_granularity_is_read_where_a_config_is_and_asked_instead_of_told_apart(module):
     calls = [node for node in ast.walk(tree(module)) if isinstance(node, ast.Call)]
     names = {ast.unparse(call.func) for call in calls}
-    assert "granularities.parse" not in names or module in ("config", "plan")
+    assert "parse_granularity" not in names or module in ("config", "plan")
     told_apart = {ast.unparse(call.args[1]) for call in calls if ast.unparse(call.func) == "isinstance"}
     assert not told_apart & {"Unstructured", "Block", "Pattern", "Structural", "Granularity"}
 

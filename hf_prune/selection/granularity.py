@@ -53,8 +53,8 @@ class Granularity(ABC):
                     f"{', '.join(STRUCTURES)}."
                 )
 
-    def auto_scope(self, scope: str) -> str:
-        """What `scope="auto"` means, with a criterion that has declared a scope."""
+    def auto_scope(self, scope: str, reconstructs: bool) -> str:
+        """What `scope="auto"` means, with a criterion that has declared a scope, or a method that reconstructs."""
         return scope
 
     def auto_schedule(self, rounds: int | None, initial_sparsity: float | None) -> str:

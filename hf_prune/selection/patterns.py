@@ -57,9 +57,9 @@ class Pattern(Granularity):
                 )
         super().require_options(asked)
 
-    def auto_scope(self, scope: str) -> str:
-        """Each layer has the same sparsity."""
-        return "layer"
+    def auto_scope(self, scope: str, reconstructs: bool) -> str:
+        """A pattern says how sparse each layer is, so that no criterion has to."""
+        return "layer" if reconstructs else scope
 
     def auto_schedule(self, rounds: int | None, initial_sparsity: float | None) -> str:
         """The few steps that a pattern has on its way are taken one by one."""

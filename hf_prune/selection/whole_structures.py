@@ -65,7 +65,7 @@ class Structural(Granularity):
                 f"multiple_of is about neurons and channels, and granularity {str(self)!r} has none. Leave it out."
             )
 
-    def auto_scope(self, scope: str) -> str:
+    def auto_scope(self, scope: str, reconstructs: bool) -> str:
         """All compete, whatever the criterion compares."""
         return "layer" if self.uniform else "global"
 

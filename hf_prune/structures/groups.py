@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -104,7 +103,7 @@ class StructureGroup:
 Structures = Mapping[str, StructureGroup]
 """Name → the structures of one kind in one module."""
 
-NO_STRUCTURES: Structures = MappingProxyType({})
+NO_STRUCTURES: Structures = {}
 """No structures: weights are pruned, not structures."""
 
 

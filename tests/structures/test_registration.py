@@ -190,3 +190,26 @@ print(*(thread.is_alive() for thread in threads))
         waits = {"transformers.modeling_utils": first, "hf_prune.structures.loading": second}
         printed = run_with_stand_ins(code.format(waits=waits), folder, "import time\ntime.sleep(0.3)", loading)
         assert sorted(printed) == ["False False", "loaded", "loading", "models"]
+
+
+@pytest.mark.slow
+def test_threads_ask_for_public_names_at_the_same_time():
+    code = """
+import hf_prune, threading
+barrier, failed = threading.Barrier(len(hf_prune.__all__)), []
+def ask(name):
+    barrier.wait()
+    try:
+        getattr(hf_prune, name)
+    except BaseException as error:
+        failed.append((name, repr(error)))
+threads = [threading.Thread(target=ask, args=[name]) for name in hf_prune.__all__]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(failed)
+"""
+    assert run(code) == ["[]"]
+
+
+def test_dir_shows_the_public_names():
+    assert [name for name in dir(hf_prune) if not name.startswith("__")] == sorted(hf_prune.__all__)

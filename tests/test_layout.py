@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import functools
 import importlib
 import re
 import subprocess
@@ -62,6 +63,7 @@ def test_contributing_shows_every_wing_and_every_file_at_the_door():
 MODULES = pytest.mark.parametrize("module", ORDER)
 
 
+@functools.cache
 def tree(module):
     return ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
 

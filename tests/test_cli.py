@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from hf_prune import PruningConfig, PruningHistory, prune, push_to_hub, save_pretrained, shrink
 from hf_prune.cli import app, main
 from hf_prune.config import CONFIG_NAME
+from hf_prune.publishing import opening
 from hf_prune.publishing.readers import read_batches
 from hf_prune.reporting.history import HISTORY_NAME
 from tests.hub import environment_of, running_hub, use
@@ -75,13 +76,16 @@ def test_help_names_the_files_as_they_are_named():
     assert HISTORY_NAME in texts["plot"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_the_device_is_a_gpu_where_there_is_one_unless_it_is_given(tmp_path, monkeypatch, capsys):
-    words = ["prune", dense(tmp_path / "dense"), "--output", tmp_path / "out", "--sparsity", "0.5"]
+def test_the_device_is_a_gpu_where_there_is_one_unless_it_is_given(tmp_path, monkeypatch):
+    words = ["prune", dense(tmp_path / "dense"), "--output", tmp_path / "out", "--sparsity", "0.5", "--force"]
+    devices, opened = [], opening.open_model
+    monkeypatch.setattr(opening, "open_model", lambda folder, device: devices.append(device) or opened(folder, "cpu"))
+    for there_is_one in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there_is_one=there_is_one: there_is_one)
+        run(*words)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert fails(monkeypatch, *words) == 2
-    assert "hf-prune: there is no device 'cuda' here" in capsys.readouterr().err
     run(*words, "--device", "cpu")
+    assert devices == ["cuda", "cpu", "cpu"]
 
 
 def test_report(tmp_path):

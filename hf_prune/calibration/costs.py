@@ -60,10 +60,7 @@ def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: i
             name: send_to_device(dict(batch), next(model.parameters()).device) for name, model in models.items()
         }
         for name, model in models.items():
-            # Attention that is one operator is not counted on every device; its products are.
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                model(**batches[name])
-            flops[name] = counter.get_total_flops()
+            flops[name] = _flops_of(model, batches[name])
         for _ in range(turns):
             for name, model in models.items():
                 device, start = next(model.parameters()).device, time.perf_counter()
@@ -74,12 +71,24 @@ def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: i
     return {name: Cost(parameters[name], flops[name], statistics.median(seconds[name])) for name in models}
 
 
+def _flops_of(model: nn.Module, batch: Batch) -> int:
+    # Attention that is one operator is not counted on every device; its products are.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        try:
+            model(**batch)
+        except AssertionError:  # The counter needs gradients where a hook asks for them, as checkpointing does.
+            counter.flop_counts.clear()
+            with torch.enable_grad():
+                model(**batch)
+    return int(counter.get_total_flops())
+
+
 def measure_cost_or_parameters(model: nn.Module, batches: Callable[[], Iterable[Batch]] | None) -> Cost:
     """Measures a forward pass over the first batch, or counts parameters alone, with a warning, where it fails."""
     # A training that is over does not fail because nobody can tell what its model costs, drawing a batch included.
     try:
         batch = None if batches is None else next(iter(batches()), None)
         return measure_costs({"model": model}, batch)["model"]
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        logger.warning("Only parameters are counted, since no forward pass could be measured: %s", error)
+    except Exception:
+        logger.warning("Only parameters are counted, since no forward pass could be measured.", exc_info=True)
         return measure_costs({"model": model}, None)["model"]

@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from transformers import PreTrainedModel
 
-from ..calibration.contexts import whole_on_error
 from ..calibration.costs import Cost, measure_cost_or_parameters
-from ..calibration.samples import Batch
+from ..calibration.samples import Batch, take_samples
 from ..structures.shrinking import shrink
 
 
@@ -24,16 +23,10 @@ def shrink_measured(
         batches: Gives batches, anew at each call, of which the first is measured; None to count parameters alone.
 
     Raises:
-        ValueError, RuntimeError: if they cannot be removed, or the model could be called before and cannot be called
-            without them. It is then as it was.
+        ValueError: as `shrink` does. The model is then as it was.
     """
     masked = measure_cost_or_parameters(model, batches)
-    with whole_on_error(model):
-        shrink(model, masks)
-        shrunk = measure_cost_or_parameters(model, batches)
-        if masked.flops is not None and shrunk.flops is None:
-            raise ValueError(
-                f"without them {type(model).__name__} cannot be called any more. Does describe_family name all that "
-                "goes with a head or a neuron?"
-            )
-    return {"masked": masked, "shrunk": shrunk}
+    # Where a forward pass can be measured, its batch is one with which outputs can be compared.
+    batch = None if batches is None or masked.flops is None else next(iter(batches()))
+    shrink(model, masks, batch=batch and take_samples(batch, slice(0, 1)))
+    return {"masked": masked, "shrunk": measure_cost_or_parameters(model, batches)}

@@ -13,10 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..calibration.contexts import undisturbed
 from ..weights.targets import Target
+from .example_inputs import image_shape
 from .groups import NOBODY, Member, StructureGroup
-
-_SIDE = 64  # Of the image with which a network is traced that does not say how large its images are.
-_LARGEST_SIDE = 256  # Networks of convolutions take images of any size; large ones only take time.
 
 
 def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: int) -> dict[str, StructureGroup]:
@@ -48,6 +46,8 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('channels need torch-pruning: pip install "hf_prune[cnn]".') from error
     names = {module: name for name, module in model.named_modules()}
+    weight = next(model.parameters())
+    image = torch.zeros(image_shape(model), dtype=weight.dtype, device=weight.device)
     found: dict[str, StructureGroup] = {}
     with (
         undisturbed(model, [target.weight for target in targets.values()]),
@@ -55,7 +55,7 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
         _calls_of(model) as called,
     ):
         graph = DependencyGraph().build_dependency(
-            model, {"pixel_values": _image(model)}, output_transform=_outputs, verbose=False
+            model, {"pixel_values": image}, output_transform=_outputs, verbose=False
         )
         if strangers := [names[module] for module in called if module not in graph.module2node]:
             raise ValueError(
@@ -99,15 +99,6 @@ def _calls_of(model: nn.Module) -> Iterator[set[nn.Module]]:
 def _outputs(output: Any) -> list[torch.Tensor]:
     """All outputs, times one, so that what ends in them can be told from what another layer reads."""
     return [value * 1 for value in tree_leaves(dict(output)) if torch.is_tensor(value) and value.requires_grad]
-
-
-def _image(model: nn.Module) -> torch.Tensor:
-    """An image that a model takes."""
-    config: Any = model.config
-    size = getattr(config, "image_size", _SIDE)
-    side = min(size if isinstance(size, int) else max(size), _LARGEST_SIDE)
-    weight = next(model.parameters())
-    return torch.zeros(1, config.num_channels, side, side, dtype=weight.dtype, device=weight.device)
 
 
 def _structures(

@@ -182,7 +182,6 @@ def can_say(model_config: PretrainedConfig, fields: Mapping[str, int]) -> bool:
 
 def record_shapes_(model: PreTrainedModel) -> None:
     """Records in a model's config the shapes that it does not say. If it says all, it stays an ordinary one."""
-    Record().write_(model.config)
     said = build_empty(type(model), model.config)
     # What the class does not build by itself, such as a head that its owner has put there, is no business of ours.
     expected = {name: list(tensor.shape) for name, tensor in _tensors(said)}

@@ -1,46 +1,54 @@
 """Shrinking: what is pruned as a whole is removed, and the model gets smaller."""
 
-import copy
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..calibration.contexts import whole_on_error
 from ..weights.targets import find_targets
 from .channels import find_channels, is_convolutional
-from .groups import StructureGroup, Structures, count_gone, fields_of, kept_in, kinds_of, nonzeros
+from .comparing import Differs, Reference, why_not_generated
+from .configs import configs_of, own_configs_, say_layers_, say_widths_, whole_of
+from .groups import StructureGroup, Structures, count_gone, kept_in, masks_of, nonzeros
 from .heads_and_neurons import find_in_family
-from .loading import WIDTHS, build_empty, can_say, record_shapes_
+from .loading import WIDTHS, build_empty, record_shapes_
 
 logger = logging.getLogger(__name__)
 
-_LAYER_LISTS = ("layer_types", "attention_layers")  # Fields of a config with an entry for each layer.
 _LAYER_NUMBERS = ("layer_idx", "layer_id")
 
 
-def shrink(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = None) -> PreTrainedModel:
+def shrink(
+    model: PreTrainedModel,
+    masks: Mapping[str, torch.Tensor] | None = None,
+    *,
+    batch: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
     """Removes the structures that are pruned as a whole: heads, neurons, channels and layers.
 
-    The outputs stay what they are, up to rounding. The weights that remain are new tensors; an optimizer that was made
-    before holds the old ones. The model's config says what the model is now, as far as a config of its family can.
-    Everything else is recorded in it, and `from_pretrained` reads it where hf_prune has been imported. A model that is
-    a part of another one no longer shares its config with it: save it, and load it, by itself.
+    The outputs stay what they are, up to rounding: on a small batch they are compared, also with those of the model
+    that its config would build. The weights that remain are new tensors; an optimizer that was made before holds the
+    old ones. The model's config says what the model is now, as far as a config of its family can. Everything else is
+    recorded in it, and `from_pretrained` reads it where hf_prune has been imported. Of a model that is a part of
+    another one, such as the language model of a LLaVA, the config of the whole says or records it too.
 
     Args:
         model: The model, unwrapped; changed in place.
         masks: Parameter → bool mask, True = kept, such as `PruningTrainerCallback.masks`; if None, what is not zero
             is kept.
+        batch: What the model is called with to compare outputs, where none can be made from its config.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: if no structure is pruned as a whole, if all in one group are, or if the family is unknown. The
-            model is then as it was.
+        ValueError: if no structure is pruned as a whole, if all in one group are, if the family is unknown, or if the
+            outputs would be others, because the family is described wrongly. The model is then as it was.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -61,7 +69,7 @@ def shrink(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = No
             "there is nothing to remove: no head, neuron, channel or layer is pruned as a whole. Prune with "
             "granularity head, neuron, head+neuron, channel or layer first."
         )
-    remove_(model, structures, kept)
+    remove_(model, structures, kept, batch)
     return model
 
 
@@ -86,23 +94,90 @@ def find_removable(model: nn.Module) -> dict[str, StructureGroup]:
 
 
 @torch.no_grad()
-def remove_(model: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor]) -> None:
-    """Removes structures from a model, in place; if nothing would be left of a group, the model stays as it was.
+def remove_(
+    model: PreTrainedModel,
+    structures: Structures,
+    kept: Mapping[str, torch.Tensor],
+    batch: Mapping[str, Any] | None = None,
+) -> None:
+    """Removes structures from a model, in place, and requires that it computes what it did with them at zero.
 
     Args:
         model: The model, unwrapped.
         structures: Every group of each kind of which something goes: the fields of a config count them all.
         kept: Group → `[count]` bools, False for what goes.
+        batch: As in `shrink`.
 
     Raises:
-        ValueError: if nothing is left of a group.
+        ValueError: if nothing is left of a group, or the outputs are others. The model is then as it was.
     """
-    layers = {name: group for name, group in structures.items() if group.kind == "layer"}
-    gone = tuple(f"{stack}.{int(i)}." for stack in layers for i in (~kept[stack]).nonzero())
-    parts = {
-        name: group for name, group in structures.items() if name not in layers and not f"{name}.".startswith(gone)
-    }
-    for name, group in {**parts, **layers}.items():
+    _require_some_left(structures, kept)
+    build_empty(type(model), model.config)  # Else nothing could be recorded.
+    layers_go = any(group.kind == "layer" and not kept[name].all() for name, group in structures.items())
+    could_generate = layers_go and why_not_generated(model) is None
+    try:
+        _remove_compared_(model, structures, kept, batch)
+    except Differs as error:
+        culprit = _first_that_differs(model, structures, kept, batch)
+        raise ValueError(
+            f"{culprit} of {type(model).__name__} cannot be removed: {error}. Does what is said of the family "
+            f"{model.config.model_type!r} fit this model, and does describe_family name all that goes with one? The "
+            "model is as it was."
+        ) from error
+    if could_generate and (why := why_not_generated(model)):
+        logger.warning(
+            "%s cannot generate any more with the layers that are left, though it can be called: %s. Some versions of "
+            "Transformers make a cache by the number of the encoder's layers "
+            "(https://github.com/huggingface/transformers/issues/30508). Generate with use_cache=False, or prune "
+            "heads and neurons instead.",
+            type(model).__name__, why,
+        )  # fmt: skip
+    _forget_alignment_(model, structures, kept)
+
+
+def _remove_compared_(
+    model: PreTrainedModel,
+    structures: Structures,
+    kept: Mapping[str, torch.Tensor],
+    batch: Mapping[str, Any] | None,
+) -> None:
+    """Removes structures and compares outputs; raises `Differs`, with the model as it was, if they are others."""
+    reference = None
+    try:
+        reference = Reference(model, masks_of(structures, kept), batch)
+    except ValueError as error:
+        logger.warning("Whether the shrunk model has the outputs of the masked one could not be seen: %s", error)
+    with whole_on_error(whole_of(model)):
+        saved = _remove_(model, structures, kept)
+        if reference is not None:
+            reference.require_same(model, saved)
+
+
+def _first_that_differs(
+    model: PreTrainedModel,
+    structures: Structures,
+    kept: Mapping[str, torch.Tensor],
+    batch: Mapping[str, Any] | None,
+) -> str:
+    """The first group without which, by itself, a model has other outputs; the model stays as it is."""
+    for name in [name for name in structures if not kept[name].all()]:
+        alone = {other: kept[name] if other == name else torch.ones_like(kept[other]) for other in structures}
+        try:
+            with contextlib.suppress(_Undone), whole_on_error(whole_of(model)):
+                _remove_compared_(model, structures, alone, batch)
+                raise _Undone
+        except Differs:
+            return f"a {structures[name].kind} of {name!r}"
+    return "what is pruned"
+
+
+class _Undone(Exception):
+    """Ends a trial that went well."""
+
+
+def _require_some_left(structures: Structures, kept: Mapping[str, torch.Tensor]) -> None:
+    """Requires that something is left of each group in layers that stay, and all that has to."""
+    for name, group in _in_layers_that_stay(structures, kept).items():
         if not kept[name].any():
             raise ValueError(
                 f"all {group.count} {group.kind}s of {name!r} are pruned; at least one has to stay. (A layer goes if "
@@ -110,24 +185,36 @@ def remove_(model: PreTrainedModel, structures: Structures, kept: Mapping[str, t
             )
         if not kept[name][list(group.stay)].all():
             raise ValueError(f"{group.kind} {group.stay[0]} of {name!r} is pruned, and makes what the others read.")
-    build_empty(type(model), model.config)  # Else nothing could be recorded.
-    with whole_on_error(model):
-        _own_configs_(model)
-        _remove_parts_(model, {name: group for name, group in parts.items() if not kept[name].all()}, kept)
-        _say_widths_(model, parts, kept)
-        for name, group in layers.items():
-            if not kept[name].all():
-                _remove_layers_(model, group, kept[name])
-        record_shapes_(model)
-        _forget_alignment_(model, {**parts, **layers}, kept)
 
 
-def _own_configs_(model: PreTrainedModel) -> None:
-    """Gives a model configs of its own: others may have been built from the same ones, and stay as they are."""
-    copies: dict[int, Any] = {}  # What one config holds of another, as of its text part, it goes on holding.
-    for module in model.modules():
-        if isinstance(config := getattr(module, "config", None), PretrainedConfig):
-            setattr(module, "config", copy.deepcopy(config, copies))  # noqa: B010
+def _in_layers_that_stay(structures: Structures, kept: Mapping[str, torch.Tensor]) -> dict[str, StructureGroup]:
+    """The groups that are in no layer that goes; layers come last."""
+    layers = [name for name, group in structures.items() if group.kind == "layer"]
+    gone = tuple(f"{stack}.{int(i)}." for stack in layers for i in (~kept[stack]).nonzero())
+    inside = [name for name in structures if name not in layers and not f"{name}.".startswith(gone)]
+    return {name: structures[name] for name in (*inside, *layers)}
+
+
+def _remove_(model: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """Removes structures, and has the configs of the model and of the whole say or record what is left.
+
+    Returns:
+        What can be loaded then: the model that it is a part of, or itself.
+    """
+    whole, groups = whole_of(model), _in_layers_that_stay(structures, kept)
+    own_configs_(whole)
+    widths = {name: group for name, group in groups.items() if group.kind != "layer"}
+    _remove_parts_(model, {name: group for name, group in widths.items() if not kept[name].all()}, kept)
+    say_widths_(model, widths, kept)
+    for name, group in groups.items():
+        if group.kind == "layer" and not kept[name].all():
+            _remove_layers_(model, group, kept[name])
+    record_shapes_(model)
+    if whole is not model:
+        with contextlib.suppress(ValueError):  # Of a class that no config builds, whose parts are saved one by one.
+            record_shapes_(whole)
+            return whole
+    return model
 
 
 def _forget_alignment_(model: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor]) -> None:
@@ -173,16 +260,6 @@ def _set_widths_(module: nn.Module, axis: int, stay: torch.Tensor) -> None:
             setattr(module, name, getattr(module, name).index_select(0, stay.to(module.weight.device)))
 
 
-def _say_widths_(model: PreTrainedModel, parts: Structures, kept: Mapping[str, torch.Tensor]) -> None:
-    """Writes into the config how many heads and neurons there are, as far as it can say it."""
-    for kind in kinds_of(parts):
-        structures = {name: group for name, group in parts.items() if group.kind == kind}
-        fields = fields_of(structures, {name: int(kept[name].sum()) for name in structures})
-        if any(not kept[name].all() for name in structures) and can_say(model.config, fields):
-            for config in _configs(model, model):
-                _set_fields_(config, fields)
-
-
 def _remove_layers_(model: PreTrainedModel, group: StructureGroup, kept: torch.Tensor) -> None:
     path, _, attribute = group.name.rpartition(".")
     holder, stay = model.get_submodule(path), kept.nonzero().flatten().tolist()
@@ -193,34 +270,7 @@ def _remove_layers_(model: PreTrainedModel, group: StructureGroup, kept: torch.T
             for number in _LAYER_NUMBERS:
                 if isinstance(getattr(module, number, None), int):
                     setattr(module, number, i)
-    for config in _configs(model, holder):
-        _say_layers_(config, group, stay)
+    for config in configs_of(model, holder):
+        say_layers_(config, group, stay)
         if config is not model.config and hasattr(config, "num_layers"):  # So does a decoder of T5 call its own.
             config.num_layers = len(stay)
-
-
-def _say_layers_(model_config: PretrainedConfig, group: StructureGroup, stay: Sequence[int]) -> None:
-    """Writes into a config which layers there are."""
-    for field in _LAYER_LISTS:
-        entries = getattr(model_config, field, None)
-        if isinstance(entries, list) and len(entries) == group.count:
-            setattr(model_config, field, [entries[i] for i in stay])
-            if field == "attention_layers":  # Of GPT-Neo, which derives them.
-                model_config.attention_types = [[[entries[i]], 1] for i in stay]
-    if hasattr(model_config, "stage_names"):  # Of a backbone, which gives the outputs of its last layer by default.
-        model_config.stage_names = model_config.stage_names[: len(stay) + 1]
-        model_config.set_output_features_output_indices(out_features=None, out_indices=None)
-    _set_fields_(model_config, {field: len(stay) for field, _ in group.fields})
-
-
-def _set_fields_(model_config: PretrainedConfig, fields: Mapping[str, int]) -> None:
-    """Sets fields that belong together in a config that has some of them: of several parts, each has its own."""
-    if any(hasattr(model_config, field) for field in fields):
-        for field, value in fields.items():
-            setattr(model_config, field, value)
-
-
-def _configs(model: PreTrainedModel, module: nn.Module) -> list[PretrainedConfig]:
-    """The config of a model, and the copies of it that modules below another one have."""
-    configs = [model.config, *(getattr(each, "config", None) for each in module.modules())]
-    return list({id(config): config for config in configs if isinstance(config, PretrainedConfig)}.values())

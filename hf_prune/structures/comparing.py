@@ -1,0 +1,203 @@
+"""Comparing: what a model gives with pruned structures at zero, without them, and after it was loaded again."""
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    get_verbosity,
+    is_progress_bar_enabled,
+    set_verbosity,
+)
+
+from ..calibration.contexts import configured, undisturbed
+from .example_inputs import example_batch
+
+logger = logging.getLogger(__name__)
+
+Outputs = dict[str, torch.Tensor]
+
+_DOUBLE_BYTES = 2**32  # Up to this size a copy of the weights in float64 is made, beyond it one in float32.
+# Of the norm. Parts of many models compute in float32 whatever the weights are.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+
+
+class Reference:
+    """The outputs of a model on one small batch, in float64, or in float32 where that would take too much memory.
+
+    Args:
+        model: The model.
+        masks: Parameter → bool mask: what is False counts as zero.
+        batch: What the model is called with where it cannot be called with one that is made from its config.
+
+    Raises:
+        ValueError: if it can be called with neither, or gives nothing that could be compared.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, masks: Mapping[str, torch.Tensor], batch: Mapping[str, Any] | None = None
+    ) -> None:
+        doubles = 8 * sum(parameter.numel() for parameter in model.parameters())
+        is_double = doubles <= _DOUBLE_BYTES and next(model.parameters()).device.type != "mps"
+        self._dtype = torch.float64 if is_double else torch.float32
+        errors = ["no batch is known"]
+        for each in (example_batch(model), batch):
+            try:
+                if each is not None:
+                    self._batch, self._outputs = each, self._call(model, each, masks)
+                    break
+            except Exception as error:  # Models ask for all kinds of inputs, and each tells it in its own way.
+                errors.append(str(error))
+        else:
+            raise ValueError(f"{type(model).__name__} cannot be called to compare its outputs: {errors[-1]}")
+
+    def require_same(self, model: PreTrainedModel, saved: PreTrainedModel) -> None:
+        """Requires that another model has the same outputs, as it is and as it would be loaded.
+
+        Args:
+            model: The model.
+            saved: What is saved and loaded: the model, or the one that it is a part of.
+
+        Raises:
+            Differs: if it has others; the message says which of both, and how.
+        """
+        if why := self._difference(model):
+            raise Differs(f"without them {why}")
+        path = next(name for name, module in saved.named_modules() if module is model)
+        try:
+            why = self._difference(cast(PreTrainedModel, _load_again(saved, self._dtype).get_submodule(path)))
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+        if why:
+            raise Differs(f"what its config builds, and from_pretrained would load, is another model: {why}")
+
+    def _difference(self, model: PreTrainedModel) -> str | None:
+        """How the outputs of another model differ; None if they are equal up to rounding."""
+        try:
+            found = self._call(model, self._batch, {})
+        except Exception as error:
+            return f"it cannot be called any more ({type(error).__name__}: {error})"
+        for name, expected in self._outputs.items():
+            got = found.get(name)
+            if got is None or got.shape != expected.shape:
+                return f"{name} has shape {None if got is None else list(got.shape)}, not {list(expected.shape)}"
+            finite = expected.isfinite()
+            gap = (got - expected)[finite].norm() / expected[finite].norm().clamp(min=torch.finfo(torch.float32).tiny)
+            if not torch.equal(got.isfinite(), finite) or gap > _TOLERANCE[self._dtype]:
+                return f"{name} differs by {gap:.2g} of its norm"
+        return None
+
+    def _call(self, model: PreTrainedModel, batch: Mapping[str, Any], masks: Mapping[str, torch.Tensor]) -> Outputs:
+        uncached = configured(model, "use_cache", False)
+        with undisturbed(model), uncached, torch.no_grad(), _computing_in(model, self._dtype, masks):
+            torch.manual_seed(0)  # Some models draw random numbers in evaluation too.
+            output = model(**{name: _cast(value, self._dtype) for name, value in batch.items()}, return_dict=True)
+        found = {name: value for name, value in output.items() if torch.is_tensor(value)}
+        found |= {f"feature_maps[{i}]": each for i, each in enumerate(output.get("feature_maps", ()))}
+        outputs = {name: value.double() for name, value in found.items() if value.is_floating_point()}
+        if not any(value.isfinite().any() for value in outputs.values()):
+            raise ValueError("it gives no finite outputs")
+        return outputs
+
+
+class Differs(Exception):
+    """Outputs of a model differ from those expected."""
+
+
+def why_not_generated(model: PreTrainedModel) -> str | None:
+    """The error with which a model fails to generate two tokens; None if it does not."""
+    batch = example_batch(model) or {}
+    batch.pop("decoder_input_ids", None)
+    try:
+        with undisturbed(model), _silent():
+            model.generate(**batch, max_new_tokens=2, do_sample=False)  # type: ignore[operator]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _load_again(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """What `from_pretrained` makes of a model's config and weights.
+
+    Heads that the model's owner has put there, which the class does not build, are those of the model.
+
+    Raises:
+        ValueError: if its config builds other modules than it has.
+    """
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    with _silent():
+        loaded = type(model).from_pretrained(
+            None, config=copy.deepcopy(model.config), state_dict=state, dtype=dtype, ignore_mismatched_sizes=True
+        )
+    built = dict(loaded.named_modules(remove_duplicate=False))
+    listed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    for path, module in model.named_modules():
+        parent, _, name = path.rpartition(".")
+        if path and parent in built and type(built.get(path)) is not type(module):
+            if path.startswith(listed):
+                raise ValueError(f"there is no {type(module).__name__} at {path!r}")
+            setattr(built[parent], name, module)
+            built |= {f"{path}.{inner}": each for inner, each in module.named_modules() if inner}
+    nn.Module.to(loaded, next(model.parameters()).device)
+    return loaded
+
+
+@contextlib.contextmanager
+def _computing_in(model: nn.Module, dtype: torch.dtype, masks: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Parameters and buffers in a dtype, with what masks prune at zero; afterwards the model has its own again."""
+    masked = {id(model.get_parameter(name)): mask for name, mask in masks.items()}
+    copies: dict[int, nn.Parameter] = {}  # Tied weights stay tied.
+
+    def copied(parameter: nn.Parameter) -> nn.Parameter:
+        if id(parameter) not in copies:
+            values = _cast(parameter.detach(), dtype)
+            if (mask := masked.get(id(parameter))) is not None:
+                values = values * mask.to(values.device)
+            copies[id(parameter)] = nn.Parameter(values, requires_grad=False)
+        return copies[id(parameter)]
+
+    before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    # Fused kernels of attention take half precision alone. Under mixed precision Accelerate replaces a model's own
+    # forward pass by one that computes in it.
+    implementations = {
+        getattr(getattr(module, "config", None), "_attn_implementation", "") for module in model.modules()
+    }
+    fused = any("flash" in str(implementation) for implementation in implementations)
+    forward = vars(model).pop("forward", None) if hasattr(model, "_original_forward") else None
+    try:
+        for module, parameters, buffers in before:
+            module._parameters.update({n: p if p is None else copied(p) for n, p in parameters.items()})
+            module._buffers.update({n: b if b is None else _cast(b, dtype) for n, b in buffers.items()})
+        with configured(model, "_attn_implementation_internal", "sdpa") if fused else contextlib.nullcontext():
+            yield
+    finally:
+        for module, parameters, buffers in before:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        if forward is not None:
+            vars(model)["forward"] = forward
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Transformers reports nothing of what it loads."""
+    verbosity, shows = get_verbosity(), is_progress_bar_enabled()
+    set_verbosity(logging.ERROR)
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        set_verbosity(verbosity)
+        if shows:
+            enable_progress_bar()

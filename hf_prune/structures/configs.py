@@ -1,0 +1,106 @@
+"""Configs: what they say of a model's structures, rewritten when some of these go."""
+
+import contextlib
+import copy
+import gc
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .groups import StructureGroup, Structures, fields_of, kinds_of
+from .loading import can_say
+
+
+def whole_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The outermost model of Transformers that a model is a part of, as of a LLaVA; itself if it is a part of none.
+
+    What is saved is the whole, by its own config.
+    """
+    # No module knows what it is a part of, but what refers to its config tells whether it may be one.
+    own = {id(vars(module)) for module in model.modules()} | {id(module) for module in model.modules()}
+    referrers = [each for each in gc.get_referrers(model.config) if id(each) not in own]
+    if not any(_holds_config(each, model.config) for each in referrers):
+        return model
+    models = [each for each in gc.get_objects() if issubclass(type(each), PreTrainedModel)]
+    holders = [each for each in models if any(module is model for module in each.modules())]
+    return max(holders, key=lambda each: len(list(each.modules())))
+
+
+def _holds_config(referrer: object, model_config: PretrainedConfig) -> bool:
+    """Whether an object, or what has this as its attributes, is a model or a config with a config in it."""
+    if issubclass(type(referrer), (PreTrainedModel, PretrainedConfig)):
+        return True
+    return type(referrer) is dict and (
+        "_modules" in referrer or any(value is model_config for name, value in referrer.items() if name != "config")
+    )
+
+
+def own_configs_(model: PreTrainedModel) -> None:
+    """Gives a model configs of its own: others may have been built from the same ones, and stay as they are."""
+    copies: dict[int, Any] = {}  # What one config holds of another, as of its text part, it goes on holding.
+    for module in model.modules():
+        if isinstance(config := getattr(module, "config", None), PretrainedConfig):
+            setattr(module, "config", copy.deepcopy(config, copies))  # noqa: B010
+
+
+def say_widths_(model: PreTrainedModel, parts: Structures, kept: Mapping[str, torch.Tensor]) -> None:
+    """Writes into the config how many heads and neurons there are, as far as it can say it."""
+    for kind in kinds_of(parts):
+        structures = {name: group for name, group in parts.items() if group.kind == kind}
+        fields = fields_of(structures, {name: int(kept[name].sum()) for name in structures})
+        if any(not kept[name].all() for name in structures) and can_say(model.config, fields):
+            for config in configs_of(model, model):
+                _set_fields_(config, fields)
+
+
+def say_layers_(model_config: PretrainedConfig, group: StructureGroup, stay: Sequence[int]) -> None:
+    """Writes into a config which layers there are."""
+    for field, entries in lists_of_layers(model_config, group).items():
+        if len(entries) == group.count:
+            said = [entries[i] for i in stay]
+            if field == "attention_layers":  # Of GPT-Neo, which derives them.
+                model_config.attention_types = [[[entries[i]], 1] for i in stay]
+        else:
+            said = [stay.index(i) for i in entries if i in stay]
+        setattr(model_config, field, said)
+    if hasattr(model_config, "stage_names"):  # Of a backbone, which gives the outputs of its last layer by default.
+        model_config.stage_names = model_config.stage_names[: len(stay) + 1]
+        model_config.set_output_features_output_indices(out_features=None, out_indices=None)
+    _set_fields_(model_config, {field: len(stay) for field, _ in group.fields})
+
+
+def lists_of_layers(model_config: PretrainedConfig, group: StructureGroup) -> dict[str, list[Any]]:
+    """The lists of a config that go by layers: with an entry for each, or of numbers of some, which names tell.
+
+    Lists without such a name count too if a config with fewer layers has a shorter one by default.
+    """
+    lists = {name: list(value) for name, value in vars(model_config).items() if isinstance(value, (list, tuple))}
+    make: Any = type(model_config)
+    shorter: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # Some configs cannot be made of so little.
+        shorter = vars(make(**{field: group.count - 1 for field, _ in group.fields}))
+    found = {}
+    for name, entries in lists.items():
+        by_default = shorter.get(name)
+        is_named = "layer" in name and not name.startswith("_")
+        is_derived = isinstance(by_default, (list, tuple)) and len(by_default) == group.count - 1
+        are_numbers = all(type(each) is int and 0 <= each < group.count for each in entries)
+        if (len(entries) == group.count and (is_named or is_derived)) or (is_named and are_numbers):
+            found[name] = entries
+    return found
+
+
+def _set_fields_(model_config: PretrainedConfig, fields: Mapping[str, int]) -> None:
+    """Sets fields that belong together in a config that has some of them: of several parts, each has its own."""
+    if any(hasattr(model_config, field) for field in fields):
+        for field, value in fields.items():
+            setattr(model_config, field, value)
+
+
+def configs_of(model: PreTrainedModel, module: nn.Module) -> list[PretrainedConfig]:
+    """The config of a model, and the copies of it that modules below another one have."""
+    configs = [model.config, *(getattr(each, "config", None) for each in module.modules())]
+    return list({id(config): config for config in configs if isinstance(config, PretrainedConfig)}.values())

@@ -1,0 +1,64 @@
+"""Example inputs: a small batch with which a model can be called, made from what its config says."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+_SIDE = 64  # Of the image for a network that does not say how large its images are.
+_LARGEST_SIDE = 256  # Networks of convolutions take images of any size; large ones only take time.
+_TOKENS = 16
+_AUDIO = 4000  # samples, a quarter of a second at 16 kHz
+_KEYS = 5  # Length of what a decoder without an encoder attends to.
+
+
+def example_batch(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """One sample of random inputs, on the model's device, the same at each call; None if nothing is known of them."""
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(0)
+    batch: dict[str, torch.Tensor] = {}
+    if model.main_input_name == "input_ids":
+        batch = dict.fromkeys(("input_ids", "decoder_input_ids"), _tokens(model, generator))
+    elif model.main_input_name == "pixel_values" and hasattr(config, "num_channels"):
+        batch = {"pixel_values": torch.randn(image_shape(model), generator=generator)}
+    elif model.main_input_name == "input_features" and hasattr(config, "num_mel_bins"):
+        # Whisper takes as many frames as its positions, which its convolutions halve.
+        frames = 2 * getattr(config, "max_source_positions", 4 * _TOKENS)
+        batch = {
+            "input_features": torch.randn(1, config.num_mel_bins, frames, generator=generator),
+            "decoder_input_ids": _tokens(model, generator),
+        }
+    elif model.main_input_name == "input_values":
+        batch = {"input_values": torch.randn(1, _AUDIO, generator=generator)}
+    if getattr(config, "add_cross_attention", False):
+        width = getattr(config, "cross_attention_hidden_size", None) or config.hidden_size
+        batch["encoder_hidden_states"] = torch.randn(1, _KEYS, width, generator=generator)
+    taken = inspect.signature(type(model).forward).parameters
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in batch.items() if name in taken} or None
+
+
+def image_shape(model: nn.Module) -> tuple[int, int, int, int]:
+    """`[1, channels, height, width]` of an image that a model takes."""
+    config: Any = model.config
+    size = getattr(config, "image_size", None) or _SIDE
+    side = size if isinstance(size, int) else max(size)
+    if not hasattr(config, "patch_size"):  # What cuts images into patches has a position for each.
+        side = min(side, _LARGEST_SIDE)
+    return 1, config.num_channels, side, side
+
+
+def _tokens(model: PreTrainedModel, generator: torch.Generator) -> torch.Tensor:
+    """`[1, tokens]`, of which the last ends the sequence: some heads read what stands there."""
+    config: Any = model.config.get_text_config()
+    length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
+    ids = torch.randint(config.vocab_size, (1, length), generator=generator)
+    marks = [config.pad_token_id, config.eos_token_id] if hasattr(config, "eos_token_id") else []
+    for mark in marks:
+        if isinstance(mark, int):
+            ids[ids == mark] = (mark + 1) % config.vocab_size
+    if marks and isinstance(marks[-1], int) and 0 <= marks[-1] < config.vocab_size:
+        ids[0, -1] = marks[-1]
+    return ids

@@ -16,7 +16,7 @@ from .plan import Plan, resolve
 from .reporting.history import HISTORY_NAME, PruningHistory
 from .reporting.plots import PLOT_NAME, can_plot
 from .training.checkpoints import blank_progress, checkpoint_folder, progress_of
-from .training.events import Event
+from .training.events import Event, surviving
 from .training.monitor import require_evaluations
 from .training.optimizers import require_not_retired, require_restartable, undo_restart_lr_
 from .training.run import Run
@@ -36,7 +36,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     back before the next cut, and the training stops when the last round has converged. From a cut on the gradients of
     pruned weights are zeroed before they are clipped, and the weights after each optimizer step: to the last bit the
     training that `torch.nn.utils.prune` gives. Parameters keep their names and shapes, and the saved model is an
-    ordinary one. It is final in `on_train_end` of this callback: put others that look at it, or upload it, behind.
+    ordinary one. It is final in `on_train_end` of this callback: name others that write weights, such as averages of
+    them, before it in `callbacks`, and others that look at the model, or upload it, behind it. What is written into
+    pruned weights behind it is taken out again, with a warning, before the model is saved or used.
 
     `pruning_config.json` and `pruning_history.json` are written beside the model, into each checkpoint and into
     `output_dir` at the end. `trainer.train(resume_from_checkpoint=…)` goes on bit for bit. Each `train()` that is
@@ -189,7 +191,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         if args.should_save and not write:
             logger.warning("%s is gone: was it rotated away by save_total_limit, among older ones?", folder)
         if self._last_run is not None:
-            self._last_run.save(folder, state.global_step, write=write)
+            self._last_run.save(folder, state.global_step, kwargs["model"], write=write)
         if write:
             self._save_reports(folder)
 
@@ -203,7 +205,8 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             run.release_()
             run.end_(self._event(args, state, control, kwargs))
         if args.should_save:
-            self._save_reports(Path(str(args.output_dir)))
+            with surviving("Config and history of the pruning were not written."):
+                self._save_reports(Path(str(args.output_dir)))
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -212,9 +215,10 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         kwargs["model"].add_model_tags([*TAGS])
         if args.should_save:
             folder = Path(str(args.output_dir))
-            self._save_reports(folder)
-            if self.history and can_plot():
-                self.history.plot(folder / PLOT_NAME)
+            with surviving("The history of the pruning, or its plot, is not among what is uploaded."):
+                self._save_reports(folder)
+                if self.history and can_plot():
+                    self.history.plot(folder / PLOT_NAME)
 
     def _event(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, given: Mapping[str, Any]

@@ -175,6 +175,10 @@ class Plan(Settings):
         require_finite_weights(self.targets.values())
         return self.granularity.quotas(self.cut(masks, sparsity, statistics))
 
+    def missed(self, masks: MaskSet, sparsity: float) -> str | None:
+        """A sentence that says by how much a cut missed its sparsity, and what can be had; None if it did not."""
+        return self.granularity.missed(self.cut(MaskSet(), sparsity), masks)
+
     def steps(self, masks: MaskSet, sparsity: float) -> list[float]:
         """The rising sparsities on a cut's way: `score_steps` steps that each leave the same share of what is left."""
         steps, final = self.config.score_steps, self.config.round_sparsities[-1]

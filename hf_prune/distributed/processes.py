@@ -46,7 +46,7 @@ def failing_together(together: bool = True) -> Iterator[None]:
     error = None
     try:
         yield
-    except (ValueError, TypeError, RuntimeError) as caught:  # With others the process ends, and its launcher says so.
+    except Exception as caught:
         error = caught
     if first := next((each for each in gather_from_processes(error) if each is not None), None):
         raise first from error

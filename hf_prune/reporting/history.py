@@ -46,6 +46,7 @@ class Round:
         tokens: Number of input tokens in the round, None unless the training arguments count them.
         evaluations: Number of evaluations in the round, the one right after the cut left out.
         seconds: Wall-clock time of the round, evaluations included.
+        missed: A sentence that says by how much the cut missed what was asked for; None if it did not.
     """
 
     round: int
@@ -66,6 +67,7 @@ class Round:
     tokens: int | None = None
     evaluations: int = 0
     seconds: float = 0.0
+    missed: str | None = None
 
 
 @dataclass
@@ -205,7 +207,7 @@ class PruningHistory(Drawn, Sequence[Round]):
         """A sentence that says by how much a run that has ended missed its target; None if it did not."""
         done, reached = (self[-1].round, self[-1].reached) if self else (0, 0.0)
         if self.ended is None or done >= len(self.asked):
-            return None
+            return self[-1].missed if self.ended is not None and self else None
         return (
             f"Training ended after round {done} of {len(self.asked)}: the sparsity is {reached:.4f}, "
             f"not the {self.asked[-1]:.4f} asked for."

@@ -96,6 +96,20 @@ class Granularity(ABC):
         """What a method that reconstructs is to prune of each target."""
         raise NotImplementedError(f"no method that reconstructs chooses by granularity {self}.")
 
+    def missed(self, cut: Cut, masks: MaskSet) -> str | None:
+        """A sentence that says by how much a cut missed its sparsity, and what can be had; None if it did not.
+
+        Args:
+            cut: What was asked for.
+            masks: What the cut has come to.
+        """
+        if not cut.sparsity or masks.masked:
+            return None
+        return (
+            f"The cut to a sparsity of {cut.sparsity:g} pruned nothing: it rounds to none in each pool of weights "
+            "that compete. Take a higher sparsity, or a scope that pools more."
+        )
+
     def floors(self, cut: Cut) -> list[float]:
         """The lowest sparsities that are still possible, by each pool, on the way to the one of a cut."""
         return floors_of_weights(cut)

@@ -104,6 +104,29 @@ def require_attainable(structures: Structures, sparsity: float, gone: Mapping[st
         )
 
 
+def how_missed(structures: Structures, kept: Mapping[str, torch.Tensor], sparsity: float) -> str | None:
+    """A sentence that says by how much a pool missed its sparsity, and what can be had; None if it did not.
+
+    It did if nothing is gone, or if more than one structure, and one of twenty, is gone too much or too little.
+    """
+    gone, total = count_gone(structures, kept)
+    if not sparsity or (gone and abs(gone - sparsity * total) <= max(1, total / 20)):
+        return None
+    first, *others = structures
+    if others:
+        least = min(level for group in structures.values() for level in group.counts_that_may_go()[1:])
+        can_be_had = f"They go {least} at a time, which is a sparsity of {least / total:.4g}"
+    else:
+        levels = [level / total for level in structures[first].counts_that_may_go()]
+        near = [max(x for x in levels if x <= sparsity), *(x for x in levels if x > sparsity)][:2]
+        can_be_had = f"What can be had near it is {' and '.join(f'{level:.4g}' for level in near)}"
+    return (
+        f"A sparsity of {sparsity:g} was asked for, and {gone} of the {total} {structures[first].kind}s of {first!r}"
+        f"{f' and {len(others)} other places' if others else ''} are pruned, {gone / total:.4g}. {can_be_had}; take "
+        "another sparsity, or multiple_of where structures go several at a time."
+    )
+
+
 def count_left(group: StructureGroup, sparsity: float) -> int:
     """How many of a group's structures are left at a sparsity, if it competes with no other."""
     asked = round(sparsity * group.count)

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+from torch import nn
 from transformers import PreTrainedModel
 
-from ..calibration.contexts import keep_random_state
+from ..calibration.contexts import keep_random_state, whole_on_error
 from ..calibration.samples import CalibrationData
 from ..distributed.gathering import accessible
-from ..distributed.processes import gather_from_processes, require_agreement
+from ..distributed.processes import failing_together, gather_from_processes, require_agreement
 from ..pacing.even import Even
 from ..pacing.patience import Patience
 from ..plan import Plan
@@ -24,6 +25,7 @@ from ..reporting.savings import shrink_measured
 from ..weights.gradient_hooks import GradientHooks
 from ..weights.masks import MaskSet
 from ..weights.movement import Movement, require_gatherable
+from ..weights.zero_checks import ZeroCheck
 from .checkpoints import (
     BEST_NAME,
     MASKS_NAME,
@@ -34,7 +36,7 @@ from .checkpoints import (
     recover_,
     require_same,
 )  # fmt: skip
-from .events import Event
+from .events import Event, surviving
 from .monitor import Monitor, as_number, improves_as_it_rises, metric_name, warn_of_few_evaluations
 from .optimizers import cut_state_, restart_lr_, retire
 from .overrun import Overrun
@@ -74,6 +76,7 @@ class Run:
         self.resumed_at: int | None = None
         self.overrun: Overrun | None = None
         self._weights = dict(event.model.named_parameters())
+        self._zero_check = ZeroCheck()
         self._hooks = GradientHooks()
         self._hooks.release_(self._weights.values())  # What an interrupted run of another callback has left.
         self._tokens_seen = event.state.num_input_tokens_seen
@@ -190,8 +193,9 @@ class Run:
         if self.rounds.pacing.is_run_over(event.state.global_step):
             event.control.should_training_stop = True
 
-    def save(self, folder: Path, step: int, *, write: bool) -> None:
+    def save(self, folder: Path, step: int, model: nn.Module, *, write: bool) -> None:
         """Puts masks, best weights and movement into a checkpoint; all processes call this, and some write."""
+        self._zero_check.look_(model)
         if self.masks:
             self.masks.save(folder / MASKS_NAME, write=write)
         if self.rounds.best is not None and self.history[-1].best_step != step:
@@ -203,11 +207,12 @@ class Run:
         """Leaves an ordinary model with its zeros, and says loudly if they are fewer than asked for."""
         args, state, model = event.args, event.state, event.model
         with accessible(model):
-            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                load_renamed_weights_(model, Path(state.best_model_checkpoint))
-            elif self.overrun is not None:
-                self.overrun.weights.restore_(model)
-            event.say(self.rounds.finish_(state.global_step, model))
+            with surviving("The best weights were not brought back, and the model has those of the last step."):
+                if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                    load_renamed_weights_(model, Path(state.best_model_checkpoint))
+                elif self.overrun is not None:
+                    self.overrun.weights.restore_(model)
+                event.say(self.rounds.finish_(state.global_step, model))
             self.masks.apply_(model)
         if shortfall := self.history.shortfall():
             logger.warning("%s", shortfall)
@@ -218,18 +223,23 @@ class Run:
             )  # fmt: skip
         if self.plan.structures and self.plan.config.shrink_at_end and self.masks.masked:
             self._shrink_(event)
+        if self._weights:  # Else it is shrunk, and has nothing that is masked.
+            self._zero_check.watch_until_used_(model, self.masks)
         if has_adapters(model) and self.masks:  # Beside adapters there are no base weights to read them from.
-            self.masks.save(Path(str(args.output_dir)) / MASKS_NAME, write=args.should_save)
+            with surviving("The masks were not written beside the adapters."):
+                self.masks.save(Path(str(args.output_dir)) / MASKS_NAME, write=args.should_save)
 
     def _hold_(self, event: Event) -> None:
         """Has gradients, and adapters if there are any, leave what is masked at zero."""
         self._hooks.hold_(self._weights, self.masks)
+        self._zero_check.watch_(event.model, self.masks)
         if has_adapters(event.model):
             mask_adapters_(event.model, self.masks)
 
     def release_(self) -> None:
-        """Takes the hooks from the weights."""
+        """Takes the hooks from the model and its weights."""
         self._hooks.release_(self._weights.values())
+        self._zero_check.stop_()
 
     def _cut_if_due_(self, event: Event) -> None:
         """Cuts if a round begins here."""
@@ -275,6 +285,9 @@ class Run:
             f"Round {row.round} of {len(config.round_sparsities)} at step {row.step}: sparsity {row.reached:.4f}, "
             f"{row.masked:,} of {row.total:,} {report.units} pruned."
         )
+        if asked is not None and (missed := self.plan.missed(masks, asked)):
+            row.missed = missed
+            logger.log(logging.WARNING if state.is_world_process_zero else logging.DEBUG, "%s", missed)
         event.note({"pruning_round": row.round, "sparsity": row.reached})
         row.after_cut = self._measure("after_cut", event)
 
@@ -286,12 +299,11 @@ class Run:
             return self.monitor.measure_(self.history.metric, event.evaluate, prefix)
 
     def _shrink_(self, event: Event) -> None:
-        try:
-            batches = event.batches(event.args.train_batch_size * event.args.world_size)
-            self.history.costs = shrink_measured(cast(PreTrainedModel, event.model), self.masks, batches)
-        except (RuntimeError, ValueError) as error:  # What was trained must not be lost for it.
-            logger.error("The model was not shrunk, and its pruned structures stay as zeros: %s", error)
-        else:
+        model, batches = event.model, event.batches(event.args.train_batch_size * event.args.world_size)
+        with surviving("The model was not shrunk, and its pruned structures stay as zeros."):
+            with whole_on_error(model), failing_together():  # On all processes or on none.
+                costs = shrink_measured(cast(PreTrainedModel, model), self.masks, batches)
+            self.history.costs = costs
             self._weights = {}  # They are no longer the model's.
             retire(event.optimizer)
             event.say(self.history.savings())

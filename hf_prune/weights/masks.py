@@ -109,6 +109,23 @@ class MaskSet(Mapping[str, torch.Tensor]):
                 mask_(held, own(mask).to(held.device))
             mask_parts_(parameter, mask)
 
+    @torch.no_grad()
+    def restore_(self, model: nn.Module) -> int:
+        """Sets the masked weights of `model` to zero where they are not.
+
+        Returns:
+            How many were not, of those that this process holds.
+        """
+        reshard_(model)
+        filled = 0
+        for name, mask in self.items():
+            if is_present(parameter := model.get_parameter(name)):
+                held = own(parameter)
+                filled += int(((held.abs() > 0) & ~own(mask).to(held.device)).sum())
+        if filled:
+            self.apply_(model)
+        return filled
+
     @classmethod
     @torch.no_grad()
     def from_zeros(cls, model: nn.Module, names: Iterable[str] | None = None) -> "MaskSet":

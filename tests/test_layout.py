@@ -22,7 +22,7 @@ schedules
 criteria
 scopes
 weights         targets masks gradient_hooks snapshot movement compression
-calibration     contexts samples activations passes per_sample_gradients statistics costs
+calibration     contexts batches samples activations passes per_sample_gradients statistics costs
 structures      groups ranking families loading registration heads_and_neurons channels finding shrinking
 selection       lowest scoring cuts granularity weight_groups patterns whole_structures
 granularities

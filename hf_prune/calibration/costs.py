@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .batches import Batch
 from .contexts import undisturbed
-from .samples import Batch
 
 logger = logging.getLogger(__name__)
 

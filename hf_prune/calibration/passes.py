@@ -16,7 +16,7 @@ from transformers.utils.generic import find_labels
 from ..distributed.processes import failing_together, gather_from_processes, rank_and_size
 from ..distributed.shards import gathered_parameters, has_shards, own, reshard_
 from ..weights.targets import Target
-from .samples import IGNORED_LABEL, Batch
+from .batches import IGNORED_LABEL, Batch
 
 
 def targets_in_passes(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Target]:

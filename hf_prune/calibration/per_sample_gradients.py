@@ -10,8 +10,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..weights.targets import Target
 from .activations import Product, ProductWatch
+from .batches import Batch, singles_of, size_of, take_samples
 from .passes import gradients_of, loss_of
-from .samples import Batch, singles_of, size_of, take_samples
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -14,10 +14,11 @@ from ..distributed.shards import from_own, own, reshard_
 from ..weights.gradient_hooks import paused
 from ..weights.targets import Target, are_sharded
 from .activations import Product, ProductWatch
+from .batches import IGNORED_LABEL, Batch, singles_of, size_of, take_samples
 from .contexts import eager_experts, undisturbed
 from .passes import base_of, gradients_of, ignores_first_label, in_step, summed_gradients, targets_in_passes
 from .per_sample_gradients import PerSampleSquares
-from .samples import IGNORED_LABEL, Batch, read_samples, require_samples, singles_of, size_of, take_samples
+from .samples import read_samples, require_samples
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def calibrate(
     Args:
         model: The model, unwrapped; called as `model(**batch)`.
         targets: The weights that are to be scored.
-        batches: What the model is called with: tensors with the samples along their first dimension.
+        batches: What the model is called with, as `read_samples` takes them.
         needs: Keys of `STATISTICS`.
         samples: Number of samples to read, of all processes together. If there are fewer, a warning is logged.
         show_progress: Whether a bar shows how far it is, if it takes more than a few seconds.
@@ -188,13 +189,16 @@ class SquaredGradient(OfLoss):
         """Adds a batch."""
         counts = self._label_counts(batch) * is_own
         kept = counts.nonzero().flatten()  # Of samples without a label the gradient is zero.
-        labelled = take_samples(batch, kept)
         self.count += size_of(batch) * is_own
+
+        def labelled() -> Iterator[Batch]:  # What cannot be cut is an error that all processes share.
+            yield from singles_of(take_samples(batch, kept)) if len(kept) else ()
+
         if self.is_sharded:
-            for each, own_one in in_step(self.model, singles_of(labelled)):
+            for each, own_one in in_step(self.model, labelled()):
                 self.add(summed_gradients(self.model, self.targets, each, float(own_one), self.in_passes))
         elif len(kept):
-            self.add(self._squares(labelled, counts[kept]))
+            self.add(self._squares(take_samples(batch, kept), counts[kept]))
 
 
 def unpadded_inputs(product: Product, batch: Batch, model: nn.Module) -> torch.Tensor:

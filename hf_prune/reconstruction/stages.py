@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..calibration.activations import Product, ProductWatch
+from ..calibration.batches import Batch
 from ..calibration.contexts import keep_random_state
-from ..calibration.samples import Batch
 from ..distributed.processes import gather_from_processes
 from ..weights.targets import Target
 from .dependencies import OutputReads, ValueReads

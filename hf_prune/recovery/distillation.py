@@ -14,8 +14,8 @@ from torch import nn
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..calibration.batches import IGNORED_LABEL
 from ..calibration.passes import base_of, ignores_first_label
-from ..calibration.samples import IGNORED_LABEL
 from ..distributed.zero import has_partitions
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from transformers import PreTrainedModel
 
+from ..calibration.batches import Batch
 from ..calibration.contexts import whole_on_error
 from ..calibration.costs import Cost, measure_cost_or_parameters
-from ..calibration.samples import Batch
 from ..structures.shrinking import shrink
 
 

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 
 from hf_prune import PruningConfig, prune
-from hf_prune.calibration.samples import IGNORED_LABEL
+from hf_prune.calibration.batches import IGNORED_LABEL
 from hf_prune.calibration.statistics import STATISTICS, calibrate
 from hf_prune.distributed.processes import rank_and_size
 from hf_prune.distributed.shards import is_sharded, own, whole

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .batches import Batch
 from .contexts import undisturbed
+from .passes import call
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +63,12 @@ def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: i
         for name, model in models.items():
             # Attention that is one operator is not counted on every device; its products are.
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                model(**batches[name])
+                call(model, batches[name])
             flops[name] = counter.get_total_flops()
         for _ in range(turns):
             for name, model in models.items():
                 device, start = next(model.parameters()).device, time.perf_counter()
-                model(**batches[name])
+                call(model, batches[name])
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 seconds[name].append(time.perf_counter() - start)

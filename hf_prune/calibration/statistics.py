@@ -16,7 +16,7 @@ from ..weights.targets import Target, are_sharded
 from .activations import Product, ProductWatch
 from .batches import IGNORED_LABEL, Batch, singles_of, size_of, take_samples
 from .contexts import eager_experts, undisturbed
-from .passes import base_of, gradients_of, ignores_first_label, in_step, summed_gradients, targets_in_passes
+from .passes import base_of, call, gradients_of, ignores_first_label, in_step, summed_gradients, targets_in_passes
 from .per_sample_gradients import PerSampleSquares
 from .samples import read_samples, require_samples
 
@@ -39,7 +39,7 @@ def calibrate(
     them get the statistics of all samples; of sharded weights, those of the rows that they hold.
 
     Args:
-        model: The model, unwrapped; called as `model(**batch)`.
+        model: The model, unwrapped; called as `call` does.
         targets: The weights that are to be scored.
         batches: What the model is called with, as `read_samples` takes them.
         needs: Keys of `STATISTICS`.
@@ -124,7 +124,7 @@ class InputNorm(Gatherer):
             self.sums[product.target.name][product.part_slice] += squares
 
         with torch.no_grad(), eager_experts(self.model), ProductWatch(self.in_passes if is_own else {}, add):
-            self.model(**batch)
+            call(self.model, batch)
 
     def statistic(self) -> Mapping[str, torch.Tensor]:
         """The norms over the samples of all processes; ones for a part of which no product was seen."""

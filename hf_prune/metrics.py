@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction
 
-from .calibration.samples import IGNORED_LABEL
+from .calibration.batches import IGNORED_LABEL
 from .reporting.history import perplexity_from_loss
 
 ComputeMetrics = Callable[..., dict[str, float]]

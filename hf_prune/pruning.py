@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from .calibration.samples import Batch, CalibrationData
+from .calibration.batches import Batch
+from .calibration.samples import CalibrationData
 from .calibration.statistics import STATISTICS, calibrate
 from .config import PruningConfig
 from .criteria import Criterion, Statistics
@@ -118,8 +119,8 @@ def prune(
             all call this, with the same weights.
         config: The pruning config; of its rounds only the last counts.
         dataloader: Batches with the samples along the first dimension of their tensors, for criteria and scopes that
-            look at data; of these the first `config.calibration_samples` samples are read, maybe several times. Each
-            process gives samples of its own.
+            look at data; also padding-free ones, and those of vision-language models. Of these the first
+            `config.calibration_samples` samples are read, maybe several times. Each process gives samples of its own.
         criterion: A criterion in place of the config's.
         seed: For criteria that draw random numbers.
 
@@ -128,9 +129,9 @@ def prune(
 
     Raises:
         ValueError: if the config does not fit the model; if criterion or scope looks at data and the dataloader is
-            missing, empty, or can be read only once; if nobody gathers here what the criterion reads; if a weight or
-            a statistic is not finite; or if scores are NaN, of another shape, or differ from call to call. The model
-            is then as it was.
+            missing, empty, or can be read only once; if the model cannot be called with its batches, or their samples
+            cannot be told apart; if nobody gathers here what the criterion reads; if a weight or a statistic is not
+            finite; or if scores are NaN, of another shape, or differ from call to call. The model is then as it was.
         TypeError: if the criterion gives something that is not a tensor.
 
     Example:

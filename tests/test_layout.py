@@ -22,7 +22,7 @@ schedules
 criteria
 scopes
 weights         targets masks gradient_hooks zero_checks snapshot movement compression
-calibration     contexts samples activations passes per_sample_gradients statistics costs
+calibration     contexts batches samples activations passes per_sample_gradients statistics costs
 structures      groups ranking families loading registration heads_and_neurons example_inputs channels finding
                 comparing configs shrinking
 selection       lowest scoring cuts granularity weight_groups patterns whole_structures

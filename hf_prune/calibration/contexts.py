@@ -35,7 +35,8 @@ def undisturbed(model: nn.Module, weights: Iterable[torch.Tensor] = ()) -> Itera
         weight.requires_grad_(True)
     torch.clear_autocast_cache()  # It may hold weights as they were before they were changed.
     try:
-        with torch.inference_mode(False), keep_random_state(next(model.parameters()).device), _uncompiled():
+        device = next(model.parameters()).device
+        with torch.inference_mode(False), keep_random_state(device), _uncompiled(), _unscaled(model):
             yield
     finally:
         for state in states:
@@ -92,6 +93,20 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:  # Nothing is, and importing it takes seconds.
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+@contextlib.contextmanager
+def _unscaled(model: nn.Module) -> Iterator[None]:
+    """RWKV divides weights in place in evaluation mode: not while what they are worth is looked at."""
+    scalable: list[Any] = [
+        module for module in model.modules() if getattr(module, "layers_are_rescaled", None) is False
+    ]
+    try:
+        with configured(model, "rescale_every", 0) if scalable else contextlib.nullcontext():
+            yield
+    finally:
+        for module in scalable:
+            module.layers_are_rescaled = False
 
 
 @contextlib.contextmanager

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .batches import Batch
 from .contexts import undisturbed
-from .samples import Batch
+from .passes import call
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: i
         for _ in range(turns):
             for name, model in models.items():
                 device, start = next(model.parameters()).device, time.perf_counter()
-                model(**batches[name])
+                call(model, batches[name])
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 seconds[name].append(time.perf_counter() - start)
@@ -75,11 +76,11 @@ def _flops_of(model: nn.Module, batch: Batch) -> int:
     # Attention that is one operator is not counted on every device; its products are.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         try:
-            model(**batch)
+            call(model, batch)
         except AssertionError:  # The counter needs gradients where a hook asks for them, as checkpointing does.
             counter.flop_counts.clear()
             with torch.enable_grad():
-                model(**batch)
+                call(model, batch)
     return int(counter.get_total_flops())
 
 

@@ -6,7 +6,9 @@ every pass together, and what is multiplied are gathered weights, other tensors 
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -16,7 +18,9 @@ from transformers.utils.generic import find_labels
 from ..distributed.processes import failing_together, gather_from_processes, rank_and_size
 from ..distributed.shards import gathered_parameters, has_shards, own, reshard_
 from ..weights.targets import Target
-from .samples import IGNORED_LABEL, Batch
+from .batches import IGNORED_LABEL, Batch
+
+_LABELS = ("labels", "label", "label_ids")
 
 
 def targets_in_passes(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Target]:
@@ -57,18 +61,75 @@ def base_of(model: nn.Module) -> nn.Module:
     return base() if callable(base) else model
 
 
+def call(model: nn.Module, batch: Batch) -> Any:
+    """What a model gives for a batch: called by name, or with the batch itself where its forward takes one dict.
+
+    Labels are left out where its forward takes none, as some trainers take them out for a loss of their own.
+
+    Raises:
+        ValueError: if its forward takes neither, or fails with the dict.
+    """
+    try:
+        signature = inspect.signature(base_of(model).forward)
+    except (TypeError, ValueError):  # Not everything that can be called says how.
+        return model(**batch)
+    for named in (batch, {name: value for name, value in batch.items() if name not in _LABELS}):
+        with contextlib.suppress(TypeError):
+            signature.bind(**named)
+            break
+    else:
+        return _call_with_dict(model, signature, batch)
+    return model(**named)
+
+
+def _call_with_dict(model: nn.Module, signature: inspect.Signature, batch: Batch) -> Any:
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p for p in signature.parameters.values() if p.default is p.empty and p.kind in positional]
+    name, annotation = type(base_of(model)).__name__, str(required[0].annotation).lower() if required else ""
+    is_tensor = "tensor" in annotation and "dict" not in annotation and "mapping" not in annotation
+    way_out = "or take a criterion that looks at no data: magnitude, lamp or movement."
+    if len(required) != 1 or required[0].name in batch or is_tensor:
+        raise ValueError(
+            f"{name}.forward takes {', '.join(signature.parameters) or 'nothing'}, and cannot be called with batches "
+            f"of {', '.join(batch)}. Name what batches hold as it does, {way_out}"
+        )
+    try:
+        return model(dict(batch))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name}.forward takes one dict, and fails with one of {', '.join(batch)}: {error!r}. Give batches that "
+            f"it can be called with, {way_out}"
+        ) from error
+
+
+@contextlib.contextmanager
+def differentiating(model: nn.Module) -> Iterator[None]:
+    """Says what was differentiated if that fails."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # Some kernels have a backward pass only in training mode.
+        raise ValueError(
+            f"the loss of {type(base_of(model)).__name__} cannot be differentiated in evaluation mode, in which "
+            f"calibration runs. Take a criterion that reads no gradient, as magnitude or wanda do. It said: {error}"
+        ) from error
+
+
 def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The loss of a batch; an error if the model gives none."""
-    output = model(**batch)
+    """The loss of a batch; an error if the model itself gives none."""
+    output = call(model, batch)
     if isinstance(output, tuple):  # as Trainer takes it
         loss = output[0] if output and torch.is_tensor(output[0]) and not output[0].ndim else None
     else:
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
-        keys = [key for key in find_labels(type(base_of(model))) if key not in batch] or ["labels"]
+        keys = [key for key in find_labels(type(base_of(model))) if key not in batch]
+        needed = f"They need {' and '.join(map(repr, keys))}"
+        lacks = needed if keys else "Its own forward must give it, not a trainer's compute_loss"
         raise ValueError(
-            f"{type(model).__name__} gives no loss for calibration batches with {', '.join(batch)}. "
-            f"They need {' and '.join(map(repr, keys))} (for sparsegpt only with scope='global')."
+            f"{type(model).__name__} gives no loss for calibration batches with {', '.join(batch)}. {lacks} (for "
+            "sparsegpt only with scope='global')."
         )
     return loss
 
@@ -90,7 +151,8 @@ def gradients_of(model: nn.Module, targets: Mapping[str, Target], batch: Batch) 
     """The gradients of a batch's loss, in float32; `.grad` stays as it is."""
     with torch.enable_grad():
         loss = loss_of(model, batch)
-    gradients = torch.autograd.grad(loss, [target.weight for target in targets.values()], allow_unused=True)
+    with differentiating(model):
+        gradients = torch.autograd.grad(loss, [target.weight for target in targets.values()], allow_unused=True)
     return {n: g.float() for n, g in zip(targets, gradients, strict=True) if g is not None}
 
 
@@ -121,7 +183,9 @@ def summed_gradients(
         for target in (watched or {}).values():
             undo.callback(target.weight.register_hook(torch.square).remove)
         with torch.enable_grad():
-            (loss_of(model, batch) * share).backward()
+            loss = loss_of(model, batch) * share
+        with differentiating(model):
+            loss.backward()
         _, size = rank_and_size()
         found = {name: target.weight.grad for name, target in targets.items()}
         return {name: own(gradient).float() * size for name, gradient in found.items() if gradient is not None}

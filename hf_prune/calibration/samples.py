@@ -1,4 +1,4 @@
-"""Samples: batches for a calibration, drawn, read and cut."""
+"""Samples: batches for a calibration, drawn and read."""
 
 import copy
 import itertools
@@ -19,16 +19,12 @@ from transformers.utils.logging import tqdm
 
 from ..criteria import Statistics
 from ..distributed.processes import rank_and_size, sum_over_processes_
+from .batches import Batch, can_cut, is_batch, placeholders_of, size_of, take_samples, unpacked
 
 logger = logging.getLogger(__name__)
 
 DELAY = 5
 """Seconds after which a calibration shows how far it is."""
-
-Batch = Mapping[str, Any]
-
-IGNORED_LABEL = -100
-"""The label of a position that has none, everywhere in Transformers."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +47,26 @@ def read_samples(
 ) -> Iterator[Batch]:
     """The first samples of this process's batches, on the device of a model, the last batch cut short.
 
-    The number of samples is that of all processes together.
+    Their samples lie along the first dimension, however those of the given batches did. The number of samples is that
+    of all processes together.
     """
     (rank, size), device, seen = rank_and_size(), next(model.parameters()).device, 0
+    placeholders = placeholders_of(model)
     mine = len(range(rank, samples, size))
     with tqdm(total=mine, desc="Calibrating", unit="sample", delay=DELAY, disable=not show_progress) as bar:
         for batch in batches if mine else ():
-            if not isinstance(batch, Mapping) or not any(torch.is_tensor(v) and v.ndim for v in batch.values()):
+            if not is_batch(batch):
                 raise TypeError(
                     "calibration batches must be dicts of tensors, with which the model is called; got "
                     f"{', '.join(batch) if isinstance(batch, Mapping) else type(batch).__name__}."
                 )
-            part = take_samples(send_to_device(batch, device), slice(0, mine - seen))
-            yield part
-            seen += size_of(part)
-            bar.update(size_of(part))
-            if seen >= mine:
-                break
+            for each in unpacked(send_to_device(batch, device), placeholders):
+                part = take_samples(each, slice(0, mine - seen))
+                yield part
+                seen += size_of(part)
+                bar.update(size_of(part))
+                if seen >= mine:
+                    return
 
 
 def require_samples(model: nn.Module, seen: int, samples: int) -> None:
@@ -84,7 +83,7 @@ def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed:
 
     Samples of a dataset of known length are drawn with the seed, each once and on one process; a stream is read from
     its beginning. The number of samples is that of all processes together. Batches are as the dataloader's collator
-    makes them; as the dataset does, where it has no batch size.
+    makes them; as the dataset does, where it has no batch size; of one sample each, where they could not be cut.
 
     Raises:
         ValueError: if the samples cannot be read without taking them from the training.
@@ -112,7 +111,12 @@ def batches_of(dataloader: DataLoader[Any], samples: int, batch_size: int, seed:
     if dataloader.batch_size is None and dataloader.batch_sampler is None:
         yield from map(collate, drawn)
     while rows := list(itertools.islice(drawn, batch_size)):
-        yield collate(rows)
+        batch = collate(rows)
+        if is_batch(batch) and not can_cut(batch):  # As patches of images, of which it only knows here
+            batch_size = 1  # whose they are.
+            yield from (collate([row]) for row in rows)
+        else:
+            yield batch
 
 
 def _with_own_generators(collate: Any) -> Any:
@@ -128,27 +132,3 @@ def _with_own_generators(collate: Any) -> Any:
         elif name == "data_collator":  # inside of the one by which Trainer leaves out columns
             object.__setattr__(own, name, _with_own_generators(value))
     return own
-
-
-def singles_of(batch: Batch) -> Iterator[Batch]:
-    """The samples of a batch, each as a batch of its own."""
-    return (take_samples(batch, slice(i, i + 1)) for i in range(size_of(batch)))
-
-
-def size_of(batch: Batch) -> int:
-    """Number of samples in a batch."""
-    return next(len(value) for value in batch.values() if torch.is_tensor(value) and value.ndim)
-
-
-def take_samples(batch: Batch, which: slice | torch.Tensor) -> Batch:
-    """Some of the samples of a batch."""
-    size = size_of(batch)
-
-    def select(value: Any) -> Any:
-        if torch.is_tensor(value) and value.ndim and len(value) == size:
-            return value[which]
-        if isinstance(value, list) and len(value) == size:  # as the labels of detection are
-            return value[which] if isinstance(which, slice) else [value[int(i)] for i in which]
-        return value
-
-    return {name: select(value) for name, value in batch.items()}

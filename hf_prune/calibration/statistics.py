@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -14,10 +14,11 @@ from ..distributed.shards import from_own, own, reshard_
 from ..weights.gradient_hooks import paused
 from ..weights.targets import Target, are_sharded
 from .activations import Product, ProductWatch
-from .contexts import eager_experts, undisturbed
-from .passes import base_of, gradients_of, ignores_first_label, in_step, summed_gradients, targets_in_passes
+from .batches import IGNORED_LABEL, Batch, singles_of, size_of, take_samples
+from .contexts import configured, eager_experts, undisturbed
+from .passes import base_of, call, gradients_of, ignores_first_label, in_step, summed_gradients, targets_in_passes
 from .per_sample_gradients import PerSampleSquares
-from .samples import IGNORED_LABEL, Batch, read_samples, require_samples, singles_of, size_of, take_samples
+from .samples import read_samples, require_samples
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,9 @@ def calibrate(
     them get the statistics of all samples; of sharded weights, those of the rows that they hold.
 
     Args:
-        model: The model, unwrapped; called as `model(**batch)`.
+        model: The model, unwrapped; called as `call` does.
         targets: The weights that are to be scored.
-        batches: What the model is called with: tensors with the samples along their first dimension.
+        batches: What the model is called with, as `read_samples` takes them.
         needs: Keys of `STATISTICS`.
         samples: Number of samples to read, of all processes together. If there are fewer, a warning is logged.
         show_progress: Whether a bar shows how far it is, if it takes more than a few seconds.
@@ -55,7 +56,9 @@ def calibrate(
     in_passes, seen = targets_in_passes(model, targets), 0
     gatherers = {name: STATISTICS[name](model, targets, in_passes) for name in needs}
     weights = [target.weight for target in (*targets.values(), *in_passes.values())]
-    with undisturbed(model, weights), contextlib.ExitStack() as after, paused():
+    # What a cache holds is written in place where some models, as RWKV, read it again in the backward pass.
+    without_cache = configured(model, "use_cache", False)
+    with undisturbed(model, weights), without_cache, contextlib.ExitStack() as after, paused():
         after.callback(reshard_, model)
         for batch, is_own in in_step(model, read_samples(model, batches, samples, show_progress=show_progress)):
             for gatherer in gatherers.values():
@@ -123,7 +126,7 @@ class InputNorm(Gatherer):
             self.sums[product.target.name][product.part_slice] += squares
 
         with torch.no_grad(), eager_experts(self.model), ProductWatch(self.in_passes if is_own else {}, add):
-            self.model(**batch)
+            call(self.model, batch)
 
     def statistic(self) -> Mapping[str, torch.Tensor]:
         """The norms over the samples of all processes; ones for a part of which no product was seen."""
@@ -188,13 +191,16 @@ class SquaredGradient(OfLoss):
         """Adds a batch."""
         counts = self._label_counts(batch) * is_own
         kept = counts.nonzero().flatten()  # Of samples without a label the gradient is zero.
-        labelled = take_samples(batch, kept)
         self.count += size_of(batch) * is_own
+
+        def labelled() -> Iterator[Batch]:  # What cannot be cut is an error that all processes share.
+            yield from singles_of(take_samples(batch, kept)) if len(kept) else ()
+
         if self.is_sharded:
-            for each, own_one in in_step(self.model, singles_of(labelled)):
+            for each, own_one in in_step(self.model, labelled()):
                 self.add(summed_gradients(self.model, self.targets, each, float(own_one), self.in_passes))
         elif len(kept):
-            self.add(self._squares(labelled, counts[kept]))
+            self.add(self._squares(take_samples(batch, kept), counts[kept]))
 
 
 def unpadded_inputs(product: Product, batch: Batch, model: nn.Module) -> torch.Tensor:

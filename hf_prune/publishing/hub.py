@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..calibration.batches import Batch
 from ..calibration.contexts import keep_random_state
 from ..calibration.costs import Cost, measure_costs
-from ..calibration.samples import Batch
 from ..callback import PruningTrainerCallback
 from ..config import CONFIG_NAME, PruningConfig
 from ..distributed.processes import rank_and_size

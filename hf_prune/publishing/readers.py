@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ..calibration.samples import Batch
+from ..calibration.batches import Batch
 from .opening import Processing
 
 _CHARACTERS = 16  # read for each token that is asked for: few languages need as many

@@ -14,8 +14,9 @@ from torch import nn
 from transformers.utils.logging import tqdm
 
 from ..calibration.activations import Product
+from ..calibration.batches import Batch, size_of
 from ..calibration.contexts import configured, eager_experts, undisturbed
-from ..calibration.samples import DELAY, Batch, read_samples, require_samples, size_of
+from ..calibration.samples import DELAY, read_samples, require_samples
 from ..calibration.statistics import require_finite, unpadded_inputs, warn_of_unreached
 from ..distributed.processes import sum_over_processes_
 from ..scopes import divide
@@ -61,11 +62,11 @@ def reconstruct_(
     each), and the outputs of finished blocks, and of finished parts of others, that later passes still read.
 
     Args:
-        model: The model, unwrapped; called as `model(**batch)`. Changed in place.
+        model: The model, unwrapped; called as a calibration calls it. Changed in place.
         targets: The weights.
         masks: The masks so far; what they prune stays pruned.
         quotas: What to prune of each target.
-        batches: What the model is called with: tensors with the samples along their first dimension.
+        batches: What the model is called with, as `read_samples` takes them.
         samples: Number of samples to read, of all processes together.
         show_progress: Whether a bar shows how far it is, if it takes more than a few seconds.
 

@@ -18,8 +18,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..calibration.activations import Product, ProductWatch
+from ..calibration.batches import Batch
 from ..calibration.contexts import keep_random_state
-from ..calibration.samples import Batch
+from ..calibration.passes import call
 from ..distributed.processes import gather_from_processes
 from ..weights.targets import Target
 from .dependencies import OutputReads, ValueReads
@@ -59,7 +60,7 @@ class Stages:
     tensors decide what a pass does, as they do for experts.
 
     Args:
-        model: The model, unwrapped, in evaluation mode; called as `model(**batch)` without gradients.
+        model: The model, unwrapped, in evaluation mode; called without gradients.
         targets: The weights.
         batches: What it is called with, on its device, on this process.
 
@@ -194,7 +195,7 @@ class Stages:
         torch.clear_autocast_cache()
         device = next(self._model.parameters()).device
         with keep_random_state(device), torch.no_grad(), contextlib.suppress(_StopForward), watch:
-            self._model(**self._batches[index])
+            call(self._model, self._batches[index])
 
 
 def _shapes_of(batch: Batch) -> str:

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..calibration.passes import base_of, ignores_first_label
-from ..calibration.samples import IGNORED_LABEL
+from ..calibration.batches import IGNORED_LABEL
+from ..calibration.passes import base_of, call, ignores_first_label
 from ..distributed.zero import has_partitions
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class DistillationMixin:
         needs_labels = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs
         read = {name: value for name, value in inputs.items() if needs_labels or name != "labels"}
         with torch.no_grad():
-            outputs = self.teacher(**read)
+            outputs = call(self.teacher, read)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.teacher_seconds += time.perf_counter() - start

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from transformers import PreTrainedModel
 
+from ..calibration.batches import Batch, take_samples
 from ..calibration.costs import Cost, measure_cost_or_parameters
-from ..calibration.samples import Batch, take_samples
 from ..structures.shrinking import shrink
 
 

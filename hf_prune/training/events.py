@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..calibration.samples import Batch, batches_of
+from ..calibration.batches import Batch
+from ..calibration.samples import batches_of
 from ..distributed.processes import failing_together
 from ..distributed.shards import has_shards
 from ..distributed.zero import has_partitions, require_maskable

@@ -1,12 +1,18 @@
 import contextlib
+import copy
 import random
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
+from hf_prune import PruningConfig, prune
 from hf_prune.calibration.contexts import keep_random_state, whole_on_error
+from hf_prune.calibration.statistics import calibrate
+from hf_prune.weights.targets import find_targets
+from tests.tiny import TOKENS
 
 
 def draw():
@@ -57,3 +63,28 @@ def test_a_model_is_whole_after_an_error():
     with whole_on_error(model):
         take_apart()
     assert isinstance(model[2], nn.Identity)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_weights_that_rwkv_divides_in_evaluation_mode_stay_as_they_are(scaled):
+    """And it is differentiated: the gradient is that of training mode, where nothing is divided."""
+    torch.manual_seed(0)
+    config = transformers.RwkvConfig(**TOKENS, context_length=8, hidden_size=8, num_hidden_layers=4, rescale_every=2)
+    model = transformers.RwkvForCausalLM(config).eval()
+    ids = torch.randint(1, 60, (3, 6))
+    data = {"input_ids": ids, "labels": ids}
+    if scaled:  # Someone else has evaluated it.
+        model(**data)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    targets = find_targets(model)
+    found = calibrate(model, targets, [data], ["input_norm", "gradient", "squared_gradient"], 3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (model.rwkv.layers_are_rescaled, model.config.rescale_every) == (scaled, 2)
+    cut = copy.deepcopy(model)
+    prune(cut, PruningConfig(sparsity=0.5, criterion="sparsegpt", calibration_samples=3), [data])
+    assert (cut.rwkv.layers_are_rescaled, cut.config.rescale_every) == (scaled, 2)
+    model.config.use_cache = False
+    model.train(not scaled)
+    model(**data).loss.backward()
+    for name, target in targets.items():
+        torch.testing.assert_close(found["gradient"][name], target.weight.grad)

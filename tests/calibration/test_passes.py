@@ -1,22 +1,25 @@
-"""Passes of models that FSDP2 has sharded: what is gathered is what one process sees of all samples."""
+"""Passes: how a model is called; and of one that FSDP2 has sharded, what is gathered is what one process sees."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 
-from hf_prune import PruningConfig, prune
-from hf_prune.calibration.samples import IGNORED_LABEL
+from hf_prune import PruningConfig, PruningTrainerCallback, prune
+from hf_prune.calibration.batches import IGNORED_LABEL
+from hf_prune.calibration.costs import measure_costs
 from hf_prune.calibration.statistics import STATISTICS, calibrate
 from hf_prune.distributed.processes import rank_and_size
 from hf_prune.distributed.shards import is_sharded, own, whole
 from hf_prune.weights.targets import find_targets
 from tests.processes import on_processes
 from tests.tiny import FAMILIES, batch, build
+from tests.trainers import trainer_factory
 
 # How many batches of two samples each process has, and whether theirs have labels: of all processes one has any.
 DEALS = {"as many": ([2, 2], True), "fewer": ([3, 1], True), "none": ([2, 0], True), "no labels": ([2, 1], False)}
@@ -170,3 +173,138 @@ def test_cuts_of_shards_are_exact_and_those_of_one_process(tmp_path):
         # Sums of several processes are rounded in another order, and close to the threshold that may decide.
         assert sum(different.values()) <= 4, (name, different)
         assert all(torch.equal(mask, second[name][key]) for key, mask in first[name].items())
+
+
+# How a model is called
+
+
+class TakesDict(nn.Module):
+    """As sentence encoders do: its forward takes one dict, and writes into it."""
+
+    def __init__(self, gives_loss=False):
+        super().__init__()
+        self.model = build("llama").model
+        self.gives_loss = gives_loss
+
+    def forward(self, features: dict[str, torch.Tensor], **kwargs: object) -> dict[str, torch.Tensor]:
+        features["states"] = self.model(input_ids=features["input_ids"]).last_hidden_state
+        return {"loss": features["states"].square().mean()} if self.gives_loss else features
+
+
+def tokens() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.arange(1, 25).view(4, 6), "labels": torch.zeros(4, dtype=torch.long)}
+
+
+def test_a_forward_that_takes_a_dict_gets_it():
+    """What its layers see is what those of the model inside see."""
+    model, data = TakesDict(gives_loss=True), [tokens()]
+    inner = model.model
+    inside = calibrate(inner, find_targets(inner), [{"input_ids": data[0]["input_ids"]}], ["input_norm"], 4)
+    found = calibrate(model, find_targets(model), data, STATISTICS, 4)
+    assert set(data[0]) == {"input_ids", "labels"}
+    for name, norm in inside["input_norm"].items():
+        assert torch.equal(found["input_norm"][f"model.{name}"], norm)
+    model.eval()
+    model(dict(data[0]))["loss"].backward()
+    for name, target in find_targets(model).items():
+        torch.testing.assert_close(found["gradient"][name], target.weight.grad)
+    for name in ("wanda", "snip", "sparsegpt"):
+        config = PruningConfig(sparsity=0.5, criterion=name, calibration_samples=4)
+        assert prune(TakesDict(gives_loss=True), config, data).sparsity == 0.5
+    assert measure_costs({"dict": model}, data[0], turns=1)["dict"].flops > 0
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "taylor"])
+def test_in_training_a_model_whose_loss_is_the_trainers_has_inputs_but_no_gradients(criterion, tmp_path):
+    class Loss(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(inputs)["states"].square().mean()
+
+    pruning = PruningTrainerCallback(PruningConfig(sparsity=0.5, criterion=criterion, calibration_samples=4))
+    samples = [{"input_ids": torch.arange(1, 9)}] * 8
+    options = {"cls": Loss, "train_dataset": samples, "remove_unused_columns": False, "max_steps": 1}
+    trainer = trainer_factory(tmp_path)(TakesDict(), pruning, **options)
+    if criterion == "wanda":
+        trainer.train()
+        assert pruning.masks.sparsity == 0.5
+    else:
+        message = r"TakesDict gives no loss for .* with input_ids\. Its own forward must give it, not a trainer's comp"
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+
+
+def test_labels_are_left_out_where_a_forward_takes_none():
+    """As by a trainer that has a loss of its own."""
+
+    class TakesNone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)
+
+    x = torch.randn(3, 4)
+    data, model = [{"x": x, "labels": torch.ones(3)}], TakesNone()
+    norm = calibrate(model, find_targets(model), data, ["input_norm"], 3)["input_norm"]["layer.weight"]
+    torch.testing.assert_close(norm, x.norm(dim=0)[None])
+    with pytest.raises(ValueError, match=r"TakesNone gives no loss .* x, labels\. Its own forward must give it"):
+        calibrate(model, find_targets(model), data, ["gradient"], 3)
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, left, right):
+        return self.layer(left) + right
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 4)), r"^Sequential\.forward takes one dict, and fails with .*TypeError"),
+        (Two, r"^Two\.forward takes left, right, and cannot be called with batches of x, y\. Name what batches"),
+        (TakesDict, r"^TakesDict\.forward takes one dict, and fails with one of x, y: KeyError\('input_ids'\)\. Give"),
+    ],
+)
+def test_what_cannot_be_called_is_said(make, message):
+    data = [{"x": torch.randn(2, 4), "y": torch.randn(2, 4)}]
+    with pytest.raises(
+        ValueError, match=message + ".*, or take a criterion that looks at no data: magnitude, lamp or"
+    ):
+        prune(make(), PruningConfig(sparsity=0.5, criterion="wanda"), data)
+
+
+def test_wrappers_are_looked_through():
+    """Of peft and of `torch.compile`, whose forwards take whatever they are given."""
+    peft = pytest.importorskip("peft")
+    data, plain = [tokens()], TakesDict()
+    expected = calibrate(plain, find_targets(plain), data, ["input_norm"], 4)["input_norm"]
+    adapted = peft.get_peft_model(TakesDict(), peft.LoraConfig(target_modules=["q_proj"]))
+    for model in (adapted, torch.compile(TakesDict(), backend="eager")):
+        found = calibrate(model, find_targets(model), data, ["input_norm"], 4)["input_norm"]
+        for values, other in zip(found.values(), expected.values(), strict=True):
+            assert torch.equal(values, other)
+
+
+def test_what_cannot_be_differentiated_in_evaluation_mode_is_said():
+    class Trains(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.layer(x)
+            z = y.exp()
+            return {"loss": (z if self.training else z.add_(1)).mean()}
+
+    data = [{"x": torch.randn(2, 4)}]
+    for name in ("taylor", "fisher", "sparsegpt"):
+        model = Trains()
+        message = "^the loss of Trains cannot be differentiated in evaluation mode, .* wanda do.* inplace operation"
+        with pytest.raises(ValueError, match=message):
+            prune(model, PruningConfig(sparsity=0.5, criterion=name), data)
+        assert model.training
+    assert prune(Trains(), PruningConfig(sparsity=0.5, criterion="wanda"), data).sparsity == 0.5

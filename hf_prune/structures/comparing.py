@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -17,7 +18,8 @@ from transformers.utils.logging import (
     set_verbosity,
 )
 
-from ..calibration.contexts import configured, undisturbed
+from ..calibration.contexts import configured, eager_experts, undisturbed
+from ..calibration.passes import call
 from .example_inputs import example_batch
 
 logger = logging.getLogger(__name__)
@@ -45,14 +47,13 @@ class Reference:
         self, model: PreTrainedModel, masks: Mapping[str, torch.Tensor], batch: Mapping[str, Any] | None = None
     ) -> None:
         doubles = 8 * sum(parameter.numel() for parameter in model.parameters())
-        is_double = doubles <= _DOUBLE_BYTES and next(model.parameters()).device.type != "mps"
-        self._dtype = torch.float64 if is_double else torch.float32
+        dtypes = [torch.float64, torch.float32] if doubles <= _DOUBLE_BYTES else [torch.float32]
+        batches = [each for each in (example_batch(model), batch) if each is not None]
         errors = ["no batch is known"]
-        for each in (example_batch(model), batch):
+        for self._batch, self._dtype in itertools.product(batches, dtypes):
             try:
-                if each is not None:
-                    self._batch, self._outputs = each, self._call(model, each, masks)
-                    break
+                self._outputs = self._call(model, self._batch, masks)
+                break
             except Exception as error:  # Models ask for all kinds of inputs, and each tells it in its own way.
                 errors.append(str(error))
         else:
@@ -96,11 +97,13 @@ class Reference:
 
     def _call(self, model: PreTrainedModel, batch: Mapping[str, Any], masks: Mapping[str, torch.Tensor]) -> Outputs:
         uncached = configured(model, "use_cache", False)
-        with undisturbed(model), uncached, torch.no_grad(), _computing_in(model, self._dtype, masks):
+        eager = eager_experts(model)  # Fused kernels know no float64.
+        with undisturbed(model), uncached, eager, torch.no_grad(), _computing_in(model, self._dtype, masks):
             torch.manual_seed(0)  # Some models draw random numbers in evaluation too.
-            output = model(**{name: _cast(value, self._dtype) for name, value in batch.items()}, return_dict=True)
-        found = {name: value for name, value in output.items() if torch.is_tensor(value)}
-        found |= {f"feature_maps[{i}]": each for i, each in enumerate(output.get("feature_maps", ()))}
+            output = call(model, {name: _cast(value, self._dtype) for name, value in batch.items()})
+        named = dict(output) if isinstance(output, Mapping) else dict(enumerate(output))
+        found = {str(name): value for name, value in named.items() if torch.is_tensor(value)}
+        found |= {f"feature_maps[{i}]": each for i, each in enumerate(named.get("feature_maps", ()))}
         outputs = {name: value.double() for name, value in found.items() if value.is_floating_point()}
         if not any(value.isfinite().any() for value in outputs.values()):
             raise ValueError("it gives no finite outputs")

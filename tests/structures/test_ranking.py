@@ -1,12 +1,13 @@
 """Which structures go."""
 
 import itertools
+import re
 
 import pytest
 import torch
 
 from hf_prune.structures.groups import StructureGroup
-from hf_prune.structures.ranking import choose, require_attainable
+from hf_prune.structures.ranking import choose, how_missed, require_attainable
 
 
 def places(*counts, kind="head", multiple=1, stay=()):
@@ -144,3 +145,23 @@ def test_scores_that_are_nan():
     scores = {"head 0": torch.tensor([1.0, float("nan"), 1.0, 1.0]).double()}
     with pytest.raises(ValueError, match="1 of the 4 scores of 'head 0' are NaN"):
         choose(structures, scores, all_kept(structures), 0.5, "global", {})
+
+
+@pytest.mark.parametrize(
+    ("structures", "gone", "sparsity", "said"),
+    [
+        (places(2), 0, 0.2, "0.2 was asked for, and 0 of the 2 heads of 'head 0' are pruned, 0. .* 0 and 0.5;"),
+        (places(96, kind="neuron", multiple=64), 32, 0.2, r"32 of the 96 neurons .* near it is 0 and 0\.3333;"),
+        (places(2, 2), 0, 0.1, r"0 of the 4 heads of 'head 0' and 1 other places .* go 1 at a time.* 0\.25;"),
+        (places(40, 40, kind="neuron", multiple=16), 8, 0.3, r"They go 8 at a time, which is a sparsity of 0\.1;"),
+        (places(40), 12, 0.3, None),
+        (places(12, kind="layer"), 4, 0.3, None),  # 3.6 were asked for.
+        (places(3072, 3072, kind="neuron", multiple=8), 1240, 0.2, None),
+        (places(2), 0, 0.0, None),
+    ],
+)
+def test_a_pool_that_misses_its_sparsity_says_what_can_be_had(structures, gone, sparsity, said):
+    kept = all_kept(structures)
+    kept[next(iter(kept))][:gone] = False
+    found = how_missed(structures, kept, sparsity)
+    assert found is None if said is None else re.search(said, found)

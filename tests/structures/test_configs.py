@@ -1,0 +1,178 @@
+"""Lists of a config that go by layers, and models that are parts of others."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+from hf_prune import PruningConfig, Stack, prune, shrink
+from hf_prune.structures.configs import lists_of_layers, whole_of
+from hf_prune.structures.families import FAMILIES
+from hf_prune.structures.groups import StructureGroup
+from tests.structures.models import DECODER, GROUPED, IMAGES, TOKENS, build, perturbed
+
+LAYERS = {**GROUPED, "num_hidden_layers": 4}
+GROUP = StructureGroup("model.layers", "layer", 4, (), fields=(("num_hidden_layers", 1),))
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+
+
+def test_lists_are_told_by_name_or_by_their_length_in_a_config_with_fewer_layers():
+    config = transformers.SmolLM3Config(**LAYERS)
+    assert lists_of_layers(config, GROUP) == {"no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4}
+    config.eos_token_id = [1, 2, 3, 4]  # As many as there are layers.
+    config.mlp_only_layers = [0, 3]  # Numbers of layers.
+    config.layer_sizes_of_something = [16, 24]
+    assert lists_of_layers(config, GROUP).keys() == {"no_rope_layers", "layer_types", "mlp_only_layers"}
+
+
+def smollm3():
+    return transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**LAYERS))
+
+
+def qwen3_moe():
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**LAYERS, **EXPERTS, mlp_only_layers=[1, 3]))
+
+
+def gemma3():
+    return transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **LAYERS,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "gone", "said"),
+    [
+        (smollm3, [0, 2], {"no_rope_layers": [1, 0]}),
+        (qwen3_moe, [0, 3], {"mlp_only_layers": [0]}),
+        (gemma3, [1, 2], {"layer_types": ["sliding_attention", "full_attention"]}),
+    ],
+)
+def test_lists_that_go_by_layers_are_renumbered(make, gone, said, monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    model = perturbed(make())
+    monkeypatch.setitem(FAMILIES, model.config.model_type, (Stack("layers", ()),))
+    with torch.no_grad():
+        for i in gone:
+            for parameter in model.model.layers[i].parameters():
+                parameter.mul_(1e-3)
+    ids = torch.arange(3, 19)[None]
+    prune(model, PruningConfig(sparsity=0.5, granularity="layer"))
+    masked = model(ids).logits
+    shrink(model)
+    assert (model(ids).logits - masked).abs().max() < 1e-5
+    assert {name: getattr(model.config, name) for name in said} == said
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert not hasattr(loaded.config, "quantization_config")
+
+
+def llava(text):
+    vision = transformers.CLIPVisionConfig(**{k: v for k, v in IMAGES.items() if k != "num_labels"})
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text), vision_config=vision, image_token_index=59
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def encoder_decoder(encoder, decoder, whole):
+    config = getattr(transformers, f"{whole}Config").from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return getattr(transformers, f"{whole}Model")(config)
+
+
+def vision_encoder_decoder():
+    decoder = transformers.GPT2Config(**TOKENS, n_positions=32, n_embd=16, n_layer=3, n_head=4)
+    return encoder_decoder(transformers.ViTConfig(**IMAGES), decoder, "VisionEncoderDecoder")
+
+
+def two_berts():
+    return encoder_decoder(*(transformers.BertConfig(**DECODER) for _ in range(2)), "EncoderDecoder")
+
+
+IDS = torch.arange(3, 13)[None]
+PIXELS = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+WHOLES = {
+    "llava": (lambda: llava(GROUPED), "model.language_model", {"input_ids": IDS}),
+    "an encoder of images": (
+        vision_encoder_decoder, "encoder", {"pixel_values": PIXELS, "decoder_input_ids": IDS}
+    ),
+    "a decoder of images": (vision_encoder_decoder, "decoder", {"pixel_values": PIXELS, "decoder_input_ids": IDS}),
+    "an encoder": (two_berts, "encoder", {"input_ids": IDS, "decoder_input_ids": IDS}),
+    "a decoder": (two_berts, "decoder", {"input_ids": IDS, "decoder_input_ids": IDS}),
+    "a body": (lambda: build("llama"), "model", {"input_ids": IDS}),
+}  # fmt: skip
+
+
+CANNOT_BE = {
+    ("BertModel", "layer", False): "a norm comes behind each sum",
+    ("BertModel", "layer", True): "a norm comes behind each sum",
+    ("BertModel", "head+neuron", True): "can say fewer heads",
+    ("GPT2Model", "head+neuron", True): "can say fewer heads",
+}
+
+
+@pytest.mark.parametrize("granularity", ["head+neuron", "layer"])
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("name", WHOLES)
+def test_a_whole_loads_after_a_part_of_it_has_shrunk(name, granularity, uniform, tmp_path):
+    make, path, inputs = WHOLES[name]
+    torch.manual_seed(0)
+    model = perturbed(make())
+    part = model.get_submodule(path)
+    config = PruningConfig(sparsity=0.34, granularity=granularity, uniform=uniform)
+    if why := CANNOT_BE.get((type(part.base_model).__name__, granularity, uniform)):
+        with pytest.raises(ValueError, match=why):
+            prune(part, config)
+        return
+    prune(part, config)
+    with torch.no_grad():
+        masked = model(**inputs).logits
+    shrink(part)
+    with torch.no_grad():
+        assert (model(**inputs).logits - masked).abs().max() < 1e-5
+        model.save_pretrained(tmp_path / "whole")
+        loaded = type(model).from_pretrained(tmp_path / "whole")
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+        part.save_pretrained(tmp_path / "part")
+        alone = type(part).from_pretrained(tmp_path / "part")
+    assert alone.state_dict().keys() == part.state_dict().keys()
+    assert all(torch.equal(value, part.state_dict()[name]) for name, value in alone.state_dict().items())
+    assert uniform <= (not hasattr(model.config, "quantization_config"))
+
+
+def test_a_loaded_whole_is_shrunk_once_more(tmp_path):
+    model = perturbed(llava(GROUPED))
+    for i in range(2):
+        language = model.model.language_model
+        prune(language, PruningConfig(sparsity=0.3 + 0.1 * i, granularity="neuron", multiple_of=1))
+        shrink(language)
+        model.save_pretrained(tmp_path / str(i))
+        model = type(model).from_pretrained(tmp_path / str(i))
+    assert sum(layer.mlp.up_proj.out_features for layer in model.model.language_model.layers) < 24 * 3 * 0.7
+
+
+def test_what_another_model_of_the_same_config_says_stays():
+    first = llava(GROUPED)
+    second = type(first)(first.config)
+    said = copy.deepcopy(second.config.to_dict())
+    prune(first.model.language_model, PruningConfig(sparsity=0.34, granularity="layer"))
+    shrink(first.model.language_model)
+    assert first.config.text_config.num_hidden_layers == 2
+    assert second.config.to_dict() == said
+
+
+def test_what_a_model_is_a_part_of():
+    whole = llava(GROUPED)
+    assert whole_of(whole.model.language_model) is whole
+    assert whole_of(whole.model.vision_tower) is whole
+    assert whole_of(whole) is whole
+    llama = build("llama")
+    assert whole_of(llama.model) is llama
+    others = [type(llama)(llama.config), torch.nn.Sequential(llama)]
+    assert whole_of(llama) is llama, others

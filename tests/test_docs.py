@@ -18,7 +18,9 @@ from hf_prune.cli import app
 from tests.hub import running_hub, use
 from tests.recipes.conftest import RECIPES
 from tests.reporting.test_history import history
+from tests.structures.models import GROUPED
 from tests.structures.models import build as build_of_structures
+from tests.structures.test_configs import llava
 from tests.tiny import batch, build
 from tests.words import word_tokenizer
 
@@ -69,7 +71,7 @@ def test_python_runs(block, tmp_path, capsys, monkeypatch):
         save_model_of_2_4(tmp_path / "half")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    model = build("gpt_neo")
+    model = llava(GROUPED) if "language_model" in block else build("gpt_neo")
     arguments = TrainingArguments(
         "out", max_steps=10, use_cpu=True, report_to="none", disable_tqdm=True, eval_strategy="steps", eval_steps=5,
         dataloader_pin_memory=False,

@@ -57,6 +57,7 @@ NARROWING = {
 GUARDS = {
     ("calibration.costs", "measure_cost_or_parameters"),
     ("distributed.processes", "failing_together"),
+    ("publishing.hub", "_costs"),
     ("structures.comparing", "__init__"),
     ("structures.comparing", "_difference"),
     ("structures.comparing", "require_same"),

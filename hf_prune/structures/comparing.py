@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 Outputs = dict[str, torch.Tensor]
 
-_DOUBLE_BYTES = 2**32  # Up to this size a copy of the weights in float64 is made, beyond it one in float32.
+_LARGEST_DOUBLE = 2**28  # Parameters of the largest model that is called in float64: larger ones take too long.
 # Of the norm. Parts of many models compute in float32 whatever the weights are.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 
 
 class Reference:
-    """The outputs of a model on one small batch, in float64, or in float32 where that would take too much memory.
+    """The outputs of a model on one small batch, computed in float64, or in float32 where it is large.
 
     Args:
         model: The model.
@@ -46,8 +46,8 @@ class Reference:
     def __init__(
         self, model: PreTrainedModel, masks: Mapping[str, torch.Tensor], batch: Mapping[str, Any] | None = None
     ) -> None:
-        doubles = 8 * sum(parameter.numel() for parameter in model.parameters())
-        dtypes = [torch.float64, torch.float32] if doubles <= _DOUBLE_BYTES else [torch.float32]
+        is_small = sum(parameter.numel() for parameter in model.parameters()) <= _LARGEST_DOUBLE
+        dtypes = [torch.float64, torch.float32] if is_small else [torch.float32]
         batches = [each for each in (example_batch(model), batch) if each is not None]
         errors = ["no batch is known"]
         for self._batch, self._dtype in itertools.product(batches, dtypes):
@@ -71,9 +71,11 @@ class Reference:
         """
         if why := self._difference(model):
             raise Differs(f"without them {why}")
+        if len({parameter.device for parameter in saved.parameters()}) > 1:
+            return  # What is loaded anew is on one.
         path = next(name for name, module in saved.named_modules() if module is model)
         try:
-            why = self._difference(cast(PreTrainedModel, _load_again(saved, self._dtype).get_submodule(path)))
+            why = self._difference(cast(PreTrainedModel, _load_again(saved).get_submodule(path)))
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
         if why:
@@ -126,8 +128,8 @@ def why_not_generated(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _load_again(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """What `from_pretrained` makes of a model's config and weights.
+def _load_again(model: PreTrainedModel) -> PreTrainedModel:
+    """What `from_pretrained` makes of a model's config, with the model's own weights.
 
     Heads that the model's owner has put there, which the class does not build, are those of the model.
 
@@ -136,14 +138,16 @@ def _load_again(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     with _silent():
-        loaded = type(model).from_pretrained(
-            None, config=copy.deepcopy(model.config), state_dict=state, dtype=dtype, ignore_mismatched_sizes=True
+        loaded: PreTrainedModel = type(model).from_pretrained(
+            None, config=copy.deepcopy(model.config), state_dict=state, dtype=model.dtype, ignore_mismatched_sizes=True
         )
     built = dict(loaded.named_modules(remove_duplicate=False))
     listed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         parent, _, name = path.rpartition(".")
-        if path and parent in built and type(built.get(path)) is not type(module):
+        if (own := built.get(path)) is not None and type(own) is type(module):
+            own._parameters.update(module._parameters)  # They need no memory, and have lost no precision.
+        elif parent in built:
             if path.startswith(listed):
                 raise ValueError(f"there is no {type(module).__name__} at {path!r}")
             setattr(built[parent], name, module)
@@ -154,38 +158,46 @@ def _load_again(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def _computing_in(model: nn.Module, dtype: torch.dtype, masks: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Parameters and buffers in a dtype, with what masks prune at zero; afterwards the model has its own again."""
+    """Parameters and buffers in a dtype, with what masks prune at zero; afterwards the model has its own again.
+
+    A module has copies while it is called: more of them would not fit into memory beside a large model.
+    """
     masked = {id(model.get_parameter(name)): mask for name, mask in masks.items()}
-    copies: dict[int, nn.Parameter] = {}  # Tied weights stay tied.
-
-    def copied(parameter: nn.Parameter) -> nn.Parameter:
-        if id(parameter) not in copies:
-            values = _cast(parameter.detach(), dtype)
-            if (mask := masked.get(id(parameter))) is not None:
-                values = values * mask.to(values.device)
-            copies[id(parameter)] = nn.Parameter(values, requires_grad=False)
-        return copies[id(parameter)]
-
     before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
-    # Fused kernels of attention take half precision alone. Under mixed precision Accelerate replaces a model's own
-    # forward pass by one that computes in it.
-    implementations = {
-        getattr(getattr(module, "config", None), "_attn_implementation", "") for module in model.modules()
-    }
-    fused = any("flash" in str(implementation) for implementation in implementations)
+    own = {module: parameters for module, parameters, _ in before if parameters}
+
+    def copied(parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or (parameter.dtype == dtype and id(parameter) not in masked):
+            return parameter
+        values = _cast(parameter.detach(), dtype)
+        if (mask := masked.get(id(parameter))) is not None:
+            values = values * mask.to(values.device)
+        return nn.Parameter(values, requires_grad=False)
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        module._parameters.update({name: copied(parameter) for name, parameter in own[module].items()})
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        module._parameters.update(own[module])
+
+    # Fused kernels of attention take half precision alone.
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    fused = any("flash" in str(config._attn_implementation) for config in configs)
+    # Under mixed precision Accelerate replaces a model's own forward pass by one that computes in it.
     forward = vars(model).pop("forward", None) if hasattr(model, "_original_forward") else None
-    try:
+    with contextlib.ExitStack() as undo:
         for module, parameters, buffers in before:
-            module._parameters.update({n: p if p is None else copied(p) for n, p in parameters.items()})
+            undo.callback(module._parameters.update, parameters)
+            undo.callback(module._buffers.update, buffers)
             module._buffers.update({n: b if b is None else _cast(b, dtype) for n, b in buffers.items()})
-        with configured(model, "_attn_implementation_internal", "sdpa") if fused else contextlib.nullcontext():
-            yield
-    finally:
-        for module, parameters, buffers in before:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
+        for module in own:
+            undo.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            undo.callback(module.register_forward_hook(leave, always_call=True).remove)
         if forward is not None:
-            vars(model)["forward"] = forward
+            undo.callback(vars(model).update, forward=forward)
+        if fused:
+            undo.enter_context(configured(model, "_attn_implementation_internal", "sdpa"))
+        yield
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

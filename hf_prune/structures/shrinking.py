@@ -113,12 +113,13 @@ def remove_(
     """
     _require_some_left(structures, kept)
     build_empty(type(model), model.config)  # Else nothing could be recorded.
+    whole = whole_of(model)
     layers_go = any(group.kind == "layer" and not kept[name].all() for name, group in structures.items())
     could_generate = layers_go and why_not_generated(model) is None
     try:
-        _remove_compared_(model, structures, kept, batch)
+        _remove_compared_(model, whole, structures, kept, batch)
     except Differs as error:
-        culprit = _first_that_differs(model, structures, kept, batch)
+        culprit = _first_that_differs(model, whole, structures, kept, batch)
         raise ValueError(
             f"{culprit} of {type(model).__name__} cannot be removed: {error}. Does what is said of the family "
             f"{model.config.model_type!r} fit this model, and does describe_family name all that goes with one? The "
@@ -137,6 +138,7 @@ def remove_(
 
 def _remove_compared_(
     model: PreTrainedModel,
+    whole: PreTrainedModel,
     structures: Structures,
     kept: Mapping[str, torch.Tensor],
     batch: Mapping[str, Any] | None,
@@ -147,14 +149,15 @@ def _remove_compared_(
         reference = Reference(model, masks_of(structures, kept), batch)
     except ValueError as error:
         logger.warning("Whether the shrunk model has the outputs of the masked one could not be seen: %s", error)
-    with whole_on_error(whole_of(model)):
-        saved = _remove_(model, structures, kept)
+    with whole_on_error(whole):
+        saved = _remove_(model, whole, structures, kept)
         if reference is not None:
             reference.require_same(model, saved)
 
 
 def _first_that_differs(
     model: PreTrainedModel,
+    whole: PreTrainedModel,
     structures: Structures,
     kept: Mapping[str, torch.Tensor],
     batch: Mapping[str, Any] | None,
@@ -163,8 +166,8 @@ def _first_that_differs(
     for name in [name for name in structures if not kept[name].all()]:
         alone = {other: kept[name] if other == name else torch.ones_like(kept[other]) for other in structures}
         try:
-            with contextlib.suppress(_Undone), whole_on_error(whole_of(model)):
-                _remove_compared_(model, structures, alone, batch)
+            with contextlib.suppress(_Undone), whole_on_error(whole):
+                _remove_compared_(model, whole, structures, alone, batch)
                 raise _Undone
         except Differs:
             return f"a {structures[name].kind} of {name!r}"
@@ -195,13 +198,15 @@ def _in_layers_that_stay(structures: Structures, kept: Mapping[str, torch.Tensor
     return {name: structures[name] for name in (*inside, *layers)}
 
 
-def _remove_(model: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+def _remove_(
+    model: PreTrainedModel, whole: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor]
+) -> PreTrainedModel:
     """Removes structures, and has the configs of the model and of the whole say or record what is left.
 
     Returns:
         What can be loaded then: the model that it is a part of, or itself.
     """
-    whole, groups = whole_of(model), _in_layers_that_stay(structures, kept)
+    groups = _in_layers_that_stay(structures, kept)
     own_configs_(whole)
     widths = {name: group for name, group in groups.items() if group.kind != "layer"}
     _remove_parts_(model, {name: group for name, group in widths.items() if not kept[name].all()}, kept)

@@ -134,7 +134,7 @@ def test_weights_of_any_precision_are_compared_and_stay(dtype):
 
 
 def test_large_models_are_compared_in_single_precision(monkeypatch):
-    monkeypatch.setattr(comparing, "_DOUBLE_BYTES", 0)
+    monkeypatch.setattr(comparing, "_LARGEST_DOUBLE", 0)
     model = build("llama", torch.bfloat16)
     reference = Reference(model, {})
     assert reference._dtype == torch.float32

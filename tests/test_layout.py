@@ -56,6 +56,7 @@ NARROWING = {
 # that is over.
 GUARDS = {
     ("calibration.costs", "measure_cost_or_parameters"),
+    ("distributed.processes", "_can_be_sent"),
     ("distributed.processes", "failing_together"),
     ("publishing.hub", "_costs"),
     ("structures.comparing", "__init__"),

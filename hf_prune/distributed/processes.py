@@ -1,6 +1,7 @@
 """What several processes know together."""
 
 import contextlib
+import pickle
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
@@ -43,11 +44,11 @@ def failing_together(together: bool = True) -> Iterator[None]:
     if not together:
         yield
         return
-    error = None
+    error: Exception | None = None
     try:
         yield
     except Exception as caught:
-        error = caught
+        error = caught if _can_be_sent(caught) else RuntimeError(f"{type(caught).__name__}: {caught}")
     if first := next((each for each in gather_from_processes(error) if each is not None), None):
         raise first from error
 
@@ -65,6 +66,15 @@ def require_agreement(values: Mapping[str, object], what: str) -> None:
                 f"process {rank} has {what} of {name!r} other than process 0. What decides it must be the same "
                 "everywhere: the weights, the seed, and what a criterion computes."
             )
+
+
+def _can_be_sent(error: Exception) -> bool:
+    """Whether other processes can be told of an error as it is."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
 
 
 def _are_several() -> bool:

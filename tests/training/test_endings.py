@@ -95,13 +95,20 @@ def test_best_weights_that_cannot_be_brought_back(make_trainer, monkeypatch, cap
     assert sparsity_report(model).sparsity == pruning.masks.sparsity
 
 
+class Unsendable(Exception):
+    """Pickling it fails, as that of an error which holds a lock or a stream."""
+
+    def __reduce__(self):
+        raise TypeError("cannot pickle it")
+
+
 def shrink_on_one_process(rank, folder):
     measured = run_module.shrink_measured
 
     def fail_on_the_second(*args):
         found = measured(*args)
         if rank == 1:
-            raise KeyError("no")
+            raise Unsendable
         return found
 
     run_module.shrink_measured = fail_on_the_second

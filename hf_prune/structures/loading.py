@@ -81,6 +81,9 @@ class Record(QuantizationConfigMixin):
             if strange := sorted(set(values) - size_names()):
                 raise ValueError(f"the recorded sizes of {name!r} hold {', '.join(strange)}, which may not be set.")
 
+    def __repr__(self) -> str:
+        return f"{type(self).__qualname__} {self.to_json_string()}"
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON, without what is empty."""
         return {key: value for key, value in super().to_dict().items() if value}
@@ -91,6 +94,13 @@ class Record(QuantizationConfigMixin):
             model_config.quantization_config = self.to_dict()
         elif hasattr(model_config, "quantization_config"):
             del model_config.quantization_config
+
+
+# Where a quantization_config is given too, Transformers says that the model is quantized with a class of this name.
+Record.__name__ = (
+    "no method (hf_prune has recorded shapes or compression in its place: load the model without quantization_config "
+    "and quantize it then; or prune with uniform=True and save with compress=False, so that nothing is recorded)"
+)
 
 
 class Decompress(ConversionOps):
@@ -219,7 +229,7 @@ def build_empty(kind: type[PreTrainedModel], model_config: PretrainedConfig) -> 
     except TypeError as error:
         raise ValueError(
             f"{kind.__name__} cannot be built from its config alone ({error}), and so not be loaded either. "
-            "Shrink the model inside of it."
+            "Shrink the model inside of it, such as model.base_model."
         ) from error
 
 

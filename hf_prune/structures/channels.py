@@ -50,7 +50,8 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
     names = {module: name for name, module in model.named_modules()}
     found: dict[str, StructureGroup] = {}
     with (
-        undisturbed(model, [target.weight for target in targets.values()]),
+        # The graph is read off gradients, and what is frozen has none.
+        undisturbed(model, [parameter for parameter in model.parameters() if parameter.is_floating_point()]),
         torch.enable_grad(),
         _calls_of(model) as called,
     ):

@@ -21,9 +21,9 @@ distributed     shards zero gathering processes digests tensor_files
 schedules
 criteria
 scopes
-weights         targets masks gradient_hooks snapshot movement compression
+weights         body targets masks gradient_hooks snapshot movement compression
 calibration     contexts samples activations passes per_sample_gradients statistics costs
-structures      groups ranking families loading registration heads_and_neurons channels finding shrinking
+structures      groups ranking inner families loading registration heads_and_neurons channels shrinking trial finding
 selection       lowest scoring cuts granularity weight_groups patterns whole_structures
 granularities
 recovery        masked_lora lora distillation

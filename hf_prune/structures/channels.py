@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from ..calibration.contexts import undisturbed
+from ..weights.body import config_of_timm
 from ..weights.targets import Target
+from .families import FAMILIES
 from .groups import NOBODY, Member, StructureGroup
+from .inner import way_in
 
 _SIDE = 64  # Of the image with which a network is traced that does not say how large its images are.
 _LARGEST_SIDE = 256  # Networks of convolutions take images of any size; large ones only take time.
@@ -38,10 +42,9 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
         ModuleNotFoundError: if torch-pruning is not installed.
         ValueError: if the model is no such network, or no channel can be removed.
     """
-    if not is_convolutional(model):
+    if why := _why_not(model):
         raise ValueError(
-            f"channels are those of convolutional networks that take images, and {type(model).__name__} is none. "
-            "Choose granularity head, neuron, head+neuron or layer."
+            f"channels are those of convolutional networks that take images, and {type(model).__name__} is none: {why}"
         )
     try:
         from torch_pruning import DependencyGraph
@@ -56,12 +59,12 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
         _calls_of(model) as called,
     ):
         graph = DependencyGraph().build_dependency(
-            model, {"pixel_values": _image(model)}, output_transform=_outputs, verbose=False
+            model, {"pixel_values": image_for(model)}, output_transform=_outputs, verbose=False
         )
         if strangers := [names[module] for module in called if module not in graph.module2node]:
             raise ValueError(
                 f"channels of {type(model).__name__} cannot be followed: {strangers[0]!r} computes what is in none of "
-                "its outputs."
+                "its outputs. Choose granularity unstructured, N:M or block:RxC."
             )
         for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
             structures = _structures(graph, group, names, targets, multiple_of)
@@ -70,18 +73,32 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
     if not found:
         raise ValueError(
             f"no channel of {type(model).__name__} can be removed: all are read across by a norm, or computed by "
-            "weights that are not targets."
+            "weights that are not targets. Name these in target_modules, or choose granularity unstructured."
         )
     return found
 
 
 def is_convolutional(model: nn.Module) -> bool:
     """Whether a model is a convolutional network that takes images, and attends to nothing."""
-    if getattr(model, "main_input_name", None) != "pixel_values" or not hasattr(model.config, "num_channels"):
-        return False
-    kinds = {type(module) for module in model.modules()}
-    attends = any("Attention" in kind.__name__ for kind in kinds)
-    return not attends and any(issubclass(kind, nn.Conv2d) for kind in kinds)
+    return _why_not(model) is None
+
+
+def _why_not(model: nn.Module) -> str | None:
+    """Why a model is no convolutional network that takes images, and what to do; None if it is."""
+    if not isinstance(model, PreTrainedModel):
+        return f"it is no Transformers model. {way_in(model)}"
+    is_known = model.config.model_type in FAMILIES
+    others = "head, neuron, head+neuron or layer" if is_known else "unstructured, N:M or block:RxC"
+    attention = next((name for name, module in model.named_modules() if "Attention" in type(module).__name__), None)
+    if attention is not None:
+        return f"{attention!r} is attention. Choose granularity {others}."
+    if model.main_input_name != "pixel_values" or _first_convolution(model) is None:
+        return f"it takes no images, or has no Conv2d. Choose granularity {others}."
+    return None
+
+
+def _first_convolution(model: nn.Module) -> nn.Conv2d | None:
+    return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
 
 @contextlib.contextmanager
@@ -99,16 +116,23 @@ def _calls_of(model: nn.Module) -> Iterator[set[nn.Module]]:
 
 def _outputs(output: Any) -> list[torch.Tensor]:
     """All outputs, times one, so that what ends in them can be told from what another layer reads."""
-    return [value * 1 for value in tree_leaves(dict(output)) if torch.is_tensor(value) and value.requires_grad]
+    return [value * 1 for value in outputs_of(output) if value.requires_grad]
 
 
-def _image(model: nn.Module) -> torch.Tensor:
+def outputs_of(output: Any) -> list[torch.Tensor]:
+    """All tensors that a network gives."""
+    return [value for value in tree_leaves(dict(output)) if torch.is_tensor(value)]
+
+
+def image_for(model: nn.Module) -> torch.Tensor:
     """An image that a model takes."""
     config: Any = model.config
-    size = getattr(config, "image_size", _SIDE)
+    timm = next(filter(None, map(config_of_timm, model.modules())), {})
+    size = getattr(config, "image_size", None) or timm.get("input_size", (_SIDE,))[-1]
     side = min(size if isinstance(size, int) else max(size), _LARGEST_SIDE)
-    weight = next(model.parameters())
-    return torch.zeros(1, config.num_channels, side, side, dtype=weight.dtype, device=weight.device)
+    weight, first = next(model.parameters()), _first_convolution(model)
+    channels = getattr(config, "num_channels", first.in_channels if first is not None else 3)
+    return torch.zeros(1, channels, side, side, dtype=weight.dtype, device=weight.device)
 
 
 def _structures(

@@ -150,12 +150,16 @@ class RecordQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self._shapes = _apply_(model, self.quantization_config)
+        self._built = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for name, shape in self._shapes.items():
-            module = _find(model, name.rpartition(".")[0])
-            if module is not None and list(getattr(module, name.rpartition(".")[2]).shape) != shape:
-                raise ValueError(f"the recorded shape of {name!r} is {shape}, and the weights have another one.")
+        for name, parameter in model.named_parameters():  # Transformers compares them itself only since 5.23.
+            if parameter.shape != self._built.get(name, parameter.shape):
+                raise ValueError(
+                    f"{name!r} has shape {list(parameter.shape)} in the files, and {list(self._built[name])} in the "
+                    "model. Load it with the config that it was saved with; or, for ignore_mismatched_sizes, by "
+                    "Transformers 5.23 or later."
+                )
         # It is no quantized model, and is saved with the shapes that it has, without compression.
         self.remove_quantization_config(model)
         Record(self._shapes, self.quantization_config.attributes).write_(model.config)

@@ -16,6 +16,7 @@ from hf_prune.weights.targets import find_targets
 from tests.structures.models import logits_of, perturbed
 from tests.structures.test_loading import load_elsewhere, save
 from tests.structures.test_training import samples, without_dropout
+from tests.tiny import COMPARES_SHAPES
 
 IMAGES = {"num_channels": 1, "num_labels": 3}
 NETWORKS = {
@@ -133,8 +134,10 @@ def test_a_shrunk_network_gets_a_head_of_other_labels(name, compress, tmp_path):
     prune(model, config_of())
     save_pretrained(shrink(model), tmp_path / "three", compress=compress)
     kind = type(model)
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+    with pytest.raises((RuntimeError, ValueError), match="ignore_mismatched_sizes"):
         kind.from_pretrained(tmp_path / "three", num_labels=5)
+    if not COMPARES_SHAPES:
+        return
     loaded = kind.from_pretrained(tmp_path / "three", num_labels=5, ignore_mismatched_sizes=True)
     for ours, theirs in zip(loaded.base_model.parameters(), model.base_model.parameters(), strict=True):
         assert torch.equal(ours, theirs)

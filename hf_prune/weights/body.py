@@ -8,7 +8,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 _HEADS = {"classifier", "score", "qa_outputs", "pooler", "head", "class_predictor", "output_projection", "class_embed"}
-_ENDS = ("_head", "bbox_embed")  # Of names of heads; detectors call theirs embeddings.
 _PROJECTIONS = {f"{what}_projection" for what in ("audio", "image", "text", "vision", "visual")}
 _STEMS = ("conv", "stem", "embed", "proj")
 _NUMBERS = re.compile(r"(\.\d+)+$")
@@ -37,18 +36,19 @@ def in_body(model: nn.Module, name: str, *, fused: bool = False) -> bool:
             return False
         if part in _PROJECTIONS and _gives_projections(parent):
             return False
-    if any(
-        part in _HEADS or part.endswith(_ENDS) or part.startswith("predict_") or "router" in part for part in parts
-    ):
+    if any(_is_head(part) or "router" in part for part in parts) or parts[0] == "fc":
         return False
     # Only near the end: what embeds audio or images may be an encoder with layers of its own.
-    return parts[0] != "fc" and not any(
-        "embed" in part or part.endswith(("stem", "patch_conv")) for part in parts[-3:]
-    )
+    return not any("embed" in part or part.endswith(("stem", "patch_conv")) for part in parts[-3:])
+
+
+def _is_head(name: str) -> bool:
+    """Whether heads are called so; those of detectors that find boxes are called embeddings."""
+    return name in _HEADS or name.endswith(("_head", "bbox_embed")) or name.startswith("predict_")
 
 
 def _gives_projections(module: nn.Module) -> bool:
-    """Whether projections are what a model gives, as CLIP does, and not what another part of it reads."""
+    """Whether projections are what a model gives, as CLIP and ALIGN do, and not what another part of it reads."""
     is_pair = len(_PROJECTIONS.intersection(name for name, _ in module.named_children())) > 1
     return is_pair or hasattr(module, "temperature") or type(module).__name__.endswith("WithProjection")
 

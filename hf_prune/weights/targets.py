@@ -162,9 +162,10 @@ def find_targets(
 
     By default these are the weights of Linear, Conv1D and Conv2d in the body of the model and the 3-D weights of
     fused experts. Not among them: embeddings (the convolutions that embed patches or pixels included), heads
-    (whatever lies outside the base model, and classifier, `lm_head`, pooler by name), expert routers, norms, biases,
-    and any weight that is tied to one that is left out; nor peft's adapters, whereas the layers that they wrap are,
-    and its copies of modules that it trains whole (`modules_to_save`), in place of what they replace.
+    (whatever lies outside the base model, classifier, `lm_head`, pooler and others by name, projections that a dual
+    encoder gives, and what a model of timm calls its classifier), expert routers, norms, biases, and any weight that
+    is tied to one that is left out; nor peft's adapters, whereas the layers that they wrap are, and its copies of
+    modules that it trains whole (`modules_to_save`), in place of what they replace.
 
     The words are PEFT's: a string is a regular expression that has to match the whole module name; a list holds
     exact names or their last components. An entry of a list that cannot be a name, because it holds one of

@@ -34,8 +34,10 @@ def find_structures(
             "beside. Merge them first (merge_and_unload), or add them to the pruned model."
         )
     if kinds == ("channel",):
-        is_of_timm = any(map(config_of_timm, model.modules()))
-        return (find_channels_that_can_go if is_of_timm else find_channels)(model, targets, multiple_of)
+        # Networks of Transformers whose config says how many channels images have; of others less is known.
+        is_known = hasattr(getattr(model, "config", None), "num_channels")
+        is_tried = not is_known or any(map(config_of_timm, model.modules()))
+        return (find_channels_that_can_go if is_tried else find_channels)(model, targets, multiple_of)
     if is_convolutional(model):
         raise ValueError(
             f"{type(model).__name__} is a convolutional network and has no {'+'.join(kinds)}s that are known. "

@@ -31,7 +31,7 @@ def find_channels_that_can_go(
     """
     try:
         channels = find_channels(model, targets, multiple_of)
-    except (LookupError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise _not_removable(model, f"they cannot be followed ({error})") from error
     if why := _difference(cast(PreTrainedModel, copy.deepcopy(model).float()), channels):
         raise _not_removable(model, f"a copy without half of them {why}")

@@ -303,3 +303,10 @@ def test_what_is_done_with_a_model_inside_of_another(make_trainer):
 def test_a_model_with_none_inside_of_it(granularity):
     with pytest.raises(ValueError, match=r"Nor is one inside of it\. Choose granularity unstructured"):
         prune(nn.Sequential(nn.Linear(8, 8)), PruningConfig(sparsity=0.5, granularity=granularity))
+
+
+def test_channels_of_a_model_of_text():
+    config = transformers.MambaConfig(vocab_size=8, hidden_size=8, state_size=2, num_hidden_layers=1)
+    match = r"MambaForCausalLM is none: it takes no images, or has no Conv2d\. Choose granularity unstructured"
+    with pytest.raises(ValueError, match=match):
+        prune(transformers.MambaForCausalLM(config), PruningConfig(sparsity=0.5, granularity="channel"))

@@ -90,7 +90,6 @@ def test_by_every_granularity(name, granularity, frozen):
     ("name", "granularity", "frozen"),
     [
         ("resnet", "channel", "embeddings"),
-        ("resnet", "channel", "a part of the body"),
         ("bert", "head+neuron", "a part of the body"),
         ("bert", "unstructured", "embeddings"),
     ],

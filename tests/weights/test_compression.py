@@ -221,8 +221,9 @@ REPLACED = {
 
 
 @needs_comparison
-@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "6KB"}], ids=["whole", "sharded"])
-@pytest.mark.parametrize("case", REPLACED)
+@pytest.mark.parametrize(
+    ("case", "shards"), [*((case, {}) for case in REPLACED), ("a pruned head", {"max_shard_size": "6KB"})]
+)
 def test_a_loader_replaces_what_it_replaces_of_a_dense_folder(case, shards, tmp_path):
     family, change, asked = REPLACED[case]
     model, infos, loaded = build(family), [], []

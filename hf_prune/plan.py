@@ -219,8 +219,8 @@ class Plan(Settings):
         """Requires that the model can be trained while it is pruned.
 
         Raises:
-            ValueError: if what is pruned could not be shrunk at the end, or base weights under adapters cannot be
-                pruned by the criterion while these are trained.
+            ValueError: if what is pruned could not be shrunk at the end; if base weights under adapters cannot be
+                pruned by the criterion while these are trained; or if it scores by their movement what is frozen.
         """
         if self.structures and self.config.shrink_at_end and has_partitions(model):
             raise ValueError(
@@ -228,6 +228,14 @@ class Plan(Settings):
                 "training. Set shrink_at_end=False, and call shrink on the saved model."
             )
         if not has_adapters(model):
+            scored = self.parameters.keys() & self.targets
+            frozen = [t.module for name, t in self.targets.items() if name in scored and not t.weight.requires_grad]
+            if "movement" in self.needs and frozen:
+                raise ValueError(
+                    f"{frozen[0]!r} is frozen and does not move, so that criterion {self.criterion_name!r} says "
+                    "nothing of it. Unfreeze it (requires_grad_(True)), add it to exclude_modules, or take another "
+                    "criterion."
+                )
             return
         if self.reconstructs:
             raise ValueError(

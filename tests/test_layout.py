@@ -21,10 +21,10 @@ distributed     shards zero gathering processes digests tensor_files
 schedules
 criteria
 scopes
-weights         targets masks gradient_hooks zero_checks snapshot movement compression
+weights         body targets masks gradient_hooks zero_checks snapshot movement compression
 calibration     contexts batches samples activations passes per_sample_gradients statistics costs
-structures      groups ranking families loading registration heads_and_neurons example_inputs channels finding
-                comparing configs shrinking
+structures      groups ranking inner families loading registration heads_and_neurons example_inputs channels
+                comparing configs shrinking trial finding
 selection       lowest scoring cuts granularity weight_groups patterns whole_structures
 granularities
 recovery        masked_lora lora distillation

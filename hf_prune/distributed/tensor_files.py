@@ -122,7 +122,7 @@ def save_tensors(
     with _appearing_whole(Path(path)) as file:
         file.write(_header({name: layout[name] for name in names}, metadata or {}))
         for name in names:
-            file.write(tensor_of(name).contiguous().flatten().view(torch.uint8).numpy().data)
+            file.write(_bytes_of(tensor_of(name)).data)
 
 
 @contextmanager
@@ -139,7 +139,14 @@ def _appearing_whole(path: Path) -> Iterator[BinaryIO]:
 def _rows_of(tensor: torch.Tensor) -> np.ndarray:
     """The bytes of a tensor, `[rows, bytes]`."""
     rows = torch.atleast_1d(tensor.detach().cpu())
-    return rows.reshape(len(rows), math.prod(rows.shape[1:])).contiguous().view(torch.uint8).numpy()
+    return _bytes_of(rows).reshape(len(rows), math.prod(rows.shape[1:]) * rows.element_size())
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of a tensor on the CPU, in row-major order."""
+    # Torch calls a tensor contiguous whatever the strides of axes of length one, and then views no bytes of it.
+    tensor = tensor.contiguous()
+    return tensor.as_strided([tensor.numel()], [1]).view(torch.uint8).numpy()
 
 
 def _header(layout: Mapping[str, Layout], metadata: Mapping[str, str]) -> bytes:

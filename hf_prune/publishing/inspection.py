@@ -57,7 +57,8 @@ class FoundPattern(NamedTuple):
         """The most elements that are not zero in a group of some rows."""
         if self.stride > 1:
             return int(kept.reshape(-1, self.m, self.stride).sum(1, dtype=np.uint8).max(initial=0))
-        groups = kept.view(_INTEGERS[self.m])  # A byte for each: their sum comes to stand in the highest.
+        # A byte for each: their sum comes to stand in the highest. Elements of a group may be rows of one column.
+        groups = kept.reshape(-1, self.m).view(_INTEGERS[self.m])
         return int((groups * _INTEGERS[self.m](_ONES >> 64 - 8 * self.m)).max(initial=0)) >> 8 * self.m - 8
 
 

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from ..calibration.contexts import undisturbed
 from ..weights.targets import Target
 from .example_inputs import image_shape
+from .families import FAMILIES
 from .groups import NOBODY, Member, StructureGroup
+from .inner import way_in
 
 
 def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: int) -> dict[str, StructureGroup]:
@@ -36,10 +39,9 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
         ModuleNotFoundError: if torch-pruning is not installed.
         ValueError: if the model is no such network, or no channel can be removed.
     """
-    if not is_convolutional(model):
+    if why := _why_not(model):
         raise ValueError(
-            f"channels are those of convolutional networks that take images, and {type(model).__name__} is none. "
-            "Choose granularity head, neuron, head+neuron or layer."
+            f"channels are those of convolutional networks that take images, and {type(model).__name__} is none: {why}"
         )
     try:
         from torch_pruning import DependencyGraph
@@ -50,7 +52,8 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
     image = torch.zeros(image_shape(model), dtype=weight.dtype, device=weight.device)
     found: dict[str, StructureGroup] = {}
     with (
-        undisturbed(model, [target.weight for target in targets.values()]),
+        # The graph is read off gradients, and what is frozen has none.
+        undisturbed(model, [parameter for parameter in model.parameters() if parameter.is_floating_point()]),
         torch.enable_grad(),
         _calls_of(model) as called,
     ):
@@ -60,7 +63,7 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
         if strangers := [names[module] for module in called if module not in graph.module2node]:
             raise ValueError(
                 f"channels of {type(model).__name__} cannot be followed: {strangers[0]!r} computes what is in none of "
-                "its outputs."
+                "its outputs. Choose granularity unstructured, N:M or block:RxC."
             )
         for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
             structures = _structures(graph, group, names, targets, multiple_of)
@@ -69,18 +72,32 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
     if not found:
         raise ValueError(
             f"no channel of {type(model).__name__} can be removed: all are read across by a norm, or computed by "
-            "weights that are not targets."
+            "weights that are not targets. Name these in target_modules, or choose granularity unstructured."
         )
     return found
 
 
 def is_convolutional(model: nn.Module) -> bool:
     """Whether a model is a convolutional network that takes images, and attends to nothing."""
-    if getattr(model, "main_input_name", None) != "pixel_values" or not hasattr(model.config, "num_channels"):
-        return False
-    kinds = {type(module) for module in model.modules()}
-    attends = any("Attention" in kind.__name__ for kind in kinds)
-    return not attends and any(issubclass(kind, nn.Conv2d) for kind in kinds)
+    return _why_not(model) is None
+
+
+def _why_not(model: nn.Module) -> str | None:
+    """Why a model is no convolutional network that takes images, and what to do; None if it is."""
+    if not isinstance(model, PreTrainedModel):
+        return f"it is no Transformers model. {way_in(model)}"
+    is_known = model.config.model_type in FAMILIES
+    others = "head, neuron, head+neuron or layer" if is_known else "unstructured, N:M or block:RxC"
+    attention = next((name for name, module in model.named_modules() if "Attention" in type(module).__name__), None)
+    if attention is not None:
+        return f"{attention!r} is attention. Choose granularity {others}."
+    if model.main_input_name != "pixel_values" or _first_convolution(model) is None:
+        return f"it takes no images, or has no Conv2d. Choose granularity {others}."
+    return None
+
+
+def _first_convolution(model: nn.Module) -> nn.Conv2d | None:
+    return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..weights.body import config_of_timm
+
 _SIDE = 64  # Of the image for a network that does not say how large its images are.
 _LARGEST_SIDE = 256  # Networks of convolutions take images of any size; large ones only take time.
 _TOKENS = 16
@@ -21,7 +23,7 @@ def example_batch(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
     batch: dict[str, torch.Tensor] = {}
     if model.main_input_name == "input_ids":
         batch = dict.fromkeys(("input_ids", "decoder_input_ids"), _tokens(model, generator))
-    elif model.main_input_name == "pixel_values" and hasattr(config, "num_channels"):
+    elif model.main_input_name == "pixel_values":
         batch = {"pixel_values": torch.randn(image_shape(model), generator=generator)}
     elif model.main_input_name == "input_features" and hasattr(config, "num_mel_bins"):
         # Whisper takes as many frames as its positions, which its convolutions halve.
@@ -43,11 +45,13 @@ def example_batch(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
 def image_shape(model: nn.Module) -> tuple[int, int, int, int]:
     """`[1, channels, height, width]` of an image that a model takes."""
     config: Any = model.config
-    size = getattr(config, "image_size", None) or _SIDE
+    timm = next(filter(None, map(config_of_timm, model.modules())), {})
+    size = getattr(config, "image_size", None) or timm.get("input_size", (_SIDE,))[-1]
     side = size if isinstance(size, int) else max(size)
     if not hasattr(config, "patch_size"):  # What cuts images into patches has a position for each.
         side = min(side, _LARGEST_SIDE)
-    return 1, config.num_channels, side, side
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return 1, getattr(config, "num_channels", 3 if first is None else first.in_channels), side, side
 
 
 def _tokens(model: PreTrainedModel, generator: torch.Generator) -> torch.Tensor:

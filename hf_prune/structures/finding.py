@@ -6,6 +6,7 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..weights.body import config_of_timm
 from ..weights.masks import MaskSet
 from ..weights.targets import Target, find_targets
 from .channels import find_channels, is_convolutional
@@ -13,6 +14,7 @@ from .groups import StructureGroup, Structures, fields_of, kept_in, kinds_of, ma
 from .heads_and_neurons import find_in_family
 from .loading import can_say
 from .ranking import count_left, pools_of, require_attainable
+from .trial import find_channels_that_can_go
 
 STRUCTURES = ("head", "neuron", "head+neuron", "channel", "layer")
 """What a config can ask for: kinds of structures, joined by +."""
@@ -32,7 +34,10 @@ def find_structures(
             "beside. Merge them first (merge_and_unload), or add them to the pruned model."
         )
     if kinds == ("channel",):
-        return find_channels(model, targets, multiple_of)
+        # Networks of Transformers whose config says how many channels images have; of others less is known.
+        is_known = hasattr(getattr(model, "config", None), "num_channels")
+        is_tried = not is_known or any(map(config_of_timm, model.modules()))
+        return (find_channels_that_can_go if is_tried else find_channels)(model, targets, multiple_of)
     if is_convolutional(model):
         raise ValueError(
             f"{type(model).__name__} is a convolutional network and has no {'+'.join(kinds)}s that are known. "

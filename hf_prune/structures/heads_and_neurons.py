@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..weights.targets import Target
 from .families import FAMILIES, Heads, Neurons, Stack
 from .groups import Member, StructureGroup, Structures, parameters_of
+from .inner import way_in
 
 _HOW_TO_ADD = (
     'Describe it in a dozen lines: describe_family({!r}, Stack("layers", (Heads(...), Neurons(...)))), all of which '
@@ -48,7 +49,7 @@ def find_in_family(
     if all(len(group.stay) == group.count for group in found.values()):
         raise ValueError(
             f"no {' or '.join(kinds)} of {type(model).__name__} is left to prune. It is left alone if one of its "
-            "projections is no target."
+            "projections is no target. Name all of them in target_modules, or leave that out."
         )
     return found
 
@@ -229,8 +230,7 @@ def _stacks(model: nn.Module) -> list[_Layers]:
     config: Any = getattr(model, "config", None)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"heads, neurons and layers are those of a Transformers model, got {type(model).__name__}. If it has one "
-            "inside of it, give that."
+            f"heads, neurons and layers are those of a Transformers model, got {type(model).__name__}. {way_in(model)}"
         )
     if config.model_type not in FAMILIES:
         raise ValueError(
@@ -287,5 +287,6 @@ def _require_own_weights(found: Structures) -> None:
     for name, parameter in parameters_of(found).items():
         if (other := names.setdefault(id(parameter), name)) != name:
             raise ValueError(
-                f"{other} and {name} are one tensor; structures of layers that share weights cannot be removed."
+                f"{other} and {name} are one tensor; structures of layers that share weights cannot be removed. "
+                "Choose granularity unstructured, N:M or block:RxC."
             )

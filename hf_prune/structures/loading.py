@@ -81,6 +81,9 @@ class Record(QuantizationConfigMixin):
             if strange := sorted(set(values) - size_names()):
                 raise ValueError(f"the recorded sizes of {name!r} hold {', '.join(strange)}, which may not be set.")
 
+    def __repr__(self) -> str:
+        return f"{type(self).__qualname__} {self.to_json_string()}"
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON, without what is empty."""
         return {key: value for key, value in super().to_dict().items() if value}
@@ -91,6 +94,13 @@ class Record(QuantizationConfigMixin):
             model_config.quantization_config = self.to_dict()
         elif hasattr(model_config, "quantization_config"):
             del model_config.quantization_config
+
+
+# Where a quantization_config is given too, Transformers says that the model is quantized with a class of this name.
+Record.__name__ = (
+    "no method (hf_prune has recorded shapes or compression in its place: load the model without quantization_config "
+    "and quantize it then; or prune with uniform=True and save with compress=False, so that nothing is recorded)"
+)
 
 
 class Decompress(ConversionOps):
@@ -106,17 +116,21 @@ class Decompress(ConversionOps):
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, list[torch.Tensor]], *, full_layer_name: str, model: PreTrainedModel, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
-        """The weight, of its bits and its values: both have to be there, and to fit each other and the model."""
+        """The weight, of its bits and its values: both have to be there, and to fit each other.
+
+        It has the shape in which it was saved. If the model's is another one, Transformers says so, or ignores it.
+        """
         found = {pattern.endswith(BITMASK): tensor for pattern, (tensor,) in input_dict.items()}
-        shape = list(model.get_parameter_or_buffer(full_layer_name).shape)
-        if True not in found and False in found and list(found[False].shape) == shape:
+        if True not in found and False in found and self._is_whole(found[False], full_layer_name, model):
             return {full_layer_name: found[False]}  # The model was saved anew, with a config from before.
         if len(found) < 2:
             what = "values" if True in found else "bits"
             raise ValueError(f"{full_layer_name!r} is compressed, and its {what} are missing.")
-        if shape != self.shape:
-            raise ValueError(f"{full_layer_name!r} has shape {self.shape} in the files, and {shape} in the model.")
-        return {full_layer_name: decompress(full_layer_name, found[True], found[False], shape)}
+        return {full_layer_name: decompress(full_layer_name, found[True], found[False], self.shape)}
+
+    def _is_whole(self, tensor: torch.Tensor, name: str, model: PreTrainedModel) -> bool:
+        """Whether a tensor in a file is the weight, and not the values of one that is compressed."""
+        return tensor.ndim > 1 or list(tensor.shape) in (self.shape, list(model.get_parameter_or_buffer(name).shape))
 
 
 class RecordQuantizer(HfQuantizer):
@@ -135,16 +149,20 @@ class RecordQuantizer(HfQuantizer):
         ]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        _apply_(model, self.quantization_config)
+        self._shapes = _apply_(model, self.quantization_config)
+        self._built = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for name, shape in self.quantization_config.shapes.items():
-            module = _find(model, name.rpartition(".")[0])
-            if module is not None and list(getattr(module, name.rpartition(".")[2]).shape) != shape:
-                raise ValueError(f"the recorded shape of {name!r} is {shape}, and the weights have another one.")
+        for name, parameter in model.named_parameters():  # Transformers compares them itself only since 5.23.
+            if parameter.shape != self._built.get(name, parameter.shape):
+                raise ValueError(
+                    f"{name!r} has shape {list(parameter.shape)} in the files, and {list(self._built[name])} in the "
+                    "model. Load it with the config that it was saved with; or, for ignore_mismatched_sizes, by "
+                    "Transformers 5.23 or later."
+                )
         # It is no quantized model, and is saved with the shapes that it has, without compression.
         self.remove_quantization_config(model)
-        Record(self.quantization_config.shapes, self.quantization_config.attributes).write_(model.config)
+        Record(self._shapes, self.quantization_config.attributes).write_(model.config)
         conversions = getattr(model, "_weight_conversions", None) or []
         ours = [c for c in conversions if any(isinstance(op, Decompress) for op in getattr(c, "operations", []))]
         model._weight_conversions = [c for c in conversions if c not in ours]  # type: ignore[assignment]
@@ -214,7 +232,7 @@ def build_empty(kind: type[PreTrainedModel], model_config: PretrainedConfig) -> 
     except TypeError as error:
         raise ValueError(
             f"{kind.__name__} cannot be built from its config alone ({error}), and so not be loaded either. "
-            "Shrink the model inside of it."
+            "Shrink the model inside of it, such as model.base_model."
         ) from error
 
 
@@ -248,8 +266,13 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _apply_(model: PreTrainedModel, record: Record) -> None:
-    """Gives a model on the meta device its recorded shapes, as far as it has what they are of."""
+def _apply_(model: PreTrainedModel, record: Record) -> Shapes:
+    """Gives a model on the meta device its recorded shapes, as far as it has what they are of.
+
+    Returns:
+        The recorded shapes as they are in this model, which may have another number of labels.
+    """
+    shapes = dict(record.shapes)
     if record.shapes and not any(_find(model, name.rpartition(".")[0]) for name in record.shapes):
         raise _other_model(model, next(iter(record.shapes)))
     for name, shape in record.shapes.items():
@@ -260,6 +283,9 @@ def _apply_(model: PreTrainedModel, record: Record) -> None:
         tensor = getattr(module, attribute, None)
         if not torch.is_tensor(tensor) or tensor.ndim != len(shape):
             raise _other_model(model, name)
+        if attribute == "weight":
+            shape = _with_own_widths(module, shape, record.attributes.get(path, {}))
+        shapes[name] = shape
         empty = tensor.new_empty(shape)
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
@@ -270,6 +296,20 @@ def _apply_(model: PreTrainedModel, record: Record) -> None:
             if not _is_size(vars(module).get(key)):
                 raise _other_model(model, f"{name}.{key}")
             setattr(module, key, value)
+    return shapes
+
+
+def _with_own_widths(module: nn.Module, shape: list[int], recorded: Mapping[str, int]) -> list[int]:
+    """The shape of a weight, where the module says itself how wide an axis is that has lost nothing.
+
+    Of a classifier that reads pruned channels only the inputs are recorded; its labels are those of the config.
+    """
+    widths = next((names for kind, names in WIDTHS.items() if isinstance(module, kind)), ())
+    # Of a convolution with groups an axis is shorter than its width.
+    own = [None if name in recorded else getattr(module, name) for name in widths]
+    built = list(module.weight.shape)  # type: ignore[arg-type]
+    own += [None] * (len(shape) - len(own))
+    return [b if width == b else each for each, b, width in zip(shape, built, own, strict=True)]
 
 
 def _find(model: PreTrainedModel, path: str) -> nn.Module | None:

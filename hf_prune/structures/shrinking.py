@@ -120,10 +120,14 @@ def remove_(
         _remove_compared_(model, whole, structures, kept, batch)
     except Differs as error:
         culprit = _first_that_differs(model, whole, structures, kept, batch)
+        doubt = (
+            f"Does what is said of the family {model.config.model_type!r} fit this model, and does describe_family "
+            "name all that goes with one?"
+        )
+        if is_convolutional(model):
+            doubt = "It counts on its widths where torch-pruning sees nothing of it."
         raise ValueError(
-            f"{culprit} of {type(model).__name__} cannot be removed: {error}. Does what is said of the family "
-            f"{model.config.model_type!r} fit this model, and does describe_family name all that goes with one? The "
-            "model is as it was."
+            f"{culprit} of {type(model).__name__} cannot be removed: {error}. {doubt} The model is as it was."
         ) from error
     if could_generate and (why := why_not_generated(model)):
         logger.warning(

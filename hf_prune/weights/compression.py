@@ -1,5 +1,6 @@
 """Compression: a sparse tensor as the bits that say which of its elements are not zero, and those elements."""
 
+import collections
 import math
 from collections.abc import Mapping, Sequence
 
@@ -57,13 +58,15 @@ def decompress(name: str, bitmask: torch.Tensor, values: torch.Tensor, shape: Se
 def compressed_state(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
     """A state dict in which tensors are compressed that are smaller so, with their shapes by name.
 
-    The values of a compressed tensor have its name, its bits have `BITMASK` behind it.
+    The values of a compressed tensor have its name, its bits have `BITMASK` behind it. What goes by several names
+    stays as it is, so that Transformers saves it once.
     """
     found: dict[str, torch.Tensor] = {}
     shapes: dict[str, list[int]] = {}
+    names = collections.Counter(tensor.data_ptr() for tensor in state.values())
     for name, tensor in state.items():
         found[name] = tensor
-        if tensor.dtype in _DTYPES and tensor.ndim:
+        if tensor.dtype in _DTYPES and tensor.ndim and names[tensor.data_ptr()] == 1:
             size = int(tensor.count_nonzero()) * tensor.element_size() + (tensor.numel() + 7) // 8
             if size < tensor.nbytes:
                 found[name + BITMASK], found[name] = compress(tensor)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..distributed.shards import has_shards, is_sharded, own, require_by_rows, rows_held, whole
+from .body import in_body
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,6 @@ _AXES: dict[type[nn.Module], tuple[int, ...]] = {
     nn.Conv2d: (2, 3, 0, 1),
 }
 _TYPES = "the weights of Linear, Conv1D, Conv2d and fused (3-D) experts"
-_HEADS = {"classifier", "score", "qa_outputs", "pooler", "head", "class_predictor"}  # And whatever ends in _head.
 # Names that peft gives: to the layer inside one of its own; to a module that it trains whole, and to the copies of it.
 _WRAPPED, _REPLACED, _COPIES = "base_layer", "original_module", "modules_to_save"
 _INSERTED = re.compile(rf"\.(?:{_WRAPPED}|{_REPLACED}|{_COPIES}\.[^.]+)(?=\.|$)")
@@ -163,9 +162,10 @@ def find_targets(
 
     By default these are the weights of Linear, Conv1D and Conv2d in the body of the model and the 3-D weights of
     fused experts. Not among them: embeddings (the convolutions that embed patches or pixels included), heads
-    (whatever lies outside the base model, and classifier, `lm_head`, pooler by name), expert routers, norms, biases,
-    and any weight that is tied to one that is left out; nor peft's adapters, whereas the layers that they wrap are,
-    and its copies of modules that it trains whole (`modules_to_save`), in place of what they replace.
+    (whatever lies outside the base model, classifier, `lm_head`, pooler and others by name, projections that a dual
+    encoder gives, and what a model of timm calls its classifier), expert routers, norms, biases, and any weight that
+    is tied to one that is left out; nor peft's adapters, whereas the layers that they wrap are, and its copies of
+    modules that it trains whole (`modules_to_save`), in place of what they replace.
 
     The words are PEFT's: a string is a regular expression that has to match the whole module name; a list holds
     exact names or their last components. An entry of a list that cannot be a name, because it holds one of
@@ -212,7 +212,11 @@ def find_targets(
     chosen = [
         target
         for target in candidates
-        if (_in_body(model, target) if target_modules is None else _matches(target, included.values()))
+        if (
+            in_body(model, target.module, fused=target.weight.ndim == 3)
+            if target_modules is None
+            else _matches(target, included.values())
+        )
         and not _matches(target, excluded.values())
     ]
     targets = _without_tied(model, chosen)
@@ -262,7 +266,7 @@ def _beside(module: nn.Module) -> Iterator[str]:
     Those are adapters, encoders of prompts, copies that are not in use, and a module that a copy replaces.
     """
     copies = getattr(module, _COPIES, None)
-    if isinstance(getattr(module, _WRAPPED, None), nn.Module):
+    if isinstance(getattr(module, _WRAPPED, None), nn.Module) and hasattr(module, "active_adapters"):
         yield from (name for name, _ in module.named_children() if name != _WRAPPED)
     elif hasattr(module, "peft_config") and hasattr(module, "prompt_encoder"):
         yield "prompt_encoder"
@@ -299,25 +303,6 @@ def _expressions(patterns: str | Sequence[str] | None) -> dict[str, re.Pattern[s
 def _matches(target: Target, expressions: Iterable[re.Pattern[str]]) -> bool:
     names = (target.module, plain_name(target.name).rpartition(".")[0])
     return any(expression.fullmatch(name) for expression in expressions for name in names)
-
-
-def _in_body(model: nn.Module, target: Target) -> bool:
-    """Whether the default takes this target: see `find_targets`."""
-    parts, parent = target.module.split("."), model
-    for i, part in enumerate(parts):
-        if i > 0:
-            parent = getattr(parent, parts[i - 1])
-        has_body = isinstance(parent, PreTrainedModel) and parent.base_model is not parent
-        if has_body and part != parent.base_model_prefix:
-            return False  # A head: it stands beside the base model.
-        # The weights of fused experts have no module of their own, and are named "gate" for another reason.
-        is_module = i + 1 < len(parts) or target.weight.ndim != 3
-        if is_module and "gate" in part and any("expert" in name for name, _ in parent.named_children()):
-            return False  # A router: it stands beside the experts between which it chooses.
-    if any(part in _HEADS or part.endswith("_head") or "router" in part for part in parts) or parts[0] == "fc":
-        return False
-    # Only near the end: what embeds audio or images may be an encoder with layers of its own.
-    return not any("embed" in part or part.endswith("stem") for part in parts[-3:])
 
 
 def _without_tied(model: nn.Module, chosen: Sequence[Target]) -> dict[str, Target]:

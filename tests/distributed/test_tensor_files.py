@@ -37,6 +37,29 @@ def test_tensors_come_back_with_their_metadata(tmp_path):
         assert file.metadata() == {"format": "x"}
 
 
+VIEWS = {
+    "one of five": lambda: torch.arange(5.0)[::5],
+    "one of a matrix": lambda: torch.arange(64.0).view(8, 8)[::8, 8 - 1 :: 8],
+    "a column": lambda: torch.arange(28.0).view(4, 7)[:, ::7],
+    "a row": lambda: torch.arange(18.0).view(3, 6)[1:2, ::3],
+    "permuted": lambda: torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1),
+    "expanded": lambda: torch.arange(6.0).view(6, 1).expand(6, 4),
+    "no rows": lambda: torch.ones(0, 3),
+    "no columns": lambda: torch.ones(3, 0),
+    "no dimensions": lambda: torch.arange(3.0)[2],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_are_written_and_known_as_what_they_show(view, dtype, tmp_path):
+    tensor = VIEWS[view]().to(dtype) if dtype != torch.float32 else VIEWS[view]()
+    Tensors({"a": tensor}).save(tmp_path / "file")
+    found = Tensors.load(tmp_path / "file")
+    assert torch.equal(found.tensors["a"], tensor)
+    assert found.digest() == Tensors({"a": tensor}).digest() == Tensors({"a": tensor.clone()}).digest()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_written_is_what_safetensors_write(dtype, tmp_path):
     """Each dtype beside a narrower and a wider one, whose sizes leave nothing aligned by itself."""

@@ -91,6 +91,57 @@ def test_patterns_are_found_along_the_inputs_of_other_layers(family, name, expec
     assert rows[name].patterns == expected
 
 
+ALL_DTYPES = [
+    *DTYPES, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
+    torch.uint16, torch.uint32, torch.uint64, torch.bool,
+]  # fmt: skip
+SHAPES = [
+    (), (0,), (0, 4), (4, 0), (1,), (8,), (32,), (32, 1), (12, 1), (4, 1), (1, 32), (1, 1), (8, 8), (4, 6), (3, 4, 1),
+    (2, 8, 1), (2, 3, 8), (1, 8, 1), (8, 1, 1, 1), (6, 8, 1, 1), (8, 4, 3, 3), (4, 8, 1, 3),
+]  # fmt: skip
+
+
+def slow_patterns(kept: torch.Tensor) -> set[str]:
+    """What `TensorZeros.patterns` may hold, by the definition: the implied ones too."""
+    found = set()
+    if 0 < kept.count_nonzero() < kept.numel() and kept.ndim > 1:
+        for dim in (-1, 0 if kept.ndim == 2 else 1):
+            for n, m in ((1, 4), (2, 8), (2, 4), (4, 8)):
+                groups = kept.movedim(dim, -1)
+                if groups.shape[-1] % m == 0 and int(groups.unflatten(-1, (-1, m)).sum(-1).max()) <= n:
+                    found.add(f"{n}:{m}" if dim == -1 else f"{n}:{m} (dim {dim})")
+    return found
+
+
+def test_tensors_of_every_shape_and_dtype_are_read(tmp_path):
+    """Among them the position bias of a T5 that was pruned down to one head: `[32, 1]`."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for shape in SHAPES:
+        for share in (0.5, 0.9):
+            kept = torch.rand(shape, generator=generator) > share
+            dtypes = ALL_DTYPES if (shape, share) in (((12, 1), 0.5), ((4, 8, 1, 3), 0.9)) else [torch.float32]
+            tensors |= {f"{list(shape)} {share} {dtype}": kept.to(dtype) for dtype in dtypes}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for row in report_folder(tmp_path).tensors:
+        kept = tensors[row.name].to(torch.int32) != 0
+        assert (row.shape, row.total, row.zeros) == (tuple(kept.shape), kept.numel(), int((~kept).sum())), row.name
+        assert set(row.patterns) == slow_patterns(kept), row.name
+        rows = kept.flatten(1) if kept.ndim > 1 and kept.numel() else torch.ones(1, 1, dtype=torch.bool)
+        assert row.zero_rows == int((~rows.any(1)).sum()), row.name
+
+
+def test_a_t5_with_one_head_left(tmp_path):
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    prune(model, PruningConfig(sparsity=0.75, granularity="head"))
+    shrink(model).save_pretrained(tmp_path)
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    assert {row.name: row.shape for row in report_folder(tmp_path).tensors}[name] == (32, 1)
+
+
 def test_patterns_along_the_first_dimension_are_those_of_the_transpose(tmp_path):
     torch.manual_seed(0)
     for rows, width in ((8, 3), (64, 5), (1000, 9000)):

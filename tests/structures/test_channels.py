@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from hf_prune import PruningConfig, PruningTrainerCallback, prune, shrink
+from hf_prune import PruningConfig, PruningTrainerCallback, prune, save_pretrained, shrink
 from hf_prune.structures.channels import find_channels
 from hf_prune.structures.groups import kept_in, nonzeros
 from hf_prune.structures.shrinking import find_removable
@@ -16,6 +16,7 @@ from hf_prune.weights.targets import find_targets
 from tests.structures.models import logits_of, perturbed
 from tests.structures.test_loading import load_elsewhere, save
 from tests.structures.test_training import samples, without_dropout
+from tests.tiny import COMPARES_SHAPES
 
 IMAGES = {"num_channels": 1, "num_labels": 3}
 NETWORKS = {
@@ -123,6 +124,27 @@ def test_every_network_loads_in_a_fresh_process_to_the_last_bit(tmp_path):
     load_elsewhere(tmp_path, plain=False)
     for folder, logits in expected.items():
         assert torch.equal(torch.load(folder / "logits.pt"), logits), folder.name
+
+
+@pytest.mark.parametrize(("name", "compress"), [("resnet", False), ("resnet", True), ("efficientnet", True)])
+def test_a_shrunk_network_gets_a_head_of_other_labels(name, compress, tmp_path):
+    """Of the head's weight, only how many channels it reads is recorded."""
+    model = build(name)
+    prune(model, config_of())
+    save_pretrained(shrink(model), tmp_path / "three", compress=compress)
+    kind = type(model)
+    with pytest.raises((RuntimeError, ValueError), match="ignore_mismatched_sizes"):
+        kind.from_pretrained(tmp_path / "three", num_labels=5)
+    if not COMPARES_SHAPES:
+        return
+    loaded = kind.from_pretrained(tmp_path / "three", num_labels=5, ignore_mismatched_sizes=True)
+    for ours, theirs in zip(loaded.base_model.parameters(), model.base_model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert logits_of(loaded.eval()).shape[1] == 5
+    loaded.save_pretrained(tmp_path / "five")
+    again = kind.from_pretrained(tmp_path / "five")
+    assert torch.equal(logits_of(again), logits_of(loaded))
+    assert logits_of(kind.from_pretrained(tmp_path / "three")).shape[1] == 3
 
 
 def test_of_a_resnet_go_the_inner_channels_and_those_of_stages():

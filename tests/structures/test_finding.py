@@ -5,10 +5,12 @@ import torch
 import transformers
 from torch import nn
 
-from hf_prune import PruningConfig, describe_family, prune, shrink, sparsity_report
+from hf_prune import PruningConfig, PruningTrainerCallback, describe_family, prune, shrink, sparsity_report
 from hf_prune.structures.families import FAMILIES, Heads, Neurons, Stack
+from tests.structures import test_channels
 from tests.structures.models import DECODER, GROUPED, build, logits_of, perturbed
 from tests.structures.test_shrinking import config_of
+from tests.structures.test_training import samples
 
 
 def test_a_family_that_is_unknown():
@@ -217,7 +219,10 @@ def test_a_vision_transformer_that_is_unknown_is_no_convolutional_network(granul
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
     )
     model = transformers.BeitForImageClassification(config)
-    match = {"head": "does not know where the family 'beit' has", "channel": "BeitForImageClassification is none"}
+    match = {
+        "head": "does not know where the family 'beit' has",
+        "channel": r"BeitForImageClassification is none: 'beit\..*' is attention\. Choose granularity unstructured",
+    }
     with pytest.raises(ValueError, match=match[granularity]):
         prune(model, PruningConfig(sparsity=0.5, granularity=granularity))
 
@@ -255,3 +260,53 @@ def test_a_description_that_is_wrong(monkeypatch, part, match):
     model = transformers.OlmoForCausalLM(transformers.OlmoConfig(**DECODER))
     with pytest.raises(ValueError, match=match):
         prune(model, PruningConfig(sparsity=0.5, granularity=part.kind))
+
+
+class Around(nn.Module):
+    """A model of somebody's own with one of Transformers in it, as a Trainer takes it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.part = nn.ModuleDict({"inner": inner})
+
+    def forward(self, **batch):
+        return self.part["inner"](**batch)
+
+
+@pytest.mark.parametrize(
+    ("family", "granularity"),
+    [("bert", "head+neuron"), ("gpt_neo", "layer"), ("resnet", "channel"), ("bert", "channel")],
+)
+@pytest.mark.parametrize("how", ["prune", "train"])
+def test_a_model_inside_of_another_is_named(family, granularity, how, make_trainer):
+    inner = test_channels.build(family) if family == "resnet" else build(family)
+    model, config = Around(inner), PruningConfig(sparsity=0.5, granularity=granularity)
+    match = (
+        rf"Inside of it is model\.part\.inner, a {type(inner).__name__}: give that\. If a Trainer is to train the A"
+    )
+    trainer = make_trainer(model, PruningTrainerCallback(config), train_dataset=samples(inner))
+    with pytest.raises(ValueError, match=match):
+        prune(model, config) if how == "prune" else trainer.train()
+
+
+def test_what_is_done_with_a_model_inside_of_another(make_trainer):
+    """What the message says: it is pruned and made smaller first, and trained with what is around it."""
+    model = Around(build("bert"))
+    prune(model.part.inner, PruningConfig(sparsity=0.5, granularity="neuron", multiple_of=4))
+    shrink(model.part.inner)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    make_trainer(model, train_dataset=samples(model.part.inner), max_steps=2, remove_unused_columns=False).train()
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes
+
+
+@pytest.mark.parametrize("granularity", ["head", "channel"])
+def test_a_model_with_none_inside_of_it(granularity):
+    with pytest.raises(ValueError, match=r"Nor is one inside of it\. Choose granularity unstructured"):
+        prune(nn.Sequential(nn.Linear(8, 8)), PruningConfig(sparsity=0.5, granularity=granularity))
+
+
+def test_channels_of_a_model_of_text():
+    config = transformers.MambaConfig(vocab_size=8, hidden_size=8, state_size=2, num_hidden_layers=1)
+    match = r"MambaForCausalLM is none: it takes no images, or has no Conv2d\. Choose granularity unstructured"
+    with pytest.raises(ValueError, match=match):
+        prune(transformers.MambaForCausalLM(config), PruningConfig(sparsity=0.5, granularity="channel"))

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
 import transformers
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_prune import PruningConfig, prune, shrink
+from hf_prune import PruningConfig, prune, save_pretrained, shrink
 from hf_prune.structures import families
+from hf_prune.structures.loading import Record
 from tests.structures.models import MODELS, build, inputs_of, logits_of
 from tests.structures.test_shrinking import IMPOSSIBLE, config_of
 from tests.structures.test_training import samples
@@ -187,12 +190,59 @@ def test_it_generates_with_a_cache_as_without(name, granularity):
     )
 
 
-def test_a_method_on_top_is_an_error(shrunk, tmp_path):
-    shrunk.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Record"):
-        transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path, quantization_config=transformers.QuantoConfig(weights="int8")
-        )
+class OwnConfig(QuantizationConfigMixin):
+    """A method of somebody else."""
+
+    def __init__(self):
+        self.quant_method = "own"
+
+
+QUANTIZATIONS = {
+    "bitsandbytes": lambda: transformers.BitsAndBytesConfig(load_in_8bit=True),
+    "quanto": lambda: transformers.QuantoConfig(weights="int8"),
+    "own": OwnConfig,
+}
+
+
+@pytest.mark.parametrize("method", QUANTIZATIONS)
+def test_a_method_on_top_is_an_error_that_says_what_to_do(method, shrunk, tmp_path):
+    shrunk.save_pretrained(tmp_path / "shapes")
+    model = build("bert")
+    prune(model, PruningConfig(sparsity=0.8))
+    save_pretrained(model, tmp_path / "compressed", compress=True)
+    kind = type(QUANTIZATIONS[method]()).__name__
+    match = (
+        r"quantized with no method \(hf_prune has recorded shapes or compression in its place: load the model without "
+        rf"quantization_config and quantize it then; or prune with uniform=True.*passing a {kind}"
+    )
+    for folder, auto in (("shapes", "AutoModelForCausalLM"), ("compressed", "AutoModelForSequenceClassification")):
+        with pytest.raises(ValueError, match=match):
+            getattr(transformers, auto).from_pretrained(tmp_path / folder, quantization_config=QUANTIZATIONS[method]())
+
+
+def test_a_record_is_pickled_and_printed_by_its_own_name():
+    record = Record({"a.weight": [2, 3]})
+    assert pickle.loads(pickle.dumps(record)).to_dict() == record.to_dict()
+    assert repr(record).startswith("Record {")
+
+
+def test_what_is_pruned_evenly_is_quantized_as_any_other(tmp_path):
+    """Its config is an ordinary one, so that Transformers gets as far as it does with a dense model."""
+    model = build("llama")
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    model.save_pretrained(tmp_path / "dense")
+    prune(model, config_of("neuron", uniform=True))
+    shrink(model).save_pretrained(tmp_path / "even")
+    assert shapes != {name: parameter.shape for name, parameter in model.named_parameters()}
+    said = []
+    for folder in ("dense", "even"):
+        with pytest.raises((ImportError, RuntimeError, ValueError)) as caught:  # The method itself is not installed.
+            transformers.AutoModelForCausalLM.from_pretrained(
+                tmp_path / folder, quantization_config=transformers.QuantoConfig(weights="int8")
+            )
+        said.append((caught.type, str(caught.value)))
+    assert said[0] == said[1]
+    assert "hf_prune" not in said[0][1]
 
 
 def change_config(folder, change):
@@ -207,7 +257,7 @@ def change_config(folder, change):
         (  # Transformers raises, or, as 5.17 does, hands the weights on for us to see.
             lambda c: c["shapes"].update({"transformer.h.0.mlp.c_fc.weight": [4, 16]}),
             (RuntimeError, ValueError),
-            r"mismatched_sizes|c_fc\.weight' is \[4, 16\], and the weights have another one",
+            r"mismatched_sizes|c_fc\.weight' has shape .* in the files, and \[4, 16\] in the model",
         ),
         (lambda c: c.update(shapes={"model.layers.0.mlp.up_proj.weight": [4, 16]}), ValueError, "of another model"),
         (lambda c: c["shapes"].update({"transformer.h.0.mlp.c_fc.weight": [4]}), ValueError, "of another model"),

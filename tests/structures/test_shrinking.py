@@ -298,5 +298,7 @@ def test_layers_that_no_config_counts_stay(monkeypatch):
 
 
 def test_a_model_that_is_compiled_is_given_without_its_wrapper():
-    with pytest.raises(ValueError, match=r"got OptimizedModule\. If it has one inside of it, give that"):
+    with pytest.raises(
+        ValueError, match=r"got OptimizedModule\. Inside of it is model\._orig_mod, a LlamaForCausalLM"
+    ):
         shrink(torch.compile(build("llama")))

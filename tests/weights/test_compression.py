@@ -1,6 +1,7 @@
 """Compressed tensors come back, by themselves and by `from_pretrained`, or not at all."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    BertForTokenClassification,
     CLIPConfig,
     CLIPModel,
     CLIPTextModel,
@@ -22,7 +24,7 @@ from hf_prune import PruningConfig, prune, shrink
 from hf_prune.publishing.hub import save_pretrained
 from hf_prune.weights.compression import BITMASK, compress, compressed_state, decompress
 from tests.structures.models import build as build_of_structures
-from tests.tiny import FAMILIES, build
+from tests.tiny import FAMILIES, build, needs_comparison
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -194,8 +196,111 @@ def test_another_shape_in_the_model_is_an_error(saved):
     config = json.loads((saved / "config.json").read_text())
     config["intermediate_size"] *= 2
     (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RuntimeError, match="CONVERSION"):
+    with pytest.raises((RuntimeError, ValueError), match="ignore_mismatched_sizes"):
         LlamaForCausalLM.from_pretrained(saved)
+
+
+def with_zeros_in(*names: str) -> Callable[[PreTrainedModel], None]:
+    def change(model: PreTrainedModel) -> None:
+        for name in names:
+            model.get_parameter(name).data[:-1] = 0
+
+    return change
+
+
+# A model, what is zero in it beside its body, and what its loader asks for.
+REPLACED = {
+    "a zero bias": ("bert", with_zeros_in("classifier.bias"), {"num_labels": 5}),
+    "a pruned head": ("bert", with_zeros_in("classifier.weight", "classifier.bias"), {"num_labels": 5}),
+    "a pruned head of images": ("vit", with_zeros_in("classifier.weight"), {"num_labels": 1}),
+    "a head of one label": ("bert", with_zeros_in("classifier.weight"), {"num_labels": 1}),
+    "rows of embeddings": ("llama", with_zeros_in("model.embed_tokens.weight"), {"vocab_size": 70}),
+    "tied embeddings": ("t5", with_zeros_in("shared.weight"), {"vocab_size": 50}),
+    "positions": ("bert", with_zeros_in("bert.embeddings.position_embeddings.weight"), {"max_position_embeddings": 9}),
+}
+
+
+@needs_comparison
+@pytest.mark.parametrize(
+    ("case", "shards"), [*((case, {}) for case in REPLACED), ("a pruned head", {"max_shard_size": "6KB"})]
+)
+def test_a_loader_replaces_what_it_replaces_of_a_dense_folder(case, shards, tmp_path):
+    family, change, asked = REPLACED[case]
+    model, infos, loaded = build(family), [], []
+    prune(model, PruningConfig(sparsity=0.8))
+    change(model)
+    for folder in ("dense", "sparse"):
+        save_pretrained(model, tmp_path / folder, compress=folder == "sparse", **shards)
+        torch.manual_seed(1)
+        one, info = type(model).from_pretrained(
+            tmp_path / folder, ignore_mismatched_sizes=True, output_loading_info=True, **asked
+        )
+        loaded.append(one)
+        infos.append(info)
+    assert infos[1] == infos[0]
+    assert infos[0]["mismatched_keys"]
+    assert equal(loaded[1], loaded[0])
+    assert not hasattr(loaded[1].config, "quantization_config")
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_another_shape_is_never_loaded_in_silence(case, tmp_path):
+    family, change, asked = REPLACED[case]
+    model = build(family)
+    prune(model, PruningConfig(sparsity=0.8))
+    change(model)
+    save_pretrained(model, tmp_path, compress=True)
+    with pytest.raises((RuntimeError, ValueError), match="ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path, **asked)
+
+
+def test_what_goes_by_several_names_is_saved_once(tmp_path):
+    model = build("t5")
+    prune(model, PruningConfig(sparsity=0.8))
+    with_zeros_in("shared.weight")(model)
+    save_pretrained(model, tmp_path, compress=True)
+    names = {name.removesuffix(BITMASK) for name in load_file(tmp_path / "model.safetensors")}
+    model.save_pretrained(tmp_path / "dense")
+    assert names == set(load_file(tmp_path / "dense" / "model.safetensors"))
+    assert equal(type(model).from_pretrained(tmp_path), model)
+
+
+@needs_comparison
+def test_vocabularies_are_resized_and_saved_again(tmp_path):
+    model = build("llama")
+    prune(model, PruningConfig(sparsity=0.8))
+    with_zeros_in("model.embed_tokens.weight")(model)
+    save_pretrained(model, tmp_path / "sparse", compress=True)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "sparse")
+    loaded.resize_token_embeddings(70)
+    save_pretrained(loaded, tmp_path / "again", compress=True)
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "again")
+    assert again.get_input_embeddings().weight.shape == (70, 16)
+    assert equal(again, loaded)
+    # And beside a config from before, as who copies the weights alone has them.
+    loaded.save_pretrained(tmp_path / "plain")
+    config = (tmp_path / "sparse" / "config.json").read_text()
+    (tmp_path / "plain" / "config.json").write_text(config)
+    late = LlamaForCausalLM.from_pretrained(tmp_path / "plain", ignore_mismatched_sizes=True)
+    assert late.get_input_embeddings().weight.shape == (60, 16)
+    assert torch.equal(late.model.layers[0].mlp.up_proj.weight, loaded.model.layers[0].mlp.up_proj.weight)
+
+
+@needs_comparison
+def test_with_another_head_or_none(tmp_path):
+    model = build("bert")
+    prune(model, PruningConfig(sparsity=0.8, target_modules=".*"))
+    save_pretrained(model, tmp_path / "head", compress=True)
+    save_pretrained(model.bert, tmp_path / "base", compress=True)
+    assert equal(AutoModel.from_pretrained(tmp_path / "head"), model.bert)
+    for folder in ("head", "base"):
+        loaded, info = BertForTokenClassification.from_pretrained(
+            tmp_path / folder, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        assert loaded.classifier.weight.shape == (5, 16)
+        body = model.bert.state_dict()
+        assert all(torch.equal(t, body[name]) for name, t in loaded.bert.state_dict().items())
+        assert not {name for name in info["missing_keys"] if name.startswith("bert.")}
 
 
 def test_modules_that_are_kept_in_float32_are(tmp_path):

@@ -6,7 +6,10 @@ import transformers
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 
+from hf_prune.weights.body import in_body
 from hf_prune.weights.targets import Target, find_targets
 from tests.tiny import FAMILIES, build
 
@@ -218,6 +221,15 @@ def test_under_peft_the_targets_are_those_of_the_base_model(family):
     assert find_targets(model, [chosen]).keys() == {n for n, t in targets.items() if t.module.endswith(f".{chosen}")}
 
 
+def test_a_layer_that_is_called_as_peft_calls_one_is_no_adapter():
+    class Aggregation(nn.Module):  # As in DLA.
+        def __init__(self):
+            super().__init__()
+            self.base_layer, self.level = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    assert list(find_targets(Aggregation())) == ["base_layer.weight", "level.weight"]
+
+
 def test_encoders_of_prompts_are_no_targets():
     peft = pytest.importorskip("peft")
     config = peft.PrefixTuningConfig(
@@ -253,6 +265,13 @@ def test_experts_with_a_child_that_is_called_expert_are_targets():
         ("encoder.patch_embeddings.0.proj", False),
         ("audio_embed.encoder.layers.0.fc", True),
         ("blocks.0.fc", True),
+        ("decoder.bbox_embed.0.layers.2", False),
+        ("decoder.class_embed.0", False),
+        ("decoder.output_projection", False),
+        ("predict_action.0", False),
+        ("vision_tower.patch_conv", False),
+        ("text_projection", True),
+        ("vision_projection.linear_1", True),
     ],
 )
 def test_heads_and_embeddings_by_name(name, is_target):
@@ -265,6 +284,52 @@ def test_heads_and_embeddings_by_name(name, is_target):
         place = place.get_submodule(parent)
     place.add_module(last, nn.Linear(4, 4))
     assert (f"{name}.weight" in find_targets(model)) == is_target
+
+
+# Models by their class, with what they compute their outputs with.
+OUTPUTS = {
+    "CLIPModel": {"visual_projection", "text_projection"},
+    "CLIPTextModelWithProjection": {"text_projection"},
+    "CLIPVisionModelWithProjection": {"visual_projection"},
+    "ClapModel": {"text_projection.linear2", "audio_projection.linear2"},
+    "AlignModel": {"text_projection"},
+    "Blip2ForImageTextRetrieval": {"vision_projection", "text_projection", "itm_head"},
+    "OwlViTForObjectDetection": {"class_head.dense0", "box_head.dense2", "owlvit.visual_projection"},
+    "BertForPreTraining": {"cls.predictions.decoder", "cls.seq_relationship"},
+    "BertForQuestionAnswering": {"qa_outputs"},
+    "BertForMultipleChoice": {"classifier"},
+    "DistilBertForMaskedLM": {"vocab_projector", "vocab_transform"},
+    "RobertaForSequenceClassification": {"classifier.dense", "classifier.out_proj"},
+    "BartForSequenceClassification": {"classification_head.dense", "classification_head.out_proj"},
+    "WhisperForConditionalGeneration": {"proj_out"},
+    "T5ForTokenClassification": {"classifier"},
+    "GPT2DoubleHeadsModel": {"lm_head", "multiple_choice_head.summary"},
+    "ElectraForPreTraining": {"discriminator_predictions.dense_prediction"},
+    "FSMTForConditionalGeneration": {"model.decoder.output_projection"},
+    "DecisionTransformerModel": {"predict_action.0", "predict_return", "predict_state"},
+    "YolosForObjectDetection": {"class_labels_classifier", "bbox_predictor.layers.2"},
+    "SegformerForSemanticSegmentation": {"decode_head.classifier"},
+    "DPTForDepthEstimation": {"head.head.0"},
+    "RTDetrForObjectDetection": {"model.decoder.bbox_embed.0.layers.2", "model.enc_score_head"},
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_what_computes_the_outputs_is_no_target(kind):
+    cls = getattr(transformers, kind)
+    with torch.device("meta"), no_init_weights():
+        model = cls(cls.config_class())
+    left = {name for name, module in model.named_modules() if name and not in_body(model, name)}
+    assert left >= OUTPUTS[kind]
+    kinds = (nn.Linear, nn.Conv2d, Conv1D)
+    assert any(in_body(model, name) for name, module in model.named_modules() if isinstance(module, kinds))
+
+
+def test_what_reads_a_projection_is_body():
+    """Projections into a language model are inside of the model, and not what it gives."""
+    with torch.device("meta"), no_init_weights():
+        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig())
+    assert in_body(model, "model.multi_modal_projector.linear_1")
 
 
 def test_weights_that_are_not_in_memory_are_an_error():

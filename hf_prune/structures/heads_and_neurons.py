@@ -233,6 +233,12 @@ def _stacks(model: nn.Module) -> list[_Layers]:
             f"heads, neurons and layers are those of a Transformers model, got {type(model).__name__}. {way_in(model)}"
         )
     if config.model_type not in FAMILIES:
+        if known := [path for path, module in model.named_modules() if path and _is_of_a_family(module)]:
+            raise ValueError(
+                f"{type(model).__name__} is made of several models, of which hf_prune prunes one at a time. Give "
+                f"model.{known[0]} to prune and to shrink. If a Trainer is to train the whole, prune that part first, "
+                "train with hold_zeros=True and granularity 'unstructured', and shrink it then."
+            )
         raise ValueError(
             f"hf_prune does not know where the family {config.model_type!r} has its heads, neurons and layers. It "
             f"knows {', '.join(FAMILIES)}. {_HOW_TO_ADD.format(config.model_type)}"
@@ -252,6 +258,10 @@ def _stacks(model: nn.Module) -> list[_Layers]:
             f"({', '.join(stack.layers for stack in family)})."
         )
     return found
+
+
+def _is_of_a_family(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel) and module.config.model_type in FAMILIES
 
 
 def _configs_around(model: nn.Module, path: str) -> list[PretrainedConfig]:

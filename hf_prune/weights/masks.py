@@ -113,18 +113,20 @@ class MaskSet(Mapping[str, torch.Tensor]):
     def restore_(self, model: nn.Module) -> int:
         """Sets the masked weights of `model` to zero where they are not.
 
+        A model that was shrunk or resized since has parameters of other shapes, or none; these are left alone.
+
         Returns:
             How many were not, of those that this process holds.
         """
         reshard_(model)
-        filled = 0
+        parameters, filled = dict(model.named_parameters(remove_duplicate=False)), {}
         for name, mask in self.items():
-            if is_present(parameter := model.get_parameter(name)):
+            parameter = parameters.get(name)
+            if parameter is not None and shape_of(parameter) == mask.shape and is_present(parameter):
                 held = own(parameter)
-                filled += int(((held.abs() > 0) & ~own(mask).to(held.device)).sum())
-        if filled:
-            self.apply_(model)
-        return filled
+                filled[name] = int(((held.abs() > 0) & ~own(mask).to(held.device)).sum())
+        MaskSet({name: self[name] for name, count in filled.items() if count}).apply_(model)
+        return sum(filled.values())
 
     @classmethod
     @torch.no_grad()

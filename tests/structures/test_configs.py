@@ -6,11 +6,12 @@ import pytest
 import torch
 import transformers
 
-from hf_prune import PruningConfig, Stack, prune, shrink
+from hf_prune import PruningConfig, PruningTrainerCallback, Stack, prune, shrink
 from hf_prune.structures.configs import lists_of_layers, whole_of
 from hf_prune.structures.families import FAMILIES
 from hf_prune.structures.groups import StructureGroup
 from tests.structures.models import DECODER, GROUPED, IMAGES, TOKENS, build, perturbed
+from tests.structures.test_training import samples
 
 LAYERS = {**GROUPED, "num_hidden_layers": 4}
 GROUP = StructureGroup("model.layers", "layer", 4, (), fields=(("num_hidden_layers", 1),))
@@ -176,3 +177,19 @@ def test_what_a_model_is_a_part_of():
     assert whole_of(llama.model) is llama
     others = [type(llama)(llama.config), torch.nn.Sequential(llama)]
     assert whole_of(llama) is llama, others
+
+
+def test_a_whole_is_pruned_by_its_parts(make_trainer):
+    """What the error says is done here: a part is pruned, the whole is trained with its zeros, the part is shrunk."""
+    model, config = perturbed(llava(GROUPED)), PruningConfig(sparsity=0.34, granularity="head")
+    with pytest.raises(ValueError, match=r"made of several models.*Give model\.model\.language_model to prune"):
+        prune(model, config)
+    with pytest.raises(ValueError, match=r"prune that part first, train with hold_zeros=True"):
+        make_trainer(model, PruningTrainerCallback(config), train_dataset=samples(model)).train()
+    language = model.model.language_model
+    prune(language, config)
+    held = PruningTrainerCallback(PruningConfig(sparsity=0.34, schedule="one_shot", hold_zeros=True))
+    make_trainer(model, held, train_dataset=samples(model), max_steps=2).train()
+    before = language.num_parameters()
+    shrink(language)
+    assert language.num_parameters() < before

@@ -46,6 +46,7 @@ def save(model, folder):
     return logits_of(model)
 
 
+@pytest.mark.slow
 def test_every_family_loads_in_a_fresh_process_to_the_last_bit(tmp_path):
     expected = {}
     for name in MODELS:
@@ -72,6 +73,7 @@ SAYABLE = [
 ]
 
 
+@pytest.mark.slow
 def test_what_a_config_can_say_loads_where_hf_prune_is_not_installed(tmp_path):
     expected = {}
     for name, granularity in SAYABLE:

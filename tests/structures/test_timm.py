@@ -147,7 +147,9 @@ def test_channels_go_in_training(make_trainer):
 def test_networks_that_count_on_their_widths_are_left_whole(kind, why):
     model = build(kind)
     before = logits_of(model)
-    message = rf"channels of this Wrapper cannot be removed: of a copy without half of them, .*{why}.*Choose granularity unstr"
+    message = (
+        rf"channels of this Wrapper cannot be removed: of a copy without half of them, .*{why}.*Choose granularity"
+    )
     with pytest.raises(ValueError, match=message):
         prune(model, CONFIG)
     assert torch.equal(logits_of(model), before)

@@ -119,6 +119,19 @@ def test_copies_and_files_of_a_model_are_left_alone(caplog):
     assert "16 " + FILLED in caplog.text
 
 
+def test_a_model_that_has_changed_since_is_left_alone(make_trainer, caplog):
+    """Another has shrunk it, or given it another head or other embeddings."""
+    model = build("bert")
+    make_trainer(model, PruningTrainerCallback(PruningConfig(sparsity=0.5, target_modules=".*"))).train()
+    model.classifier = torch.nn.Sequential(torch.nn.Linear(16, 5))
+    layer = model.bert.encoder.layer[0]
+    layer.intermediate.dense.weight = torch.nn.Parameter(torch.ones(8, 16))
+    assert (model.state_dict()["bert.encoder.layer.0.intermediate.dense.weight"] == 1).all()
+    layer.output.dense.weight.data.fill_(1)
+    assert (model.state_dict()["bert.encoder.layer.0.output.dense.weight"] == 0).any()
+    assert FILLED in caplog.text
+
+
 def test_a_diverged_weight_is_not_counted():
     model = torch.nn.Linear(2, 1)
     model.weight.data[:] = torch.tensor([[torch.nan, 1.0]])

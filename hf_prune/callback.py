@@ -16,7 +16,8 @@ from .plan import Plan, resolve
 from .reporting.history import HISTORY_NAME, PruningHistory
 from .reporting.plots import PLOT_NAME, can_plot
 from .training.checkpoints import blank_progress, checkpoint_folder, progress_of
-from .training.events import Event, surviving
+from .training.endings import logged_on_error
+from .training.events import Event
 from .training.monitor import require_evaluations
 from .training.optimizers import require_not_retired, require_restartable, undo_restart_lr_
 from .training.run import Run
@@ -36,9 +37,9 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
     back before the next cut, and the training stops when the last round has converged. From a cut on the gradients of
     pruned weights are zeroed before they are clipped, and the weights after each optimizer step: to the last bit the
     training that `torch.nn.utils.prune` gives. Parameters keep their names and shapes, and the saved model is an
-    ordinary one. It is final in `on_train_end` of this callback: name others that write weights, such as averages of
-    them, before it in `callbacks`, and others that look at the model, or upload it, behind it. What is written into
-    pruned weights behind it is taken out again, with a warning, before the model is saved or used.
+    ordinary one. It is final after this callback's `on_train_end`: list callbacks that write weights, such as
+    averages, before it, and those that read or upload the model after it. What others write into pruned weights later
+    is set back to zero, with a warning, before the model is saved or used.
 
     `pruning_config.json` and `pruning_history.json` are written beside the model, into each checkpoint and into
     `output_dir` at the end. `trainer.train(resume_from_checkpoint=…)` goes on bit for bit. Each `train()` that is
@@ -205,7 +206,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
             run.release_()
             run.end_(self._event(args, state, control, kwargs))
         if args.should_save:
-            with surviving("Config and history of the pruning were not written."):
+            with logged_on_error("Config and history of the pruning were not written."):
                 self._save_reports(Path(str(args.output_dir)))
 
     def on_push_begin(
@@ -215,7 +216,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         kwargs["model"].add_model_tags([*TAGS])
         if args.should_save:
             folder = Path(str(args.output_dir))
-            with surviving("The history of the pruning, or its plot, is not among what is uploaded."):
+            with logged_on_error("The history of the pruning, or its plot, is not among what is uploaded."):
                 self._save_reports(folder)
                 if self.history and can_plot():
                     self.history.plot(folder / PLOT_NAME)

@@ -175,9 +175,9 @@ class Plan(Settings):
         require_finite_weights(self.targets.values())
         return self.granularity.quotas(self.cut(masks, sparsity, statistics))
 
-    def missed(self, masks: MaskSet, sparsity: float) -> str | None:
+    def shortfall(self, masks: MaskSet, sparsity: float) -> str | None:
         """A sentence that says by how much a cut missed its sparsity, and what can be had; None if it did not."""
-        return self.granularity.missed(self.cut(MaskSet(), sparsity), masks)
+        return self.granularity.shortfall(self.cut(MaskSet(), sparsity), masks)
 
     def steps(self, masks: MaskSet, sparsity: float) -> list[float]:
         """The rising sparsities on a cut's way: `score_steps` steps that each leave the same share of what is left."""
@@ -232,9 +232,9 @@ class Plan(Settings):
             frozen = [t.module for name, t in self.targets.items() if name in scored and not t.weight.requires_grad]
             if "movement" in self.needs and frozen:
                 raise ValueError(
-                    f"{frozen[0]!r} is frozen and does not move, so that criterion {self.criterion_name!r} says "
-                    "nothing of it. Unfreeze it (requires_grad_(True)), add it to exclude_modules, or take another "
-                    "criterion."
+                    f"criterion {self.criterion_name!r} cannot score frozen weights, which do not move: "
+                    f"{', '.join(frozen[:3])} ({len(frozen)} in all). Unfreeze them (requires_grad_(True)), add them "
+                    "to exclude_modules, or choose another criterion."
                 )
             return
         if self.reconstructs:

@@ -158,8 +158,8 @@ def prune(
             batches = None if dataloader is None else lambda: dataloader
             data = CalibrationData(batches, show_progress=True)
             masks = cut_(model, plan, masks, config.round_sparsities[-1], data)
-            if missed := plan.missed(masks, config.round_sparsities[-1]):
-                logger.warning("%s", missed)
+            if shortfall := plan.shortfall(masks, config.round_sparsities[-1]):
+                logger.warning("%s", shortfall)
         if keeps:
             mask_adapters_(model, MaskSet.from_zeros(model, plan.targets))
         return count_zeros(model, masks, plan.structures, masks)

@@ -376,7 +376,7 @@ def test_what_a_user_can_mend_is_said_in_a_line(words, message, tmp_path, monkey
     [
         (["prune", "--sparsity", "0.5", "--criterion", "wanda"], "Give a dataloader of calibration samples"),
         (["prune", "--sparsity", "0.5", "--criterion", "wanda", "--calibration", "none"], "no calibration samples in"),
-        (["prune", "--sparsity", "0.5", "--granularity", "channel"], "channels are those of convolutional networks"),
+        (["prune", "--sparsity", "0.5", "--granularity", "channel"], "is no convolutional network of images"),
         (["prune", "--sparsity", "0.5", "--device", "abacus"], "there is no device 'abacus' here"),
         (["prune", "--sparsity", "0.5", "--device", "cuda:99"], "there is no device 'cuda:99' here"),
         (["shrink"], "there is nothing to remove"),

@@ -51,8 +51,8 @@ def take_samples(batch: Batch, which: slice | torch.Tensor) -> Batch:
         return batch
     if name := next((name for name, value in batch.items() if not _can_cut(name, value, size)), None):
         raise ValueError(
-            f"{name} has {len(batch[name])} rows for {size} samples, which cannot be told apart: give batches of one "
-            "sample."
+            f"cannot split a batch of {size} samples: {name!r} has {len(batch[name])} rows, and nothing says which "
+            "belong to which sample. Give batches of one sample."
         )
 
     def select(name: str, value: Any) -> Any:
@@ -118,7 +118,8 @@ def _sequences(batch: Batch) -> list[Batch] | None:
     if torch.is_tensor(labels) and labels.shape == (1, length):
         # What pads a row to a multiple of some length are sequences of one token, without a label.
         while len(starts) > 1 and ends[-1] - starts[-1] == 1 and labels[0, starts[-1]] == IGNORED_LABEL:
-            starts.pop(), ends.pop()
+            starts.pop()
+            ends.pop()
 
     def cut(value: Any, i: int) -> Any:
         here = slice(starts[i], ends[i])
@@ -189,7 +190,7 @@ def _rows_and_images(
 ) -> tuple[list[int], list[int]]:
     """How many rows of pixels each sample has, and of how many images; nothing where that cannot be told.
 
-    Each row is worth as many tokens as any other one. Rows of an image of a grid are `t · h · w`.
+    Assumes equally many placeholder tokens for each row. An image with a grid has `t · h · w` rows.
     """
     ids = batch.get("input_ids")
     sizes = next((batch[name] for name in ("image_sizes", "spatial_shapes") if torch.is_tensor(batch.get(name))), None)

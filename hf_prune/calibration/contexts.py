@@ -3,7 +3,7 @@
 import contextlib
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ def keep_random_state(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, weights: Iterable[torch.Tensor] = ()) -> Iterator[None]:
-    """Evaluation mode, nothing compiled, and gradients for some weights; afterwards everything is as it was."""
+    """Evaluation mode, nothing compiled or cached, and gradients for some weights; afterwards all is as it was."""
     modes = {module: module.training for module in model.modules()}
     wants = {weight: weight.requires_grad for weight in weights}
     states = [_State(module) for module in model.modules() if next(module.buffers(recurse=False), None) is not None]
@@ -36,7 +36,10 @@ def undisturbed(model: nn.Module, weights: Iterable[torch.Tensor] = ()) -> Itera
     torch.clear_autocast_cache()  # It may hold weights as they were before they were changed.
     try:
         device = next(model.parameters()).device
-        with torch.inference_mode(False), keep_random_state(device), _uncompiled(), _unscaled(model):
+        # A cache would lack keys and values of blocks that are not computed again, and some models, such as RWKV,
+        # write in place into what the backward pass reads.
+        uncached = configured(model, "use_cache", False)
+        with torch.inference_mode(False), keep_random_state(device), _uncompiled(), _unscaled(model), uncached:
             yield
     finally:
         for state in states:
@@ -53,17 +56,36 @@ def whole_on_error(model: nn.Module) -> Iterator[None]:
 
     For what replaces them. What is changed in place stays changed.
     """
-    before = {module: dict(vars(module)) for module in model.modules()}
-    for attributes in before.values():
-        attributes.update({name: dict(attributes[name]) for name in ("_modules", "_parameters", "_buffers")})
-    done = False
+    before, done = _attributes_of(model), False
     try:
         yield
         done = True
     finally:
-        for module, attributes in before.items() if not done else ():
-            vars(module).clear()
-            vars(module).update(attributes)
+        if not done:
+            _put_back(before)
+
+
+@contextlib.contextmanager
+def rolled_back(model: nn.Module) -> Iterator[None]:
+    """As `whole_on_error`, whether what is done in it fails or not."""
+    before = _attributes_of(model)
+    try:
+        yield
+    finally:
+        _put_back(before)
+
+
+def _attributes_of(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
+    before = {module: dict(vars(module)) for module in model.modules()}
+    for attributes in before.values():
+        attributes.update({name: dict(attributes[name]) for name in ("_modules", "_parameters", "_buffers")})
+    return before
+
+
+def _put_back(before: Mapping[nn.Module, Mapping[str, Any]]) -> None:
+    for module, attributes in before.items():
+        vars(module).clear()
+        vars(module).update(attributes)
 
 
 class _State:
@@ -97,7 +119,7 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _unscaled(model: nn.Module) -> Iterator[None]:
-    """RWKV divides weights in place in evaluation mode: not while what they are worth is looked at."""
+    """Keeps RWKV from rescaling its weights in place, as it does in evaluation mode."""
     scalable: list[Any] = [
         module for module in model.modules() if getattr(module, "layers_are_rescaled", None) is False
     ]

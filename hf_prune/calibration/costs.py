@@ -73,6 +73,7 @@ def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: i
 
 
 def _flops_of(model: nn.Module, batch: Batch) -> int:
+    """The floating-point operations of a forward pass."""
     # Attention that is one operator is not counted on every device; its products are.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         try:

@@ -21,6 +21,10 @@ from ..weights.targets import Target
 from .batches import IGNORED_LABEL, Batch
 
 _LABELS = ("labels", "label", "label_ids")
+_WAY_OUT = (
+    "Rename the batch's keys to its arguments. To prune, you can also choose a criterion that looks at no data, such "
+    "as magnitude."
+)
 
 
 def targets_in_passes(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Target]:
@@ -87,32 +91,32 @@ def _call_with_dict(model: nn.Module, signature: inspect.Signature, batch: Batch
     required = [p for p in signature.parameters.values() if p.default is p.empty and p.kind in positional]
     name, annotation = type(base_of(model)).__name__, str(required[0].annotation).lower() if required else ""
     is_tensor = "tensor" in annotation and "dict" not in annotation and "mapping" not in annotation
-    way_out = "or take a criterion that looks at no data: magnitude, lamp or movement."
     if len(required) != 1 or required[0].name in batch or is_tensor:
         raise ValueError(
-            f"{name}.forward takes {', '.join(signature.parameters) or 'nothing'}, and cannot be called with batches "
-            f"of {', '.join(batch)}. Name what batches hold as it does, {way_out}"
+            f"{name}.forward takes {', '.join(signature.parameters) or 'nothing'}, and the batch holds "
+            f"{', '.join(batch)}. {_WAY_OUT}"
         )
     try:
         return model(dict(batch))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{name}.forward takes one dict, and fails with one of {', '.join(batch)}: {error!r}. Give batches that "
-            f"it can be called with, {way_out}"
+            f"{name}.forward has no arguments named {', '.join(batch)}. Called with the batch as one dict instead, it "
+            f"failed: {error!r}. {_WAY_OUT}"
         ) from error
 
 
 @contextlib.contextmanager
-def differentiating(model: nn.Module) -> Iterator[None]:
-    """Says what was differentiated if that fails."""
+def explaining_backward_errors(model: nn.Module) -> Iterator[None]:
+    """Says what was differentiated, and in which mode, if that fails."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # Some kernels have a backward pass only in training mode.
+    except RuntimeError as error:
         raise ValueError(
-            f"the loss of {type(base_of(model)).__name__} cannot be differentiated in evaluation mode, in which "
-            f"calibration runs. Take a criterion that reads no gradient, as magnitude or wanda do. It said: {error}"
+            f"the backward pass of {type(base_of(model)).__name__} failed: {error}. Calibration runs in evaluation "
+            "mode, and some models can be differentiated only in training mode. If so, choose a criterion without "
+            "gradients, such as magnitude or wanda."
         ) from error
 
 
@@ -151,7 +155,7 @@ def gradients_of(model: nn.Module, targets: Mapping[str, Target], batch: Batch) 
     """The gradients of a batch's loss, in float32; `.grad` stays as it is."""
     with torch.enable_grad():
         loss = loss_of(model, batch)
-    with differentiating(model):
+    with explaining_backward_errors(model):
         gradients = torch.autograd.grad(loss, [target.weight for target in targets.values()], allow_unused=True)
     return {n: g.float() for n, g in zip(targets, gradients, strict=True) if g is not None}
 
@@ -184,7 +188,7 @@ def summed_gradients(
             undo.callback(target.weight.register_hook(torch.square).remove)
         with torch.enable_grad():
             loss = loss_of(model, batch) * share
-        with differentiating(model):
+        with explaining_backward_errors(model):
             loss.backward()
         _, size = rank_and_size()
         found = {name: target.weight.grad for name, target in targets.items()}

@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ..weights.targets import Target
 from .activations import Product, ProductWatch
 from .batches import Batch, singles_of, size_of, take_samples
-from .passes import differentiating, gradients_of, loss_of
+from .passes import explaining_backward_errors, gradients_of, loss_of
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class PerSampleSquares:
         if len(edges) < len(uses) or any(product.part is not None for product, _ in uses):
             # Models with a backward pass of their own; experts, which see positions of several samples.
             return None
-        with differentiating(self._model):
+        with explaining_backward_errors(self._model):
             gradients = torch.autograd.grad(loss, edges, allow_unused=True)
         # The loss is the mean over the labels of the batch, and that of a sample the mean over its own.
         scale = (counts.sum() / counts).reshape(1, -1, 1, 1)

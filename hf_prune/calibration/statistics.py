@@ -15,7 +15,7 @@ from ..weights.gradient_hooks import paused
 from ..weights.targets import Target, are_sharded
 from .activations import Product, ProductWatch
 from .batches import IGNORED_LABEL, Batch, singles_of, size_of, take_samples
-from .contexts import configured, eager_experts, undisturbed
+from .contexts import eager_experts, undisturbed
 from .passes import base_of, call, gradients_of, ignores_first_label, in_step, summed_gradients, targets_in_passes
 from .per_sample_gradients import PerSampleSquares
 from .samples import read_samples, require_samples
@@ -56,9 +56,7 @@ def calibrate(
     in_passes, seen = targets_in_passes(model, targets), 0
     gatherers = {name: STATISTICS[name](model, targets, in_passes) for name in needs}
     weights = [target.weight for target in (*targets.values(), *in_passes.values())]
-    # What a cache holds is written in place where some models, as RWKV, read it again in the backward pass.
-    without_cache = configured(model, "use_cache", False)
-    with undisturbed(model, weights), without_cache, contextlib.ExitStack() as after, paused():
+    with undisturbed(model, weights), contextlib.ExitStack() as after, paused():
         after.callback(reshard_, model)
         for batch, is_own in in_step(model, read_samples(model, batches, samples, show_progress=show_progress)):
             for gatherer in gatherers.values():

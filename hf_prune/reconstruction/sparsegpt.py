@@ -15,7 +15,7 @@ from transformers.utils.logging import tqdm
 
 from ..calibration.activations import Product
 from ..calibration.batches import Batch, size_of
-from ..calibration.contexts import configured, eager_experts, undisturbed
+from ..calibration.contexts import eager_experts, undisturbed
 from ..calibration.samples import DELAY, read_samples, require_samples
 from ..calibration.statistics import require_finite, unpadded_inputs, warn_of_unreached
 from ..distributed.processes import sum_over_processes_
@@ -84,9 +84,7 @@ def reconstruct_(
     def prune_(name: str, factors: Sequence[_Factor | None]) -> None:
         new[name] = _prune_target_(targets[name], factors, masks.get(name), quotas[name])
 
-    # Keys and values of blocks that are not computed again would be missing in a cache.
-    without_cache = configured(model, "use_cache", False)
-    with undisturbed(model), eager_experts(model), without_cache, _in_full_precision():
+    with undisturbed(model), eager_experts(model), _in_full_precision():
         data = list(read_samples(model, batches, samples))
         require_samples(model, sum(map(size_of, data)), samples)
         with Stages(model, targets, data) as stages:

@@ -46,7 +46,7 @@ class Round:
         tokens: Number of input tokens in the round, None unless the training arguments count them.
         evaluations: Number of evaluations in the round, the one right after the cut left out.
         seconds: Wall-clock time of the round, evaluations included.
-        missed: A sentence that says by how much the cut missed what was asked for; None if it did not.
+        shortfall: A sentence that says by how much the cut missed what was asked for; None if it did not.
     """
 
     round: int
@@ -67,7 +67,7 @@ class Round:
     tokens: int | None = None
     evaluations: int = 0
     seconds: float = 0.0
-    missed: str | None = None
+    shortfall: str | None = None
 
 
 @dataclass
@@ -205,13 +205,15 @@ class PruningHistory(Drawn, Sequence[Round]):
 
     def shortfall(self) -> str | None:
         """A sentence that says by how much a run that has ended missed its target; None if it did not."""
+        if self.ended is None:
+            return None
         done, reached = (self[-1].round, self[-1].reached) if self else (0, 0.0)
-        if self.ended is None or done >= len(self.asked):
-            return self[-1].missed if self.ended is not None and self else None
-        return (
-            f"Training ended after round {done} of {len(self.asked)}: the sparsity is {reached:.4f}, "
-            f"not the {self.asked[-1]:.4f} asked for."
-        )
+        if done < len(self.asked):
+            return (
+                f"Training ended after round {done} of {len(self.asked)}: the sparsity is {reached:.4f}, "
+                f"not the {self.asked[-1]:.4f} asked for."
+            )
+        return self[-1].shortfall if self else None
 
     def figure(self) -> "Figure":
         """Metric and sparsity against steps: cuts and the best of each round are marked."""

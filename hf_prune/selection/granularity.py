@@ -96,8 +96,8 @@ class Granularity(ABC):
         """What a method that reconstructs is to prune of each target."""
         raise NotImplementedError(f"no method that reconstructs chooses by granularity {self}.")
 
-    def missed(self, cut: Cut, masks: MaskSet) -> str | None:
-        """A sentence that says by how much a cut missed its sparsity, and what can be had; None if it did not.
+    def shortfall(self, cut: Cut, masks: MaskSet) -> str | None:
+        """A sentence that says why a cut pruned nothing, or too much or little; None if it did as asked.
 
         Args:
             cut: What was asked for.
@@ -106,8 +106,8 @@ class Granularity(ABC):
         if not cut.sparsity or masks.masked:
             return None
         return (
-            f"The cut to a sparsity of {cut.sparsity:g} pruned nothing: it rounds to none in each pool of weights "
-            "that compete. Take a higher sparsity, or a scope that pools more."
+            f"The cut to sparsity {cut.sparsity:g} pruned nothing: it rounds to none in each pool of weights that "
+            "compete. Choose a higher sparsity, or a scope that pools more."
         )
 
     def floors(self, cut: Cut) -> list[float]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..structures.finding import STRUCTURES, find_structures, require_removable
 from ..structures.groups import Structures, kept_in, masks_of
-from ..structures.ranking import choose, floors_of_structures, how_missed, pools_of
+from ..structures.ranking import choose, floors_of_structures, pools_of, shortfall_of
 from ..weights.masks import MaskSet
 from ..weights.targets import Target
 from .cuts import Cut
@@ -88,14 +88,14 @@ class Structural(Granularity):
         scores = {name: cut.scorer.of_structures(group, cut.targets) for name, group in structures.items()}
         return masks_of(structures, choose(structures, scores, kept, cut.sparsity, cut.scope.name, cut.own_sparsities))
 
-    def missed(self, cut: Cut, masks: MaskSet) -> str | None:
-        """By pools, in which structures go one by one, or several at once."""
+    def shortfall(self, cut: Cut, masks: MaskSet) -> str | None:
+        """That of the first pool of structures that has one."""
         kept = kept_in(cut.structures, masks)
         pools = pools_of(cut.structures, cut.sparsity, cut.scope.name, cut.own_sparsities)
-        found = (how_missed({name: cut.structures[name] for name in names}, kept, share) for names, share in pools)
+        found = (shortfall_of({name: cut.structures[name] for name in names}, kept, share) for names, share in pools)
         return next((sentence for sentence in found if sentence is not None), None)
 
     def floors(self, cut: Cut) -> list[float]:
-        """By each pool of structures."""
+        """For each pool of structures."""
         kept = kept_in(cut.structures, cut.masks)
         return floors_of_structures(cut.structures, kept, cut.sparsity, cut.scope.name, cut.own_sparsities)

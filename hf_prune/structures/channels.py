@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 
 from ..calibration.contexts import undisturbed
 from ..weights.targets import Target
-from .example_inputs import image_shape
+from .example_inputs import first_convolution, image_shape
 from .families import FAMILIES
-from .groups import NOBODY, Member, StructureGroup
-from .inner import way_in
+from .groups import NOBODY, WITHOUT_STRUCTURES, Member, StructureGroup, advice_for_wrappers
 
 
 def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: int) -> dict[str, StructureGroup]:
@@ -41,7 +40,7 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
     """
     if why := _why_not(model):
         raise ValueError(
-            f"channels are those of convolutional networks that take images, and {type(model).__name__} is none: {why}"
+            f"{type(model).__name__} is no convolutional network of images, and has no channels to remove: {why}"
         )
     try:
         from torch_pruning import DependencyGraph
@@ -57,13 +56,18 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
         torch.enable_grad(),
         _calls_of(model) as called,
     ):
-        graph = DependencyGraph().build_dependency(
-            model, {"pixel_values": image}, output_transform=_outputs, verbose=False
-        )
+        try:
+            graph = DependencyGraph().build_dependency(
+                model, {"pixel_values": image}, output_transform=_outputs, verbose=False
+            )
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"channels of {type(model).__name__} cannot be followed ({error}). {WITHOUT_STRUCTURES}"
+            ) from error
         if strangers := [names[module] for module in called if module not in graph.module2node]:
             raise ValueError(
                 f"channels of {type(model).__name__} cannot be followed: {strangers[0]!r} computes what is in none of "
-                "its outputs. Choose granularity unstructured, N:M or block:RxC."
+                f"its outputs. {WITHOUT_STRUCTURES}"
             )
         for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
             structures = _structures(graph, group, names, targets, multiple_of)
@@ -72,7 +76,7 @@ def find_channels(model: nn.Module, targets: Mapping[str, Target], multiple_of: 
     if not found:
         raise ValueError(
             f"no channel of {type(model).__name__} can be removed: all are read across by a norm, or computed by "
-            "weights that are not targets. Name these in target_modules, or choose granularity unstructured."
+            f"weights that are not targets. Name these in target_modules. {WITHOUT_STRUCTURES}"
         )
     return found
 
@@ -85,19 +89,15 @@ def is_convolutional(model: nn.Module) -> bool:
 def _why_not(model: nn.Module) -> str | None:
     """Why a model is no convolutional network that takes images, and what to do; None if it is."""
     if not isinstance(model, PreTrainedModel):
-        return f"it is no Transformers model. {way_in(model)}"
+        return f"it is not a Transformers model. {advice_for_wrappers(model)}"
     is_known = model.config.model_type in FAMILIES
-    others = "head, neuron, head+neuron or layer" if is_known else "unstructured, N:M or block:RxC"
+    others = "Choose granularity head, neuron, head+neuron or layer." if is_known else WITHOUT_STRUCTURES
     attention = next((name for name, module in model.named_modules() if "Attention" in type(module).__name__), None)
     if attention is not None:
-        return f"{attention!r} is attention. Choose granularity {others}."
-    if model.main_input_name != "pixel_values" or _first_convolution(model) is None:
-        return f"it takes no images, or has no Conv2d. Choose granularity {others}."
+        return f"{attention!r} is an attention layer. {others}"
+    if model.main_input_name != "pixel_values" or first_convolution(model) is None:
+        return f"it takes no images, or has no Conv2d. {others}"
     return None
-
-
-def _first_convolution(model: nn.Module) -> nn.Conv2d | None:
-    return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
 
 @contextlib.contextmanager

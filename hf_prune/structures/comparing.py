@@ -48,16 +48,15 @@ class Reference:
     ) -> None:
         is_small = sum(parameter.numel() for parameter in model.parameters()) <= _LARGEST_DOUBLE
         dtypes = [torch.float64, torch.float32] if is_small else [torch.float32]
-        batches = [each for each in (example_batch(model), batch) if each is not None]
-        errors = ["no batch is known"]
-        for self._batch, self._dtype in itertools.product(batches, dtypes):
+        why = "no batch is known"
+        for given, dtype in itertools.product(filter(None, (example_batch(model), batch)), dtypes):
+            self._batch, self._dtype = given, dtype
             try:
-                self._outputs = self._call(model, self._batch, masks)
-                break
+                self._outputs = self._call(model, masks)
+                return
             except Exception as error:  # Models ask for all kinds of inputs, and each tells it in its own way.
-                errors.append(str(error))
-        else:
-            raise ValueError(f"{type(model).__name__} cannot be called to compare its outputs: {errors[-1]}")
+                why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{type(model).__name__} cannot be called to compare its outputs ({why})")
 
     def require_same(self, model: PreTrainedModel, saved: PreTrainedModel) -> None:
         """Requires that another model has the same outputs, as it is and as it would be loaded.
@@ -70,23 +69,23 @@ class Reference:
             Differs: if it has others; the message says which of both, and how.
         """
         if why := self._difference(model):
-            raise Differs(f"without them {why}")
+            raise Differs(why)
         if len({parameter.device for parameter in saved.parameters()}) > 1:
             return  # What is loaded anew is on one.
         path = next(name for name, module in saved.named_modules() if module is model)
         try:
-            why = self._difference(cast(PreTrainedModel, _load_again(saved).get_submodule(path)))
+            loaded = _load_again(saved)
         except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-        if why:
+            raise Differs(f"it could not be loaded from its config ({type(error).__name__}: {error})") from error
+        if why := self._difference(cast(PreTrainedModel, loaded.get_submodule(path))):
             raise Differs(f"what its config builds, and from_pretrained would load, is another model: {why}")
 
     def _difference(self, model: PreTrainedModel) -> str | None:
         """How the outputs of another model differ; None if they are equal up to rounding."""
         try:
-            found = self._call(model, self._batch, {})
+            found = self._call(model, {})
         except Exception as error:
-            return f"it cannot be called any more ({type(error).__name__}: {error})"
+            return f"it can no longer be called ({type(error).__name__}: {error})"
         for name, expected in self._outputs.items():
             got = found.get(name)
             if got is None or got.shape != expected.shape:
@@ -94,15 +93,14 @@ class Reference:
             finite = expected.isfinite()
             gap = (got - expected)[finite].norm() / expected[finite].norm().clamp(min=torch.finfo(torch.float32).tiny)
             if not torch.equal(got.isfinite(), finite) or gap > _TOLERANCE[self._dtype]:
-                return f"{name} differs by {gap:.2g} of its norm"
+                return f"relative difference of {name}: {gap:.2g} (allowed: {_TOLERANCE[self._dtype]:.0e})"
         return None
 
-    def _call(self, model: PreTrainedModel, batch: Mapping[str, Any], masks: Mapping[str, torch.Tensor]) -> Outputs:
-        uncached = configured(model, "use_cache", False)
+    def _call(self, model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> Outputs:
         eager = eager_experts(model)  # Fused kernels know no float64.
-        with undisturbed(model), uncached, eager, torch.no_grad(), _computing_in(model, self._dtype, masks):
+        with undisturbed(model), eager, torch.no_grad(), _computing_in(model, self._dtype, masks):
             torch.manual_seed(0)  # Some models draw random numbers in evaluation too.
-            output = call(model, {name: _cast(value, self._dtype) for name, value in batch.items()})
+            output = call(model, {name: _cast(value, self._dtype) for name, value in self._batch.items()})
         named = dict(output) if isinstance(output, Mapping) else dict(enumerate(output))
         found = {str(name): value for name, value in named.items() if torch.is_tensor(value)}
         found |= {f"feature_maps[{i}]": each for i, each in enumerate(named.get("feature_maps", ()))}
@@ -116,13 +114,13 @@ class Differs(Exception):
     """Outputs of a model differ from those expected."""
 
 
-def why_not_generated(model: PreTrainedModel) -> str | None:
+def why_not_generated(model: PreTrainedModel, **options: Any) -> str | None:
     """The error with which a model fails to generate two tokens; None if it does not."""
     batch = example_batch(model) or {}
     batch.pop("decoder_input_ids", None)
     try:
         with undisturbed(model), _silent():
-            model.generate(**batch, max_new_tokens=2, do_sample=False)  # type: ignore[operator]
+            model.generate(**batch, max_new_tokens=2, do_sample=False, **options)  # type: ignore[operator]
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None

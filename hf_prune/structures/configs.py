@@ -2,40 +2,16 @@
 
 import contextlib
 import copy
-import gc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .groups import StructureGroup, Structures, fields_of, kinds_of
 from .loading import can_say
-
-
-def whole_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The outermost model of Transformers that a model is a part of, as of a LLaVA; itself if it is a part of none.
-
-    What is saved is the whole, by its own config.
-    """
-    # No module knows what it is a part of, but what refers to its config tells whether it may be one.
-    own = {id(vars(module)) for module in model.modules()} | {id(module) for module in model.modules()}
-    referrers = [each for each in gc.get_referrers(model.config) if id(each) not in own]
-    if not any(_holds_config(each, model.config) for each in referrers):
-        return model
-    models = [each for each in gc.get_objects() if issubclass(type(each), PreTrainedModel)]
-    holders = [each for each in models if any(module is model for module in each.modules())]
-    return max(holders, key=lambda each: len(list(each.modules())))
-
-
-def _holds_config(referrer: object, model_config: PretrainedConfig) -> bool:
-    """Whether an object, or what has this as its attributes, is a model or a config with a config in it."""
-    if issubclass(type(referrer), (PreTrainedModel, PretrainedConfig)):
-        return True
-    return type(referrer) is dict and (
-        "_modules" in referrer or any(value is model_config for name, value in referrer.items() if name != "config")
-    )
 
 
 def own_configs_(model: PreTrainedModel) -> None:
@@ -46,7 +22,7 @@ def own_configs_(model: PreTrainedModel) -> None:
             setattr(module, "config", copy.deepcopy(config, copies))  # noqa: B010
 
 
-def say_widths_(model: PreTrainedModel, parts: Structures, kept: Mapping[str, torch.Tensor]) -> None:
+def write_widths_(model: PreTrainedModel, parts: Structures, kept: Mapping[str, torch.Tensor]) -> None:
     """Writes into the config how many heads and neurons there are, as far as it can say it."""
     for kind in kinds_of(parts):
         structures = {name: group for name, group in parts.items() if group.kind == kind}
@@ -56,7 +32,7 @@ def say_widths_(model: PreTrainedModel, parts: Structures, kept: Mapping[str, to
                 _set_fields_(config, fields)
 
 
-def say_layers_(model_config: PretrainedConfig, group: StructureGroup, stay: Sequence[int]) -> None:
+def write_layers_(model_config: PretrainedConfig, group: StructureGroup, stay: Sequence[int]) -> None:
     """Writes into a config which layers there are."""
     for field, entries in lists_of_layers(model_config, group).items():
         if len(entries) == group.count:
@@ -80,7 +56,8 @@ def lists_of_layers(model_config: PretrainedConfig, group: StructureGroup) -> di
     lists = {name: list(value) for name, value in vars(model_config).items() if isinstance(value, (list, tuple))}
     make: Any = type(model_config)
     shorter: dict[str, Any] = {}
-    with contextlib.suppress(Exception):  # Some configs cannot be made of so little.
+    # It may need more than that, or check what does not go with it.
+    with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError, StrictDataclassError):
         shorter = vars(make(**{field: group.count - 1 for field, _ in group.fields}))
     found = {}
     for name, entries in lists.items():

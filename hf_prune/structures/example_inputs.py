@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..weights.body import config_of_timm
+from ..weights.timm import config_of_timm
 
 _SIDE = 64  # Of the image for a network that does not say how large its images are.
 _LARGEST_SIDE = 256  # Networks of convolutions take images of any size; large ones only take time.
 _TOKENS = 16
 _AUDIO = 4000  # samples, a quarter of a second at 16 kHz
-_KEYS = 5  # Length of what a decoder without an encoder attends to.
+_KEYS = 5  # Encoder states for a decoder that stands alone.
 
 
 def example_batch(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
@@ -50,8 +50,13 @@ def image_shape(model: nn.Module) -> tuple[int, int, int, int]:
     side = size if isinstance(size, int) else max(size)
     if not hasattr(config, "patch_size"):  # What cuts images into patches has a position for each.
         side = min(side, _LARGEST_SIDE)
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    first = first_convolution(model)
     return 1, getattr(config, "num_channels", 3 if first is None else first.in_channels), side, side
+
+
+def first_convolution(model: nn.Module) -> nn.Conv2d | None:
+    """The first convolution over images, None if there is none."""
+    return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
 
 def _tokens(model: PreTrainedModel, generator: torch.Generator) -> torch.Tensor:

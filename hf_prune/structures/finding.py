@@ -6,15 +6,15 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..weights.body import config_of_timm
 from ..weights.masks import MaskSet
 from ..weights.targets import Target, find_targets
+from ..weights.timm import config_of_timm
 from .channels import find_channels, is_convolutional
 from .groups import StructureGroup, Structures, fields_of, kept_in, kinds_of, masks_of, nonzeros
 from .heads_and_neurons import find_in_family
 from .loading import can_say
 from .ranking import count_left, pools_of, require_attainable
-from .trial import find_channels_that_can_go
+from .trial import require_exact_on_a_copy
 
 STRUCTURES = ("head", "neuron", "head+neuron", "channel", "layer")
 """What a config can ask for: kinds of structures, joined by +."""
@@ -34,10 +34,7 @@ def find_structures(
             "beside. Merge them first (merge_and_unload), or add them to the pruned model."
         )
     if kinds == ("channel",):
-        # Networks of Transformers whose config says how many channels images have; of others less is known.
-        is_known = hasattr(getattr(model, "config", None), "num_channels")
-        is_tried = not is_known or any(map(config_of_timm, model.modules()))
-        return (find_channels_that_can_go if is_tried else find_channels)(model, targets, multiple_of)
+        return find_channels(model, targets, multiple_of)
     if is_convolutional(model):
         raise ValueError(
             f"{type(model).__name__} is a convolutional network and has no {'+'.join(kinds)}s that are known. "
@@ -67,6 +64,11 @@ def require_removable(
                 raise ValueError(f"no {kind} of {type(model).__name__} can go: no place has more than {few}.")
     if uniform:
         _require_uniform(model, structures, final)
+    # Networks of Transformers say in their config how many channels images have; of others less is known.
+    if kinds_of(structures) == ["channel"] and (
+        not hasattr(model.config, "num_channels") or any(map(config_of_timm, model.modules()))
+    ):
+        require_exact_on_a_copy(model, structures)
     for names, share in pools_of(structures, final, scope, own):
         require_attainable({name: structures[name] for name in names}, share, {})
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..weights.masks import MaskSet
 
@@ -106,6 +107,9 @@ Structures = Mapping[str, StructureGroup]
 NO_STRUCTURES: Structures = {}
 """No structures: weights are pruned, not structures."""
 
+WITHOUT_STRUCTURES = "Choose granularity unstructured, N:M or block:RxC."
+"""What to do where structures cannot be removed, for messages."""
+
 
 def kept_in(structures: Structures, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What `StructureGroup.kept_of` gives for each group."""
@@ -164,3 +168,14 @@ def fields_of(structures: Structures, left: Mapping[str, int]) -> dict[str, int]
             for field, value in group.fixed:
                 numbers.setdefault(field, set()).add(value)
     return {field: found.pop() for field, found in numbers.items() if len(found) == 1}
+
+
+def advice_for_wrappers(model: nn.Module) -> str:
+    """What to do with a model that is none of Transformers', for messages: it may contain one."""
+    for path, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            return (
+                f"It contains a {type(module).__name__} at model.{path}: pass that one. To train the whole, prune and "
+                "shrink that part first."
+            )
+    return f"It contains no Transformers model. {WITHOUT_STRUCTURES}"

@@ -12,8 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..weights.targets import Target
 from .families import FAMILIES, Heads, Neurons, Stack
-from .groups import Member, StructureGroup, Structures, parameters_of
-from .inner import way_in
+from .groups import WITHOUT_STRUCTURES, Member, StructureGroup, Structures, advice_for_wrappers, parameters_of
 
 _HOW_TO_ADD = (
     'Describe it in a dozen lines: describe_family({!r}, Stack("layers", (Heads(...), Neurons(...)))), all of which '
@@ -230,7 +229,8 @@ def _stacks(model: nn.Module) -> list[_Layers]:
     config: Any = getattr(model, "config", None)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"heads, neurons and layers are those of a Transformers model, got {type(model).__name__}. {way_in(model)}"
+            f"heads, neurons and layers are those of a Transformers model, got {type(model).__name__}. "
+            f"{advice_for_wrappers(model)}"
         )
     if config.model_type not in FAMILIES:
         if known := [path for path, module in model.named_modules() if path and _is_of_a_family(module)]:
@@ -298,5 +298,5 @@ def _require_own_weights(found: Structures) -> None:
         if (other := names.setdefault(id(parameter), name)) != name:
             raise ValueError(
                 f"{other} and {name} are one tensor; structures of layers that share weights cannot be removed. "
-                "Choose granularity unstructured, N:M or block:RxC."
+                f"{WITHOUT_STRUCTURES}"
             )

@@ -104,26 +104,28 @@ def require_attainable(structures: Structures, sparsity: float, gone: Mapping[st
         )
 
 
-def how_missed(structures: Structures, kept: Mapping[str, torch.Tensor], sparsity: float) -> str | None:
+def shortfall_of(structures: Structures, kept: Mapping[str, torch.Tensor], sparsity: float) -> str | None:
     """A sentence that says by how much a pool missed its sparsity, and what can be had; None if it did not.
 
-    It did if nothing is gone, or if more than one structure, and one of twenty, is gone too much or too little.
+    It did if nothing is gone, or if more than one structure too many or too few is, and more than 5 % of all: where
+    structures go several at a time, as `multiple_of` makes them, it is always a few beside.
     """
     gone, total = count_gone(structures, kept)
     if not sparsity or (gone and abs(gone - sparsity * total) <= max(1, total / 20)):
         return None
-    first, *others = structures
-    if others:
-        least = min(level for group in structures.values() for level in group.counts_that_may_go()[1:])
-        can_be_had = f"They go {least} at a time, which is a sparsity of {least / total:.4g}"
-    else:
-        levels = [level / total for level in structures[first].counts_that_may_go()]
+    first = next(iter(structures.values()))
+    where = repr(first.name) if len(structures) == 1 else f"{len(structures)} places"
+    if len(structures) == 1:
+        levels = [level / total for level in first.counts_that_may_go()]
         near = [max(x for x in levels if x <= sparsity), *(x for x in levels if x > sparsity)][:2]
-        can_be_had = f"What can be had near it is {' and '.join(f'{level:.4g}' for level in near)}"
+        possible = f"Nearest possible: {' and '.join(f'{level:.4g}' for level in near)}."
+    else:
+        step = min(level for group in structures.values() for level in group.counts_that_may_go()[1:])
+        possible = f"The smallest step is {step} of them, a sparsity of {step / total:.4g}."
+    advice = " Choose another sparsity, or a lower multiple_of." if first.multiple > 1 else " Choose another sparsity."
     return (
-        f"A sparsity of {sparsity:g} was asked for, and {gone} of the {total} {structures[first].kind}s of {first!r}"
-        f"{f' and {len(others)} other places' if others else ''} are pruned, {gone / total:.4g}. {can_be_had}; take "
-        "another sparsity, or multiple_of where structures go several at a time."
+        f"Asked for sparsity {sparsity:g}, but {gone} of the {total} {first.kind}s in {where} are pruned "
+        f"({gone / total:.4g}). {possible}{advice}"
     )
 
 

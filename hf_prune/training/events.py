@@ -1,6 +1,5 @@
 """Events: what Trainer hands to them, and what users lend."""
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -21,15 +20,6 @@ from ..distributed.shards import has_shards
 from ..distributed.zero import has_partitions, require_maskable
 
 logger = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def surviving(consequence: str) -> Iterator[None]:
-    """Lets an error in what comes after the last step be logged, with its trace, instead of losing the training."""
-    try:
-        yield
-    except Exception:
-        logger.error("%s", consequence, exc_info=True)
 
 
 class Event(NamedTuple):

@@ -36,7 +36,8 @@ from .checkpoints import (
     recover_,
     require_same,
 )  # fmt: skip
-from .events import Event, surviving
+from .endings import logged_on_error
+from .events import Event
 from .monitor import Monitor, as_number, improves_as_it_rises, metric_name, warn_of_few_evaluations
 from .optimizers import cut_state_, restart_lr_, retire
 from .overrun import Overrun
@@ -195,7 +196,7 @@ class Run:
 
     def save(self, folder: Path, step: int, model: nn.Module, *, write: bool) -> None:
         """Puts masks, best weights and movement into a checkpoint; all processes call this, and some write."""
-        self._zero_check.look_(model)
+        self._zero_check.check_(model)
         if self.masks:
             self.masks.save(folder / MASKS_NAME, write=write)
         if self.rounds.best is not None and self.history[-1].best_step != step:
@@ -207,11 +208,12 @@ class Run:
         """Leaves an ordinary model with its zeros, and says loudly if they are fewer than asked for."""
         args, state, model = event.args, event.state, event.model
         with accessible(model):
-            with surviving("The best weights were not brought back, and the model has those of the last step."):
+            with logged_on_error("The best weights were not brought back, and the model has those of the last step."):
                 if args.load_best_model_at_end and state.best_model_checkpoint is not None:
                     load_renamed_weights_(model, Path(state.best_model_checkpoint))
                 elif self.overrun is not None:
                     self.overrun.weights.restore_(model)
+            with logged_on_error("The last round was not closed, and the model has the weights of the last step."):
                 event.say(self.rounds.finish_(state.global_step, model))
             self.masks.apply_(model)
         if shortfall := self.history.shortfall():
@@ -226,7 +228,7 @@ class Run:
         if self._weights:  # Else it is shrunk, and has nothing that is masked.
             self._zero_check.watch_until_used_(model, self.masks)
         if has_adapters(model) and self.masks:  # Beside adapters there are no base weights to read them from.
-            with surviving("The masks were not written beside the adapters."):
+            with logged_on_error("The masks were not written beside the adapters."):
                 self.masks.save(Path(str(args.output_dir)) / MASKS_NAME, write=args.should_save)
 
     def _hold_(self, event: Event) -> None:
@@ -285,9 +287,9 @@ class Run:
             f"Round {row.round} of {len(config.round_sparsities)} at step {row.step}: sparsity {row.reached:.4f}, "
             f"{row.masked:,} of {row.total:,} {report.units} pruned."
         )
-        if asked is not None and (missed := self.plan.missed(masks, asked)):
-            row.missed = missed
-            logger.log(logging.WARNING if state.is_world_process_zero else logging.DEBUG, "%s", missed)
+        if asked is not None and (shortfall := self.plan.shortfall(masks, asked)):
+            row.shortfall = shortfall
+            logger.log(logging.WARNING if state.is_world_process_zero else logging.DEBUG, "%s", shortfall)
         event.note({"pruning_round": row.round, "sparsity": row.reached})
         row.after_cut = self._measure("after_cut", event)
 
@@ -300,9 +302,11 @@ class Run:
 
     def _shrink_(self, event: Event) -> None:
         model, batches = event.model, event.batches(event.args.train_batch_size * event.args.world_size)
-        with surviving("The model was not shrunk, and its pruned structures stay as zeros."):
-            with whole_on_error(model), failing_together():  # On all processes or on none.
-                costs = shrink_measured(cast(PreTrainedModel, model), self.masks, batches)
+        costs = None
+        logged = logged_on_error("The model was not shrunk, and its pruned structures stay in it as zeros.")
+        with logged, whole_on_error(model), failing_together():  # On all processes or on none.
+            costs = shrink_measured(cast(PreTrainedModel, model), self.masks, batches)
+        if costs is not None:
             self.history.costs = costs
             self._weights = {}  # They are no longer the model's.
             retire(event.optimizer)

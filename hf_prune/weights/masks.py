@@ -110,13 +110,13 @@ class MaskSet(Mapping[str, torch.Tensor]):
             mask_parts_(parameter, mask)
 
     @torch.no_grad()
-    def restore_(self, model: nn.Module) -> int:
-        """Sets the masked weights of `model` to zero where they are not.
+    def rezero_(self, model: nn.Module) -> int:
+        """Sets pruned weights of `model` back to zero where something has written into them.
 
-        A model that was shrunk or resized since has parameters of other shapes, or none; these are left alone.
+        Parameters that are missing or have another shape are skipped: the model was shrunk or resized since.
 
         Returns:
-            How many were not, of those that this process holds.
+            How many were not zero, of those that this process holds.
         """
         reshard_(model)
         parameters, filled = dict(model.named_parameters(remove_duplicate=False)), {}

@@ -1,6 +1,9 @@
-"""Zero checks: what others write into pruned weights behind the callback is taken out again."""
+"""Zero checks: what others write into pruned weights after the callback's turn is set back to zero."""
 
+import functools
 import logging
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -14,35 +17,28 @@ logger = logging.getLogger(__name__)
 
 
 class ZeroCheck:
-    """Puts zeros back before a model is saved, and after training until it is used.
+    """Sets pruned weights back to zero before a model is saved, and after training until it is used.
 
-    Other callbacks write weights when this one has had its turn, such as averages of them at the end. Copies of a
-    model, and files of it, get a check of nothing.
-
-    Attributes:
-        masks: What is to be zero.
+    Other callbacks may write weights after this one's turn, such as averages of them at the end of training.
     """
 
     def __init__(self) -> None:
-        self.masks = MaskSet()
+        self._masks = MaskSet()
         self._hooks: list[RemovableHandle] = []
-
-    def __reduce__(self) -> tuple[type["ZeroCheck"], tuple[()]]:
-        return ZeroCheck, ()
 
     def watch_(self, model: nn.Module, masks: MaskSet) -> None:
         """Checks from now on whenever a model's state dict is taken, as it is to save it."""
         self.stop_()
-        self.masks = masks
+        self._masks = masks
         if not has_shards(model) and not has_partitions(model):  # Their state dicts are put together elsewhere.
-            self._hooks.append(model.register_state_dict_pre_hook(self._look))
+            self._hooks.append(model.register_state_dict_pre_hook(_Hook(self.check_)))
 
     def watch_until_used_(self, model: nn.Module, masks: MaskSet) -> None:
-        """Checks as well whenever a state dict is loaded, and once more when the model is called, and then no more."""
+        """Checks as well whenever a state dict is loaded, and a last time when the model is called."""
         self.watch_(model, masks)
         if self._hooks:
-            self._hooks.append(model.register_load_state_dict_post_hook(self._look))
-            self._hooks.append(model.register_forward_pre_hook(self._look_once_more))
+            self._hooks.append(model.register_load_state_dict_post_hook(_Hook(self.check_)))
+            self._hooks.append(model.register_forward_pre_hook(_Hook(self._check_last)))
 
     def stop_(self) -> None:
         """Checks no more."""
@@ -50,18 +46,31 @@ class ZeroCheck:
             hook.remove()
         self._hooks.clear()
 
-    def look_(self, model: nn.Module) -> None:
-        """Puts zeros back, and says so if there were too few."""
-        if filled := self.masks.restore_(model):
+    def check_(self, model: nn.Module) -> None:
+        """Sets pruned weights back to zero, and says so if some were not."""
+        if filled := self._masks.rezero_(model):
             logger.warning(
-                "%d pruned weights were no longer zero, and are zero again. Does another callback write weights? Name "
-                "it before PruningTrainerCallback in callbacks.",
+                "Set %d pruned weights back to zero: something wrote into them after PruningTrainerCallback. If it is "
+                "a callback, list it before PruningTrainerCallback.",
                 filled,
             )
 
-    def _look(self, model: nn.Module, *_: Any) -> None:
-        self.look_(model)
-
-    def _look_once_more(self, model: nn.Module, *_: Any) -> None:
-        self.look_(model)
+    def _check_last(self, model: nn.Module) -> None:
+        self.check_(model)
         self.stop_()
+
+
+class _Hook:
+    """A hook of a module that is called with the module alone.
+
+    Pickles and copies of the module get one that does nothing, and is no class of hf_prune.
+    """
+
+    def __init__(self, check: Callable[[nn.Module], None]) -> None:
+        self._check = check
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        self._check(module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (sys.audit, "zero_check")  # It takes any arguments, and nobody listens.

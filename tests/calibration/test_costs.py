@@ -57,7 +57,7 @@ def test_models_are_left_as_they_were():
     before = copy.deepcopy(model.state_dict())
     measure_costs({"resnet": model}, {"pixel_values": torch.randn(2, 1, 16, 16)})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="takes pixel_values, and cannot be called with batches of nothing"):
+    with pytest.raises(ValueError, match="takes pixel_values, and the batch holds nothing"):
         measure_costs({"resnet": model.resnet.embedder}, {"nothing": torch.ones(1)})
     assert model.training
 

@@ -264,16 +264,17 @@ class Two(nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.Sequential(nn.Linear(4, 4)), r"^Sequential\.forward takes one dict, and fails with .*TypeError"),
-        (Two, r"^Two\.forward takes left, right, and cannot be called with batches of x, y\. Name what batches"),
-        (TakesDict, r"^TakesDict\.forward takes one dict, and fails with one of x, y: KeyError\('input_ids'\)\. Give"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4)),
+            r"^Sequential\.forward has no arguments .* failed: TypeError",
+        ),
+        (Two, r"^Two\.forward takes left, right, and the batch holds x, y\. Rename"),
+        (TakesDict, r"^TakesDict\.forward has no arguments named x, y\. .*failed: KeyError\('input_ids'\)\. Rename"),
     ],
 )
 def test_what_cannot_be_called_is_said(make, message):
     data = [{"x": torch.randn(2, 4), "y": torch.randn(2, 4)}]
-    with pytest.raises(
-        ValueError, match=message + ".*, or take a criterion that looks at no data: magnitude, lamp or"
-    ):
+    with pytest.raises(ValueError, match=message + ".*choose a criterion that looks at no data"):
         prune(make(), PruningConfig(sparsity=0.5, criterion="wanda"), data)
 
 
@@ -303,7 +304,7 @@ def test_what_cannot_be_differentiated_in_evaluation_mode_is_said():
     data = [{"x": torch.randn(2, 4)}]
     for name in ("taylor", "fisher", "sparsegpt"):
         model = Trains()
-        message = "^the loss of Trains cannot be differentiated in evaluation mode, .* wanda do.* inplace operation"
+        message = "^the backward pass of Trains failed: .*inplace operation.*only in training mode.*or wanda"
         with pytest.raises(ValueError, match=message):
             prune(model, PruningConfig(sparsity=0.5, criterion=name), data)
         assert model.training

@@ -226,7 +226,7 @@ def test_torch_pruning_is_not_installed(monkeypatch):
 def test_channels_of_a_transformer():
     from tests.structures.models import build as build_transformer
 
-    with pytest.raises(ValueError, match=r"channels are those of convolutional networks.*ViTForImageClassification"):
+    with pytest.raises(ValueError, match=r"ViTForImageClassification is no convolutional network of images"):
         prune(build_transformer("vit"), config_of())
 
 

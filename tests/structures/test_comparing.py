@@ -6,12 +6,14 @@ import logging
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from hf_prune import Heads, MaskSet, Neurons, PruningConfig, PruningTrainerCallback, Stack, prune, shrink
 from hf_prune.structures import comparing
 from hf_prune.structures.comparing import Differs, Reference
 from hf_prune.structures.families import FAMILIES
-from tests.structures.models import DECODER, GROUPED, build, logits_of, perturbed
+from tests.structures.models import DECODER, GROUPED, build, inputs_of, logits_of, perturbed
 from tests.structures.test_training import samples
 
 HEADS = Heads("self_attn", {"q_proj": 1, "k_proj": 1, "v_proj": 1}, "o_proj")
@@ -50,25 +52,25 @@ BLOOM_HEADS = Heads(
     "self_attention", {"query_key_value": 1}, "dense", attributes=("num_heads", "hidden_size"), fields=("n_head",)
 )
 WRONG = {
-    "stablelm": (stablelm, Stack("layers", (HEADS,)), "head", "a head of 'model.layers.0.self_attn'"),
-    "olmo2": (olmo2, Stack("layers", (HEADS, NEURONS)), "head", "a head of 'model.layers.0.self_attn'"),
+    "stablelm": (stablelm, Stack("layers", (HEADS,)), "head", "removing heads of 'model.layers.0.self_attn'"),
+    "olmo2": (olmo2, Stack("layers", (HEADS, NEURONS)), "head", "removing heads of 'model.layers.0.self_attn'"),
     "a gate that is not named": (
         lambda: transformers.OlmoForCausalLM(transformers.OlmoConfig(**DECODER)),
         Stack("layers", (Neurons("mlp", {"up_proj": 1}, "down_proj"),)),
         "neuron",
-        "a neuron of 'model.layers.0.mlp'.*cannot be called any more",
+        "removing neurons of 'model.layers.0.mlp'.*can no longer be called",
     ),
     "slopes of heads": (
-        bloom, Stack("h", (BLOOM_HEADS,), ("n_layer",)), "head", "a head of 'transformer.h.0.self_attention'"
+        bloom, Stack("h", (BLOOM_HEADS,), ("n_layer",)), "head", "removing heads of 'transformer.h.0.self_attention'"
     ),
     "a norm behind each sum": (
         lambda: transformers.XLMRobertaForMaskedLM(transformers.XLMRobertaConfig(**DECODER)),
         Stack("encoder.layer", (), norm_first=True),
         "layer",
-        "a layer of 'roberta.encoder.layer'.*without them logits differs",
+        "removing layers of 'roberta.encoder.layer'.*relative difference of logits",
     ),
     "layers that are counted": (
-        moe_with_a_dense_layer, Stack("layers", ()), "layer", "a layer of 'model.layers'.*is another model"
+        moe_with_a_dense_layer, Stack("layers", ()), "layer", "removing layers of 'model.layers'.*(another|loaded)"
     ),
 }  # fmt: skip
 
@@ -106,8 +108,8 @@ def test_in_training_the_masked_model_stays(name, monkeypatch, make_trainer, cap
     before = model.num_parameters()
     pruning = PruningTrainerCallback(config)
     make_trainer(model, pruning, train_dataset=samples(model), max_steps=2).train()
-    assert "The model was not shrunk, and its pruned structures stay as zeros" in caplog.text
-    assert "does describe_family name all that goes with one" in caplog.text
+    assert "The model was not shrunk, and its pruned structures stay in it as zeros" in caplog.text
+    assert "attribute that depends on the number of" in caplog.text
     assert model.num_parameters() == before
     assert pruning.masks.masked
     assert all((model.get_parameter(name)[~mask] == 0).all() for name, mask in pruning.masks.items())
@@ -141,26 +143,20 @@ def test_large_models_are_compared_in_single_precision(monkeypatch):
     reference.require_same(model, model)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] += 1
-    with pytest.raises(Differs, match="logits differs by"):
+    with pytest.raises(Differs, match="relative difference of logits"):
         reference.require_same(model, model)
 
 
 def test_mixed_precision_of_training_is_left_out():
     """Accelerate has replaced the forward pass by one in bfloat16, whose rounding would look like a difference."""
-    model = build("llama")
-    model._original_forward = model.forward
-    rounded = model.forward
-
-    def forward(*args, **kwargs):
-        output = rounded(*args, **kwargs)
-        output["logits"] = output["logits"].bfloat16()
-        return output
-
-    model.forward = forward
-    config = PruningConfig(sparsity=0.5, granularity="head+neuron", multiple_of=4)
-    prune(model, config)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(build("llama"))
+    forward = model.forward
+    assert model(**inputs_of(model)).logits.dtype == torch.float32
+    prune(model, PruningConfig(sparsity=0.5, granularity="head+neuron", multiple_of=4))
     shrink(model)
     assert model.forward is forward
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_masks_of_weights_that_are_not_zero_count():
@@ -190,7 +186,7 @@ def test_what_cannot_be_called_is_said_and_a_batch_helps(caplog):
     prune(model, PruningConfig(sparsity=0.3, granularity="head"))
     other = copy.deepcopy(model)
     shrink(model)
-    assert "outputs of the masked one could not be seen: Molecules cannot be called to compare" in caplog.text
+    assert "could not be compared with the masked one: Molecules cannot be called to compare" in caplog.text
     caplog.clear()
     shrink(other, batch={"molecules": torch.arange(8)[None]})
     assert caplog.text == ""
@@ -203,7 +199,7 @@ def test_in_training_a_batch_of_it_helps(make_trainer, caplog):
     pruning = PruningTrainerCallback(PruningConfig(sparsity=0.3, granularity="head"))
     with caplog.at_level(logging.WARNING):
         make_trainer(model, pruning, train_dataset=dataset, max_steps=2).train()
-    assert "could not be seen" not in caplog.text
+    assert "could not be compared" not in caplog.text
     assert pruning.history.costs["shrunk"].parameters < pruning.history.costs["masked"].parameters
 
 
@@ -232,7 +228,8 @@ def test_a_t5_that_can_no_longer_generate_says_so(caplog):
     prune(model, PruningConfig(sparsity=0.34, granularity="layer"))
     shrink(model)
     assert (len(model.encoder.block), len(model.decoder.block)) == (1, 3)
-    assert "T5ForConditionalGeneration cannot generate any more" in caplog.text
+    assert "generate fails with the layers that are left" in caplog.text
+    assert "generate(..., use_cache=False) works" in caplog.text
     assert "https://github.com/huggingface/transformers/issues/30508" in caplog.text
     ids = torch.arange(3, 9)[None]
     assert model.generate(ids, max_new_tokens=2, use_cache=False).shape[0] == 1
@@ -244,4 +241,4 @@ def test_others_say_nothing_of_it(name, caplog):
     model = build(name)
     prune(model, PruningConfig(sparsity=0.34, granularity="layer" if name != "bert" else "head"))
     shrink(model)
-    assert "cannot generate" not in caplog.text
+    assert "generate fails" not in caplog.text

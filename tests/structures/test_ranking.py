@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_prune.structures.groups import StructureGroup
-from hf_prune.structures.ranking import choose, how_missed, require_attainable
+from hf_prune.structures.ranking import choose, require_attainable, shortfall_of
 
 
 def places(*counts, kind="head", multiple=1, stay=()):
@@ -150,10 +150,10 @@ def test_scores_that_are_nan():
 @pytest.mark.parametrize(
     ("structures", "gone", "sparsity", "said"),
     [
-        (places(2), 0, 0.2, "0.2 was asked for, and 0 of the 2 heads of 'head 0' are pruned, 0. .* 0 and 0.5;"),
-        (places(96, kind="neuron", multiple=64), 32, 0.2, r"32 of the 96 neurons .* near it is 0 and 0\.3333;"),
-        (places(2, 2), 0, 0.1, r"0 of the 4 heads of 'head 0' and 1 other places .* go 1 at a time.* 0\.25;"),
-        (places(40, 40, kind="neuron", multiple=16), 8, 0.3, r"They go 8 at a time, which is a sparsity of 0\.1;"),
+        (places(2), 0, 0.2, r"sparsity 0\.2, but 0 of the 2 heads in 'head 0' are pruned \(0\)\. .*: 0 and 0\.5\. Ch"),
+        (places(96, kind="neuron", multiple=64), 32, 0.2, r"32 of the 96 neurons .*: 0 and 0\.3333\. .* multiple_of"),
+        (places(2, 2), 0, 0.1, r"0 of the 4 heads in 2 places are pruned.* step is 1 of them, a sparsity of 0\.25\."),
+        (places(40, 40, kind="neuron", multiple=16), 8, 0.3, r"The smallest step is 8 of them, a sparsity of 0\.1\."),
         (places(40), 12, 0.3, None),
         (places(12, kind="layer"), 4, 0.3, None),  # 3.6 were asked for.
         (places(3072, 3072, kind="neuron", multiple=8), 1240, 0.2, None),
@@ -163,5 +163,5 @@ def test_scores_that_are_nan():
 def test_a_pool_that_misses_its_sparsity_says_what_can_be_had(structures, gone, sparsity, said):
     kept = all_kept(structures)
     kept[next(iter(kept))][:gone] = False
-    found = how_missed(structures, kept, sparsity)
+    found = shortfall_of(structures, kept, sparsity)
     assert found is None if said is None else re.search(said, found)

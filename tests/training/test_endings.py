@@ -63,7 +63,7 @@ def test_a_model_that_cannot_be_shrunk_stays_masked_and_is_saved(error, make_tra
     trainer = make_trainer(model, pruning, train_dataset=samples(model), max_steps=2)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
-    assert "The model was not shrunk, and its pruned structures stay as zeros." in caplog.text
+    assert "The model was not shrunk, and its pruned structures stay in it as zeros." in caplog.text
     assert "Traceback" in caplog.text
     loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "saved")
     assert sparsity_report(loaded, HEADS).sparsity == 0.5
@@ -138,22 +138,22 @@ def grouped():
         (
             grouped,
             PruningConfig(sparsity=0.2, granularity="head", uniform=True),
-            "and 0 of the 2 heads of 'model.layers.0.self_attn' are pruned, 0. What can be had near it is 0 and 0.5",
+            "0 of the 2 heads in 'model.layers.0.self_attn' are pruned (0). Nearest possible: 0 and 0.5",
         ),
         (
             lambda: build("bart"),
             PruningConfig(sparsity=0.3, granularity="neuron", multiple_of=16, scope="layer"),
-            "16 of the 32 neurons of 'model.decoder.layers.0'",
+            "16 of the 32 neurons in 'model.decoder.layers.0'",
         ),
         (
             lambda: build("gpt2"),
             PruningConfig(sparsity=0.004, criterion="magnitude", scope="row"),
-            "The cut to a sparsity of 0.004 pruned nothing",
+            "The cut to sparsity 0.004 pruned nothing",
         ),
         (
             lambda: build("gpt2"),
             PruningConfig(sparsity=0.0001, granularity="block:8x8"),
-            "The cut to a sparsity of 0.0001 pruned nothing",
+            "The cut to sparsity 0.0001 pruned nothing",
         ),
     ],
 )
@@ -179,5 +179,5 @@ def test_a_cut_that_reaches_it_says_nothing(granularity, make_trainer, caplog):
     )
     make_trainer(model, pruning, train_dataset=samples(model), max_steps=2).train()
     assert pruning.history.shortfall() is None
-    assert pruning.history[-1].missed is None
+    assert pruning.history[-1].shortfall is None
     assert warnings_in(caplog) == []

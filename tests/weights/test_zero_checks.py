@@ -12,7 +12,7 @@ from hf_prune import MaskSet, PruningConfig, PruningTrainerCallback, sparsity_re
 from hf_prune.weights.zero_checks import ZeroCheck
 from tests.tiny import build
 
-FILLED = "pruned weights were no longer zero, and are zero again. Does another callback write weights?"
+FILLED = "pruned weights back to zero: something wrote into them after PruningTrainerCallback."
 CONFIG = PruningConfig(sparsity=0.8, schedule="geometric", rounds=2, end=0.9)
 
 
@@ -101,7 +101,7 @@ def test_a_shrunk_model_is_not_looked_at(make_trainer):
     model = build("llama")
     make_trainer(model, PruningTrainerCallback(PruningConfig(sparsity=0.5, granularity="neuron"))).train()
     assert not model._state_dict_pre_hooks
-    model.state_dict()
+    assert not model._forward_pre_hooks
 
 
 def test_copies_and_files_of_a_model_are_left_alone(caplog):
@@ -110,13 +110,14 @@ def test_copies_and_files_of_a_model_are_left_alone(caplog):
     check.watch_until_used_(model, MaskSet({"weight": torch.zeros(4, 4, dtype=torch.bool)}))
     file = io.BytesIO()
     torch.save(model, file)
+    assert b"hf_prune" not in file.getvalue()
     file.seek(0)
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
         other(torch.ones(4))
         assert other.state_dict()["weight"].all()
     assert caplog.text == ""
     assert not model.state_dict()["weight"].any()
-    assert "16 " + FILLED in caplog.text
+    assert "Set 16 " + FILLED in caplog.text
 
 
 def test_a_model_that_has_changed_since_is_left_alone(make_trainer, caplog):
@@ -136,5 +137,5 @@ def test_a_diverged_weight_is_not_counted():
     model = torch.nn.Linear(2, 1)
     model.weight.data[:] = torch.tensor([[torch.nan, 1.0]])
     masks = MaskSet({"weight": torch.tensor([[False, False]])})
-    assert masks.restore_(model) == 1
-    assert masks.restore_(model) == 0
+    assert masks.rezero_(model) == 1
+    assert masks.rezero_(model) == 0

@@ -1,0 +1,179 @@
+"""Removal: structures taken out of a model's tensors, its modules' numbers and its configs."""
+
+import contextlib
+import gc
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .configs import configs_of, own_configs_, write_layers_, write_widths_
+from .groups import StructureGroup, Structures, masks_of
+from .loading import WIDTHS, record_shapes_
+
+logger = logging.getLogger(__name__)
+
+_LAYER_NUMBERS = ("layer_idx", "layer_id")
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """What goes of a model.
+
+    Attributes:
+        model: The model, unwrapped.
+        whole: What is saved: the model, or the one that it is a part of.
+        structures: Every group of each kind of which something goes: the fields of a config count them all.
+        kept: Group → `[count]` bools, False for what goes.
+    """
+
+    model: PreTrainedModel
+    whole: PreTrainedModel
+    structures: Structures
+    kept: Mapping[str, torch.Tensor]
+
+    @property
+    def gone(self) -> list[str]:
+        """The groups of which something goes."""
+        return [name for name in self.structures if not self.kept[name].all()]
+
+    @property
+    def masks(self) -> Mapping[str, torch.Tensor]:
+        """Parameter → bool mask, False for what goes."""
+        return masks_of(self.structures, self.kept)
+
+    def of(self, name: str) -> "Removal":
+        """What goes of one group alone."""
+        kept = {other: self.kept[name] if other == name else torch.ones_like(self.kept[other]) for other in self.kept}
+        return Removal(self.model, self.whole, self.structures, kept)
+
+    def require_some_left(self) -> None:
+        """Requires that something stays of each group in layers that stay, and all that has to.
+
+        Raises:
+            ValueError: if not.
+        """
+        for name, group in self._in_layers_that_stay().items():
+            if not self.kept[name].any():
+                raise ValueError(
+                    f"all {group.count} {group.kind}s of {name!r} are pruned; at least one has to stay. (A layer goes "
+                    "if all its weights are zero.)"
+                )
+            if not self.kept[name][list(group.stay)].all():
+                raise ValueError(
+                    f"{group.kind} {group.stay[0]} of {name!r} is pruned, and makes what the others read."
+                )
+
+    def apply_(self) -> PreTrainedModel:
+        """Takes the structures out, and has the configs of the model and of the whole say or record what is left.
+
+        Returns:
+            What can be loaded then: the whole, or the model where no config builds the whole.
+        """
+        own_configs_(self.whole)
+        groups = self._in_layers_that_stay()
+        widths = {name: group for name, group in groups.items() if group.kind != "layer"}
+        _remove_parts_(self.model, {name: group for name, group in widths.items() if name in self.gone}, self.kept)
+        write_widths_(self.model, widths, self.kept)
+        for name, group in groups.items():
+            if group.kind == "layer" and name in self.gone:
+                _remove_layers_(self.model, group, self.kept[name])
+        record_shapes_(self.model)
+        if self.whole is not self.model:
+            with contextlib.suppress(ValueError):  # No config builds its class; its parts are saved one by one.
+                record_shapes_(self.whole)
+                return self.whole
+        return self.model
+
+    def forget_alignment_(self) -> None:
+        """Whisper's timestamps of words come from some heads of its decoder, by their numbers."""
+        settings: Any = getattr(self.model, "generation_config", None)
+        changed = any("decoder" in name and self.structures[name].kind != "neuron" for name in self.gone)
+        if changed and getattr(settings, "alignment_heads", None):
+            settings.alignment_heads = None
+            logger.warning(
+                "alignment_heads of the generation config is dropped: the decoder's heads have other numbers."
+            )
+
+    def _in_layers_that_stay(self) -> dict[str, StructureGroup]:
+        """The groups that are in no layer that goes; layers come last."""
+        layers = [name for name, group in self.structures.items() if group.kind == "layer"]
+        gone = tuple(f"{stack}.{int(i)}." for stack in layers for i in (~self.kept[stack]).nonzero())
+        inside = [name for name in self.structures if name not in layers and not f"{name}.".startswith(gone)]
+        return {name: self.structures[name] for name in (*inside, *layers)}
+
+
+def whole_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The outermost model of Transformers that a model is a part of, as of a LLaVA; itself if it is a part of none.
+
+    What is saved is the whole, by its own config.
+    """
+    # No module knows what it is a part of, but what refers to its config tells whether it may be one.
+    own = {id(vars(module)) for module in model.modules()} | {id(module) for module in model.modules()}
+    referrers = [each for each in gc.get_referrers(model.config) if id(each) not in own]
+    if not any(_holds_config(each, model.config) for each in referrers):
+        return model
+    models = [each for each in gc.get_objects() if issubclass(type(each), PreTrainedModel)]
+    holders = [each for each in models if any(module is model for module in each.modules())]
+    return max(holders, key=lambda each: len(list(each.modules())))
+
+
+def _holds_config(referrer: object, model_config: PretrainedConfig) -> bool:
+    """Whether an object, or what has this as its attributes, is a model or a config with a config in it."""
+    if issubclass(type(referrer), (PreTrainedModel, PretrainedConfig)):
+        return True
+    return type(referrer) is dict and (
+        "_modules" in referrer or any(value is model_config for name, value in referrer.items() if name != "config")
+    )
+
+
+def _remove_parts_(model: nn.Module, parts: Structures, kept: Mapping[str, torch.Tensor]) -> None:
+    # Several groups may own positions of one axis, as of a layer that reads what others have put side by side.
+    positions: dict[tuple[str, int], torch.Tensor] = {}
+    for name, group in parts.items():
+        for member in group.members:
+            own = member.kept_positions(kept[name])
+            positions[member.name, member.axis] = positions.get((member.name, member.axis), own) & own
+    for (parameter_name, axis), stays in positions.items():
+        path, _, attribute = parameter_name.rpartition(".")
+        module, stay = model.get_submodule(path), stays.nonzero().flatten()
+        parameter = getattr(module, attribute)  # Not the member's any more if it has lost another axis.
+        values = parameter.detach().index_select(axis, stay.to(parameter.device))
+        setattr(module, attribute, nn.Parameter(values, requires_grad=parameter.requires_grad))
+        if attribute == "weight":
+            _set_widths_(module, axis, stay)
+    for name, group in parts.items():
+        for path, attribute, each in group.attributes:
+            setattr(model.get_submodule(path), attribute, each * int(kept[name].sum()))
+
+
+def _set_widths_(module: nn.Module, axis: int, stay: torch.Tensor) -> None:
+    """What a module knows of the length of an axis of its weight."""
+    for kind, widths in WIDTHS.items():
+        if isinstance(module, kind):
+            setattr(module, widths[axis], len(stay))
+    if isinstance(module, nn.Conv2d) and module.groups > 1:  # depthwise
+        module.groups = module.in_channels = len(stay)
+    if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+        for name in ("running_mean", "running_var"):
+            setattr(module, name, getattr(module, name).index_select(0, stay.to(module.weight.device)))
+
+
+def _remove_layers_(model: PreTrainedModel, group: StructureGroup, kept: torch.Tensor) -> None:
+    path, _, attribute = group.name.rpartition(".")
+    holder, stay = model.get_submodule(path), kept.nonzero().flatten().tolist()
+    layers = getattr(holder, attribute)
+    setattr(holder, attribute, nn.ModuleList(layers[i] for i in stay))
+    for i, layer in enumerate(getattr(holder, attribute)):
+        for module in layer.modules():
+            for number in _LAYER_NUMBERS:
+                if isinstance(getattr(module, number, None), int):
+                    setattr(module, number, i)
+    for config in configs_of(model, holder):
+        write_layers_(config, group, stay)
+        if config is not model.config and hasattr(config, "num_layers"):  # So does a decoder of T5 call its own.
+            config.num_layers = len(stay)

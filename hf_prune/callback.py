@@ -213,10 +213,10 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Has Trainer upload the rounds and their plot, and tags by which the model is found."""
-        kwargs["model"].add_model_tags([*TAGS])
-        if args.should_save:
-            folder = Path(str(args.output_dir))
-            with logged_on_error("The history of the pruning, or its plot, is not among what is uploaded."):
+        with logged_on_error("The tags, the history of the pruning or its plot are not among what is uploaded."):
+            kwargs["model"].add_model_tags([*TAGS])
+            if args.should_save:
+                folder = Path(str(args.output_dir))
                 self._save_reports(folder)
                 if self.history and can_plot():
                     self.history.plot(folder / PLOT_NAME)

@@ -61,6 +61,7 @@ GUARDS = {
     ("publishing.hub", "_costs"),
     ("structures.comparing", "__init__"),
     ("structures.comparing", "_difference"),
+    ("structures.comparing", "is_what_its_config_builds"),
     ("structures.comparing", "require_same"),
     ("structures.comparing", "why_not_generated"),
     ("training.endings", "logged_on_error"),

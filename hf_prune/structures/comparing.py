@@ -18,7 +18,7 @@ from transformers.utils.logging import (
     set_verbosity,
 )
 
-from ..calibration.contexts import configured, eager_experts, undisturbed
+from ..calibration.contexts import configured, eager_experts, keep_random_state, undisturbed
 from ..calibration.passes import call
 from .example_inputs import example_batch
 
@@ -47,10 +47,11 @@ class Reference:
         self, model: PreTrainedModel, masks: Mapping[str, torch.Tensor], batch: Mapping[str, Any] | None = None
     ) -> None:
         is_small = sum(parameter.numel() for parameter in model.parameters()) <= _LARGEST_DOUBLE
-        dtypes = [torch.float64, torch.float32] if is_small else [torch.float32]
-        why = "no batch is known"
-        for given, dtype in itertools.product(filter(None, (example_batch(model), batch)), dtypes):
-            self._batch, self._dtype = given, dtype
+        # Of a large model one module at a time is cast; some of them read the dtype of another.
+        first = (torch.float64, False) if is_small else (torch.float32, True)
+        why, ways = "no batch is known", (first, (torch.float32, False))
+        for given, way in itertools.product(filter(None, (example_batch(model), batch)), ways):
+            self._batch, (self._dtype, self._one_by_one) = given, way
             try:
                 self._outputs = self._call(model, masks)
                 return
@@ -58,32 +59,40 @@ class Reference:
                 why = f"{type(error).__name__}: {error}"
         raise ValueError(f"{type(model).__name__} cannot be called to compare its outputs ({why})")
 
-    def require_same(self, model: PreTrainedModel, saved: PreTrainedModel) -> None:
+    def require_same(self, model: PreTrainedModel, saved: PreTrainedModel | None) -> None:
         """Requires that another model has the same outputs, as it is and as it would be loaded.
 
         Args:
             model: The model.
-            saved: What is saved and loaded: the model, or the one that it is a part of.
+            saved: What is saved and loaded: the model, or the one that it is a part of; None not to load it.
 
         Raises:
             Differs: if it has others; the message says which of both, and how.
         """
         if why := self._difference(model):
             raise Differs(why)
-        if len({parameter.device for parameter in saved.parameters()}) > 1:
-            return  # What is loaded anew is on one.
-        path = next(name for name, module in saved.named_modules() if module is model)
+        if saved is None or len({parameter.device for parameter in saved.parameters()}) > 1:
+            return  # What is loaded anew is on one device.
         try:
-            loaded = _load_again(saved)
+            loaded = _part_loaded_again(model, saved)
         except Exception as error:
             raise Differs(f"it could not be loaded from its config ({type(error).__name__}: {error})") from error
-        if why := self._difference(cast(PreTrainedModel, loaded.get_submodule(path))):
+        if why := self._difference(loaded):
             raise Differs(f"what its config builds, and from_pretrained would load, is another model: {why}")
 
-    def _difference(self, model: PreTrainedModel) -> str | None:
+    def is_what_its_config_builds(
+        self, model: PreTrainedModel, saved: PreTrainedModel, masks: Mapping[str, torch.Tensor]
+    ) -> bool:
+        """Whether a model is so before anything is removed; not if it has hooks or modules of its owner."""
+        try:
+            return self._difference(_part_loaded_again(model, saved), masks) is None
+        except Exception:
+            return False
+
+    def _difference(self, model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = None) -> str | None:
         """How the outputs of another model differ; None if they are equal up to rounding."""
         try:
-            found = self._call(model, {})
+            found = self._call(model, masks or {})
         except Exception as error:
             return f"it can no longer be called ({type(error).__name__}: {error})"
         for name, expected in self._outputs.items():
@@ -98,7 +107,7 @@ class Reference:
 
     def _call(self, model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> Outputs:
         eager = eager_experts(model)  # Fused kernels know no float64.
-        with undisturbed(model), eager, torch.no_grad(), _computing_in(model, self._dtype, masks):
+        with undisturbed(model), eager, torch.no_grad(), _computing_in(model, self._dtype, masks, self._one_by_one):
             torch.manual_seed(0)  # Some models draw random numbers in evaluation too.
             output = call(model, {name: _cast(value, self._dtype) for name, value in self._batch.items()})
         named = dict(output) if isinstance(output, Mapping) else dict(enumerate(output))
@@ -126,6 +135,12 @@ def why_not_generated(model: PreTrainedModel, **options: Any) -> str | None:
     return None
 
 
+def _part_loaded_again(model: PreTrainedModel, saved: PreTrainedModel) -> PreTrainedModel:
+    """A model, or a part of another one, after what holds it was loaded again."""
+    path = next(name for name, module in saved.named_modules() if module is model)
+    return cast(PreTrainedModel, _load_again(saved).get_submodule(path))
+
+
 def _load_again(model: PreTrainedModel) -> PreTrainedModel:
     """What `from_pretrained` makes of a model's config, with the model's own weights.
 
@@ -135,7 +150,7 @@ def _load_again(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: if its config builds other modules than it has.
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    with _silent():
+    with _silent(), keep_random_state(torch.device("cpu")):
         loaded: PreTrainedModel = type(model).from_pretrained(
             None, config=copy.deepcopy(model.config), state_dict=state, dtype=model.dtype, ignore_mismatched_sizes=True
         )
@@ -143,8 +158,9 @@ def _load_again(model: PreTrainedModel) -> PreTrainedModel:
     listed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     for path, module in model.named_modules(remove_duplicate=False):
         parent, _, name = path.rpartition(".")
-        if (own := built.get(path)) is not None and type(own) is type(module):
+        if (own := built.get(path)) is not None and isinstance(module, type(own)):
             own._parameters.update(module._parameters)  # They need no memory, and have lost no precision.
+            own._buffers.update({n: b for n, b in module._buffers.items() if _is_rounded(own._buffers.get(n), b)})
         elif parent in built:
             if path.startswith(listed):
                 raise ValueError(f"there is no {type(module).__name__} at {path!r}")
@@ -154,11 +170,20 @@ def _load_again(model: PreTrainedModel) -> PreTrainedModel:
     return loaded
 
 
+def _is_rounded(built: torch.Tensor | None, buffer: torch.Tensor | None) -> bool:
+    """Whether a buffer is what its class builds, but for the precision that `.to(dtype)` has left of it."""
+    if built is None or buffer is None or built.shape != buffer.shape or not buffer.is_floating_point():
+        return False
+    return torch.allclose(built.to(buffer), buffer, rtol=torch.finfo(buffer.dtype).eps)
+
+
 @contextlib.contextmanager
-def _computing_in(model: nn.Module, dtype: torch.dtype, masks: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def _computing_in(
+    model: nn.Module, dtype: torch.dtype, masks: Mapping[str, torch.Tensor], one_by_one: bool
+) -> Iterator[None]:
     """Parameters and buffers in a dtype, with what masks prune at zero; afterwards the model has its own again.
 
-    A module has copies while it is called: more of them would not fit into memory beside a large model.
+    Copies are made of all modules, or `one_by_one` of each while it is called, which takes little memory.
     """
     masked = {id(model.get_parameter(name)): mask for name, mask in masks.items()}
     before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
@@ -189,8 +214,11 @@ def _computing_in(model: nn.Module, dtype: torch.dtype, masks: Mapping[str, torc
             undo.callback(module._buffers.update, buffers)
             module._buffers.update({n: b if b is None else _cast(b, dtype) for n, b in buffers.items()})
         for module in own:
-            undo.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
-            undo.callback(module.register_forward_hook(leave, always_call=True).remove)
+            if one_by_one:
+                undo.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+                undo.callback(module.register_forward_hook(leave, always_call=True).remove)
+            else:
+                enter(module)
         if forward is not None:
             undo.callback(vars(model).update, forward=forward)
         if fused:

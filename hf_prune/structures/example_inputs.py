@@ -62,7 +62,8 @@ def first_convolution(model: nn.Module) -> nn.Conv2d | None:
 def _tokens(model: PreTrainedModel, generator: torch.Generator) -> torch.Tensor:
     """`[1, tokens]`, of which the last ends the sequence: some heads read what stands there."""
     config: Any = model.config.get_text_config()
-    length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
+    # Positions of some begin behind that of padding.
+    length = max(1, min(_TOKENS, (getattr(config, "max_position_embeddings", None) or 2 * _TOKENS) - 2))
     ids = torch.randint(config.vocab_size, (1, length), generator=generator)
     marks = [config.pad_token_id, config.eos_token_id] if hasattr(config, "eos_token_id") else []
     for mark in marks:

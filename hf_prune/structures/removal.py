@@ -38,8 +38,8 @@ class Removal:
 
     @property
     def gone(self) -> list[str]:
-        """The groups of which something goes."""
-        return [name for name in self.structures if not self.kept[name].all()]
+        """The groups of which something goes, but for those in layers that go themselves."""
+        return [name for name in self._in_layers_that_stay() if not self.kept[name].all()]
 
     @property
     def masks(self) -> Mapping[str, torch.Tensor]:

@@ -123,18 +123,39 @@ def remove_(
         with whole_on_error(removal.whole):
             apply_compared_(removal, reference)
     except Differs as error:
-        raise _changes_outputs(removal, batch, error) from error
+        if reference is None or reference.is_what_its_config_builds(model, removal.whole, removal.masks):
+            raise _changes_outputs(removal, batch, error) from error
+        logger.warning(
+            "%s has hooks or modules that its config does not build: from_pretrained gives another model, as it did "
+            "before shrinking.",
+            type(model).__name__,
+        )
+        _remove_without_loading_(removal, reference, batch)
     if could_generate and (why := why_not_generated(model)):
         _warn_of_generation(model, why)
     removal.forget_alignment_()
 
 
+def _remove_without_loading_(removal: Removal, reference: Reference, batch: Mapping[str, Any] | None) -> None:
+    try:
+        with whole_on_error(removal.whole):
+            apply_compared_(removal, reference, load=False)
+    except Differs as error:
+        raise _changes_outputs(removal, batch, error) from error
+
+
 @torch.no_grad()
-def apply_compared_(removal: Removal, reference: Reference | None) -> None:
-    """Removes structures, and raises `Differs` if the outputs are others than those of the reference."""
-    saved = removal.apply_()
+def apply_compared_(removal: Removal, reference: Reference | None, *, load: bool = True) -> None:
+    """Removes structures, and raises `Differs` if the outputs are others than those of the reference.
+
+    Unless they are not to be loaded, those of what the config builds count too.
+    """
+    try:
+        saved = removal.apply_()
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise Differs(f"no config builds what is left ({type(error).__name__}: {error})") from error
     if reference is not None:
-        reference.require_same(removal.model, saved)
+        reference.require_same(removal.model, saved if load else None)
 
 
 def _changes_outputs(removal: Removal, batch: Mapping[str, Any] | None, error: Differs) -> ValueError:
@@ -143,13 +164,12 @@ def _changes_outputs(removal: Removal, batch: Mapping[str, Any] | None, error: D
     culprit = removal.gone[0]
     for name in removal.gone:
         alone = removal.of(name)
-        reference = Reference(model, alone.masks, batch)
-        with rolled_back(removal.whole):
-            try:
-                apply_compared_(alone, reference)
-            except Differs as its:
-                culprit, error = name, its
-                break
+        try:
+            with rolled_back(removal.whole):
+                apply_compared_(alone, Reference(model, alone.masks, batch))
+        except Differs as its:
+            culprit, error = name, its
+            break
     kind = structures[culprit].kind
     advice = (
         "The network relies on a width that torch-pruning cannot trace."

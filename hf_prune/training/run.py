@@ -78,6 +78,7 @@ class Run:
         self.overrun: Overrun | None = None
         self._weights = dict(event.model.named_parameters())
         self._zero_check = ZeroCheck()
+        self._zero_check.watch_(event.model, self.masks)
         self._hooks = GradientHooks()
         self._hooks.release_(self._weights.values())  # What an interrupted run of another callback has left.
         self._tokens_seen = event.state.num_input_tokens_seen
@@ -287,7 +288,8 @@ class Run:
             f"Round {row.round} of {len(config.round_sparsities)} at step {row.step}: sparsity {row.reached:.4f}, "
             f"{row.masked:,} of {row.total:,} {report.units} pruned."
         )
-        if asked is not None and (shortfall := self.plan.shortfall(masks, asked)):
+        is_last = row.round == len(config.round_sparsities)  # Others may round to less on their way.
+        if is_last and asked is not None and (shortfall := self.plan.shortfall(masks, asked)):
             row.shortfall = shortfall
             logger.log(logging.WARNING if state.is_world_process_zero else logging.DEBUG, "%s", shortfall)
         event.note({"pruning_round": row.round, "sparsity": row.reached})

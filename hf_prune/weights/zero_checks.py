@@ -3,6 +3,8 @@
 import functools
 import logging
 import sys
+import traceback
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +18,14 @@ from .masks import MaskSet
 logger = logging.getLogger(__name__)
 
 
+_CHECKS: "weakref.WeakKeyDictionary[nn.Module, ZeroCheck]" = weakref.WeakKeyDictionary()
+
+
 class ZeroCheck:
     """Sets pruned weights back to zero before a model is saved, and after training until it is used.
 
-    Other callbacks may write weights after this one's turn, such as averages of them at the end of training.
+    Other callbacks may write weights after this one's turn, such as averages of them at the end of training. What is
+    loaded after that is its owner's, and not looked at.
     """
 
     def __init__(self) -> None:
@@ -27,17 +33,20 @@ class ZeroCheck:
         self._hooks: list[RemovableHandle] = []
 
     def watch_(self, model: nn.Module, masks: MaskSet) -> None:
-        """Checks from now on whenever a model's state dict is taken, as it is to save it."""
+        """Checks from now on whenever a model's state dict is taken, as it is to save it; no other check goes on."""
         self.stop_()
+        if model in _CHECKS:
+            _CHECKS[model].stop_()
+        _CHECKS[model] = self
         self._masks = masks
         if not has_shards(model) and not has_partitions(model):  # Their state dicts are put together elsewhere.
             self._hooks.append(model.register_state_dict_pre_hook(_Hook(self.check_)))
 
     def watch_until_used_(self, model: nn.Module, masks: MaskSet) -> None:
-        """Checks as well whenever a state dict is loaded, and a last time when the model is called."""
+        """Checks as well when callbacks behind load a state dict, and a last time when the model is called."""
         self.watch_(model, masks)
         if self._hooks:
-            self._hooks.append(model.register_load_state_dict_post_hook(_Hook(self.check_)))
+            self._hooks.append(model.register_load_state_dict_post_hook(_Hook(self._check_if_training_ends)))
             self._hooks.append(model.register_forward_pre_hook(_Hook(self._check_last)))
 
     def stop_(self) -> None:
@@ -55,9 +64,21 @@ class ZeroCheck:
                 filled,
             )
 
+    def _check_if_training_ends(self, model: nn.Module) -> None:
+        if _is_under_way("on_train_end"):
+            self.check_(model)
+        else:
+            self.stop_()
+
     def _check_last(self, model: nn.Module) -> None:
         self.check_(model)
         self.stop_()
+
+
+def _is_under_way(function: str) -> bool:
+    """Whether a function of this name has called, such as a callback's for an event."""
+    # No event tells callbacks that a training has returned, and that whoever loads weights now means them.
+    return any(frame.f_code.co_name == function for frame, _ in traceback.walk_stack(None))
 
 
 class _Hook:

@@ -124,6 +124,65 @@ def test_the_one_that_differs_is_named(monkeypatch):
         shrink(model)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "t5", "t5 with gates", "vit", "dinov2", "whisper", "bert"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_half_precision_are_compared_too(name, dtype, caplog):
+    """Some read the dtype of another module's weight; and `.to(dtype)` has rounded the frequencies of rotary ones."""
+    model = build(name, dtype)
+    before = model.num_parameters()
+    prune(model, PruningConfig(sparsity=0.5, granularity="head+neuron", multiple_of=4))
+    shrink(model)
+    assert model.num_parameters() < before
+    assert caplog.text == ""
+
+
+def test_in_half_precision_a_wrong_description_is_told(monkeypatch):
+    family = Stack(
+        "encoder.block", (Heads("layer.0.SelfAttention", {"q": 1, "k": 1, "v": 1}, "o", "key_value_proj_dim"),)
+    )
+    monkeypatch.setitem(FAMILIES, "t5", (family,))
+    model = build("t5", torch.bfloat16)
+    prune(model, PruningConfig(sparsity=0.5, granularity="head"))
+    with pytest.raises(ValueError, match="can no longer be called"):
+        shrink(model)
+
+
+class Twice(torch.nn.Linear):
+    """A layer of its own kind, which computes as the usual one."""
+
+
+@pytest.mark.parametrize("change", ["a layer of its own kind", "a hook", "an activation", "another head"])
+def test_what_its_owner_has_changed_in_a_model_is_no_fault_of_its_description(change, caplog):
+    model = build("llama")
+    mlp = model.model.layers[1].mlp
+    if change == "a layer of its own kind":
+        weight, mlp.gate_proj = mlp.gate_proj.weight, Twice(16, 24, bias=False)
+        mlp.gate_proj = Twice(mlp.up_proj.in_features, mlp.up_proj.out_features, bias=False)
+        mlp.gate_proj.weight = weight
+    elif change == "a hook":
+        model.model.layers[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    elif change == "an activation":
+        mlp.act_fn = torch.nn.Tanh()
+    else:
+        model.lm_head = torch.nn.Sequential(torch.nn.Linear(24, 60))
+    prune(model, PruningConfig(sparsity=0.34, granularity="head+neuron", multiple_of=4))
+    masked, state = logits_of(model), torch.get_rng_state()
+    shrink(model)
+    assert (logits_of(model) - masked).abs().max() < 1e-4
+    assert torch.equal(torch.get_rng_state(), state)
+    assert ("modules that its config does not build" in caplog.text) == (change in ("a hook", "an activation"))
+
+
+def test_of_layers_that_go_no_part_is_blamed(monkeypatch):
+    """The error is that of layers, though all heads and neurons in one of them are gone as well."""
+    model, config, match = described("layers that are counted", monkeypatch)
+    stack = Stack("layers", (Neurons("mlp.shared_experts", {"gate_proj": 1, "up_proj": 1}, "down_proj"),))
+    monkeypatch.setitem(FAMILIES, model.config.model_type, (stack,))
+    prune(model, config)
+    with pytest.raises(ValueError, match=match):
+        shrink(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_of_any_precision_are_compared_and_stay(dtype):
     model = build("llama", dtype)

@@ -79,7 +79,7 @@ def test_reports_that_cannot_be_written(make_trainer, tmp_path, caplog):
     assert "Config and history of the pruning were not written." in caplog.text
     assert sparsity_report(model).sparsity == pytest.approx(0.5, abs=1e-3)
     trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
-    assert "is not among what is uploaded" in caplog.text
+    assert "are not among what is uploaded" in caplog.text
 
 
 def test_best_weights_that_cannot_be_brought_back(make_trainer, monkeypatch, caplog):

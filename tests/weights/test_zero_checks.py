@@ -90,11 +90,34 @@ def test_the_first_use_looks_once_more_and_then_the_model_is_an_ordinary_one(mak
     caplog.clear()
     weight.data.fill_(1)
     model(ids)
-    model.load_state_dict(model.state_dict())
-    assert (weight == 1).all()
+    assert (model.state_dict()["model.layers.0.mlp.up_proj.weight"] == 1).all()
     assert caplog.text == ""
     for hooks in ("_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_forward_pre_hooks"):
         assert not getattr(model, hooks)
+
+
+@pytest.mark.parametrize("next_one", [None, PruningConfig(sparsity=0.3)])
+def test_what_its_owner_loads_after_training_is_his(next_one, make_trainer, caplog):
+    """A sweep begins each run from the same weights."""
+    model = build("llama")
+    dense = copy.deepcopy(model.state_dict())
+    make_trainer(model, PruningTrainerCallback(CONFIG)).train()
+    model.load_state_dict(dense)
+    assert all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
+    pruning = [] if next_one is None else [PruningTrainerCallback(next_one)]
+    make_trainer(model, *pruning, max_steps=1).train()
+    assert sparsity_report(model).sparsity == pytest.approx(0.0 if next_one is None else 0.3, abs=1e-3)
+    assert FILLED not in caplog.text
+
+
+def test_another_run_ends_the_check_of_the_one_before(make_trainer, caplog):
+    model = build("llama")
+    make_trainer(model, PruningTrainerCallback(CONFIG)).train()
+    for parameter in model.parameters():
+        parameter.data.fill_(0.1)
+    make_trainer(model, PruningTrainerCallback(PruningConfig(sparsity=0.3, begin=3)), max_steps=4).train()
+    assert sparsity_report(model).sparsity == pytest.approx(0.3, abs=1e-3)
+    assert FILLED not in caplog.text
 
 
 def test_a_shrunk_model_is_not_looked_at(make_trainer):

@@ -32,6 +32,9 @@ class ZeroCheck:
         self._masks = MaskSet()
         self._hooks: list[RemovableHandle] = []
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ZeroCheck, ()  # Handles of hooks belong to the model whose they are.
+
     def watch_(self, model: nn.Module, masks: MaskSet) -> None:
         """Checks from now on whenever a model's state dict is taken, as it is to save it; no other check goes on."""
         self.stop_()

@@ -33,7 +33,7 @@ class ZeroCheck:
         self._hooks: list[RemovableHandle] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ZeroCheck, ()  # Handles of hooks belong to the model whose they are.
+        return ZeroCheck, ()  # A copy has no hooks in the model.
 
     def watch_(self, model: nn.Module, masks: MaskSet) -> None:
         """Checks from now on whenever a model's state dict is taken, as it is to save it; no other check goes on."""

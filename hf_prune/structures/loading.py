@@ -149,7 +149,17 @@ class RecordQuantizer(HfQuantizer):
         ]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        self._shapes = _apply_(model, self.quantization_config)
+        # A whole that was put together from shrunk parts has their records in their configs, and none of its own:
+        # Transformers hands over that of its decoder or text model.
+        parts = [
+            module
+            for module in model.modules()
+            if isinstance(module, PreTrainedModel) and module.config is not model.config and recorded_in(module.config)
+        ]
+        self._is_joined = bool(parts) and not _names_modules_of(model, self.quantization_config)
+        for part in parts if self._is_joined else ():
+            _apply_(part, Record(**recorded_in(part.config)))
+        self._shapes = {} if self._is_joined else _apply_(model, self.quantization_config)
         self._built = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -162,7 +172,10 @@ class RecordQuantizer(HfQuantizer):
                 )
         # It is no quantized model, and is saved with the shapes that it has, without compression.
         self.remove_quantization_config(model)
-        Record(self._shapes, self.quantization_config.attributes).write_(model.config)
+        if self._is_joined:
+            record_shapes_(model)
+        else:
+            Record(self._shapes, self.quantization_config.attributes).write_(model.config)
         conversions = getattr(model, "_weight_conversions", None) or []
         ours = [c for c in conversions if any(isinstance(op, Decompress) for op in getattr(c, "operations", []))]
         model._weight_conversions = [c for c in conversions if c not in ours]  # type: ignore[assignment]
@@ -273,7 +286,7 @@ def _apply_(model: PreTrainedModel, record: Record) -> Shapes:
         The recorded shapes as they are in this model, which may have another number of labels.
     """
     shapes = dict(record.shapes)
-    if record.shapes and not any(_find(model, name.rpartition(".")[0]) for name in record.shapes):
+    if record.shapes and not _names_modules_of(model, record):
         raise _other_model(model, next(iter(record.shapes)))
     for name, shape in record.shapes.items():
         path, _, attribute = name.rpartition(".")
@@ -310,6 +323,11 @@ def _with_own_widths(module: nn.Module, shape: list[int], recorded: Mapping[str,
     built = list(module.weight.shape)  # type: ignore[arg-type]
     own += [None] * (len(shape) - len(own))
     return [b if width == b else each for each, b, width in zip(shape, built, own, strict=True)]
+
+
+def _names_modules_of(model: PreTrainedModel, record: Record) -> bool:
+    """Whether a record holds the shapes of tensors that the model has."""
+    return any(_find(model, name.rpartition(".")[0]) for name in record.shapes)
 
 
 def _find(model: PreTrainedModel, path: str) -> nn.Module | None:

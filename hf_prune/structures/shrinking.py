@@ -170,6 +170,8 @@ def _changes_outputs(removal: Removal, batch: Mapping[str, Any] | None, error: D
         except Differs as its:
             culprit, error = name, its
             break
+        except ValueError:  # It cannot be called by itself, and so not compared.
+            continue
     kind = structures[culprit].kind
     advice = (
         "The network relies on a width that torch-pruning cannot trace."

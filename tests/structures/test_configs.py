@@ -149,6 +149,27 @@ def test_a_whole_loads_after_a_part_of_it_has_shrunk(name, granularity, uniform,
         assert not hasattr(model.config, "quantization_config")
 
 
+@pytest.mark.parametrize("parts", [("decoder",), ("encoder", "decoder")])
+def test_a_whole_that_is_put_together_from_shrunk_parts_loads(parts, tmp_path):
+    torch.manual_seed(0)
+    made = two_berts()
+    for name in parts:
+        part = made.get_submodule(name)
+        prune(part, PruningConfig(sparsity=0.34, granularity="head+neuron", multiple_of=4))
+        shrink(part).save_pretrained(tmp_path / name)
+    encoder, decoder = (
+        type(part).from_pretrained(tmp_path / name) if name in parts else part for name, part in made.named_children()
+    )
+    model = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS}
+    for folder in ("once", "twice"):
+        model.save_pretrained(tmp_path / folder)
+        loaded = transformers.EncoderDecoderModel.from_pretrained(tmp_path / folder)
+        with torch.no_grad():
+            assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+        model = loaded
+
+
 def test_a_loaded_whole_is_shrunk_once_more(tmp_path):
     model = perturbed(llava(GROUPED))
     for i in range(2):

@@ -151,11 +151,8 @@ class RecordQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # A whole that was put together from shrunk parts has their records in their configs, and none of its own:
         # Transformers hands over that of its decoder or text model.
-        parts = [
-            module
-            for module in model.modules()
-            if isinstance(module, PreTrainedModel) and module.config is not model.config and recorded_in(module.config)
-        ]
+        models = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
+        parts = [each for each in models if each.config is not model.config and recorded_in(each.config)]
         self._is_joined = bool(parts) and not _names_modules_of(model, self.quantization_config)
         for part in parts if self._is_joined else ():
             _apply_(part, Record(**recorded_in(part.config)))

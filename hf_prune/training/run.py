@@ -304,11 +304,12 @@ class Run:
 
     def _shrink_(self, event: Event) -> None:
         model, batches = event.model, event.batches(event.args.train_batch_size * event.args.world_size)
-        costs = None
-        logged = logged_on_error("The model was not shrunk, and its pruned structures stay in it as zeros.")
-        with logged, whole_on_error(model), failing_together():  # On all processes or on none.
-            costs = shrink_measured(cast(PreTrainedModel, model), self.masks, batches)
-        if costs is not None:
+        is_shrunk = False
+        with logged_on_error("The model was not shrunk, and its pruned structures stay in it as zeros."):
+            with whole_on_error(model), failing_together():  # On all processes or on none.
+                costs = shrink_measured(cast(PreTrainedModel, model), self.masks, batches)
+            is_shrunk = True
+        if is_shrunk:
             self.history.costs = costs
             self._weights = {}  # They are no longer the model's.
             retire(event.optimizer)

@@ -75,12 +75,12 @@ class Removal:
             What can be loaded then: the whole, or the model where no config builds the whole.
         """
         own_configs_(self.whole)
-        groups = self._in_layers_that_stay()
+        groups, gone = self._in_layers_that_stay(), self.gone
         widths = {name: group for name, group in groups.items() if group.kind != "layer"}
-        _remove_parts_(self.model, {name: group for name, group in widths.items() if name in self.gone}, self.kept)
+        _remove_parts_(self.model, {name: group for name, group in widths.items() if name in gone}, self.kept)
         write_widths_(self.model, widths, self.kept)
         for name, group in groups.items():
-            if group.kind == "layer" and name in self.gone:
+            if group.kind == "layer" and name in gone:
                 _remove_layers_(self.model, group, self.kept[name])
         record_shapes_(self.model)
         if self.whole is not self.model:
@@ -119,7 +119,8 @@ def whole_of(model: PreTrainedModel) -> PreTrainedModel:
         return model
     models = [each for each in gc.get_objects() if issubclass(type(each), PreTrainedModel)]
     holders = [each for each in models if any(module is model for module in each.modules())]
-    return max(holders, key=lambda each: len(list(each.modules())))
+    # What was frozen (gc.freeze) is not listed, and may be the model itself.
+    return max([model, *holders], key=lambda each: len(list(each.modules())))
 
 
 def _holds_config(referrer: object, model_config: PretrainedConfig) -> bool:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -30,7 +30,7 @@ from ..recovery.lora import has_adapters
 from ..reporting.history import HISTORY_NAME, PruningHistory
 from ..reporting.plots import PLOT_NAME, can_plot
 from ..reporting.reports import sparsity_report
-from ..structures.loading import recorded_compression
+from ..structures.loading import record_shapes_, recorded_compression, recorded_in
 from ..weights.compression import compressed_state
 from .cards import Facts, loaded_as, model_card
 from .folders import files_of_weights
@@ -246,6 +246,7 @@ def _save(
     max_shard_size: int | str,
     compress: bool,
 ) -> None:
+    _record_parts_(facts.model)
     with _replacing(folder) as stage:
         tensors, shapes = compressed_state(state) if compress else ({}, {})
         facts.compressed = bool(shapes)
@@ -267,6 +268,14 @@ def _save(
                 facts.history.plot(stage / PLOT_NAME)
         facts.bytes = sum(path.stat().st_size for pattern in _WEIGHTS[:2] for path in stage.glob(pattern))
         model_card(name, facts).save(stage / CARD_NAME)
+
+
+def _record_parts_(model: PreTrainedModel) -> None:
+    """Records in a whole that was put together from shrunk parts what their configs record, as loading reads it."""
+    parts = [each for each in model.modules() if isinstance(each, PreTrainedModel) and each.config is not model.config]
+    if any(recorded_in(part.config) for part in parts):
+        with suppress(ValueError):  # No config builds its class; its parts are saved one by one.
+            record_shapes_(model)
 
 
 @contextmanager

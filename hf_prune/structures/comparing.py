@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.utils.logging import (
     disable_progress_bar,
@@ -224,6 +225,17 @@ def _computing_in(
         if fused:
             undo.enter_context(configured(model, "_attn_implementation_internal", "sdpa"))
         yield
+
+
+class in_double(TorchFunctionMode):
+    """A context in which what asks for float32 gets float64: many models compute parts in it, whatever they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if each is torch.float32 else each for each in args)
+        named = {name: torch.float64 if each is torch.float32 else each for name, each in (kwargs or {}).items()}
+        return func(*args, **named)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

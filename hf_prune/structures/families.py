@@ -4,8 +4,13 @@ One more family is one more line in `FAMILIES`; a user's own comes with `describ
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+Parts = int | Literal["q+k+v"]
+"""Into how many equal parts the output of a projection is divided, within each of which it goes structure by
+structure: 1, or 3 where the queries of all heads come first, then all keys, then all values. "q+k+v" are such three of
+which keys and values are narrower, under grouped-query attention."""
 
 
 @dataclass(frozen=True)
@@ -14,28 +19,31 @@ class Heads:
 
     Attributes:
         module: The attention, as its path from the layer.
-        rows: Its projections to queries, keys and values → into how many parts the output of each is divided, within
-            each of which it goes head by head: 1, or 3 where the queries of all heads come first, then all keys, then
-            all values.
+        rows: Its projections to queries, keys and values → the parts of their outputs.
         columns: Its output projection.
-        size: Its attribute that holds the width of a head.
+        size: Its attribute that holds the width of a head; or empty, if widths differ between projections.
+        count: Its attribute, or else the config's, that says how many heads there are, if `size` is empty.
         attributes: Its attributes that go with the number of heads.
         fields: Fields of the config that say how many heads there are: of queries, and of keys and values. Empty
             where no config can say fewer heads than `hidden_size / size`.
         fixed: Field of the config that has to be written down when `fields` change, since its default follows from
             them: the width of a head.
         tables: Its embeddings with a column for each head, where a layer has them; that layer stays.
+        beside: Its other parameters that have something for each head, such as biases of positions, sinks and norms →
+            the axis along which they do.
         is_shared: Whether the heads of all layers go together, because they share a position bias.
     """
 
     module: str
-    rows: Mapping[str, int]
+    rows: Mapping[str, Parts]
     columns: str
     size: str = "head_dim"
+    count: str = ""
     attributes: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
     fixed: str | None = None
     tables: tuple[str, ...] = ()
+    beside: Mapping[str, int] = field(default_factory=dict)
     is_shared: bool = False
     kind: ClassVar = "head"
 
@@ -50,13 +58,15 @@ class Neurons:
         columns: The projection back.
         attributes: Its attributes that go with the number of neurons.
         fields: Fields of the config that say how many neurons there are.
+        beside: As for `Heads`.
     """
 
     module: str
-    rows: Mapping[str, int]
+    rows: Mapping[str, Parts]
     columns: str
     attributes: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
+    beside: Mapping[str, int] = field(default_factory=dict)
     tables: ClassVar = ()
     is_shared: ClassVar = False
     kind: ClassVar = "neuron"

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..weights.targets import Target
-from .families import FAMILIES, Heads, Neurons, Stack
+from .families import FAMILIES, Family, Heads, Neurons, Parts, Stack
 from .groups import WITHOUT_STRUCTURES, Member, StructureGroup, Structures, advice_for_wrappers, parameters_of
 
 _HOW_TO_ADD = (
@@ -59,13 +59,19 @@ class _Layer:
 
     name: str
     module: nn.Module
+    config: PretrainedConfig
 
     def get(self, *path: str) -> Any:
         """What is at a path from the layer: a module, or one's attribute; None if there is nothing."""
-        found: Any = self.module
-        for name in _join(*path).split("."):
-            found = getattr(found, name, None)
-        return found
+        return _get(self.module, _join(*path))
+
+    def parts_of(self, stack: Stack) -> Iterator[Heads | Neurons]:
+        """What the layer has of what a family describes, each of a list by itself (`experts.*`)."""
+        for part in stack.parts:
+            for module in _expand(self.module, part.module):
+                own = dataclasses.replace(part, module=module)
+                if self.has(own):
+                    yield own
 
     def has(self, part: Heads | Neurons) -> bool:
         return all(self.get(part.module, path) is not None for path in (*part.rows, part.columns))
@@ -94,10 +100,12 @@ class _Layer:
         """Number of heads (of keys and values, where these are fewer, and divide those of queries), or of neurons."""
         if isinstance(part, Neurons):
             return self.width(part)
+        if not part.size:
+            return self._said_count(part)
         widths = {part.columns: self.width(part)}
         for path, parts in part.rows.items():
-            row = self.projection(part, path)
-            widths[path] = row.weight.shape[1 - _input_axis(row)] // parts
+            for width in self.parts(part, path, parts):
+                widths[path] = min(widths.get(path, width), width)
         size = self.get(part.module, part.size)
         if not isinstance(size, int) or size < 1:
             raise ValueError(
@@ -112,12 +120,33 @@ class _Layer:
                 )
         return count
 
+    def _said_count(self, part: Heads) -> int:
+        """The number of heads that the attention or its config says."""
+        config = self.get(part.module, "config") or self.config
+        said = self.get(part.module, part.count)
+        count = said if said is not None else getattr(config, part.count, None)
+        widths = [width for path, parts in part.rows.items() for width in self.parts(part, path, parts)]
+        if not isinstance(count, int) or count < 1 or any(width % count for width in (*widths, self.width(part))):
+            raise ValueError(
+                f"{_join(self.name, part.module, part.count)!r} is described as the number of heads, and is {count!r}."
+            )
+        return count
+
+    def parts(self, part: Heads | Neurons, path: str, parts: Parts) -> list[int]:
+        """How wide the parts of a projection's output are, within each of which it goes structure by structure."""
+        row = self.projection(part, path)
+        width = row.weight.shape[1 - _input_axis(row)]
+        if parts == "q+k+v":
+            rest = (width - self.width(part)) // 2
+            return [self.width(part), rest, rest]
+        return [width // parts] * parts
+
     def members(self, part: Heads | Neurons, count: int) -> Iterator[Member]:
-        """The outputs of the projections with their biases, the inputs of the projection back, and the tables."""
+        """The outputs of the projections with their biases, the inputs of the projection back, and what is beside."""
         for path, parts in part.rows.items():
             row = self.get(part.module, path)
             axis = 1 - _input_axis(row)
-            owners = _blocks(row.weight.shape[axis] // parts, count).repeat(parts)
+            owners = torch.cat([_blocks(width, count) for width in self.parts(part, path, parts)])
             name = _join(self.name, part.module, path)
             yield Member(f"{name}.weight", row.weight, axis, owners)
             if row.bias is not None:
@@ -128,6 +157,10 @@ class _Layer:
         for path in self.tables(part):
             weight = self.get(path).weight
             yield Member(_join(self.name, path, "weight"), weight, 1, _blocks(weight.shape[1], count))
+        for path, axis in part.beside.items():
+            if (parameter := self.get(part.module, path)) is not None:
+                owners = _blocks(parameter.shape[axis], count)
+                yield Member(_join(self.name, part.module, path), parameter, axis, owners)
 
     def attributes(self, part: Heads | Neurons, count: int) -> Iterator[tuple[str, str, int]]:
         """The whole numbers that go with the structures: module, attribute, and how much of it each has."""
@@ -150,21 +183,20 @@ class _Layers:
     def structures(self, kinds: Collection[str], multiple_of: int) -> Iterator[StructureGroup]:
         if "layer" in kinds:
             yield self._whole()
-        parts = [part for part in self.stack.parts if part.kind in kinds]
-        for kind in sorted({part.kind for part in parts}):
-            if not any(layer.has(part) for layer in self.layers for part in parts if part.kind == kind):
+        parts = [(layer, part) for layer in self.layers for part in layer.parts_of(self.stack) if part.kind in kinds]
+        for kind in sorted({part.kind for part in self.stack.parts if part.kind in kinds}):
+            if not any(part.kind == kind for _, part in parts):
                 raise ValueError(
                     f"{self.name!r} has no {kind}s where this family has them; it looks otherwise in the installed "
                     f"version of Transformers. {_HOW_TO_ADD.format(self.config.model_type)}"
                 )
-        for part in parts:
-            owners = [layer for layer in self.layers if layer.has(part)]
-            if part.is_shared and owners:
-                yield _of_part(part, owners, multiple_of, f"{self.name}.{part.module}")
-        for layer in self.layers:
-            for part in parts:
-                if layer.has(part) and not part.is_shared:
-                    yield _of_part(part, [layer], multiple_of, _join(layer.name, part.module))
+        for described in self.stack.parts:
+            owners = [layer for layer, part in parts if part == described and part.is_shared]
+            if owners:
+                yield _of_part(described, owners, multiple_of, f"{self.name}.{described.module}")
+        for layer, part in parts:
+            if not part.is_shared:
+                yield _of_part(part, [layer], multiple_of, _join(layer.name, part.module))
 
     def why_layers_stay(self) -> str | None:
         """Why no layer can be removed; None if layers can."""
@@ -208,7 +240,7 @@ def _of_part(part: Heads | Neurons, layers: Sequence[_Layer], multiple_of: int, 
     fields = [(field, 1) for field in part.fields]
     fixed: tuple[tuple[str, int], ...] = ()
     if isinstance(part, Heads):
-        size = first.get(part.module, part.size)
+        size = first.get(part.module, part.size) if part.size else first.width(part) // count
         # The first field counts the heads of queries, of which each structure may have several.
         fields[:1] = [(field, first.width(part) // size // count) for field in part.fields[:1]]
         fixed = ((part.fixed, size),) if part.fixed is not None else ()
@@ -222,6 +254,25 @@ def _of_part(part: Heads | Neurons, layers: Sequence[_Layer], multiple_of: int, 
         fields=tuple(fields),
         fixed=fixed,
     )
+
+
+def _get(root: nn.Module, path: str) -> Any:
+    """What is at a path from a module: a module, or one's attribute; None if there is nothing."""
+    found: Any = root
+    for name in filter(None, path.split(".")):
+        found = getattr(found, name, None)
+    return found
+
+
+def _expand(root: nn.Module, path: str) -> Iterator[str]:
+    """The paths that one with wildcards for positions in lists stands for."""
+    head, star, tail = path.partition("*")
+    if not star:
+        yield path
+        return
+    found = _get(root, head.rstrip("."))
+    for i in range(len(found) if isinstance(found, nn.ModuleList) else 0):
+        yield from _expand(root, f"{head}{i}{tail}")
 
 
 def _stacks(model: nn.Module) -> list[_Layers]:
@@ -243,15 +294,21 @@ def _stacks(model: nn.Module) -> list[_Layers]:
             f"hf_prune does not know where the family {config.model_type!r} has its heads, neurons and layers. It "
             f"knows {', '.join(FAMILIES)}. {_HOW_TO_ADD.format(config.model_type)}"
         )
-    family, base = FAMILIES[config.model_type], model.base_model
+    return stacks_of(model, FAMILIES[config.model_type])
+
+
+def stacks_of(model: PreTrainedModel, family: Family) -> list[_Layers]:
+    config, base = model.config, model.base_model
     prefix = model.base_model_prefix if base is not model else ""
     found = []
     for stack in family:
-        layers = _Layer(prefix, base).get(stack.layers)
-        if isinstance(layers, nn.ModuleList) and len(layers):
-            name = _join(prefix, stack.layers)
-            named = [_Layer(f"{name}.{i}", layer) for i, layer in enumerate(layers)]
-            found.append(_Layers(stack, name, named, config, _configs_around(model, name)))
+        for path in _expand(base, stack.layers):
+            layers = _get(base, path)
+            if isinstance(layers, nn.ModuleList) and len(layers):
+                name = _join(prefix, path)
+                configs = _configs_around(model, name)
+                named = [_Layer(f"{name}.{i}", layer, config) for i, layer in enumerate(layers)]
+                found.append(_Layers(stack, name, named, config, configs))
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no layers where the family {config.model_type!r} has them "

@@ -1,0 +1,146 @@
+"""Tracing: which positions of a layer's parameters decide what each input of a projection is, by autograd."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from .groups import NOBODY
+
+
+_RELATIVE = 1e-13
+_WIDEST = 128
+"""Inputs of a projection that are traced one by one, in small models; what is wider is not narrow there."""
+
+_LARGEST = 2**26
+"""Gradients that are computed at once, in elements."""
+
+
+@dataclass(frozen=True, eq=False)
+class Owned:
+    """What the inputs of one projection are computed from and nothing else needs.
+
+    Attributes:
+        columns: The projection, as its path from the layer.
+        count: How many structures there are: sets of inputs that share nothing with each other but what all share.
+        width: How many inputs each has; they lie one behind the other.
+        owners: `(parameter's path from the layer, axis)` → `[length of the axis]`, the structure that owns each
+            position, or `NOBODY`.
+    """
+
+    columns: str
+    count: int
+    width: int
+    owners: Mapping[tuple[str, int], torch.Tensor]
+
+
+def trace(layer: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Iterator[Owned]:
+    """What belongs to the inputs of each projection of a layer that has structures in front of it.
+
+    Args:
+        layer: The layer, whose parameters need gradients.
+        inputs: Projection, as its path from the layer → what went into it, `[…, width]`, with its graph.
+    """
+    parameters = {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
+    size = sum(parameter.numel() for parameter in parameters.values())
+    for path, value in inputs.items():
+        reached = _reached(value, parameters) if 1 < value.shape[-1] <= _WIDEST and value.shape[-1] * size < _LARGEST else {}
+        if reached and (found := _divide(path, value.shape[-1], reached, layer)) is not None:
+            yield found
+
+
+def _reached(value: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[tuple[str, int], torch.Tensor]:
+    """`(parameter, axis)` → `[inputs, length of the axis]` bools: which input depends on which position."""
+    width = value.shape[-1]
+    first = _gradients(value, list(parameters.values()), torch.arange(min(2, width)))
+    if not any(_differ(gradient) for gradient in first if gradient is not None and gradient.ndim > 2):
+        return {}  # Both depend on the same matrices: nothing can be divided.
+    gradients = _gradients(value, list(parameters.values()), torch.arange(width))
+    scales = [gradient.abs().flatten(1).amax(1) for gradient in gradients if gradient is not None]
+    # What cancels, as a bias of keys does in a softmax, leaves rounding errors.
+    least = _RELATIVE * torch.stack(scales).amax(0)
+    found = {}
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        if gradient is not None:
+            is_reached = gradient.abs() > least.view(-1, *(1 for _ in parameter.shape))
+            for axis in range(min(parameter.ndim, 2)):
+                others = [1 + each for each in range(parameter.ndim) if each != axis]
+                found[name, axis] = _any(is_reached, others)
+    return {key: rows for key, rows in found.items() if rows.any()}
+
+
+def _gradients(
+    value: torch.Tensor, parameters: list[nn.Parameter], inputs: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """For each parameter `[inputs, *shape]`: gradients of a random mean of some inputs, over everything else."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(value.shape[:-1], generator=generator, dtype=value.dtype)
+    units = nn.functional.one_hot(inputs, value.shape[-1]).to(value.dtype)
+    along = units.view(len(inputs), *(1 for _ in weights.shape), -1) * weights[None, ..., None]
+    if not value.requires_grad:
+        return (None,) * len(parameters)
+    return torch.autograd.grad(value, parameters, along, retain_graph=True, allow_unused=True, is_grads_batched=True)
+
+
+def _any(values: torch.Tensor, axes: list[int]) -> torch.Tensor:
+    for axis in sorted(axes, reverse=True):
+        values = values.any(axis)
+    return values
+
+
+def _differ(gradient: torch.Tensor) -> bool:
+    """Whether the first two inputs depend on different positions."""
+    return not torch.equal(gradient[0] != 0, gradient[1] != 0)
+
+
+def _divide(path: str, width: int, reached: Mapping[tuple[str, int], torch.Tensor], layer: nn.Module) -> Owned | None:
+    """Divides inputs into structures; None if they are not equal runs."""
+    shares = torch.eye(width, dtype=torch.float64)
+    for (name, _), rows in reached.items():
+        if isinstance(layer.get_submodule(name.rpartition(".")[0]), (nn.Linear, Conv1D)) and name.endswith("weight"):
+            own = (rows & ~rows.all(0)).double()
+            shares += own @ own.T
+    connected = shares.bool()
+    for _ in range(width.bit_length()):
+        connected = (connected.double() @ connected.double()).bool()
+    structure = connected.double().argmax(1)  # The first input of each.
+    count = len(structure.unique())
+    if count < 2 or width % count or not torch.equal(structure, torch.arange(width) // (width // count) * (width // count)):
+        return None
+    owners = {}
+    for key, rows in reached.items():
+        by_structure = rows.view(count, width // count, -1).any(1)
+        owner = torch.where(by_structure.sum(0) == 1, by_structure.double().argmax(0), NOBODY)
+        if (owner != NOBODY).any():
+            owners[key] = owner
+    return Owned(path, count, width // count, owners)
+
+
+class alive(TorchFunctionMode):
+    """A context in which what is zero below zero is not: a neuron that no token excites depends on nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.relu, torch.relu_, torch.Tensor.relu, nn.functional.relu):
+            return nn.functional.softplus(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def inputs_of_projections(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, dict[str, torch.Tensor]]]:
+    """Notes what goes into each projection of some layers: layer → projection → the input, of its first call."""
+    found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in layers}
+    with contextlib.ExitStack() as undo:
+        for name, layer in layers.items():
+            for path, module in layer.named_modules():
+                if isinstance(module, (nn.Linear, Conv1D)):
+
+                    def note(_: nn.Module, args: tuple[torch.Tensor, ...], name: str = name, path: str = path) -> None:
+                        found[name].setdefault(path, args[0])
+
+                    undo.callback(module.register_forward_pre_hook(note).remove)
+        yield found

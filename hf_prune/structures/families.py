@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+QUERIES_OF_EACH = ("num_key_value_groups",)
+"""Attributes of attentions that hold how many queries read each key-value head."""
+
 
 @dataclass(frozen=True)
 class Heads:

@@ -12,6 +12,9 @@ Parts = int | Literal["q+k+v"]
 structure: 1, or 3 where the queries of all heads come first, then all keys, then all values. "q+k+v" are such three of
 which keys and values are narrower, under grouped-query attention."""
 
+QUERIES_OF_EACH = ("num_key_value_groups",)
+"""Attributes of attentions that hold how many queries read each key-value head."""
+
 
 @dataclass(frozen=True)
 class Heads:

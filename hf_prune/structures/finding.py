@@ -10,14 +10,11 @@ from ..weights.masks import MaskSet
 from ..weights.targets import Target, find_targets
 from ..weights.timm import config_of_timm
 from .channels import find_channels, is_convolutional
-from .groups import StructureGroup, Structures, fields_of, kept_in, kinds_of, masks_of, nonzeros
+from .groups import KINDS, StructureGroup, Structures, fields_of, kept_in, kinds_of, masks_of, nonzeros
 from .heads_and_neurons import find_in_family
 from .loading import can_say
 from .ranking import count_left, pools_of, require_attainable
 from .trial import require_exact_on_a_copy
-
-STRUCTURES = ("head", "neuron", "head+neuron", "channel", "layer")
-"""What a config can ask for: kinds of structures, joined by +."""
 
 
 def find_structures(
@@ -25,7 +22,7 @@ def find_structures(
 ) -> dict[str, StructureGroup]:
     """Finds the structures of some kinds, in the order of the layers, by the module that they are in.
 
-    The kinds are one of `STRUCTURES`, split. The number of neurons or channels that remain is a multiple of
+    The kinds are some of `KINDS`. The number of neurons, channels or widths that remain is a multiple of
     `multiple_of`, or all.
     """
     if hasattr(model, "peft_config"):
@@ -37,9 +34,11 @@ def find_structures(
         return find_channels(model, targets, multiple_of)
     if is_convolutional(model):
         raise ValueError(
-            f"{type(model).__name__} is a convolutional network and has no {'+'.join(kinds)}s that are known. "
-            "Choose granularity channel."
+            f"{type(model).__name__} is a convolutional network and has no "
+            f"{' and '.join(KINDS[kind] for kind in kinds)} that are known. Choose granularity channel."
         )
+    if "expert" in kinds or "width" in kinds:
+        raise ValueError(f"{type(model).__name__} has no {' and '.join(kinds)} that is known.")
     return find_in_family(model, kinds, targets, multiple_of)
 
 
@@ -85,7 +84,7 @@ def held_zeros(model: nn.Module, targets: Mapping[str, Target], structures: Stru
     masks = zeros_of(model, targets, structures)
     for name, mask in masks.items() if structures else ():
         if name in targets and bool(((targets[name].weight == 0) & mask).any()):
-            kinds = " or ".join(f"{kind}s" for kind in kinds_of(structures))
+            kinds = " or ".join(KINDS[kind] for kind in kinds_of(structures))
             raise ValueError(
                 f"the zeros of {targets[name].module!r} are not whole {kinds}. Start without hold_zeros, or choose "
                 "another granularity."
@@ -102,8 +101,8 @@ def _require_uniform(model: nn.Module, structures: Structures, final: float) -> 
         counted = {field for group in of_kind.values() for field, _ in group.fields}
         if not all(group.fields for group in of_kind.values()) or not counted <= fields.keys():
             raise ValueError(
-                f"uniform: no config of {type(model).__name__} can say fewer {kind}s. Leave uniform out: the shapes "
-                "are then recorded in the config, and load where hf_prune is imported."
+                f"uniform: no config of {type(model).__name__} can say fewer {KINDS[kind]}. Leave uniform out: the "
+                "shapes are then recorded in the config, and load where hf_prune is imported."
             )
         if not can_say(cast(PreTrainedModel, model).config, fields):
             said = ", ".join(f"{name}={value}" for name, value in fields.items())

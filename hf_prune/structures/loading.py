@@ -24,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..weights.compression import BITMASK, decompress
-from .families import FAMILIES
+from .families import FAMILIES, QUERIES_OF_EACH
 
 METHOD = "hf_prune"
 _KEY = "quantization_config"
@@ -261,7 +261,7 @@ def size_names() -> set[str]:
     """The whole numbers of modules that a file may set: widths, and what families count by heads and neurons."""
     parts = [part for family in FAMILIES.values() for stack in family for part in stack.parts]
     counted = {path.rpartition(".")[2] for part in parts for path in part.attributes}
-    return {"groups", *counted, *(width for widths in WIDTHS.values() for width in widths)}
+    return {"groups", *QUERIES_OF_EACH, *counted, *(width for widths in WIDTHS.values() for width in widths)}
 
 
 def _sizes(model: nn.Module) -> Attributes:

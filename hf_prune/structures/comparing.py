@@ -28,8 +28,7 @@ logger = logging.getLogger(__name__)
 Outputs = dict[str, torch.Tensor]
 
 _LARGEST_DOUBLE = 2**28  # Parameters of the largest model that is called in float64: larger ones take too long.
-# Of the norm. Parts of many models compute in float32 whatever the weights are.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # Of the norm.
 
 
 class Reference:
@@ -108,7 +107,9 @@ class Reference:
 
     def _call(self, model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> Outputs:
         eager = eager_experts(model)  # Fused kernels know no float64.
-        with undisturbed(model), eager, torch.no_grad(), _computing_in(model, self._dtype, masks, self._one_by_one):
+        computing = _computing_in(model, self._dtype, masks, self._one_by_one)
+        double = in_double() if self._dtype == torch.float64 else contextlib.nullcontext()
+        with undisturbed(model), eager, torch.no_grad(), computing, double:
             torch.manual_seed(0)  # Some models draw random numbers in evaluation too.
             output = call(model, {name: _cast(value, self._dtype) for name, value in self._batch.items()})
         named = dict(output) if isinstance(output, Mapping) else dict(enumerate(output))

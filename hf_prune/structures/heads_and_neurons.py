@@ -36,8 +36,7 @@ def find_in_family(
             of query heads is no multiple of that of key-value heads, or the same and queries are asked for; or if
             layers cannot be left out.
     """
-    everything = {group.name: group for each in _stacks(model) for group in each.structures(kinds, multiple_of)}
-    _require_own_weights(everything)
+    everything = structures_of(_stacks(model), kinds, multiple_of)
     found = {}
     for name, group in everything.items():
         others = [m for m in _matrices(model, group) if m.name not in targets]
@@ -333,6 +332,23 @@ def _stacks(model: nn.Module) -> list[_Layers]:
             f"knows {', '.join(FAMILIES)}. {_HOW_TO_ADD.format(config.model_type)}"
         )
     return stacks_of(model, FAMILIES[config.model_type])
+
+
+def instances(model: PreTrainedModel, stack: Stack, part: Heads | Neurons) -> Iterator[tuple[_Layer, Heads | Neurons]]:
+    """The layers of a model that have a part of a stack, and the part as they have it."""
+    for layers in stacks_of(model, (dataclasses.replace(stack, parts=(part,)),)):
+        for layer in layers.layers:
+            for own in layer.parts_of(layers.stack):
+                yield layer, own
+
+
+def structures_of(
+    stacks: Sequence[_Layers], kinds: Collection[str], multiple_of: int = 1
+) -> dict[str, StructureGroup]:
+    """The structures of some kinds in some stacks, by name."""
+    found = {group.name: group for each in stacks for group in each.structures(kinds, multiple_of)}
+    _require_own_weights(found)
+    return found
 
 
 def stacks_of(model: PreTrainedModel, family: Family) -> list[_Layers]:

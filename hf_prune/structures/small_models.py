@@ -21,7 +21,7 @@ LAYERS = (
     "num_decoder_layers"
 ).split()
 _WIDTHS = "hidden_size d_model n_embd dim embed_dim embedding_size emb_dim word_embed_proj_dim dim_model".split()
-_INNER = (
+INNER = (
     "intermediate_size n_inner ffn_dim d_ff d_inner encoder_ffn_dim decoder_ffn_dim moe_intermediate_size "
     "ffn_hidden_size hidden_dim shared_expert_intermediate_size shared_intermediate_size mlp_hidden_size dim_ff "
     "dff expert_ffn_hidden_size"
@@ -97,9 +97,8 @@ def _narrow_(c: PretrainedConfig) -> None:
     for n in _WIDTHS:
         if n in old:
             new[n] = _N_HEADS * _HEAD_WIDTH if heads is None or old[n] == width else min(16, old[n])
-    for n in _INNER:
-        if n in old:
-            new[n] = min(old[n], _INNER_WIDTH)
+    for i, n in enumerate(n for n in INNER if n in old):
+        new[n] = min(old[n], _INNER_WIDTH + 8 * i)
     for n in _RANKS:
         if n in old:
             new[n] = min(old[n], 16)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..weights.masks import MaskSet
+from .norms import Norms
 
 KINDS = {
     "head": "heads",
@@ -80,6 +81,7 @@ class StructureGroup:
         runs: The structures are so many runs of equally many, one behind the other, of each of which as many go: the
             queries of each key-value head, or the neurons of each expert.
         run_attributes: `(module, attribute)` of what a module counts by the structures of one run.
+        norms: What normalizes over them, where it has to be scaled when some go.
     """
 
     name: str
@@ -93,6 +95,7 @@ class StructureGroup:
     fixed: tuple[tuple[str, int], ...] = ()
     runs: int = 1
     run_attributes: tuple[tuple[str, str], ...] = ()
+    norms: Norms | None = None
 
     def counts_that_may_go(self, gone: int = 0) -> list[int]:
         """How many may be gone, in rising order, from a number that is gone already.

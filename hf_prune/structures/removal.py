@@ -13,7 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .configs import configs_of, own_configs_, write_layers_, write_widths_
 from .groups import KINDS, StructureGroup, Structures, in_layers_that_stay, masks_of
-from .loading import WIDTHS, record_shapes_
+from .loading import WIDTHS, build_empty, record_shapes_
+from .norms import Rescaling
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,11 @@ class Removal:
         """Parameter → bool mask, False for what goes."""
         return masks_of(self.structures, self.kept)
 
+    @property
+    def channels(self) -> torch.Tensor | None:
+        """Which channels of the residual stream stay, if some go."""
+        return next((self.kept[name] for name in self.gone if self.structures[name].kind == "width"), None)
+
     def of(self, name: str) -> "Removal":
         """What goes of one group alone."""
         kept = {other: self.kept[name] if other == name else torch.ones_like(self.kept[other]) for other in self.kept}
@@ -75,10 +81,19 @@ class Removal:
             What can be loaded then: the whole, or the model where no config builds the whole.
         """
         own_configs_(self.whole)
+        rescalings = {
+            name: Rescaling.of(self.model, norms)
+            for name in self.gone
+            if (norms := self.structures[name].norms) is not None
+        }
         groups, gone = in_layers_that_stay(self.structures, self.kept), self.gone
         widths = {name: group for name, group in groups.items() if group.kind != "layer"}
         _remove_parts_(self.model, {name: group for name, group in widths.items() if name in gone}, self.kept)
         write_widths_(self.model, widths, self.kept)
+        for name, rescaling in rescalings.items():
+            built = dict(build_empty(type(self.model), self.model.config).named_modules(remove_duplicate=False))
+            left = int(self.kept[name].sum())
+            rescaling.apply_(groups[name].count, left, configs_of(self.model, self.model), built)
         for name, group in groups.items():
             if group.kind == "layer" and name in gone:
                 _remove_layers_(self.model, group, self.kept[name])
@@ -132,15 +147,21 @@ def _remove_parts_(model: nn.Module, parts: Structures, kept: Mapping[str, torch
         for member in group.members:
             own = member.kept_positions(kept[name])
             positions[member.name, member.axes] = positions.get((member.name, member.axes), own) & own
+    places: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(parameter, []).append(name)
     # What goes of each expert is counted in all of them, and so goes before whole experts.
-    for (parameter_name, axes), stays in sorted(positions.items(), key=lambda item: -len(item[0][1])):
-        path, _, attribute = parameter_name.rpartition(".")
-        module = model.get_submodule(path)
-        parameter = getattr(module, attribute)  # Not the member's any more if it has lost another axis.
+    for (name, axes), stays in sorted(positions.items(), key=lambda item: -len(item[0][1])):
+        parameter = model.get_parameter(name)  # Not the member's any more if it has lost another axis.
         values = _without(parameter.detach(), axes, stays.to(parameter.device))
-        setattr(module, attribute, nn.Parameter(values, requires_grad=parameter.requires_grad))
-        if attribute == "weight" and len(axes) == 1:
-            _set_widths_(module, axes[0], stays.nonzero().flatten())
+        smaller = nn.Parameter(values, requires_grad=parameter.requires_grad)
+        places[smaller] = places.pop(parameter)  # Several if it is tied, as embeddings and the projection to logits.
+        for place in places[smaller]:
+            path, _, attribute = place.rpartition(".")
+            module = model.get_submodule(path)
+            setattr(module, attribute, smaller)
+            if attribute == "weight" and len(axes) == 1:
+                _set_widths_(module, axes[0], stays.nonzero().flatten())
     for name, group in parts.items():
         left = int(kept[name].sum())
         for path, attribute, each in group.attributes:

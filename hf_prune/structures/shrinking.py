@@ -1,5 +1,6 @@
 """Shrinking: what is pruned as a whole is removed, and the model gets smaller."""
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from .groups import KINDS, StructureGroup, Structures, count_gone, kept_in, nonz
 from .heads_and_neurons import find_in_family
 from .loading import build_empty
 from .removal import Removal, whole_of
+from .widths import find_width
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +81,12 @@ def find_removable(model: nn.Module) -> dict[str, StructureGroup]:
         return find_channels(model, find_targets(model, ".*"), multiple_of=1)
     targets, errors = find_targets(model), []
     structures: dict[str, StructureGroup] = {}
-    for kind in ("head", "query", "neuron", "layer"):
+    finders = {
+        kind: functools.partial(find_in_family, model, (kind,)) for kind in ("head", "query", "neuron", "layer")
+    }
+    for kind, find in {**finders, "width": functools.partial(find_width, model)}.items():
         try:
-            structures |= find_in_family(model, (kind,), targets, multiple_of=1)
+            structures |= find(targets, multiple_of=1)
         except ValueError as error:  # What cannot be removed cannot have been pruned, and the other kinds can.
             logger.debug("No %s is removed: %s", kind, error)
             errors.append(error)
@@ -112,7 +117,7 @@ def remove_(
     build_empty(type(model), model.config)  # Else nothing could be recorded.
     reference = None
     try:
-        reference = Reference(model, removal.masks, batch)
+        reference = Reference(model, removal.masks, batch, removal.channels)
     except ValueError as error:
         logger.warning(
             "The shrunk model could not be compared with the masked one: %s. Pass shrink(..., batch=...).", error
@@ -166,7 +171,7 @@ def _changes_outputs(removal: Removal, batch: Mapping[str, Any] | None, error: D
         alone = removal.of(name)
         try:
             with rolled_back(removal.whole):
-                apply_compared_(alone, Reference(model, alone.masks, batch))
+                apply_compared_(alone, Reference(model, alone.masks, batch, alone.channels))
         except Differs as its:
             culprit, error = name, its
             break
@@ -174,8 +179,8 @@ def _changes_outputs(removal: Removal, batch: Mapping[str, Any] | None, error: D
             continue
     kinds = KINDS[structures[culprit].kind]
     advice = (
-        "The network relies on a width that torch-pruning cannot trace."
-        if is_convolutional(model)
+        "The network relies on a width that cannot be traced."
+        if is_convolutional(model) or structures[culprit].kind == "width"
         else f"Check how the family {model.config.model_type!r} is described: it must name every projection, norm and "
         f"attribute that depends on the number of {kinds} (see describe_family)."
     )

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from ..calibration.contexts import undisturbed
 from ..weights.targets import Target
 from .example_inputs import first_convolution, image_shape
-from .families import FAMILIES
 from .groups import NOBODY, WITHOUT_STRUCTURES, Member, StructureGroup, advice_for_wrappers
 
 
@@ -90,8 +89,7 @@ def _why_not(model: nn.Module) -> str | None:
     """Why a model is no convolutional network that takes images, and what to do; None if it is."""
     if not isinstance(model, PreTrainedModel):
         return f"it is not a Transformers model. {advice_for_wrappers(model)}"
-    is_known = model.config.model_type in FAMILIES
-    others = "Choose granularity head, neuron, head+neuron or layer." if is_known else WITHOUT_STRUCTURES
+    others = "Choose granularity head, neuron, head+neuron or layer."
     attention = next((name for name, module in model.named_modules() if "Attention" in type(module).__name__), None)
     if attention is not None:
         return f"{attention!r} is an attention layer. {others}"

@@ -119,10 +119,8 @@ class Reference:
         return None
 
     def _call(self, model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> Outputs:
-        eager = eager_experts(model)  # Fused kernels know no float64.
-        computing = _computing_in(model, self._dtype, masks, self._one_by_one)
-        double = in_double() if self._dtype == torch.float64 else contextlib.nullcontext()
-        with undisturbed(model), eager, torch.no_grad(), computing, double:
+        exactly = computing_exactly(model, self._dtype)
+        with exactly, torch.no_grad(), _computing_in(model, self._dtype, masks, self._one_by_one):
             torch.manual_seed(0)  # Some models draw random numbers in evaluation too.
             output = call(model, {name: _cast(value, self._dtype) for name, value in self._batch.items()})
         named = dict(output) if isinstance(output, Mapping) else dict(enumerate(output))
@@ -189,7 +187,8 @@ def _is_rounded(built: torch.Tensor | None, buffer: torch.Tensor | None) -> bool
     """Whether a buffer is what its class builds, but for the precision that `.to(dtype)` has left of it."""
     if built is None or buffer is None or built.shape != buffer.shape or not buffer.is_floating_point():
         return False
-    return torch.allclose(built.to(buffer), buffer, rtol=torch.finfo(buffer.dtype).eps)
+    eps = max(torch.finfo(dtype).eps for dtype in (buffer.dtype, torch.float32))  # Models compute many in float32.
+    return torch.allclose(built.to(buffer), buffer, rtol=eps)
 
 
 @contextlib.contextmanager
@@ -241,7 +240,7 @@ def _computing_in(
         yield
 
 
-class in_double(TorchFunctionMode):
+class _Double(TorchFunctionMode):
     """A context in which what asks for float32 gets float64: many models compute parts in it, whatever they are."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -250,6 +249,14 @@ class in_double(TorchFunctionMode):
         args = tuple(torch.float64 if each is torch.float32 else each for each in args)
         named = {name: torch.float64 if each is torch.float32 else each for name, each in (kwargs or {}).items()}
         return func(*args, **named)
+
+
+@contextlib.contextmanager
+def computing_exactly(model: nn.Module, dtype: torch.dtype = torch.float64) -> Iterator[None]:
+    """Evaluation of a model that nothing disturbs; in float64 no part of it computes in float32."""
+    double = _Double() if dtype == torch.float64 else contextlib.nullcontext()
+    with undisturbed(model), eager_experts(model), double:  # Fused kernels of experts know no float64.
+        yield
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -1,6 +1,5 @@
 """Discovery: heads, neurons and layers of a model that no table describes, found from what depends on what."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,48 +8,54 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..calibration.contexts import eager_experts, undisturbed
-from ..calibration.passes import call
-from .comparing import in_double
-from .example_inputs import example_batch
-from .families import Heads, Neurons, Parts, Stack
-from .groups import NOBODY
-from .small_models import LAYERS
+from .families import Heads, Neurons, Parts, Stack, lists_of_layers_in
+from .small_models import LAYERS, call_exactly
 from .tracing import Owned, alive, inputs_of_projections, trace
 
-_HEAD_COUNTS = (
-    "num_key_value_heads num_kv_heads n_kv_heads n_head_kv num_attention_heads num_heads n_heads n_head num_head "
-    "attention_heads num_attn_heads nhead heads"
-).split()
-_HEAD_SIZES = "head_dim attention_head_size head_size key_value_proj_dim d_kv dim_head size_per_head".split()
+_HEAD_COUNTS = [
+    "num_key_value_heads",
+    "num_kv_heads",
+    "n_kv_heads",
+    "n_head_kv",
+    "num_attention_heads",
+    "num_heads",
+    "n_heads",
+    "n_head",
+    "num_head",
+    "attention_heads",
+    "num_attn_heads",
+    "nhead",
+    "heads",
+]
+_HEAD_SIZES = [
+    "head_dim",
+    "attention_head_size",
+    "head_size",
+    "key_value_proj_dim",
+    "d_kv",
+    "dim_head",
+    "size_per_head",
+]
 
 
 def stacks_in(model: PreTrainedModel) -> list[Stack]:
     """The stacks of layers of a small model, with their heads and neurons, but for attributes and fields."""
-    lists = _outermost_lists(model.base_model)
+    lists = lists_of_layers_in(model.base_model)
     layers = {f"{path}.{i}": layer for path, found in lists.items() for i, layer in enumerate(found)}
-    with undisturbed(model), eager_experts(model), torch.enable_grad(), in_double(), alive():
-        with inputs_of_projections(layers) as inputs:
-            call(model, {n: v.double() if v.is_floating_point() else v for n, v in (example_batch(model) or {}).items()})
-        found: dict[str, list[Heads | Neurons]] = {}
-        for name, layer in layers.items():
-            parts = found.setdefault(_starred(model.base_model, name.rpartition(".")[0]), [])
-            for owned in trace(layer, inputs[name]):
-                part = _part(layer, owned, model.config)
-                if part is not None and part not in parts:
-                    parts.append(part)
+    with torch.enable_grad(), alive(), inputs_of_projections(layers) as inputs:
+        call_exactly(model)
+    found: dict[str, list[Heads | Neurons]] = {}
+    for name, layer in layers.items():
+        parts = found.setdefault(_starred(model.base_model, name.rpartition(".")[0]), [])
+        for owned in trace(layer, inputs[name]):
+            part = _part(layer, owned, model.config)
+            if part is not None and part not in parts:
+                parts.append(part)
     return [
-        Stack(path, tuple(parts), _layer_fields(model, path), norm_first=True) for path, parts in found.items() if parts
+        Stack(path, tuple(parts), _layer_fields(model, path), norm_first=True)
+        for path, parts in found.items()
+        if parts
     ]
-
-
-def _outermost_lists(root: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of modules that are in no other, but in those of stages."""
-    found: dict[str, nn.ModuleList] = {}
-    for path, module in root.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{f}.") for f in found):
-            found[path] = module
-    return found
 
 
 def _starred(root: nn.Module, path: str) -> str:
@@ -95,14 +100,28 @@ def _part(layer: nn.Module, owned: Owned, config: Any) -> Heads | Neurons | None
     attention = layer.get_submodule(root)
     narrowest = min(_widths(layer, rows, width))
     size = next((n for n in _paths(attention, _HEAD_SIZES) if _value(attention, n) == narrowest // owned.count), "")
-    count = "" if size else next(
-        (n for n in (*_paths(attention, _HEAD_COUNTS), *_HEAD_COUNTS) if _said(attention, config, n) == owned.count), None
+    count = (
+        ""
+        if size
+        else next(
+            (
+                n
+                for n in (*_paths(attention, _HEAD_COUNTS), *_HEAD_COUNTS)
+                if _said(attention, config, n) == owned.count
+            ),
+            None,
+        )
     )
     if count is None:
         return None
     return Heads(
-        _starred(layer, root), own, columns, size, count,
-        tables=tuple(path.removeprefix(root).lstrip(".") for path in tables), beside=others,
+        _starred(layer, root),
+        own,
+        columns,
+        size,
+        count,
+        tables=tuple(path.removeprefix(root).lstrip(".") for path in tables),
+        beside=others,
     )
 
 
@@ -160,7 +179,7 @@ def _common(paths: Sequence[str]) -> str:
 
 
 def _layer_fields(model: PreTrainedModel, path: str) -> tuple[str, ...]:
-    count = len(model.base_model.get_submodule(path)) if "*" not in path else -1
+    count = len(list(model.base_model.get_submodule(path).children())) if "*" not in path else -1
     own = [n for n in LAYERS if vars(model.config).get(n) == count]
     sided = [n for n in own if any(side in n and side in path for side in ("encoder", "decoder"))]
     return tuple(sided or own)

@@ -44,7 +44,7 @@ def example_batch(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
 
 def image_shape(model: nn.Module) -> tuple[int, int, int, int]:
     """`[1, channels, height, width]` of an image that a model takes."""
-    config: Any = model.config
+    config: Any = getattr(model.config, "vision_config", model.config)
     timm = next(filter(None, map(config_of_timm, model.modules())), {})
     size = getattr(config, "image_size", None) or timm.get("input_size", (_SIDE,))[-1]
     side = size if isinstance(size, int) else max(size)
@@ -65,10 +65,10 @@ def _tokens(model: PreTrainedModel, generator: torch.Generator) -> torch.Tensor:
     # Positions of some begin behind that of padding.
     length = max(1, min(_TOKENS, (getattr(config, "max_position_embeddings", None) or 2 * _TOKENS) - 2))
     ids = torch.randint(config.vocab_size, (1, length), generator=generator)
-    marks = [config.pad_token_id, config.eos_token_id] if hasattr(config, "eos_token_id") else []
+    marks = [getattr(config, name) for name in ("pad_token_id", "eos_token_id") if hasattr(config, name)]
     for mark in marks:
         if isinstance(mark, int):
             ids[ids == mark] = (mark + 1) % config.vocab_size
-    if marks and isinstance(marks[-1], int) and 0 <= marks[-1] < config.vocab_size:
+    if hasattr(config, "eos_token_id") and isinstance(marks[-1], int) and 0 <= marks[-1] < config.vocab_size:
         ids[0, -1] = marks[-1]
     return ids

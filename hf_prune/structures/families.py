@@ -3,9 +3,12 @@
 One more family is one more line in `FAMILIES`; a user's own comes with `describe_family`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
+
+from torch import nn
 
 Parts = int | Literal["q+k+v"]
 """Into how many equal parts the output of a projection is divided, within each of which it goes structure by
@@ -87,6 +90,7 @@ class Stack:
         norm_first: Whether norms come before the projections of a layer. Where one comes behind a sum, a layer whose
             outputs are zero still changes what it hands on, and no layer can be removed.
         norm_first_field: Field of the config that says so instead.
+        stay: Kinds of layers that cannot go, as `layer_kind` tells them apart.
     """
 
     layers: str
@@ -94,6 +98,7 @@ class Stack:
     fields: tuple[str, ...] = ("num_hidden_layers",)
     norm_first: bool = True
     norm_first_field: str | None = None
+    stay: tuple[str, ...] = ()
 
 
 Family = tuple[Stack, ...]
@@ -237,17 +242,68 @@ FAMILIES: dict[str, Family] = {
 """`model_type` of a config → where its structures are."""
 
 
-def describe_family(model_type: str, *stacks: Stack) -> None:
+def layer_kind(layer: nn.Module) -> str:
+    """What tells layers apart that are built otherwise: the classes of all modules, lists of alike ones once."""
+    named = (f"{name}:{type(module).__name__}" for name, module in layer.named_modules())
+    return " ".join(dict.fromkeys(re.sub(r"\b\d+\b", "*", each) for each in named))
+
+
+def lists_of_layers_in(root: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of modules that are in no other list, by path."""
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in root.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{f}.") for f in found):
+            found[path] = module
+    return found
+
+
+_described: set[str] = set()
+
+
+def is_described(model_type: str) -> bool:
+    """Whether a user has described a family, so that it has yet to be proved."""
+    return model_type in _described
+
+
+SIZES_OF_HEADS = (
+    (
+        *[
+            "num_attention_heads",
+            "num_key_value_heads",
+            "num_heads",
+            "n_heads",
+            "n_head",
+            "num_head",
+            "num_kv_heads",
+            "n_kv_heads",
+            "heads",
+        ],
+        *["all_head_size", "inner_dim", "split_size", "attention_inner_dim", "attn_dim"],
+    ),
+    ("embed_dim", "hidden_size", "d_model", "dim"),
+)
+"""Attributes of modules that may count heads, or the width of all; then those that may mean something else too."""
+SIZES_OF_NEURONS = (("intermediate_size", "ffn_dim", "hidden_dim", "d_ff", "inner_dim"),)
+"""Attributes of modules that may count neurons."""
+
+
+def describe_family(model_type: str, *stacks: Stack, like: str | None = None) -> None:
     """Tells where the heads, neurons and layers of a family are, in place of what was known of it.
+
+    Families that are in no table are found without a description, where they can be. What is described is tried on a
+    small model of the class first: what cannot be removed from it, up to rounding, is an error before anything is
+    pruned.
 
     What is recorded in a `config.json` needs it too where it is loaded.
 
     Args:
         model_type: `model_type` of its config.
         stacks: Its stacks of layers.
+        like: In place of stacks, a family that looks the same, such as "t5" for "mt5".
 
     Raises:
         TypeError: if one of the stacks is something else.
+        ValueError: if there are neither stacks nor `like`, or both; or if the other family is not in the table.
 
     Example:
         >>> describe_family(
@@ -261,7 +317,12 @@ def describe_family(model_type: str, *stacks: Stack) -> None:
         ...     ),
         ... )
     """
+    if bool(stacks) == (like is not None):
+        raise ValueError(f"a family is described by Stacks, or is like another one; {model_type!r} got both or none.")
+    if like is not None and like not in FAMILIES:
+        raise ValueError(f"like must be one of {', '.join(FAMILIES)}; got {like!r}.")
     for stack in stacks:
         if not isinstance(stack, Stack):
             raise TypeError(f"a family is described by Stacks, got {type(stack).__name__}.")
-    FAMILIES[model_type] = stacks
+    FAMILIES[model_type] = stacks if like is None else FAMILIES[like]
+    _described.add(model_type)

@@ -1,23 +1,18 @@
-"""Heads, queries, neurons and layers: where a model of a known family has them."""
+"""Heads, queries, neurons and layers: where a model has them, by the table or found by themselves."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..weights.targets import Target
-from .families import FAMILIES, QUERIES_OF_EACH, Family, Heads, Neurons, Parts, Stack
-from .groups import KINDS, WITHOUT_STRUCTURES, Member, StructureGroup, Structures, advice_for_wrappers, parameters_of
-
-_HOW_TO_ADD = (
-    'Describe it in a dozen lines: describe_family({!r}, Stack("layers", (Heads(...), Neurons(...)))), all of which '
-    "hf_prune exports."
-)
+from .families import FAMILIES, is_described
+from .groups import KINDS, Member, StructureGroup, advice_for_wrappers
+from .layers import HOW_TO_ADD, LayerStack, stacks_of, structures_of
+from .proof import Proved, prove
 
 
 def find_in_family(
@@ -32,11 +27,12 @@ def find_in_family(
         multiple_of: The number of neurons that remain in a layer is a multiple of this.
 
     Raises:
-        ValueError: if the family is unknown, or does not look as described; if layers share weights; if the number
-            of query heads is no multiple of that of key-value heads, or the same and queries are asked for; or if
-            layers cannot be left out.
+        ValueError: if the family is in no table, and its structures could not be found, or not be removed from a
+            small model of the class; if it does not look as described; if layers share weights; if the number of
+            query heads is no multiple of that of key-value heads, or the same and queries are asked for; or if layers
+            cannot be left out.
     """
-    everything = structures_of(_stacks(model), kinds, multiple_of)
+    everything = structures_of(_stacks(model, kinds), kinds, multiple_of)
     found = {}
     for name, group in everything.items():
         others = [m for m in _matrices(model, group) if m.name not in targets]
@@ -53,362 +49,57 @@ def find_in_family(
     return found
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """One layer of a model, and its name."""
-
-    name: str
-    module: nn.Module
-    config: PretrainedConfig
-
-    def get(self, *path: str) -> Any:
-        """What is at a path from the layer: a module, or one's attribute; None if there is nothing."""
-        return _get(self.module, _join(*path))
-
-    def parts_of(self, stack: Stack) -> Iterator[Heads | Neurons]:
-        """What the layer has of what a family describes, each of a list by itself (`experts.*`)."""
-        for part in stack.parts:
-            for module in _expand(self.module, part.module):
-                own = dataclasses.replace(part, module=module)
-                if self.has(own):
-                    yield own
-
-    def has(self, part: Heads | Neurons) -> bool:
-        return all(self.get(part.module, path) is not None for path in (*part.rows, part.columns))
-
-    def tables(self, part: Heads | Neurons) -> list[str]:
-        """The paths of the embeddings with a column for each head that the layer has."""
-        paths = [_join(part.module, table) for table in part.tables]
-        return [path for path in paths if self.get(path) is not None]
-
-    def width(self, part: Heads | Neurons) -> int:
-        """How much goes into the output projection."""
-        columns = self.projection(part, part.columns)
-        return int(columns.weight.shape[_input_axis(columns)])
-
-    def height(self, part: Heads | Neurons, path: str) -> int:
-        """How much comes out of a projection."""
-        row = self.projection(part, path)
-        return int(row.weight.shape[1 - _input_axis(row)])
-
-    def projection(self, part: Heads | Neurons, path: str) -> nn.Linear | Conv1D:
-        """A projection of a part, which has to be of a kind whose axes are known."""
-        found = self.get(part.module, path)
-        if not isinstance(found, (nn.Linear, Conv1D)):
-            raise ValueError(
-                f"{_join(self.name, part.module, path)!r} is described as a projection, and is a "
-                f"{type(found).__name__}. Name one that is nn.Linear or Conv1D."
-            )
-        return found
-
-    def count(self, part: Heads | Neurons) -> int:
-        """Number of heads (of keys and values, where these are fewer, and divide those of queries), or of neurons."""
-        if isinstance(part, Neurons):
-            return self.width(part)
-        if not part.size:
-            return self._said_count(part)
-        widths = {part.columns: self.width(part)}
-        for path, parts in part.rows.items():
-            for width in self.parts(part, path, parts):
-                widths[path] = min(widths.get(path, width), width)
-        size = self.get(part.module, part.size)
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"{_join(self.name, part.module, part.size)!r} is described as the width of a head, and is {size!r}."
-            )
-        count = min(widths.values()) // size
-        for path, width in widths.items():
-            if count == 0 or width % size or width // size % count:
-                raise ValueError(
-                    f"{_join(self.name, part.module, path)!r} is {width} wide, for {width // size} heads of width "
-                    f"{size}, which {count} key-value heads do not divide; whole groups cannot be removed."
-                )
-        return count
-
-    def _said_count(self, part: Heads) -> int:
-        """The number of heads that the attention or its config says."""
-        config = self.get(part.module, "config") or self.config
-        said = self.get(part.module, part.count)
-        count = said if said is not None else getattr(config, part.count, None)
-        widths = [width for path, parts in part.rows.items() for width in self.parts(part, path, parts)]
-        if not isinstance(count, int) or count < 1 or any(width % count for width in (*widths, self.width(part))):
-            raise ValueError(
-                f"{_join(self.name, part.module, part.count)!r} is described as the number of heads, and is {count!r}."
-            )
-        return count
-
-    def parts(self, part: Heads | Neurons, path: str, parts: Parts) -> list[int]:
-        """How wide the parts of a projection's output are, within each of which it goes structure by structure."""
-        width = self.height(part, path)
-        if parts == "q+k+v":
-            rest = (width - self.width(part)) // 2
-            return [self.width(part), rest, rest]
-        return [width // parts] * parts
-
-    def members(self, part: Heads | Neurons, count: int) -> Iterator[Member]:
-        """The outputs of the projections with their biases, the inputs of the projection back, and what is beside."""
-        for path, parts in part.rows.items():
-            row = self.get(part.module, path)
-            axis = 1 - _input_axis(row)
-            owners = torch.cat([_blocks(width, count) for width in self.parts(part, path, parts)])
-            name = _join(self.name, part.module, path)
-            yield Member(f"{name}.weight", row.weight, (axis,), owners)
-            if row.bias is not None:
-                yield Member(f"{name}.bias", row.bias, (0,), owners)
-        columns = self.get(part.module, part.columns)
-        name, axis = _join(self.name, part.module, part.columns, "weight"), _input_axis(columns)
-        yield Member(name, columns.weight, (axis,), _blocks(self.width(part), count))
-        for path in self.tables(part):
-            weight = self.get(path).weight
-            yield Member(_join(self.name, path, "weight"), weight, (1,), _blocks(weight.shape[1], count))
-        for path, axis in part.beside.items():
-            if (parameter := self.get(part.module, path)) is not None:
-                owners = _blocks(parameter.shape[axis], count)
-                yield Member(_join(self.name, part.module, path), parameter, (axis,), owners)
-
-    def queries(self, part: Heads) -> StructureGroup | None:
-        """The queries of a layer, each a row block of one projection; None if key-value heads have one each."""
-        count, size, width = self.count(part), self.get(part.module, part.size), self.width(part)
-        apart = [path for path, parts in part.rows.items() if parts == 1 and self.height(part, path) == width]
-        if (total := width // size) == count or len(apart) != 1:
-            return None
-        attention, found = _join(self.name, part.module), self.get(part.module)
-        return StructureGroup(
-            _join(attention, apart[0]),
-            "query",
-            total,
-            tuple(self.members(dataclasses.replace(part, rows={apart[0]: 1}, tables=()), total)),
-            # Others count key-value heads, which stay.
-            attributes=tuple(each for each in self.attributes(part, total) if each[2] in (1, size)),
-            fields=tuple((field, 1) for field in part.fields[:1]),
-            fixed=((part.fixed, size),) if part.fixed is not None else (),
-            runs=count,
-            run_attributes=tuple((attention, name) for name in QUERIES_OF_EACH if hasattr(found, name)),
-        )
-
-    def attributes(self, part: Heads | Neurons, count: int) -> Iterator[tuple[str, str, int]]:
-        """The whole numbers that go with the structures: module, attribute, and how much of it each has."""
-        for path in part.attributes:
-            if (value := self.get(part.module, path)) is not None:
-                owner, _, attribute = _join(self.name, part.module, path).rpartition(".")
-                yield owner, attribute, value // count
-
-
-@dataclass(frozen=True)
-class _Layers:
-    """The layers of one stack of a model."""
-
-    stack: Stack
-    name: str
-    layers: Sequence[_Layer]
-    config: PretrainedConfig
-    configs: Sequence[PretrainedConfig]
-
-    def structures(self, kinds: Collection[str], multiple_of: int) -> Iterator[StructureGroup]:
-        if "layer" in kinds:
-            yield self._whole()
-        if "query" in kinds:
-            yield from self._queries()
-        parts = [(layer, part) for layer in self.layers for part in layer.parts_of(self.stack) if part.kind in kinds]
-        for kind in sorted({part.kind for part in self.stack.parts if part.kind in kinds}):
-            if not any(part.kind == kind for _, part in parts):
-                raise ValueError(
-                    f"{self.name!r} has no {KINDS[kind]} where this family has them; it looks otherwise in the "
-                    f"installed version of Transformers. {_HOW_TO_ADD.format(self.config.model_type)}"
-                )
-        for described in self.stack.parts:
-            owners = [layer for layer, part in parts if part == described and part.is_shared]
-            if owners:
-                yield _of_part(described, owners, multiple_of, f"{self.name}.{described.module}")
-        for layer, part in parts:
-            if not part.is_shared:
-                yield _of_part(part, [layer], multiple_of, _join(layer.name, part.module))
-
-    def _queries(self) -> Iterator[StructureGroup]:
-        """The queries of each layer in which several read one key-value head, as many of each."""
-        parts = [(layer, part) for layer in self.layers for part in layer.parts_of(self.stack)]
-        found = [group for layer, part in parts if isinstance(part, Heads) and (group := layer.queries(part))]
-        if not found:
-            raise ValueError(
-                f"each key-value head in {self.name!r} has one query, or the two are not projected apart, so that no "
-                "query can go by itself. Choose granularity head."
-            )
-        yield from found
-
-    def why_layers_stay(self) -> str | None:
-        """Why no layer can be removed; None if layers can."""
-        field = self.stack.norm_first_field
-        if not (getattr(self.config, field) if field is not None else self.stack.norm_first):
-            return "a norm comes behind each sum, so that a layer without outputs still changes what it hands on"
-        if getattr(self.config, "scale_attn_by_inverse_layer_idx", False):
-            return "attention is scaled by the number of its layer (scale_attn_by_inverse_layer_idx)"
-        if getattr(self.config, "use_weighted_layer_sum", False):
-            return "a weight goes to each layer (use_weighted_layer_sum)"
-        fields = self.stack.fields
-        if not any(getattr(config, name, None) == len(self.layers) for config in self.configs for name in fields):
-            return f"no config says in {' or '.join(fields)} (Stack.fields) that there are {len(self.layers)}"
-        # The last one is what a config of a backbone says by itself.
-        if list(getattr(self.config, "out_indices", None) or [len(self.layers)]) != [len(self.layers)]:
-            return "the outputs of layers are asked for by their numbers (out_indices)"
-        return None
-
-    def _whole(self) -> StructureGroup:
-        """The layers as structures; the layer that makes the position bias for the others has to stay."""
-        if why := self.why_layers_stay():
-            raise ValueError(
-                f"layers of {self.name!r} cannot be removed: {why}. Choose granularity head, neuron or head+neuron."
-            )
-        members = [
-            Member(f"{layer.name}.{name}", parameter, (0,), torch.full((len(parameter),), i))
-            for i, layer in enumerate(self.layers)
-            for name, parameter in layer.module.named_parameters()
-        ]
-        stay = [i for i, layer in enumerate(self.layers) if any(layer.tables(part) for part in self.stack.parts)]
-        fields = tuple((name, 1) for name in self.stack.fields)
-        return StructureGroup(self.name, "layer", len(self.layers), tuple(members), stay=tuple(stay), fields=fields)
-
-
-def _of_part(part: Heads | Neurons, layers: Sequence[_Layer], multiple_of: int, name: str) -> StructureGroup:
-    """The structures of a part of one layer, or of several that lose the same ones."""
-    counts = {layer.count(part) for layer in layers}
-    if len(counts) > 1:
-        raise ValueError(f"the layers of {name!r} share a position bias, and have {sorted(counts)} heads.")
-    count, first = counts.pop(), layers[0]
-    fields = [(field, 1) for field in part.fields]
-    fixed: tuple[tuple[str, int], ...] = ()
-    if isinstance(part, Heads):
-        size = first.get(part.module, part.size) if part.size else first.width(part) // count
-        # The first field counts the heads of queries, of which each structure may have several.
-        fields[:1] = [(field, first.width(part) // size // count) for field in part.fields[:1]]
-        fixed = ((part.fixed, size),) if part.fixed is not None else ()
-    return StructureGroup(
-        name,
-        part.kind,
-        count,
-        members=tuple(member for layer in layers for member in layer.members(part, count)),
-        multiple=multiple_of if isinstance(part, Neurons) else 1,
-        attributes=tuple(each for layer in layers for each in layer.attributes(part, count)),
-        fields=tuple(fields),
-        fixed=fixed,
-    )
-
-
-def _get(root: nn.Module, path: str) -> Any:
-    """What is at a path from a module: a module, or one's attribute; None if there is nothing."""
-    found: Any = root
-    for name in filter(None, path.split(".")):
-        found = getattr(found, name, None)
-    return found
-
-
-def _expand(root: nn.Module, path: str) -> Iterator[str]:
-    """The paths that one with wildcards for positions in lists stands for."""
-    head, star, tail = path.partition("*")
-    if not star:
-        yield path
-        return
-    found = _get(root, head.rstrip("."))
-    for i in range(len(found) if isinstance(found, nn.ModuleList) else 0):
-        yield from _expand(root, f"{head}{i}{tail}")
-
-
-def _stacks(model: nn.Module) -> list[_Layers]:
-    """The stacks of a model, by the table."""
+def _stacks(model: nn.Module, kinds: Collection[str]) -> list[LayerStack]:
+    """The stacks of a model: where the table has them, or where they were found, or described, and proved."""
     config: Any = getattr(model, "config", None)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"heads, neurons and layers are those of a Transformers model, got {type(model).__name__}. "
             f"{advice_for_wrappers(model)}"
         )
-    if config.model_type not in FAMILIES:
-        if known := [path for path, module in model.named_modules() if path and _is_of_a_family(module)]:
+    family = FAMILIES.get(config.model_type)
+    if family is not None and not is_described(config.model_type):
+        return stacks_of(model, family)
+    if family is None and (parts := _models_inside(model)):
+        raise ValueError(
+            f"{type(model).__name__} is made of several models, of which hf_prune prunes one at a time. Give "
+            f"{' or '.join(f'model.{path}' for path in parts[:3])} to prune and to shrink. If a Trainer is to train "
+            "the whole, prune that part first, train with hold_zeros=True and granularity 'unstructured', and shrink "
+            "it then."
+        )
+    proved = prove(model, family)
+    _require_proved(model, proved, kinds)
+    return stacks_of(model, proved.family)
+
+
+def _require_proved(model: PreTrainedModel, proved: Proved, kinds: Collection[str]) -> None:
+    """Requires that the structures of some kinds were found, and removed from a small model."""
+    model_type, name = model.config.model_type, type(model).__name__
+    if not proved.family:
+        raise ValueError(
+            f"hf_prune does not know where the family {model_type!r} has its heads, neurons and layers, and could not "
+            f"find them: {proved.refused['layer']}. It knows {', '.join(FAMILIES)}. {HOW_TO_ADD.format(model_type)}"
+        )
+    for kind in kinds:
+        # Queries are those of heads, and found where heads are.
+        if (why := proved.refused.get("head" if kind == "query" else kind)) is not None:
             raise ValueError(
-                f"{type(model).__name__} is made of several models, of which hf_prune prunes one at a time. Give "
-                f"model.{known[0]} to prune and to shrink. If a Trainer is to train the whole, prune that part first, "
-                "train with hold_zeros=True and granularity 'unstructured', and shrink it then."
+                f"{KINDS[kind]} cannot be removed from {name}, as a small model of its class shows: {why}. Choose "
+                f"another granularity, or describe the family: {HOW_TO_ADD.format(model_type)}"
             )
-        raise ValueError(
-            f"hf_prune does not know where the family {config.model_type!r} has its heads, neurons and layers. It "
-            f"knows {', '.join(FAMILIES)}. {_HOW_TO_ADD.format(config.model_type)}"
-        )
-    return stacks_of(model, FAMILIES[config.model_type])
 
 
-def instances(model: PreTrainedModel, stack: Stack, part: Heads | Neurons) -> Iterator[tuple[_Layer, Heads | Neurons]]:
-    """The layers of a model that have a part of a stack, and the part as they have it."""
-    for layers in stacks_of(model, (dataclasses.replace(stack, parts=(part,)),)):
-        for layer in layers.layers:
-            for own in layer.parts_of(layers.stack):
-                yield layer, own
-
-
-def structures_of(
-    stacks: Sequence[_Layers], kinds: Collection[str], multiple_of: int = 1
-) -> dict[str, StructureGroup]:
-    """The structures of some kinds in some stacks, by name."""
-    found = {group.name: group for each in stacks for group in each.structures(kinds, multiple_of)}
-    _require_own_weights(found)
+def _models_inside(model: PreTrainedModel) -> list[str]:
+    """The outermost models in a model that have a config of another kind."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        is_other = isinstance(module, PreTrainedModel) and type(module.config) is not type(model.config)
+        if is_other and not any(path.startswith(f"{other}.") for other in found):
+            found.append(path)
     return found
-
-
-def stacks_of(model: PreTrainedModel, family: Family) -> list[_Layers]:
-    """The stacks of a model, where a family has them."""
-    config, base = model.config, model.base_model
-    prefix = model.base_model_prefix if base is not model else ""
-    found = []
-    for stack in family:
-        for path in _expand(base, stack.layers):
-            layers = _get(base, path)
-            if isinstance(layers, nn.ModuleList) and len(layers):
-                name = _join(prefix, path)
-                configs = _configs_around(model, name)
-                named = [_Layer(f"{name}.{i}", layer, config) for i, layer in enumerate(layers)]
-                found.append(_Layers(stack, name, named, config, configs))
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no layers where the family {config.model_type!r} has them "
-            f"({', '.join(stack.layers for stack in family)})."
-        )
-    return found
-
-
-def _is_of_a_family(module: nn.Module) -> bool:
-    return isinstance(module, PreTrainedModel) and module.config.model_type in FAMILIES
-
-
-def _configs_around(model: nn.Module, path: str) -> list[PretrainedConfig]:
-    """The configs of a model, of the module at a path in it, and of all that are between them."""
-    names = path.split(".")
-    around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
-    configs = [getattr(module, "config", None) for module in around]
-    return [config for config in configs if isinstance(config, PretrainedConfig)]
-
-
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
-
-
-def _input_axis(module: nn.Module) -> int:
-    return 0 if isinstance(module, Conv1D) else 1
-
-
-def _blocks(length: int, count: int) -> torch.Tensor:
-    """`[length]` owners, if what structures own lies one behind the other."""
-    return torch.arange(length) // (length // count)
 
 
 def _matrices(model: nn.Module, structures: StructureGroup) -> list[Member]:
     """The weights of projections of which structures own something."""
     holders = ((member, model.get_submodule(member.name.rpartition(".")[0])) for member in structures.members)
     return [m for m, holder in holders if m.parameter.ndim > 1 and isinstance(holder, (nn.Linear, Conv1D))]
-
-
-def _require_own_weights(found: Structures) -> None:
-    """Requires that no weight is in two groups."""
-    names: dict[int, str] = {}
-    for name, parameter in parameters_of(found).items():
-        if (other := names.setdefault(id(parameter), name)) != name:
-            raise ValueError(
-                f"{other} and {name} are one tensor; structures of layers that share weights cannot be removed. "
-                f"{WITHOUT_STRUCTURES}"
-            )

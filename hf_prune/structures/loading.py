@@ -24,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..weights.compression import BITMASK, decompress
-from .families import FAMILIES, QUERIES_OF_EACH
+from .families import FAMILIES, QUERIES_OF_EACH, SIZES_OF_HEADS, SIZES_OF_NEURONS
 
 METHOD = "hf_prune"
 _KEY = "quantization_config"
@@ -261,7 +261,8 @@ def size_names() -> set[str]:
     """The whole numbers of modules that a file may set: widths, and what families count by heads and neurons."""
     parts = [part for family in FAMILIES.values() for stack in family for part in stack.parts]
     counted = {path.rpartition(".")[2] for part in parts for path in part.attributes}
-    return {"groups", *QUERIES_OF_EACH, *counted, *(width for widths in WIDTHS.values() for width in widths)}
+    found = {name for names in (*SIZES_OF_HEADS, *SIZES_OF_NEURONS) for name in names}
+    return {"groups", *QUERIES_OF_EACH, *counted, *found, *(width for widths in WIDTHS.values() for width in widths)}
 
 
 def _sizes(model: nn.Module) -> Attributes:

@@ -1,159 +1,256 @@
-"""Proof: that what is said of a family's structures is so, on a small model of the class."""
+"""Proof: that structures can be removed where a family is said to have them, on a small model of the class."""
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+import functools
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from .comparing import Differs, Reference
 from .discovery import stacks_in
-from .families import Family, Heads, Neurons, Stack
-from .groups import Structures
-from .heads_and_neurons import instances, stacks_of, structures_of
+from .families import SIZES_OF_HEADS, SIZES_OF_NEURONS, Family, Heads, Neurons, Stack, layer_kind
+from .groups import StructureGroup, Structures
+from .layers import Layer, instances, stacks_of, structures_of
 from .removal import Removal
-from .shrinking import apply_compared_
-from .small_models import HEADS, INNER, KEY_VALUE_HEADS
+from .small_models import HEADS, INNER, KEY_VALUE_HEADS, small_model_like
+from .trial import apply_compared_
 
-_COUNTS = "num_attention_heads num_key_value_heads num_heads n_heads n_head num_kv_heads n_kv_heads heads num_head".split()
-_PRODUCTS = "all_head_size inner_dim split_size attention_inner_dim attn_dim".split()
-_WIDE = "embed_dim hidden_size d_model dim".split()
-_INNER_ATTRIBUTES = "intermediate_size ffn_dim hidden_dim d_ff inner_dim".split()
-
-Part = Heads | Neurons
+_Part = Heads | Neurons
+_PARTS = ("head", "neuron")
 
 
-def why_not_exact(model: PreTrainedModel, family: Family, kinds: Collection[str], *, uniform: bool) -> str | None:
-    """Why structures of some kinds cannot be removed from a small model as a family describes them; None if so."""
+@dataclass(frozen=True)
+class Proved:
+    """A family, and what cannot be removed from its models.
+
+    Attributes:
+        family: Where the structures are; empty if none were found.
+        refused: Kind → why structures of it cannot be removed.
+    """
+
+    family: Family
+    refused: Mapping[str, str]
+
+
+_proved: dict[tuple[type[PreTrainedModel], str, Family | None], Proved] = {}
+
+
+def prove(model: PreTrainedModel, described: Family | None) -> Proved:
+    """Finds the family of a model, or takes the one that was described, and tries it on a small model of the class.
+
+    The result is kept for models of the same class whose configs make the same small model.
+
+    Args:
+        model: The model, unwrapped; only its class and its config are looked at.
+        described: What a user has described; None to find it.
+    """
     try:
-        for kept in _trials(structures_of(stacks_of(model, family), kinds), uniform):
-            tried = copy.deepcopy(model)
-            removal = Removal(tried, tried, structures_of(stacks_of(tried, family), kinds), kept)
-            removal.require_some_left()
-            apply_compared_(removal, Reference(tried, removal.masks))
+        small = small_model_like(model)
+    except ValueError as error:
+        # A description that cannot be tried here is tried when something is removed.
+        return Proved(described or (), {} if described else {"layer": str(error)})
+    key = type(model), json.dumps(small.config.to_dict(), sort_keys=True, default=str), described
+    if key not in _proved:
+        _proved[key] = _find(small) if described is None else _tried(small, described)
+    return _proved[key]
+
+
+def _tried(small: PreTrainedModel, described: Family) -> Proved:
+    """What was described, and which kinds of it cannot be removed from a small model."""
+    kinds = {part.kind for stack in described for part in stack.parts}
+    wrong = {kind: _why_not_exact(small, described, kind) for kind in sorted(kinds)}
+    refused = {kind: why for kind, why in wrong.items() if why is not None}
+    layers, why = _try_layers(small, described)
+    return Proved(layers, refused if why is None else {**refused, "layer": why})
+
+
+def _find(small: PreTrainedModel) -> Proved:
+    """The family of a small model, as far as it is proved."""
+    stacks, refused = stacks_in(small), {}
+    found: dict[str, list[_Part]] = {stack.layers: [] for stack in stacks}
+    for kind in _PARTS:
+        own = tuple(dataclasses.replace(s, parts=tuple(p for p in s.parts if p.kind == kind)) for s in stacks)
+        proved, why = _prove_parts(small, tuple(stack for stack in own if stack.parts))
+        for stack in proved:
+            found[stack.layers] += stack.parts
+        if why is not None:
+            refused[kind] = why
+    if not any(found.values()):
+        return Proved((), {**refused, "layer": refused["head"]})
+    family = tuple(dataclasses.replace(stack, parts=tuple(found[stack.layers])) for stack in stacks)
+    family, why = _try_layers(small, family)
+    return Proved(family, refused if why is None else {**refused, "layer": why})
+
+
+def _prove_parts(small: PreTrainedModel, stacks: Family) -> tuple[Family, str | None]:
+    """Some parts of one kind with the attributes and fields that count them; of several maybe only some.
+
+    Returns:
+        The stacks with the parts that are proved, and why there are none.
+    """
+    if not stacks:
+        return (), "nothing was found that is written for one projection alone"
+    found, why = _with_counts(small, stacks)
+    if found is None and sum(len(stack.parts) for stack in stacks) > 1:
+        alone = [dataclasses.replace(stack, parts=(part,)) for stack in stacks for part in stack.parts]
+        found = tuple(one for each in alone for one in _with_counts(small, (each,))[0] or ())
+    return found or (), None if found else why
+
+
+def _with_counts(small: PreTrainedModel, stacks: Family) -> tuple[Family | None, str | None]:
+    """The same parts with what counts them, and why nothing that was tried does."""
+    why, kind = None, stacks[0].parts[0].kind
+    for family in _with_attributes(small, stacks):
+        if (its := _why_not_exact(small, family, kind)) is None:
+            said = _with_fields(small, family)
+            exact = (each for each in said if _why_not_exact(small, each, kind, uniform=True) is None)
+            return next(exact, family), None
+        why = why or its
+    return None, why
+
+
+def _try_layers(small: PreTrainedModel, family: Family) -> tuple[Family, str | None]:
+    """The family with the kinds of layers that have to stay, and why, if all have to."""
+    stays: dict[str, set[str]] = {stack.layers: set() for stack in family}
+    why: str | None = None
+    may_go = False
+    for stack in family:
+        try:
+            groups = structures_of(stacks_of(small, (stack,)), ("layer",))
+        except ValueError as error:
+            return family, str(error)
+        for name, group in groups.items():
+            kinds = [layer_kind(layer) for layer in small.get_submodule(name).children()]
+            for i in range(group.count if group.count > 1 else 0):
+                kept = {name: torch.arange(group.count) != i}
+                if kinds[i] in stays[stack.layers] or i in group.stay:
+                    continue
+                if its := _why_differs(small, groups, kept):
+                    stays[stack.layers].add(kinds[i])
+                    why = why or its
+            may_go = may_go or not set(kinds) <= stays[stack.layers]
+    if not may_go:
+        return family, why or "there is one alone"
+    return tuple(dataclasses.replace(s, stay=tuple(sorted(stays[s.layers]))) for s in family), None
+
+
+def _why_not_exact(small: PreTrainedModel, family: Family, kind: str, *, uniform: bool = False) -> str | None:
+    """Why heads or neurons cannot be removed from a small model where a family has them; None if they can."""
+    try:
+        structures = structures_of(stacks_of(small, family), (kind,))
+    except ValueError as error:
+        return str(error)
+    return _why_differs(small, structures, _some_of_each(structures, uniform))
+
+
+def _some_of_each(structures: Structures, uniform: bool) -> dict[str, torch.Tensor]:
+    """What is kept if some go of each group: as many of each, or one or two in turn."""
+    kept = {}
+    for i, (name, group) in enumerate(structures.items()):
+        levels = group.counts_that_may_go()
+        each = levels[min(1 if uniform else 1 + i % 2, len(levels) - 1)] // group.runs
+        length = group.count // group.runs
+        first = i % (length - each + 1)
+        gone = (torch.arange(length) >= first) & (torch.arange(length) < first + each)
+        kept[name] = (~gone).repeat(group.runs)
+    return kept
+
+
+def _why_differs(small: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor]) -> str | None:
+    """How the outputs of a small model without some structures differ from those with zeros for them, or fail."""
+    tried = copy.deepcopy(small)
+    moved = {name: _moved(group, tried) for name, group in structures.items()}
+    removal = Removal(tried, tried, moved, kept)
+    try:
+        removal.require_some_left()
+        apply_compared_(removal, Reference(tried, removal.masks))
     except (Differs, ValueError) as error:
         return str(error)
     return None
 
 
-def _trials(structures: Structures, uniform: bool) -> Iterator[dict[str, torch.Tensor]]:
-    """Which structures are kept in each trial: some go of each group, or each layer alone."""
-    layers = {name: group for name, group in structures.items() if group.kind == "layer"}
-    whole = {name: torch.ones(group.count, dtype=torch.bool) for name, group in structures.items()}
-    others = {name: group for name, group in structures.items() if name not in layers}
-    kept = dict(whole)
-    for i, (name, group) in enumerate(others.items()):
-        levels = group.counts_that_may_go()
-        gone = levels[min(1 if uniform else 1 + i % 2, len(levels) - 1)]
-        each = gone // group.runs
-        start = i % (group.count // group.runs - each + 1)
-        kept[name] = whole[name].clone()
-        kept[name].view(group.runs, -1)[:, start : start + each] = False
-    if others:
-        yield kept
-    for name, group in layers.items():
-        for i in range(group.count if group.count > 1 else 0):
-            if i not in group.stay:
-                yield {**whole, name: torch.arange(group.count) != i}
+def _moved(group: StructureGroup, model: PreTrainedModel) -> StructureGroup:
+    """A group of a model, in a copy of this."""
+    members = (dataclasses.replace(each, parameter=model.get_parameter(each.name)) for each in group.members)
+    return dataclasses.replace(group, members=tuple(members))
 
 
-def find_family(model: PreTrainedModel) -> tuple[Family, dict[str, str]]:
-    """The family of a small model, and why some kinds cannot be removed."""
-    stacks = stacks_in(model)
-    refused: dict[str, str] = {}
-    found: dict[str, list[Part]] = {}
-    for kind in ("head", "neuron"):
-        own = [dataclasses.replace(s, parts=tuple(p for p in s.parts if p.kind == kind)) for s in stacks]
-        own = [s for s in own if s.parts]
-        if not own:
-            refused[kind] = "none was found"
-            continue
-        for variant in _variants(model, own, kind):
-            if (why := why_not_exact(model, variant, (kind,), uniform=False)) is None:
-                break
-            refused.setdefault(kind, why)
-        else:
-            continue
-        refused.pop(kind, None)
-        for said in _with_fields(model, variant):
-            if why_not_exact(model, said, (kind,), uniform=True) is None:
-                break
-        else:
-            said = variant
-        for s in said:
-            found.setdefault(s.layers, []).extend(s.parts)
-    family = tuple(dataclasses.replace(s, parts=tuple(found.get(s.layers, ()))) for s in stacks)
-    if why := why_not_exact(model, family, ("layer",), uniform=True):
-        refused["layer"] = why
-    return family, refused
+def _with_attributes(small: PreTrainedModel, stacks: Family) -> Iterator[Family]:
+    """The stacks with the attributes of modules that may count their structures, the likeliest first."""
+    is_heads = stacks[0].parts[0].kind == "head"
+    names = SIZES_OF_HEADS if is_heads else SIZES_OF_NEURONS
+    flat = [[name for some in names[:n] for name in some] for n in range(1, len(names) + 1)]
+
+    def counted(some: Sequence[str]) -> Callable[[Stack, _Part], _Part]:
+        return lambda stack, part: _counted_by(small, stack, part, some)
+
+    def shared(some: Sequence[str]) -> Callable[[Stack, _Part], _Part]:
+        # What all layers share, as a position bias or what is read from the config, has to be said at once.
+        def change(stack: Stack, part: _Part) -> _Part:
+            said = _said_by(small, stack, _counted_by(small, stack, part, some), "head_dim")
+            return dataclasses.replace(said, is_shared=True) if isinstance(said, Heads) else said
+
+        return change
+
+    for some in (*flat, []):
+        yield _change(stacks, counted(some))
+    for some in flat if is_heads else ():
+        yield _change([_without_copies(stack) for stack in stacks], shared(some))
 
 
-def _variants(model: PreTrainedModel, stacks: Sequence[Stack], kind: str) -> Iterator[Family]:
-    """Families of one kind with the attributes that may count it, the likeliest first."""
-    ways = [_COUNTS + _PRODUCTS, _COUNTS + _PRODUCTS + _WIDE, []] if kind == "head" else [_INNER_ATTRIBUTES, []]
-    for names in ways:
-        yield _changed(stacks, lambda stack, part, names=names: _with_attributes(model, stack, part, names))
-    for names in ways[:2] if any(part.tables for stack in stacks for part in stack.parts) else ():
-        yield _changed(
-            [_without_copies(stack) for stack in stacks],
-            lambda stack, part, names=names: dataclasses.replace(
-                _with_attributes(model, stack, part, names), is_shared=True
-            ),
-        )
-
-
-def _with_fields(model: PreTrainedModel, family: Family) -> Iterator[Family]:
-    """The same family with the fields of the config that may count its structures."""
+def _with_fields(small: PreTrainedModel, family: Family) -> Iterator[Family]:
+    """The family with the fields of the config that may count its structures, the likeliest first."""
     for fixed in ("head_dim", None):
-        yield _changed(family, lambda stack, part, fixed=fixed: _with_own_fields(model, stack, part, fixed))
+        yield _change(family, functools.partial(_said_by, small, fixed=fixed))
 
 
-def _changed(stacks, change) -> Family:
+def _change(stacks: Sequence[Stack], change: Callable[[Stack, _Part], _Part]) -> Family:
     return tuple(
-        dataclasses.replace(stack, parts=tuple(dict.fromkeys(change(stack, part) for part in stack.parts)))
-        if False else dataclasses.replace(stack, parts=tuple(change(stack, part) for part in stack.parts))
-        for stack in stacks
+        dataclasses.replace(stack, parts=tuple(change(stack, part) for part in stack.parts)) for stack in stacks
     )
 
 
 def _without_copies(stack: Stack) -> Stack:
-    """Of parts with and without tables, those with them: where a layer has none, they do without."""
+    """Of heads with and without tables, those with them: a layer that has none does without."""
     with_tables = {part.module for part in stack.parts if part.tables}
-    parts = [part for part in stack.parts if part.tables or part.module not in with_tables]
-    return dataclasses.replace(stack, parts=tuple(parts))
+    parts = tuple(part for part in stack.parts if part.tables or part.module not in with_tables)
+    return dataclasses.replace(stack, parts=parts)
 
 
-def _with_attributes(model: PreTrainedModel, stack: Stack, part: Part, names: Collection[str]) -> Part:
+def _counted_by(small: PreTrainedModel, stack: Stack, part: _Part, names: Collection[str]) -> _Part:
+    """A part with its attributes of some names that are as many as its structures, or as wide as all of them."""
     found: dict[str, None] = {}
-    for layer, own in instances(model, stack, part):
-        module, count, width = layer.get(own.module), layer.count(own), layer.width(own)
-        queries = _queries(layer, own)
-        for path, inner in module.named_modules():
+    for layer, own in instances(small, stack, part):
+        sizes = {layer.count(own), _queries(layer, own), layer.width(own)}
+        for path, module in layer.get(own.module).named_modules():
             for name in names:
-                value = vars(inner).get(name)
-                if type(value) is int and value in {count, queries, width}:
+                if type(vars(module).get(name)) is int and vars(module)[name] in sizes:
                     found[f"{path}.{name}" if path else name] = None
     return dataclasses.replace(part, attributes=tuple(found))
 
 
-def _queries(layer, part: Part) -> int:
-    size = layer.get(part.module, part.size) if isinstance(part, Heads) and part.size else 0
-    return layer.width(part) // size if size else layer.count(part)
-
-
-def _with_own_fields(model: PreTrainedModel, stack: Stack, part: Part, fixed: str | None) -> Part:
-    config = vars(model.config)
-    sides = [side for side in ("encoder", "decoder") if side in stack.layers]
-    layer, own = next(iter(instances(model, stack, part)))
-    count, queries = layer.count(own), _queries(layer, own)
+def _said_by(small: PreTrainedModel, stack: Stack, part: _Part, fixed: str | None = None) -> _Part:
+    """A part with the fields of the config that say how many structures it has."""
+    said = vars(small.config)
+    layer, own = next(iter(instances(small, stack, part)))
 
     def named(names: Sequence[str], value: int) -> tuple[str, ...]:
-        found = [n for n in names if config.get(n) == value]
-        sided = [n for n in found if any(side in n for side in sides)]
-        return tuple((sided or [n for n in found if "coder" not in n])[:1])
+        found = [name for name in names if said.get(name) == value]
+        sides = [side for side in ("encoder", "decoder") if side in stack.layers]
+        sided = [name for name in found if any(side in name for side in sides)]
+        return tuple((sided or [name for name in found if "coder" not in name])[:1])
 
-    if isinstance(part, Heads):
-        heads, pairs = named(HEADS, queries), named(KEY_VALUE_HEADS, count)
-        return dataclasses.replace(part, fields=heads + pairs if heads else (), fixed=fixed)
-    return dataclasses.replace(part, fields=named(INNER, count))
+    if isinstance(part, Neurons):
+        return dataclasses.replace(part, fields=named(INNER, layer.count(own)))
+    heads, pairs = named(HEADS, _queries(layer, own)), named(KEY_VALUE_HEADS, layer.count(own))
+    return dataclasses.replace(part, fields=heads + pairs if heads else (), fixed=fixed)
+
+
+def _queries(layer: Layer, part: _Part) -> int:
+    """How many heads of queries a layer has; of neurons their number."""
+    size = layer.get(part.module, part.size) if isinstance(part, Heads) and part.size else 0
+    return layer.width(part) // size if size else layer.count(part)

@@ -17,6 +17,7 @@ from .groups import KINDS, StructureGroup, Structures, count_gone, kept_in, nonz
 from .heads_and_neurons import find_in_family
 from .loading import build_empty
 from .removal import Removal, whole_of
+from .trial import apply_compared_
 from .widths import find_width
 
 logger = logging.getLogger(__name__)
@@ -147,20 +148,6 @@ def _remove_without_loading_(removal: Removal, reference: Reference, batch: Mapp
             apply_compared_(removal, reference, load=False)
     except Differs as error:
         raise _changes_outputs(removal, batch, error) from error
-
-
-@torch.no_grad()
-def apply_compared_(removal: Removal, reference: Reference | None, *, load: bool = True) -> None:
-    """Removes structures, and raises `Differs` if the outputs are others than those of the reference.
-
-    Unless they are not to be loaded, those of what the config builds count too.
-    """
-    try:
-        saved = removal.apply_()
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise Differs(f"no config builds what is left ({type(error).__name__}: {error})") from error
-    if reference is not None:
-        reference.require_same(removal.model, saved if load else None)
 
 
 def _changes_outputs(removal: Removal, batch: Mapping[str, Any] | None, error: Differs) -> ValueError:

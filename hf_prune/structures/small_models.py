@@ -1,140 +1,217 @@
 """Small models: few layers, narrow and random, of the same class and from the same config as a large one."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..calibration.contexts import keep_random_state
+from ..calibration.passes import call
+from .comparing import computing_exactly
 from .configs import write_layers_
+from .example_inputs import example_batch
+from .families import layer_kind, lists_of_layers_in
 from .groups import StructureGroup
+from .loading import build_empty
 
-HEADS = (
-    "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_decoder_heads"
-).split()
-KEY_VALUE_HEADS = "num_key_value_heads num_kv_heads n_head_kv".split()
-LAYERS = (
-    "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
-    "num_decoder_layers"
-).split()
-_WIDTHS = "hidden_size d_model n_embd dim embed_dim embedding_size emb_dim word_embed_proj_dim dim_model".split()
-INNER = (
-    "intermediate_size n_inner ffn_dim d_ff d_inner encoder_ffn_dim decoder_ffn_dim moe_intermediate_size "
-    "ffn_hidden_size hidden_dim shared_expert_intermediate_size shared_intermediate_size mlp_hidden_size dim_ff "
-    "dff expert_ffn_hidden_size"
-).split()
-_HEAD_WIDTHS = (
-    "head_dim d_kv attention_head_size kv_channels v_head_dim qk_nope_head_dim qk_rope_head_dim rotary_dim dim_head"
-).split()
-_RANKS = "q_lora_rank kv_lora_rank".split()
-_EXPERTS = (
-    "num_experts num_local_experts n_routed_experts moe_num_experts num_experts_per_layer".split()
-)
-_TOP_K = "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k moe_top_k num_experts_per_topk".split()
+HEADS = ["num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"]
+"""Fields of configs that count heads of queries."""
+KEY_VALUE_HEADS = ["num_key_value_heads", "num_kv_heads", "n_head_kv"]
+LAYERS = [
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+]
+INNER = [
+    "intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "d_ff",
+    "d_inner",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "moe_intermediate_size",
+    "ffn_hidden_size",
+    "hidden_dim",
+    "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+    "mlp_hidden_size",
+    "dim_ff",
+    "dff",
+    "expert_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "dense_intermediate_size",
+]
+"""Fields of configs that count neurons."""
+_WIDTHS = [
+    "hidden_size",
+    "d_model",
+    "n_embd",
+    "dim",
+    "embed_dim",
+    "embedding_size",
+    "emb_dim",
+    "word_embed_proj_dim",
+    "dim_model",
+    "lru_width",
+]
+_HEAD_WIDTHS = [
+    "head_dim",
+    "d_kv",
+    "attention_head_size",
+    "kv_channels",
+    "v_head_dim",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "rotary_dim",
+    "dim_head",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_head_dim",
+    "index_head_dim",
+]
+_N_HEADS, _HEAD_WIDTH, _INNER_WIDTH, _TOKENS, _PATCHES = 6, 8, 24, 288, 4
+_WIDTH = _N_HEADS * _HEAD_WIDTH
+_AT_MOST = {
+    **dict.fromkeys(HEADS, _N_HEADS),
+    **dict.fromkeys(_HEAD_WIDTHS, _HEAD_WIDTH),
+    **dict.fromkeys(["linear_num_key_heads", "linear_num_value_heads", "linear_num_heads", "index_n_heads"], 2),
+    **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank", "mamba_d_state", "state_size", "chunk_size"], 16),
+    **dict.fromkeys(["mamba_chunk_size", "ssm_state_size", "mamba_dt_rank"], 16),
+    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 8),
+    **dict.fromkeys(
+        ["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k", "n_group", "num_expert_group"],
+        2,
+    ),
+    **dict.fromkeys(["topk_group", "mamba_n_groups", "n_groups"], 1),
+}
+"""Fields of configs → what they are at most in a narrow model."""
+_LARGEST = 2**25  # Parameters of a small model.
 
-_N_HEADS, _N_KEY_VALUE_HEADS, _HEAD_WIDTH, _INNER_WIDTH, _VOCABULARY = 4, 2, 8, 24, 288
+
+def small_model_like(model: PreTrainedModel) -> PreTrainedModel:
+    """A small model in float64 that can be called, of a model's class; narrow, unless its class cannot be so.
+
+    It has the first layers of the model's, so many that there is one of each kind.
+
+    Raises:
+        ValueError: if none can be built or called, or only large ones.
+    """
+    depth, why = _depth(model), []
+    for narrow in (True, False):
+        try:
+            small_config = shorten(model.config, depth, narrow=narrow)
+            size = sum(parameter.numel() for parameter in build_empty(type(model), small_config).parameters())
+            if size > _LARGEST:
+                raise ValueError(f"it cannot be built narrower than with {size} parameters")
+            small = random_model(type(model), small_config)
+            call_exactly(small)
+            return small
+        except Exception as error:  # Configs and models check all kinds of things, each in its own way.
+            why.append(f"{type(error).__name__}: {error}")
+    raise ValueError(f"no small {type(model).__name__} can be built and called ({why[0]})")
 
 
-def configs_in(model_config: PretrainedConfig) -> Iterator[PretrainedConfig]:
-    """A config and those inside of it."""
-    yield model_config
-    for name in model_config.sub_configs:
-        if isinstance(inner := getattr(model_config, name, None), PretrainedConfig):
-            yield from configs_in(inner)
+def random_model(kind: type[PreTrainedModel], small_config: PretrainedConfig) -> PreTrainedModel:
+    """A model in float64 from a config, with random weights: also those that are zero or one at first."""
+    with keep_random_state(torch.device("cpu")), torch.device("cpu"):
+        torch.manual_seed(0)
+        model: Any = kind._from_config(copy.deepcopy(small_config), dtype=torch.float64, attn_implementation="eager")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.double().eval()
 
 
-def small_config(model_config: PretrainedConfig, depth: int, *, narrow: bool) -> PretrainedConfig:
+def call_exactly(model: PreTrainedModel) -> Any:
+    """The output of a small model on an example, in float64 wherever it would compute in float32."""
+    batch = {n: v.double() if v.is_floating_point() else v for n, v in (example_batch(model) or {}).items()}
+    with computing_exactly(model):
+        return call(model, batch)
+
+
+def shorten(model_config: PretrainedConfig, depth: int, *, narrow: bool) -> PretrainedConfig:
+    """A config with the first layers of another one and few tokens; maybe narrow, with few heads and experts."""
     small = copy.deepcopy(model_config)
-    for each in configs_in(small):
-        _cut_layers_(each, depth)
-        _cut_vocabulary_(each)
+    for each in _configs_in(small):
+        vars(each).pop("quantization_config", None)  # What was recorded of other shapes is of no matter here.
+        _drop_layers_(each, depth)
+        _drop_tokens_(each)
         if narrow:
             _narrow_(each)
     return small
 
 
-def _has(c: PretrainedConfig, name: str) -> bool:
-    return type(vars(c).get(name)) is int
+def _depth(model: PreTrainedModel) -> int:
+    """How many layers a small model needs to have one of each kind, and what may follow on the last."""
+    depth = 2
+    for layers in lists_of_layers_in(model.base_model).values():
+        kinds = [layer_kind(layer) for layer in layers]
+        if len(set(kinds)) > 1:
+            depth = max(depth, 2 + max(kinds.index(kind) for kind in set(kinds)) + 1)
+    return depth
 
 
-def _cut_layers_(c: PretrainedConfig, depth: int) -> None:
-    for i, name in enumerate([n for n in LAYERS if _has(c, n)]):
-        count = getattr(c, name)
+def _configs_in(model_config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    yield model_config
+    for name in model_config.sub_configs:
+        if isinstance(inner := getattr(model_config, name, None), PretrainedConfig):
+            yield from _configs_in(inner)
+
+
+def _whole_numbers(model_config: PretrainedConfig) -> dict[str, int]:
+    return {name: value for name, value in vars(model_config).items() if type(value) is int}
+
+
+def _drop_layers_(model_config: PretrainedConfig, depth: int) -> None:
+    """Leaves the first layers; of a decoder one more than of an encoder, so that they can be told apart."""
+    fields = [name for name in LAYERS if name in _whole_numbers(model_config)]
+    for i, name in enumerate(fields):
+        count = getattr(model_config, name)
         if count > depth + i:
-            write_layers_(c, StructureGroup("", "layer", count, (), fields=((name, 1),)), list(range(depth + i)))
+            write_layers_(model_config, StructureGroup("", "layer", count, (), fields=((name, 1),)), range(depth + i))
 
 
-def _cut_vocabulary_(c: PretrainedConfig) -> None:
-    if not _has(c, "vocab_size") or c.vocab_size <= _VOCABULARY:
+def _drop_tokens_(model_config: PretrainedConfig) -> None:
+    """Leaves the first tokens; those with a meaning get numbers among them."""
+    if _whole_numbers(model_config).get("vocab_size", 0) <= _TOKENS:
         return
-    last = _VOCABULARY
-    for name, value in vars(c).items():
-        if type(value) is int and value >= _VOCABULARY - 32 and name.endswith(("token_id", "token_index")):
-            last -= 1
-            setattr(c, name, last)
-        elif isinstance(value, list) and name.endswith("token_id"):
-            setattr(c, name, [min(v, last - 1) for v in value])
-    c.vocab_size = _VOCABULARY
+    last = _TOKENS
+    for name, value in list(vars(model_config).items()):
+        if name.endswith(("token_id", "token_index")):
+            if type(value) is int and value >= _TOKENS // 2:
+                last -= 1
+                setattr(model_config, name, last)
+            elif isinstance(value, list):
+                setattr(model_config, name, [min(each, last - 1) for each in value])
+    model_config.vocab_size = _TOKENS
 
 
-def _narrow_(c: PretrainedConfig) -> None:
-    old = {n: v for n, v in vars(c).items() if type(v) is int}
-    new: dict[str, int] = {}
-    heads = next((old[n] for n in HEADS if n in old), None)
-    width = next((old[n] for n in _WIDTHS if n in old), None)
-    for n in HEADS:
-        if n in old:
-            new[n] = min(old[n], _N_HEADS)
-    for n in KEY_VALUE_HEADS:
-        if n in old and old[n] > 1:
-            new[n] = min(old[n], _N_HEADS) if old[n] == heads else min(old[n], _N_KEY_VALUE_HEADS)
-    for n in _HEAD_WIDTHS:
-        if n in old:
-            new[n] = min(old[n], _HEAD_WIDTH)
-    for n in _WIDTHS:
-        if n in old:
-            new[n] = _N_HEADS * _HEAD_WIDTH if heads is None or old[n] == width else min(16, old[n])
-    for i, n in enumerate(n for n in INNER if n in old):
-        new[n] = min(old[n], _INNER_WIDTH + 8 * i)
-    for n in _RANKS:
-        if n in old:
-            new[n] = min(old[n], 16)
-    for n in _EXPERTS:
-        if n in old:
-            new[n] = min(old[n], 8)
-    for n in _TOP_K:
-        if n in old:
-            new[n] = min(old[n], 2)
-    for n in ("n_group", "num_expert_group"):
-        if n in old:
-            new[n] = min(old[n], 2)
-    for n in ("topk_group",):
-        if n in old:
-            new[n] = 1
-    for n in ("chunk_size", "mamba_chunk_size"):
-        if n in old:
-            new[n] = min(old[n], 16)
-    for n in ("mamba_d_state", "state_size", "ssm_state_size"):
-        if n in old:
-            new[n] = min(old[n], 16)
-    if "image_size" in old and "patch_size" in old:
-        new["image_size"] = 4 * old["patch_size"]
-    for n, v in new.items():
-        setattr(c, n, v)
-
-
-def small_model(kind: type[PreTrainedModel], c: PretrainedConfig) -> PreTrainedModel:
-    """A model in float64 from a config, with random weights: also those that are zero or one at first."""
-    with keep_random_state(torch.device("cpu")):
-        torch.manual_seed(0)
-        c = copy.deepcopy(c)
-        if hasattr(c, "dtype"): c.dtype = None
-        model = kind(c).double().eval()
-        with torch.no_grad():
-            for p in model.parameters():
-                p += 0.1 * torch.randn_like(p)
-    model.set_attn_implementation("eager") if False else None
-    return model
+def _narrow_(model_config: PretrainedConfig) -> None:
+    said = _whole_numbers(model_config)
+    heads = next((said[name] for name in HEADS if name in said), None)
+    width = next((said[name] for name in _WIDTHS if name in said), None)
+    new = {name: min(value, _AT_MOST[name]) for name, value in said.items() if name in _AT_MOST}
+    for name in KEY_VALUE_HEADS:
+        if said.get(name, 1) > 1:
+            new[name] = min(said[name], _N_HEADS if said[name] == heads else _N_HEADS // 2)
+    for name in _WIDTHS:
+        if name in said:
+            new[name] = _WIDTH if said[name] == width else min(said[name], _WIDTH // 2)
+    # Each its own, so that they can be told apart.
+    for i, name in enumerate(name for name in INNER if name in said):
+        new[name] = min(said[name], _INNER_WIDTH + 8 * i)
+    expanded = said.get("mamba_expand", said.get("expand", 0)) * _WIDTH
+    if expanded and "mamba_d_head" in said:
+        new |= {"mamba_n_heads": _N_HEADS, "mamba_d_head": expanded // _N_HEADS}
+    if "image_size" in said and "patch_size" in said:
+        new["image_size"] = _PATCHES * said["patch_size"]
+    for name, value in new.items():
+        setattr(model_config, name, value)

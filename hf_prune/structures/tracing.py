@@ -12,9 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .groups import NOBODY
 
-
 _RELATIVE = 1e-13
-_WIDEST = 128
+_WIDEST = 512
 """Inputs of a projection that are traced one by one, in small models; what is wider is not narrow there."""
 
 _LARGEST = 2**26
@@ -49,8 +48,9 @@ def trace(layer: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Iterator[Owne
     parameters = {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
     size = sum(parameter.numel() for parameter in parameters.values())
     for path, value in inputs.items():
-        reached = _reached(value, parameters) if 1 < value.shape[-1] <= _WIDEST and value.shape[-1] * size < _LARGEST else {}
-        if reached and (found := _divide(path, value.shape[-1], reached, layer)) is not None:
+        width = value.shape[-1]
+        reached = _reached(value, parameters) if 1 < width <= _WIDEST and width * size < _LARGEST else {}
+        if reached and (found := _divide(path, width, reached, layer)) is not None:
             yield found
 
 
@@ -110,15 +110,16 @@ def _divide(path: str, width: int, reached: Mapping[tuple[str, int], torch.Tenso
         connected = (connected.double() @ connected.double()).bool()
     structure = connected.double().argmax(1)  # The first input of each.
     count = len(structure.unique())
-    if count < 2 or width % count or not torch.equal(structure, torch.arange(width) // (width // count) * (width // count)):
+    each = width // count
+    if count < 2 or width % count or not torch.equal(structure, torch.arange(width) // each * each):
         return None
     owners = {}
     for key, rows in reached.items():
-        by_structure = rows.view(count, width // count, -1).any(1)
+        by_structure = rows.view(count, each, -1).any(1)
         owner = torch.where(by_structure.sum(0) == 1, by_structure.double().argmax(0), NOBODY)
         if (owner != NOBODY).any():
             owners[key] = owner
-    return Owned(path, count, width // count, owners)
+    return Owned(path, count, each, owners)
 
 
 class alive(TorchFunctionMode):

@@ -1,20 +1,32 @@
-"""Trials: channels and widths that nobody has described, removed from a copy first."""
+"""Trials: what is removed is compared; channels and widths, which nobody has described, on a copy first."""
 
 import copy
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..calibration.contexts import keep_random_state
 from ..weights.targets import find_targets
 from .comparing import Differs, Reference
-from .configs import write_layers_
-from .groups import WITHOUT_STRUCTURES, StructureGroup, Structures
+from .groups import WITHOUT_STRUCTURES, Structures
 from .removal import Removal
-from .shrinking import apply_compared_
+from .small_models import small_model_like
 from .widths import find_width
+
+
+@torch.no_grad()
+def apply_compared_(removal: Removal, reference: Reference | None, *, load: bool = True) -> None:
+    """Removes structures, and raises `Differs` if the outputs are others than those of the reference.
+
+    Unless they are not to be loaded, those of what the config builds count too.
+    """
+    try:
+        saved = removal.apply_()
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise Differs(f"no config builds what is left ({type(error).__name__}: {error})") from error
+    if reference is not None:
+        reference.require_same(removal.model, saved if load else None)
 
 
 def require_exact_on_a_copy(model: nn.Module, channels: Structures) -> None:
@@ -51,7 +63,7 @@ def require_width_exact_on_a_copy(model: nn.Module) -> None:
     """
     advice = "Choose granularity head, query, neuron or layer."
     try:
-        small = _small_copy(cast(PreTrainedModel, model))
+        small = small_model_like(cast(PreTrainedModel, model))
         groups = find_width(small, find_targets(small), 1)
         kept = {name: torch.arange(group.count) % 2 == 0 for name, group in groups.items()}
         removal = Removal(small, small, groups, kept)
@@ -61,30 +73,3 @@ def require_width_exact_on_a_copy(model: nn.Module) -> None:
             f"widths cannot be removed from {type(model).__name__}: a small model of this class without half of them "
             f"fails ({error}). {advice}"
         ) from error
-
-
-def _small_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A narrow model of the same class, of two layers, with random weights."""
-    config: Any = copy.deepcopy(model.config)
-    vars(config).pop("quantization_config", None)  # What was recorded of other shapes is of no matter here.
-    heads = getattr(config, "num_attention_heads", None) or 4
-    if not getattr(config, "head_dim", None):
-        config.head_dim = config.hidden_size // heads
-    config.hidden_size = 8 * heads
-    for field, most in (("intermediate_size", 64), ("vocab_size", 128)):
-        if isinstance(getattr(config, field, None), int):
-            setattr(config, field, min(getattr(config, field), most))
-    for field, value in list(vars(config).items()):
-        if field.endswith("_token_id") and isinstance(value, int):
-            setattr(config, field, min(value, config.vocab_size - 1))
-    field = dict(getattr(config, "attribute_map", {})).get("num_hidden_layers", "num_hidden_layers")
-    if (count := getattr(config, field, 0)) > 2:
-        layers = StructureGroup("layers", "layer", count, (), fields=((field, 1),))
-        write_layers_(config, layers, [0, count - 1])
-    with keep_random_state(torch.device("cpu")):
-        torch.manual_seed(0)
-        small: PreTrainedModel = type(model)(config).double()
-        with torch.no_grad():
-            for parameter in small.parameters():  # Norms of one and biases of zero would prove less.
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return small.eval()

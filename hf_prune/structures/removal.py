@@ -175,8 +175,9 @@ def _remove_parts_(model: nn.Module, parts: Structures, kept: Mapping[str, torch
         left = int(kept[name].sum())
         for path, attribute, each in group.attributes:
             setattr(model.get_submodule(path), attribute, each * left)
+        runs = int(kept[name].view(group.runs, -1).any(1).sum())
         for path, attribute in group.run_attributes:
-            setattr(model.get_submodule(path), attribute, left // group.runs)
+            setattr(model.get_submodule(path), attribute, left // runs)
 
 
 def _without(values: torch.Tensor, axes: tuple[int, ...], stays: torch.Tensor) -> torch.Tensor:

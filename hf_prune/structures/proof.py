@@ -36,7 +36,7 @@ class Proved:
     refused: Mapping[str, str]
 
 
-_proved: dict[tuple[type[PreTrainedModel], str, Family | None], Proved] = {}
+_proved: dict[tuple[type[PreTrainedModel], str, str], Proved] = {}
 
 
 def prove(model: PreTrainedModel, described: Family | None) -> Proved:
@@ -53,7 +53,7 @@ def prove(model: PreTrainedModel, described: Family | None) -> Proved:
     except ValueError as error:
         # A description that cannot be tried here is tried when something is removed.
         return Proved(described or (), {} if described else {"layer": str(error)})
-    key = type(model), json.dumps(small.config.to_dict(), sort_keys=True, default=str), described
+    key = type(model), json.dumps(small.config.to_dict(), sort_keys=True, default=str), repr(described)
     if key not in _proved:
         _proved[key] = _find(small) if described is None else _tried(small, described)
     return _proved[key]

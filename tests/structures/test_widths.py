@@ -12,6 +12,7 @@ from hf_prune.weights.targets import find_targets
 from tests.structures.models import DECODER, GROUPED, MODELS, build, inputs_of, perturbed
 from tests.structures.test_configs import llava
 from tests.structures.test_loading import load_elsewhere, save
+from tests.structures.test_shrinking import clip
 
 ROPE = {"rope_theta": 1e4, "rope_type": "default"}
 TWO = {**DECODER, "num_key_value_heads": 2}
@@ -239,6 +240,27 @@ def with_heads_of_no_width():
             lambda: transformers.GemmaModel(transformers.GemmaConfig(**GROUPED)),
             width(),
             "lacks the head that is tied to them and would be scaled too",
+        ),
+        (
+            lambda: transformers.PixtralVisionModel(
+                transformers.PixtralVisionConfig(
+                    **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4},
+                    **{"image_size": 8, "patch_size": 4},
+                )
+            ),
+            width(),
+            "PixtralVisionModel has no embeddings as wide as its config says in hidden_size",
+        ),
+        (clip, width(), "the config of CLIPModel does not say in hidden_size how wide it is"),
+        (
+            lambda: transformers.JetMoeForCausalLM(
+                transformers.JetMoeConfig(
+                    **{"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_key_value_heads": 2},
+                    **{"kv_channels": 4, "intermediate_size": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+                )
+            ),
+            width(),
+            r"no field of the config alone says the ε of 'model\.layers\.0\.input_layernorm' \(1e-06\)",
         ),
         (with_own_module, width(), r"has 'probe\.weight', which its config does not build"),
         (

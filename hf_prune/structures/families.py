@@ -257,12 +257,12 @@ def lists_of_layers_in(root: nn.Module) -> dict[str, nn.ModuleList]:
     return found
 
 
-_described: set[str] = set()
+_described: dict[str, Family] = {}
 
 
 def is_described(model_type: str) -> bool:
     """Whether a user has described a family, so that it has yet to be proved."""
-    return model_type in _described
+    return model_type in _described and FAMILIES.get(model_type) is _described[model_type]
 
 
 SIZES_OF_HEADS = (
@@ -324,5 +324,4 @@ def describe_family(model_type: str, *stacks: Stack, like: str | None = None) ->
     for stack in stacks:
         if not isinstance(stack, Stack):
             raise TypeError(f"a family is described by Stacks, got {type(stack).__name__}.")
-    FAMILIES[model_type] = stacks if like is None else FAMILIES[like]
-    _described.add(model_type)
+    FAMILIES[model_type] = _described[model_type] = stacks if like is None else FAMILIES[like]

@@ -14,9 +14,11 @@ from tests.structures.test_training import samples
 
 
 def test_a_family_that_is_unknown():
-    model = transformers.OlmoForCausalLM(transformers.OlmoConfig(**DECODER))
+    model = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=8, hidden_size=8, state_size=2, num_hidden_layers=1)
+    )
     with pytest.raises(
-        ValueError, match=r"does not know where the family 'olmo' has its.* It knows gpt_neo,.*describe_family"
+        ValueError, match=r"does not know where the family 'mamba' has its.* It knows gpt_neo,.*describe_family"
     ):
         prune(model, config_of("head"))
 
@@ -213,18 +215,14 @@ def test_a_number_of_heads_that_no_config_can_say():
     assert model.config.num_attention_heads == 8
 
 
-@pytest.mark.parametrize("granularity", ["head", "channel"])
-def test_a_vision_transformer_that_is_unknown_is_no_convolutional_network(granularity):
+def test_a_vision_transformer_with_a_convolution_is_no_convolutional_network():
     config = transformers.BeitConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
     )
     model = transformers.BeitForImageClassification(config)
-    match = {
-        "head": "does not know where the family 'beit' has",
-        "channel": r"'beit\..*' is an attention layer\. Choose granularity unstructured",
-    }
-    with pytest.raises(ValueError, match=match[granularity]):
-        prune(model, PruningConfig(sparsity=0.5, granularity=granularity))
+    match = r"'beit\..*' is an attention layer\. Choose granularity head, neuron"
+    with pytest.raises(ValueError, match=match):
+        prune(model, PruningConfig(sparsity=0.5, granularity="channel"))
 
 
 def test_a_report_does_not_judge_the_config():
@@ -305,6 +303,6 @@ def test_a_model_with_none_inside_of_it(granularity):
 
 def test_channels_of_a_model_of_text():
     config = transformers.MambaConfig(vocab_size=8, hidden_size=8, state_size=2, num_hidden_layers=1)
-    match = r"MambaForCausalLM is no .*: it takes no images, or has no Conv2d\. Choose granularity unstructured"
+    match = r"MambaForCausalLM is no .*: it takes no images, or has no Conv2d\. Choose granularity head"
     with pytest.raises(ValueError, match=match):
         prune(transformers.MambaForCausalLM(config), PruningConfig(sparsity=0.5, granularity="channel"))

@@ -1,6 +1,7 @@
 """Contexts after which a model, its configs and the random states are as they were."""
 
 import contextlib
+import logging
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,6 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    get_verbosity,
+    is_progress_bar_enabled,
+    set_verbosity,
+)
 
 
 @contextlib.contextmanager
@@ -148,3 +156,17 @@ def configured(model: nn.Module, name: str, value: object) -> Iterator[None]:
 def eager_experts(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Experts that multiply slice by slice, as in the model's own code: what fused kernels do cannot be watched."""
     return configured(model, "_experts_implementation_internal", "eager")
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Transformers reports nothing of what it loads, and warns of nothing."""
+    verbosity, shows = get_verbosity(), is_progress_bar_enabled()
+    set_verbosity(logging.ERROR)
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        set_verbosity(verbosity)
+        if shows:
+            enable_progress_bar()

@@ -11,15 +11,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
-from transformers.utils.logging import (
-    disable_progress_bar,
-    enable_progress_bar,
-    get_verbosity,
-    is_progress_bar_enabled,
-    set_verbosity,
-)
 
-from ..calibration.contexts import configured, eager_experts, keep_random_state, undisturbed
+from ..calibration.contexts import configured, eager_experts, keep_random_state, silent, undisturbed
 from ..calibration.passes import call
 from .example_inputs import example_batch
 
@@ -141,7 +134,7 @@ def why_not_generated(model: PreTrainedModel, **options: Any) -> str | None:
     batch = example_batch(model) or {}
     batch.pop("decoder_input_ids", None)
     try:
-        with undisturbed(model), _silent():
+        with undisturbed(model), silent():
             model.generate(**batch, max_new_tokens=2, do_sample=False, **options)  # type: ignore[operator]
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -163,7 +156,7 @@ def _load_again(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: if its config builds other modules than it has.
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    with _silent(), keep_random_state(torch.device("cpu")):
+    with silent(), keep_random_state(torch.device("cpu")):
         loaded: PreTrainedModel = type(model).from_pretrained(
             None, config=copy.deepcopy(model.config), state_dict=state, dtype=model.dtype, ignore_mismatched_sizes=True
         )
@@ -261,17 +254,3 @@ def computing_exactly(model: nn.Module, dtype: torch.dtype = torch.float64) -> I
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Transformers reports nothing of what it loads."""
-    verbosity, shows = get_verbosity(), is_progress_bar_enabled()
-    set_verbosity(logging.ERROR)
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        set_verbosity(verbosity)
-        if shows:
-            enable_progress_bar()

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..calibration.contexts import silent
 from .groups import StructureGroup, Structures, fields_of, kinds_of
 from .loading import build_empty, can_say, recorded_in
 
@@ -65,7 +66,8 @@ def write_each_layer_(model: PreTrainedModel, groups: Structures, kept: Mapping[
     tried = copy.deepcopy(model_config)
     try:
         _set_each_layer_(tried, each_layer)
-        build_empty(type(model), type(tried).from_dict(tried.to_dict()))
+        with silent():
+            build_empty(type(model), type(tried).from_dict(tried.to_dict()))
     except (RuntimeError, TypeError, ValueError, StrictDataclassError):  # It checks more than it builds.
         return
     _set_each_layer_(model_config, each_layer)

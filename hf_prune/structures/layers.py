@@ -134,17 +134,21 @@ class Layer:
                 yield Member(_join(self.name, part.module, path), parameter, (axis,), owners)
 
     def queries(self, part: Heads) -> StructureGroup | None:
-        """The queries of a layer, each a row block of one projection; None if key-value heads have one each."""
+        """The queries of a layer, blocks of rows of projections of their own; None if key-value heads have one each."""
+        if not part.size:
+            return None
         count, size, width = self.count(part), self.get(part.module, part.size), self.width(part)
         apart = [path for path, parts in part.rows.items() if parts == 1 and self.height(part, path) == width]
-        if (total := width // size) == count or len(apart) != 1:
+        if (total := width // size) == count or not apart:
             return None
+        beside = {p: axis for p, axis in part.beside.items() if self.get(part.module, p).shape[axis] % total == 0}
+        own = dataclasses.replace(part, rows=dict.fromkeys(apart, 1), beside=beside, tables=())
         attention, found = _join(self.name, part.module), self.get(part.module)
         return StructureGroup(
             _join(attention, apart[0]),
             "query",
             total,
-            tuple(self.members(dataclasses.replace(part, rows={apart[0]: 1}, tables=()), total)),
+            tuple(self.members(own, total)),
             # Others count key-value heads, which stay.
             attributes=tuple(each for each in self.attributes(part, total) if each[2] in (1, size)),
             fields=tuple((field, 1) for field in part.fields[:1]),
@@ -282,14 +286,6 @@ def _expand(root: nn.Module, path: str) -> Iterator[str]:
     found = _get(root, head.rstrip("."))
     for i in range(len(found) if isinstance(found, nn.ModuleList) else 0):
         yield from _expand(root, f"{head}{i}{tail}")
-
-
-def instances(model: PreTrainedModel, stack: Stack, part: Heads | Neurons) -> Iterator[tuple[Layer, Heads | Neurons]]:
-    """The layers of a model that have a part of a stack, and the part as they have it."""
-    for layers in stacks_of(model, (dataclasses.replace(stack, parts=(part,)),)):
-        for layer in layers.layers:
-            for own in layer.parts_of(layers.stack):
-                yield layer, own
 
 
 def structures_of(

@@ -14,7 +14,7 @@ from .comparing import Differs, Reference
 from .discovery import stacks_in
 from .families import SIZES_OF_HEADS, SIZES_OF_NEURONS, Family, Heads, Neurons, Stack, layer_kind
 from .groups import StructureGroup, Structures
-from .layers import Layer, instances, stacks_of, structures_of
+from .layers import Layer, stacks_of, structures_of
 from .removal import Removal
 from .small_models import HEADS, INNER, KEY_VALUE_HEADS, small_model_like
 from .trial import apply_compared_
@@ -224,7 +224,7 @@ def _without_copies(stack: Stack) -> Stack:
 def _counted_by(small: PreTrainedModel, stack: Stack, part: _Part, names: Collection[str]) -> _Part:
     """A part with its attributes of some names that are as many as its structures, or as wide as all of them."""
     found: dict[str, None] = {}
-    for layer, own in instances(small, stack, part):
+    for layer, own in _instances(small, stack, part):
         sizes = {layer.count(own), _queries(layer, own), layer.width(own)}
         for path, module in layer.get(own.module).named_modules():
             for name in names:
@@ -236,7 +236,7 @@ def _counted_by(small: PreTrainedModel, stack: Stack, part: _Part, names: Collec
 def _said_by(small: PreTrainedModel, stack: Stack, part: _Part, fixed: str | None = None) -> _Part:
     """A part with the fields of the config that say how many structures it has."""
     said = vars(small.config)
-    layer, own = next(iter(instances(small, stack, part)))
+    layer, own = next(iter(_instances(small, stack, part)))
 
     def named(names: Sequence[str], value: int) -> tuple[str, ...]:
         found = [name for name in names if said.get(name) == value]
@@ -254,3 +254,11 @@ def _queries(layer: Layer, part: _Part) -> int:
     """How many heads of queries a layer has; of neurons their number."""
     size = layer.get(part.module, part.size) if isinstance(part, Heads) and part.size else 0
     return layer.width(part) // size if size else layer.count(part)
+
+
+def _instances(model: PreTrainedModel, stack: Stack, part: Heads | Neurons) -> Iterator[tuple[Layer, Heads | Neurons]]:
+    """The layers of a model that have a part of a stack, and the part as they have it."""
+    for layers in stacks_of(model, (dataclasses.replace(stack, parts=(part,)),)):
+        for layer in layers.layers:
+            for own in layer.parts_of(layers.stack):
+                yield layer, own

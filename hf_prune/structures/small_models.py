@@ -211,6 +211,7 @@ def _narrow_(model_config: PretrainedConfig) -> None:
     expanded = said.get("mamba_expand", said.get("expand", 0)) * _WIDTH
     if expanded and "mamba_d_head" in said:
         new |= {"mamba_n_heads": _N_HEADS, "mamba_d_head": expanded // _N_HEADS}
+        new |= {"mamba_d_ssm": expanded} if "mamba_d_ssm" in said else {}
     if "image_size" in said and "patch_size" in said:
         new["image_size"] = _PATCHES * said["patch_size"]
     for name, value in new.items():

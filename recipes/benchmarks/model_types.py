@@ -1,0 +1,204 @@
+"""Which model types of Transformers lose heads, neurons and layers exactly, from tiny models of their default configs.
+
+python recipes/benchmarks/model_types.py
+python recipes/benchmarks/model_types.py llama bert --markdown docs/model_types.md
+
+Each type of the mappings for causal and masked language models, sequence-to-sequence models and image classification
+gives one model: few layers, narrow, random weights in float64. A part of it is pruned, it is shrunk, saved, and loaded
+in a new process. All three have to give the same outputs, up to 1e-10 of their norm.
+
+exact   masked, shrunk and loaded give the same
+error   it cannot be pruned so, and pruning says why before anything is changed
+none    no tiny model can be built from the default config, or called
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from hf_prune import PruningConfig, prune, shrink
+from hf_prune.structures.small_models import call_exactly, small_model_like
+
+MAPPINGS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_CLASSIFICATION")
+GRANULARITIES = {"head": 0.34, "neuron": 0.3, "head+neuron": 0.34, "layer": 0.4}
+"""Granularity → sparsity."""
+TOLERANCE = 1e-10
+
+
+def model_types() -> dict[str, str]:
+    """Model type → the class of its first mapping."""
+    found: dict[str, str] = {}
+    for mapping in MAPPINGS:
+        for model_type, classes in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").items():
+            found.setdefault(model_type, classes if isinstance(classes, str) else classes[0])
+    return found
+
+
+def tiny(model_type: str) -> PreTrainedModel:
+    """A tiny model of a type's default config, with random weights.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        kind = getattr(transformers, model_types()[model_type])
+        with torch.device("meta"):
+            large = kind(AutoConfig.for_model(model_type))
+        model = small_model_like(large)
+    except Exception as error:  # Configs and classes fail in their own ways where their defaults fit nothing.
+        raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+def outputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors that a model gives for its example."""
+    with torch.no_grad():
+        given = call_exactly(model)
+    named = dict(given) if hasattr(given, "keys") else {str(i): value for i, value in enumerate(given)}
+    return {name: value for name, value in named.items() if torch.is_tensor(value) and value.is_floating_point()}
+
+
+def gap(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference of norms; infinite if shapes or what is finite differ."""
+    if found.keys() != expected.keys() or any(found[name].shape != expected[name].shape for name in expected):
+        return float("inf")
+    gaps = []
+    for name, value in expected.items():
+        finite = value.isfinite()
+        if not torch.equal(finite, found[name].isfinite()):
+            return float("inf")
+        gaps.append(((found[name] - value)[finite].norm() / value[finite].norm().clamp(min=1e-30)).item())
+    return max(gaps, default=float("inf"))
+
+
+def walk(model_type: str, folder: Path) -> dict[str, str]:
+    """Prunes and shrinks a tiny model of a type by each granularity.
+
+    Args:
+        model_type: Its type.
+        folder: What is exact is saved in it, one folder for each granularity, with the outputs that it has to give.
+
+    Returns:
+        Granularity → "exact", "none: …", "error: …" or "wrong: …".
+    """
+    try:
+        model = tiny(model_type)
+    except ValueError as error:
+        return dict.fromkeys(GRANULARITIES, f"none: {error}")
+    found = {}
+    for granularity, sparsity in GRANULARITIES.items():
+        pruned = copy.deepcopy(model)
+        multiple = {"multiple_of": 1} if "neuron" in granularity else {}
+        config = PruningConfig(sparsity=sparsity, granularity=granularity, schedule="one_shot", **multiple)
+        try:
+            prune(pruned, config)
+        except ValueError as error:
+            found[granularity] = f"error: {error}"
+            continue
+        masked = outputs_of(pruned)
+        before = pruned.num_parameters()
+        shrink(pruned)
+        is_same = gap(outputs_of(pruned), masked) <= TOLERANCE and pruned.num_parameters() < before
+        found[granularity] = "exact" if is_same else f"wrong: {gap(outputs_of(pruned), masked):.2g}"
+        if is_same:
+            target = folder / f"{model_type}={granularity}"
+            pruned.save_pretrained(target)
+            torch.save(masked, target / "expected.pt")
+    return found
+
+
+def load_all(folder: Path) -> dict[str, float]:
+    """In a new process: folder of a model → how far what it gives is from what it has to give."""
+    gaps = {}
+    for path in sorted(folder.iterdir()):
+        kind = getattr(transformers, model_types()[path.name.partition("=")[0]])
+        model = kind.from_pretrained(path, dtype=torch.float64, attn_implementation="eager").eval()
+        gaps[path.name] = gap(outputs_of(model), torch.load(path / "expected.pt"))
+    return gaps
+
+
+def walk_all(names: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """`walk` for some model types, with all that is exact loaded again in a new process."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        found = {name: walk(name, folder) for name in names}
+        new = subprocess.run([sys.executable, __file__, "--load", root], capture_output=True, text=True, check=False)
+        if new.returncode:
+            raise RuntimeError(f"what was saved cannot be loaded: {new.stderr[-2000:]}")
+        for saved, difference in json.loads(new.stdout.splitlines()[-1]).items():
+            if not difference <= TOLERANCE:
+                name, _, granularity = saved.partition("=")
+                found[name][granularity] = f"wrong: {difference:.2g} in a new process"
+    yield from found.items()
+
+
+def markdown(found: dict[str, dict[str, str]]) -> str:
+    """A table of what is exact, and a line for each type of which nothing is."""
+    exact = {name: cells for name, cells in found.items() if "exact" in cells.values()}
+    counts = Counter(granularity for cells in exact.values() for granularity, cell in cells.items() if cell == "exact")
+    everything = sum(all(cell == "exact" for cell in cells.values()) for cells in exact.values())
+    lines = [
+        "# Supported model types",
+        "",
+        f"Of {len(found)} model types of Transformers {transformers.__version__} (causal and masked language models,",
+        "sequence-to-sequence models, image classification), tiny models of their default configs were pruned, shrunk,",
+        "saved and loaded in a new process. A ✓ means that all gave the same outputs, to 1e-10 in float64. Everything",
+        "else ends in an error before anything is changed. `python recipes/benchmarks/model_types.py` prints why.",
+        "",
+        f"All four: {everything} types. " + ", ".join(f"`{name}`: {counts[name]}" for name in GRANULARITIES) + ".",
+        "",
+        "| model type | " + " | ".join(f"`{name}`" for name in GRANULARITIES) + " |",
+        "|---|" + "---|" * len(GRANULARITIES),
+    ]
+    for name in sorted(exact):
+        cells = ("✓" if exact[name][granularity] == "exact" else "" for granularity in GRANULARITIES)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    rest = {name: cells for name, cells in found.items() if name not in exact}
+    nothing = sorted(name for name, cells in rest.items() if not cells["head"].startswith("none"))
+    unbuilt = sorted(name for name, cells in rest.items() if cells["head"].startswith("none"))
+    lines += ["", f"Nothing of these can go: {', '.join(nothing)}.", ""]
+    lines += [f"No tiny model could be built from the default config of: {', '.join(unbuilt)}.", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("types", nargs="*", help="Model types; all, if none is named.")
+    parser.add_argument("--markdown", type=Path, help="Write the table there.")
+    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    if args.load:
+        print(json.dumps(load_all(args.load)))
+        return
+    names, found = args.types or list(model_types()), {}
+    for start in range(0, len(names), 24):
+        for name, cells in walk_all(names[start : start + 24]):
+            found[name] = cells
+            print(name, json.dumps(cells), flush=True)
+    print(Counter(cell.partition(":")[0] for cells in found.values() for cell in cells.values()))
+    if args.markdown:
+        args.markdown.write_text(markdown(found))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        main()

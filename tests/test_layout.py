@@ -23,8 +23,9 @@ criteria
 scopes
 weights         timm body targets masks gradient_hooks zero_checks snapshot movement compression
 calibration     contexts batches samples activations passes per_sample_gradients statistics costs
-structures      example_inputs norms groups criteria statistics ranking families loading registration
-                heads_and_neurons widths channels comparing configs removal shrinking trial finding
+structures      example_inputs norms groups criteria statistics ranking families loading registration layers
+                widths channels comparing configs removal small_models trial tracing discovery proof
+                heads_and_neurons shrinking finding
 selection       lowest scoring cuts granularity weight_groups patterns whole_structures
 granularities
 recovery        masked_lora lora distillation
@@ -65,6 +66,7 @@ GUARDS = {
     ("structures.comparing", "require_same"),
     ("structures.comparing", "why_not_generated"),
     ("structures.norms", "norm_of"),
+    ("structures.small_models", "small_model_like"),
     ("training.endings", "logged_on_error"),
 }
 

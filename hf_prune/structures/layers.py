@@ -134,7 +134,7 @@ class Layer:
                 yield Member(_join(self.name, part.module, path), parameter, (axis,), owners)
 
     def queries(self, part: Heads) -> StructureGroup | None:
-        """The queries of a layer, blocks of rows of projections of their own; None if key-value heads have one each."""
+        """The queries of a layer, blocks of rows of own projections; None if key-value heads have one each."""
         if not part.size:
             return None
         count, size, width = self.count(part), self.get(part.module, part.size), self.width(part)

@@ -66,7 +66,7 @@ def _starred(root: nn.Module, path: str) -> str:
     return ".".join("*" if starred else name for name, starred in zip(names, in_list, strict=True))
 
 
-def _part(layer: nn.Module, owned: Owned, config: Any) -> Heads | Neurons | None:
+def _part(layer: nn.Module, owned: Owned, model_config: Any) -> Heads | Neurons | None:
     rows: dict[str, Parts] = {}
     beside: dict[str, int] = {}
     tables: list[str] = []
@@ -107,7 +107,7 @@ def _part(layer: nn.Module, owned: Owned, config: Any) -> Heads | Neurons | None
             (
                 n
                 for n in (*_paths(attention, _HEAD_COUNTS), *_HEAD_COUNTS)
-                if _said(attention, config, n) == owned.count
+                if _said(attention, model_config, n) == owned.count
             ),
             None,
         )
@@ -146,9 +146,9 @@ def _value(module: nn.Module, path: str) -> Any:
     return getattr(module.get_submodule(head), name)
 
 
-def _said(module: nn.Module, config: Any, path: str) -> Any:
+def _said(module: nn.Module, model_config: Any, path: str) -> Any:
     head, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(head), name, getattr(config, path, None))
+    return getattr(module.get_submodule(head), name, getattr(model_config, path, None))
 
 
 def _layout(owners: torch.Tensor, count: int, width: int) -> Parts | None:

@@ -95,7 +95,7 @@ class _Twins:
             raise ValueError(f"the config of {type(model).__name__} does not say in {field} how wide it is. {_OTHERS}")
         fixed: tuple[tuple[str, int], ...] = ()
         heads = getattr(config, "num_attention_heads", None)
-        if isinstance(heads, int) and not getattr(config, "head_dim", None):
+        if isinstance(heads, int) and not vars(config).get("head_dim"):  # It may be one of each layer.
             fixed = (("head_dim", width // heads),)
         same, wider = (_build(model, config, {**dict(fixed), field: n}) for n in (width, 2 * width))
         return cls(model, field, width, fixed, same, wider)

@@ -63,6 +63,7 @@ def tiny(model_type: str) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.copy_(parameter.float())  # Some are loaded in float32, whatever the rest is.
     return model
 
 
@@ -157,7 +158,7 @@ def markdown(found: dict[str, dict[str, str]]) -> str:
         "# Supported model types",
         "",
         f"Of {len(found)} model types of Transformers {transformers.__version__} (causal and masked language models,",
-        "sequence-to-sequence models, image classification), tiny models of their default configs were pruned, shrunk,",
+        "sequence-to-sequence models, image classification), tiny models of default configs were pruned, shrunk,",
         "saved and loaded in a new process. A ✓ means that all gave the same outputs, to 1e-10 in float64. Everything",
         "else ends in an error before anything is changed. `python recipes/benchmarks/model_types.py` prints why.",
         "",

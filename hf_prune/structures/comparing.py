@@ -1,8 +1,8 @@
 """Comparing: what a model gives with pruned structures at zero, without them, and after it was loaded again."""
 
 import contextlib
-import copy
 import itertools
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -157,8 +157,9 @@ def _load_again(model: PreTrainedModel) -> PreTrainedModel:
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     with silent(), keep_random_state(torch.device("cpu")):
+        saved_config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
         loaded: PreTrainedModel = type(model).from_pretrained(
-            None, config=copy.deepcopy(model.config), state_dict=state, dtype=model.dtype, ignore_mismatched_sizes=True
+            None, config=saved_config, state_dict=state, dtype=model.dtype, ignore_mismatched_sizes=True
         )
     built = dict(loaded.named_modules(remove_duplicate=False))
     listed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))

@@ -98,7 +98,10 @@ def write_layers_(model_config: PretrainedConfig, group: StructureGroup, stay: S
     if hasattr(model_config, "stage_names"):  # Of a backbone, which gives the outputs of its last layer by default.
         model_config.stage_names = model_config.stage_names[: len(stay) + 1]
         model_config.set_output_features_output_indices(out_features=None, out_indices=None)
+    own = model_config.to_dict().get("per_layer_config") or {}
     _set_fields_(model_config, {field: len(stay) for field, _ in group.fields})
+    if own:  # Of a family whose layers differ by themselves.
+        model_config.per_layer_config = {stay.index(int(i)): each for i, each in own.items() if int(i) in stay}
 
 
 def lists_of_layers(model_config: PretrainedConfig, group: StructureGroup) -> dict[str, list[Any]]:

@@ -180,6 +180,11 @@ def _common(paths: Sequence[str]) -> str:
 
 def _layer_fields(model: PreTrainedModel, path: str) -> tuple[str, ...]:
     count = len(list(model.base_model.get_submodule(path).children())) if "*" not in path else -1
-    own = [n for n in LAYERS if vars(model.config).get(n) == count]
-    sided = [n for n in own if any(side in n and side in path for side in ("encoder", "decoder"))]
-    return tuple(sided or own)
+    return of_the_same_side(path, [name for name in LAYERS if vars(model.config).get(name) == count])
+
+
+def of_the_same_side(path: str, fields: Sequence[str]) -> tuple[str, ...]:
+    """The fields that speak of an encoder or decoder if a path is in one, else those that speak of none."""
+    sides = {side: [name for name in fields if side in name] for side in ("encoder", "decoder")}
+    own = [name for side, names in sides.items() if side in path for name in names]
+    return tuple(own or [name for name in fields if not any(name in names for names in sides.values())])

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .comparing import Differs, Reference
-from .discovery import stacks_in
+from .discovery import of_the_same_side, stacks_in
 from .families import SIZES_OF_HEADS, SIZES_OF_NEURONS, Family, Heads, Neurons, Stack, layer_kind
 from .groups import StructureGroup, Structures
 from .layers import Layer, stacks_of, structures_of
@@ -42,20 +42,21 @@ _proved: dict[tuple[type[PreTrainedModel], str, str], Proved] = {}
 def prove(model: PreTrainedModel, described: Family | None) -> Proved:
     """Finds the family of a model, or takes the one that was described, and tries it on a small model of the class.
 
-    The result is kept for models of the same class whose configs make the same small model.
+    The result is kept for models of the same class and config.
 
     Args:
-        model: The model, unwrapped; only its class and its config are looked at.
+        model: The model, unwrapped; only its class, its config and the kinds of its layers are looked at.
         described: What a user has described; None to find it.
     """
-    try:
-        small = small_model_like(model)
-    except ValueError as error:
-        # A description that cannot be tried here is tried when something is removed.
-        return Proved(described or (), {} if described else {"layer": str(error)})
-    key = type(model), json.dumps(small.config.to_dict(), sort_keys=True, default=str), repr(described)
+    key = type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str), repr(described)
     if key not in _proved:
-        _proved[key] = _find(small) if described is None else _tried(small, described)
+        try:
+            small = small_model_like(model)
+        except ValueError as error:
+            # A description that cannot be tried here is tried when something is removed.
+            _proved[key] = Proved(described or (), {} if described else {"layer": str(error)})
+        else:
+            _proved[key] = _find(small) if described is None else _tried(small, described)
     return _proved[key]
 
 
@@ -239,10 +240,7 @@ def _said_by(small: PreTrainedModel, stack: Stack, part: _Part, fixed: str | Non
     layer, own = next(iter(_instances(small, stack, part)))
 
     def named(names: Sequence[str], value: int) -> tuple[str, ...]:
-        found = [name for name in names if said.get(name) == value]
-        sides = [side for side in ("encoder", "decoder") if side in stack.layers]
-        sided = [name for name in found if any(side in name for side in sides)]
-        return tuple((sided or [name for name in found if "coder" not in name])[:1])
+        return of_the_same_side(stack.layers, [name for name in names if said.get(name) == value])[:1]
 
     if isinstance(part, Neurons):
         return dataclasses.replace(part, fields=named(INNER, layer.count(own)))

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+"""What configs and modules call the number of experts."""
+
+
 @dataclass(frozen=True)
 class Heads:
     """The attention heads of a layer; under grouped-query attention a key-value head and the queries that read it.

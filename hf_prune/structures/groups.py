@@ -15,7 +15,7 @@ NOBODY = -1
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One parameter of which structures own slices.
+    """One parameter, or buffer, of which structures own slices.
 
     Attributes:
         name: The parameter's name in the model.
@@ -25,7 +25,7 @@ class Member:
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: torch.Tensor
     axis: int
     owners: torch.Tensor
 
@@ -52,7 +52,7 @@ class StructureGroup:
 
     Attributes:
         name: The module that they are in.
-        kind: "head", "neuron", "channel" or "layer".
+        kind: "head", "neuron", "channel", "layer" or "expert".
         count: How many there are.
         members: What they own.
         multiple: How many remain is a multiple of this, or all.
@@ -60,6 +60,9 @@ class StructureGroup:
         attributes: `(module, attribute, number for each structure)` of what a module counts by them.
         fields: `(field, number for each structure)` of what the model's config counts by them.
         fixed: `(field, value)` of what has to be written into the config when the `fields` change.
+        least: How many remain at least.
+        buffers: The same for buffers, which have no masks.
+        entries: The list of modules whose entries they are; None if they are in none.
     """
 
     name: str
@@ -71,6 +74,9 @@ class StructureGroup:
     attributes: tuple[tuple[str, str, int], ...] = ()
     fields: tuple[tuple[str, int], ...] = ()
     fixed: tuple[tuple[str, int], ...] = ()
+    least: int = 1
+    buffers: tuple[Member, ...] = ()
+    entries: str | None = None
 
     def counts_that_may_go(self, gone: int = 0) -> list[int]:
         """How many may be gone, in rising order, from a number that is gone already.
@@ -79,7 +85,7 @@ class StructureGroup:
             >>> StructureGroup("mlp", "neuron", 20, (), multiple=8).counts_that_may_go()
             [0, 4, 12]
         """
-        last = self.count - max(len(self.stay), 1)
+        last = self.count - max(len(self.stay), self.least)
         widths = range(self.count // self.multiple * self.multiple, 0, -self.multiple)
         levels = [self.count - width for width in widths if self.count - width <= last]
         return sorted({gone, *(level for level in levels if level > gone)})
@@ -132,7 +138,7 @@ def masks_of(structures: Structures, kept: Mapping[str, torch.Tensor]) -> MaskSe
     return MaskSet(masks)
 
 
-def parameters_of(structures: Structures) -> dict[str, nn.Parameter]:
+def parameters_of(structures: Structures) -> dict[str, torch.Tensor]:
     """The parameters of which structures own something, by name."""
     return {member.name: member.parameter for group in structures.values() for member in group.members}
 

@@ -24,7 +24,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..weights.compression import BITMASK, decompress
-from .families import FAMILIES
+from .entries import keep_entries_, lengths_of
+from .families import EXPERT_COUNTS, FAMILIES
 
 METHOD = "hf_prune"
 _KEY = "quantization_config"
@@ -47,6 +48,7 @@ class Record(QuantizationConfigMixin):
         shapes: Parameter or buffer → shape.
         attributes: Module → its whole numbers.
         compressed: Tensor that is compressed in the files → shape.
+        lengths: List of modules → how many of them there are.
 
     Raises:
         ValueError: if a shape or a size is not a positive whole number, a size is none that may be set, or a key is
@@ -58,6 +60,7 @@ class Record(QuantizationConfigMixin):
         shapes: Shapes | None = None,
         attributes: Attributes | None = None,
         compressed: Shapes | None = None,
+        lengths: dict[str, int] | None = None,
         **others: object,
     ) -> None:
         if unknown := sorted(set(others) - {"quant_method"}):
@@ -69,12 +72,17 @@ class Record(QuantizationConfigMixin):
         self.shapes = shapes = shapes or {}
         self.attributes = attributes = attributes or {}
         self.compressed = compressed = compressed or {}
-        for field, what in (("shapes", shapes), ("attributes", attributes), ("compressed", compressed)):
+        self.lengths = lengths = lengths or {}
+        for field in ("shapes", "attributes", "compressed", "lengths"):
+            what = getattr(self, field)
             if not isinstance(what, dict):
                 raise ValueError(f"{field!r} of a pruned model, recorded in config.json, must be an object: {what!r}.")
         for name, shape in [*shapes.items(), *compressed.items()]:
             if not isinstance(shape, list) or not shape or not all(_is_size(length) for length in shape):
                 raise ValueError(f"the recorded shape of {name!r} must be positive whole numbers, got {shape!r}.")
+        for name, length in lengths.items():
+            if not _is_size(length):
+                raise ValueError(f"the recorded length of {name!r} must be a positive whole number, got {length!r}.")
         for name, values in attributes.items():
             if not isinstance(values, dict) or not all(_is_size(value) for value in values.values()):
                 raise ValueError(f"the recorded sizes of {name!r} must be positive whole numbers, got {values!r}.")
@@ -90,7 +98,7 @@ class Record(QuantizationConfigMixin):
 
     def write_(self, model_config: PretrainedConfig) -> None:
         """Puts itself into a model's config, as it is in one that was read from a file; nothing, if it is empty."""
-        if self.shapes or self.attributes or self.compressed:
+        if self.shapes or self.attributes or self.compressed or self.lengths:
             model_config.quantization_config = self.to_dict()
         elif hasattr(model_config, "quantization_config"):
             del model_config.quantization_config
@@ -172,7 +180,8 @@ class RecordQuantizer(HfQuantizer):
         if self._is_joined:
             record_shapes_(model)
         else:
-            Record(self._shapes, self.quantization_config.attributes).write_(model.config)
+            record = self.quantization_config
+            Record(self._shapes, record.attributes, lengths=record.lengths).write_(model.config)
         conversions = getattr(model, "_weight_conversions", None) or []
         ours = [c for c in conversions if any(isinstance(op, Decompress) for op in getattr(c, "operations", []))]
         model._weight_conversions = [c for c in conversions if c not in ours]  # type: ignore[assignment]
@@ -214,7 +223,7 @@ def record_shapes_(model: PreTrainedModel) -> None:
     # What the class does not build by itself, such as a head that its owner has put there, is no business of ours.
     expected = {name: list(tensor.shape) for name, tensor in _tensors(said)}
     shapes = {name: list(tensor.shape) for name, tensor in _tensors(model) if name in expected}
-    sizes = _sizes(said)
+    sizes, lengths = _sizes(said), lengths_of(said)
     attributes = {
         name: {key: value for key, value in own.items() if sizes[name].get(key) != value}
         for name, own in _sizes(model).items()
@@ -223,6 +232,7 @@ def record_shapes_(model: PreTrainedModel) -> None:
     Record(
         {name: shape for name, shape in shapes.items() if expected[name] != shape},
         {name: own for name, own in attributes.items() if own},
+        lengths={name: left for name, left in lengths_of(model).items() if left < lengths.get(name, 0)},
     ).write_(model.config)
 
 
@@ -261,7 +271,7 @@ def size_names() -> set[str]:
     """The whole numbers of modules that a file may set: widths, and what families count by heads and neurons."""
     parts = [part for family in FAMILIES.values() for stack in family for part in stack.parts]
     counted = {path.rpartition(".")[2] for part in parts for path in part.attributes}
-    return {"groups", *counted, *(width for widths in WIDTHS.values() for width in widths)}
+    return {"groups", *EXPERT_COUNTS, *counted, *(width for widths in WIDTHS.values() for width in widths)}
 
 
 def _sizes(model: nn.Module) -> Attributes:
@@ -285,6 +295,15 @@ def _apply_(model: PreTrainedModel, record: Record) -> Shapes:
     shapes = dict(record.shapes)
     if record.shapes and not _names_modules_of(model, record):
         raise _other_model(model, next(iter(record.shapes)))
+    for name, length in record.lengths.items():
+        modules = _find(model, name)
+        if modules is not None and length > lengths_of(modules).get("", 0):
+            raise _other_model(model, name)
+        if modules is not None:
+            keep_entries_(modules, range(length))
+            # What holds them would draw weights for as many as the config says.
+            for each in filter(None, (modules, _find(model, name.rpartition(".")[0]))):
+                each._is_hf_initialized = True  # type: ignore[assignment]
     for name, shape in record.shapes.items():
         path, _, attribute = name.rpartition(".")
         module = _find(model, path)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .configs import configs_of, own_configs_, write_layers_, write_widths_
+from .entries import keep_entries_
 from .groups import StructureGroup, Structures, masks_of
 from .loading import WIDTHS, record_shapes_
 
@@ -58,10 +59,16 @@ class Removal:
             ValueError: if not.
         """
         for name, group in self._in_layers_that_stay().items():
-            if not self.kept[name].any():
+            left = int(self.kept[name].sum())
+            if left == 0:
                 raise ValueError(
                     f"all {group.count} {group.kind}s of {name!r} are pruned; at least one has to stay. (A layer goes "
                     "if all its weights are zero.)"
+                )
+            if left < group.least:
+                raise ValueError(
+                    f"{left} of the {group.count} {group.kind}s of {name!r} are left, and at least {group.least} have "
+                    "to stay: the router chooses so many for each token."
                 )
             if not self.kept[name][list(group.stay)].all():
                 raise ValueError(
@@ -136,7 +143,9 @@ def _remove_parts_(model: nn.Module, parts: Structures, kept: Mapping[str, torch
     # Several groups may own positions of one axis, as of a layer that reads what others have put side by side.
     positions: dict[tuple[str, int], torch.Tensor] = {}
     for name, group in parts.items():
-        for member in group.members:
+        for member in (*group.members, *group.buffers):
+            if group.entries is not None and member.name.startswith(f"{group.entries}."):
+                continue  # It goes, or stays, with its module.
             own = member.kept_positions(kept[name])
             positions[member.name, member.axis] = positions.get((member.name, member.axis), own) & own
     for (parameter_name, axis), stays in positions.items():
@@ -144,10 +153,13 @@ def _remove_parts_(model: nn.Module, parts: Structures, kept: Mapping[str, torch
         module, stay = model.get_submodule(path), stays.nonzero().flatten()
         parameter = getattr(module, attribute)  # Not the member's any more if it has lost another axis.
         values = parameter.detach().index_select(axis, stay.to(parameter.device))
-        setattr(module, attribute, nn.Parameter(values, requires_grad=parameter.requires_grad))
+        is_parameter = isinstance(parameter, nn.Parameter)
+        setattr(module, attribute, nn.Parameter(values, parameter.requires_grad) if is_parameter else values)
         if attribute == "weight":
             _set_widths_(module, axis, stay)
     for name, group in parts.items():
+        if group.entries is not None:
+            keep_entries_(model.get_submodule(group.entries), kept[name].nonzero().flatten().tolist())
         for path, attribute, each in group.attributes:
             setattr(model.get_submodule(path), attribute, each * int(kept[name].sum()))
 

@@ -1,0 +1,167 @@
+"""Routing: hooks that keep a router from choosing experts that are pruned.
+
+A pruned expert is all zeros, and so is its row of the router; but a logit of zero may well be among the highest. So an
+expert whose row is zero is barred: its logit is −∞ before any softmax, sigmoid or top-k, in every forward pass, and so
+is the correction that is added to its score. What is barred is read from the weights themselves. There is nothing to
+keep in step with them: a model whose weights are loaded anew, copied or brought back bars what they prune.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Router:
+    """What gives the logits by which experts are chosen.
+
+    Attributes:
+        module: The module with the weight, a row for each expert; rows behind them belong to none.
+        weight: The name of the weight in it.
+        block: The module that holds it and the experts.
+        corrections: What is added to the scores of experts before they are chosen, by name from the block.
+    """
+
+    module: str
+    weight: str
+    block: str
+    corrections: tuple[str, ...] = ()
+
+
+def bar_(model: nn.Module, routers: Iterable[Router]) -> None:
+    """Bars experts whose row of the router is zero, from now on; a second call changes nothing.
+
+    Copies of the model bar them too. In what is saved there is nothing of it.
+    """
+    for router in routers:
+        module, block = model.get_submodule(router.module), model.get_submodule(router.block)
+        if type(module).forward is nn.Linear.forward and router.weight == "weight":
+            if not _has(module._forward_hooks, _BarLogits):
+                module.register_forward_hook(_BarLogits(router.weight))
+        elif not _has(module._forward_hooks, _Unshadow):
+            module.register_forward_pre_hook(_ShadowWeight(router.weight))
+            module.register_forward_hook(_Unshadow((router.weight,)), always_call=True)
+        if router.corrections and not _has(block._forward_hooks, _Unshadow):
+            source = router.module.removeprefix(router.block).removeprefix(".")
+            block.register_forward_pre_hook(_ShadowCorrections(source, router.weight, router.corrections))
+            block.register_forward_hook(_Unshadow(router.corrections), always_call=True)
+
+
+def unbar_(model: nn.Module) -> None:
+    """Takes the hooks away again."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _HOOKS)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+def _has(hooks: Mapping[int, Any], kind: type) -> bool:
+    return any(isinstance(hook, kind) for hook in hooks.values())
+
+
+@dataclass(frozen=True)
+class _BarLogits:
+    """After a Linear: the logits of barred experts are −∞."""
+
+    weight: str
+
+    def __call__(self, module: nn.Module, args: object, logits: torch.Tensor) -> torch.Tensor:
+        return logits.masked_fill(_barred(module, self.weight), -math.inf)
+
+
+@dataclass(frozen=True)
+class _ShadowWeight:
+    """Before a module that multiplies its weight itself: it finds one in its place whose products are barred."""
+
+    weight: str
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        vars(module)[self.weight] = _Barring.of(_own(module, self.weight), _barred(module, self.weight), False)
+
+
+@dataclass(frozen=True)
+class _ShadowCorrections:
+    """Before a block: corrections of barred experts are −∞, since sigmoids of −∞ are zero like others."""
+
+    source: str
+    weight: str
+    corrections: tuple[str, ...]
+
+    def __call__(self, block: nn.Module, args: object) -> None:
+        barred = _barred(block.get_submodule(self.source), self.weight)
+        for name in self.corrections:
+            path, _, attribute = name.rpartition(".")
+            module = block.get_submodule(path)
+            value = _own(module, attribute)
+            # A correction may have no entry for the rows that belong to no expert.
+            vars(module)[attribute] = value.masked_fill(barred[: value.numel()].view(value.shape), -math.inf)
+
+
+@dataclass(frozen=True)
+class _Unshadow:
+    """After a module, whether it failed or not: it has its own tensors again."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, module: nn.Module, *_: object) -> None:
+        for name in self.names:
+            path, _, attribute = name.rpartition(".")
+            holder = module.get_submodule(path)
+            if attribute in holder._parameters or attribute in holder._buffers:  # Replicas have it as an attribute.
+                vars(holder).pop(attribute, None)
+
+
+_HOOKS = (_BarLogits, _ShadowWeight, _ShadowCorrections, _Unshadow)
+
+
+def _own(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter or buffer of a module, whatever shadows it; of a replica of `nn.DataParallel`, what it has."""
+    found = module._parameters.get(name)
+    found = module._buffers.get(name) if found is None else found
+    return vars(module)[name] if found is None else found
+
+
+def _barred(module: nn.Module, weight: str) -> torch.Tensor:
+    """`[rows]` bools: which rows of a router, with its bias, are zero. None of them, if all are, as before training."""
+    zero = (_own(module, weight).detach() == 0).all(1)
+    bias = getattr(module, "bias", None)
+    if torch.is_tensor(bias) and bias.shape == zero.shape:
+        zero = zero & (bias.detach() == 0)
+    return zero & ~zero.all()
+
+
+class _Barring(torch.Tensor):
+    """A router's weight whose products are −∞ for barred experts, whatever it was cast to before."""
+
+    barred: torch.Tensor
+    is_transposed: bool
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, barred: torch.Tensor, is_transposed: bool) -> "_Barring":
+        made = weight.as_subclass(cls)
+        made.barred, made.is_transposed = barred, is_transposed
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            output = func(*args, **kwargs)
+        first, second = args[0] if args else None, kwargs.get("weight", args[1] if len(args) > 1 else None)
+        if isinstance(second, cls) and (func is F.linear if not second.is_transposed else func in _PRODUCTS):
+            return output.masked_fill(second.barred, -math.inf)
+        if isinstance(first, cls) and func in _CASTS | _TRANSPOSITIONS:
+            return cls.of(output, first.barred, first.is_transposed ^ (func in _TRANSPOSITIONS))
+        return output
+
+
+_T = torch.Tensor
+_PRODUCTS = {torch.mm, torch.matmul, _T.mm, _T.matmul, _T.__matmul__}
+_CASTS = {_T.float, _T.double, _T.half, _T.bfloat16, _T.to, _T.type, _T.type_as, _T.contiguous}
+_TRANSPOSITIONS = {_T.t, torch.t, _T.T.__get__, _T.mT.__get__, _T.transpose, torch.transpose}  # type: ignore[attr-defined]

@@ -21,14 +21,16 @@ def parse(text: str, **options: object) -> Granularity:
     """Reads a granularity as a config spells it.
 
     Args:
-        text: `unstructured`, `N:M` such as `2:4`, `block:RxC` such as `block:4x4`, or one of `STRUCTURES`.
+        text: `unstructured`, `N:M` such as `2:4`, `block:RxC` such as `block:4x4`, or kinds of structures
+            (`KINDS`), joined by +.
         options: Other fields of the config; those that the granularity has too are filled in.
 
     Returns:
         The record.
 
     Raises:
-        ValueError: if it is none of these, or `N:M` without `0 < N < M`, or a block without positive sides.
+        ValueError: if it is none of these, or `N:M` without `0 < N < M`, or a block without positive sides, or kinds
+            of structures that do not go together.
 
     Example:
         >>> parse("2:4"), parse("block:4x8")

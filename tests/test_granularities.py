@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune.granularities import GRANULARITIES, Block, Pattern, Unstructured, parse
+from hf_prune.granularities import GRANULARITIES, Block, Pattern, Structural, Unstructured, parse
 from hf_prune.weights.targets import Target, find_targets
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -128,7 +128,37 @@ def test_an_unknown_granularity_is_an_error_that_lists_the_known(text):
         parse(text)
     assert all(kind.spelling in str(error.value) for kind in GRANULARITIES)
     assert "N:M (such as 2:4), block:RxC (such as block:4x4)" in str(error.value)
-    assert "one of head, neuron, head+neuron, channel, layer" in str(error.value)
+    assert "one or several of head, neuron, channel, layer, query, width, expert, joined by +" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("head", ("head",)),
+        ("expert+neuron", ("expert", "neuron")),
+        ("query+neuron+width", ("query", "neuron", "width")),
+        ("layer+head", ("layer", "head")),
+    ],
+)
+def test_kinds_of_structures_are_joined(text, kinds):
+    assert parse(text) == Structural(kinds)
+    assert str(parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("head+query", r"'head\+query' cannot be: with a head go the queries that read it"),
+        ("query+neuron+head", "cannot be: with a head go the queries"),
+        ("layer+channel", "cannot be: networks with channels have no other structures"),
+        ("neuron+neuron", r"granularity 'neuron\+neuron' names a kind of structures twice"),
+        ("head+", "granularity must be"),
+        ("head+heads", "granularity must be"),
+    ],
+)
+def test_kinds_that_do_not_go_together(text, match):
+    with pytest.raises(ValueError, match=match):
+        parse(text)
 
 
 @pytest.mark.parametrize("granularity", [Unstructured(), Pattern(2, 4), Block(2, 2)])

@@ -46,7 +46,7 @@ def test_patterns_come_once_each():
 def test_of_structures_it_begins_where_the_one_is_that_has_lost_most():
     weight = nn.Parameter(torch.ones(4, 2))
     structures = {
-        name: StructureGroup(name, "neuron", 4, (Member(f"{name}.weight", weight, 0, torch.arange(4)),))
+        name: StructureGroup(name, "neuron", 4, (Member(f"{name}.weight", weight, (0,), torch.arange(4)),))
         for name in ("a", "b")
     }
     masks = {"a.weight": torch.tensor([[False], [False], [True], [True]]).expand(4, 2)}

@@ -28,6 +28,7 @@ from ..reporting.history import PruningHistory
 from ..reporting.reports import SparsityReport
 from ..reporting.tables import number
 from ..selection.weight_groups import Unstructured
+from ..structures.groups import KINDS
 from ..structures.loading import recorded_in
 
 UNKNOWN = "unknown"
@@ -207,7 +208,7 @@ def _is_shrunk(facts: Facts) -> bool:
 
 def _units(facts: Facts) -> str:
     kinds = () if facts.settings is None else facts.settings.granularity.kinds
-    return " and ".join(f"{kind}s" for kind in kinds) or "structures"
+    return " and ".join(KINDS[kind] for kind in kinds) or "structures"
 
 
 def _before_and_after(facts: Facts) -> list[list[str]]:

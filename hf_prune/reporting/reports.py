@@ -13,7 +13,7 @@ from ..distributed.gathering import accessible
 from ..distributed.processes import sum_over_processes_
 from ..distributed.shards import is_sharded, own
 from ..plan import resolve
-from ..structures.groups import NO_STRUCTURES, Structures, kept_in, nonzeros, parameters_of
+from ..structures.groups import KINDS, NO_STRUCTURES, Structures, in_layers_that_stay, kept_in, nonzeros, parameters_of
 from ..weights.masks import masked_in
 from ..weights.targets import find_targets
 from .plots import Drawn, figure_of_modules
@@ -58,7 +58,7 @@ class StructureSparsity(Counted):
 
     Attributes:
         name: The module that they are in.
-        kind: "head", "neuron", "channel" or "layer".
+        kind: One of `hf_prune.structures.groups.KINDS`.
         zeros: Number of structures of which all is zero.
         total: Number of structures.
         masked: Number of structures of which a mask holds all at zero, None where no mask is known.
@@ -74,7 +74,7 @@ class StructureSparsity(Counted):
 def structure_rows(structures: Iterable[StructureSparsity]) -> list[list[str]]:
     """Structures as cells, the head of the table first."""
     rows = [["place", "structures", "zeros", "sparsity"]]
-    return rows + [[s.name, f"{s.total:,} {s.kind}s", f"{s.zeros:,}", f"{s.sparsity:.4f}"] for s in structures]
+    return rows + [[s.name, f"{s.total:,} {KINDS[s.kind]}", f"{s.zeros:,}", f"{s.sparsity:.4f}"] for s in structures]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class SparsityReport(Drawn):
     @property
     def units(self) -> str:
         """What is counted: weights, or structures where whole ones go."""
-        return " and ".join(f"{kind}s" for kind in dict.fromkeys(row.kind for row in self.structures)) or "weights"
+        return " and ".join(KINDS[kind] for kind in dict.fromkeys(row.kind for row in self.structures)) or "weights"
 
     @property
     def zeros(self) -> int:
@@ -202,6 +202,8 @@ def count_zeros(
 ) -> SparsityReport:
     """Counts the zeros of some parameters, of structures, and of a whole model whose parameters can be looked at."""
     alive, kept = (kept_in(structures, values) for values in (nonzeros(structures), masks or {}))
+    # What is in a layer that goes is counted with the layer.
+    counted = in_layers_that_stay(structures, alive if masks is None else kept)
     rows_of_structures = tuple(
         StructureSparsity(
             name,
@@ -211,6 +213,7 @@ def count_zeros(
             masked=None if masks is None else int((~kept[name]).sum()),
         )
         for name, group in structures.items()
+        if name in counted
     )
     zeros = _zeros_of(list(model.parameters()))
     rows = []

@@ -6,8 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..structures.finding import STRUCTURES
-from ..structures.groups import NO_STRUCTURES, Structures
+from ..structures.groups import KINDS, NO_STRUCTURES, Structures
 from ..weights.masks import MaskSet
 from ..weights.targets import Target
 from .cuts import Cut, Quota, floors_of_weights
@@ -50,7 +49,7 @@ class Granularity(ABC):
             if name in asked:
                 raise ValueError(
                     f"{name} is about structures, and granularity {str(self)!r} has none. Choose one of "
-                    f"{', '.join(STRUCTURES)}."
+                    f"{', '.join(KINDS)}."
                 )
 
     def auto_scope(self, scope: str, reconstructs: bool) -> str:

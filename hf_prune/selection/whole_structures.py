@@ -1,12 +1,12 @@
-"""The granularity of structures: heads, neurons, channels and layers go as a whole."""
+"""The granularity of structures: heads, neurons, channels, layers and others go as a whole."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..structures.finding import STRUCTURES, find_structures, require_removable
-from ..structures.groups import Structures, kept_in, masks_of
+from ..structures.finding import find_structures, require_removable
+from ..structures.groups import KINDS, Structures, in_layers_that_stay, kept_in, masks_of
 from ..structures.ranking import choose, floors_of_structures, pools_of, shortfall_of
 from ..weights.masks import MaskSet
 from ..weights.targets import Target
@@ -14,40 +14,59 @@ from .cuts import Cut
 from .granularity import Granularity
 
 MULTIPLE_OF = 8
-"""The number of neurons or channels that remain is a multiple of this, unless a config says otherwise."""
+"""The number of neurons, channels or widths that remain is a multiple of this, unless a config says otherwise."""
+
+_COUNTED_IN_MULTIPLES = {"neuron", "channel", "width"}
+_ONE_POOL = {"layer", "width"}
+_NOT_TOGETHER = {
+    ("head", "query"): "with a head go the queries that read it. Prune one of them, shrink, and prune the other",
+    **{
+        ("channel", kind): "networks with channels have no other structures. Choose granularity channel"
+        for kind in KINDS
+        if kind != "channel"
+    },
+}
 
 
 @dataclass(frozen=True)
 class Structural(Granularity):
-    """Whole structures: all that belongs to an attention head, a neuron, a channel or a layer.
+    """Whole structures: all that belongs to an attention head, a neuron, a channel, a layer or another of `KINDS`.
 
     Which weights these are, `hf_prune.structures` knows.
 
     Attributes:
         kinds: The kinds of structures, each of which competes among itself.
-        multiple_of: The number of neurons or channels that remain is a multiple of this, or all.
+        multiple_of: The number of neurons, channels or widths that remain is a multiple of this, or all.
         uniform: Whether as many go everywhere, so that an ordinary config of the family says what is left.
     """
 
     kinds: tuple[str, ...]
     multiple_of: int = MULTIPLE_OF
     uniform: bool = False
-    spelling = f"one of {', '.join(STRUCTURES)}"
+    spelling = f"one or several of {', '.join(KINDS)}, joined by + (such as head+neuron)"
     options = ("multiple_of", "uniform")
     needs_whole_weights = True
 
     @classmethod
     def read(cls, text: str) -> "Structural | None":
-        """Reads one of `STRUCTURES`."""
-        return cls(tuple(text.split("+"))) if text in STRUCTURES else None
+        """Reads kinds that are joined by +."""
+        kinds = tuple(text.split("+"))
+        if not KINDS.keys() >= set(kinds):
+            return None
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"granularity {text!r} names a kind of structures twice. Name each once.")
+        for pair, why in _NOT_TOGETHER.items():
+            if set(pair) <= set(kinds):
+                raise ValueError(f"granularity {text!r} cannot be: {why}.")
+        return cls(kinds)
 
     def __str__(self) -> str:
         return "+".join(self.kinds)
 
     def require_options(self, asked: Mapping[str, object]) -> None:
-        """Structures compete everywhere or within their layer, and whole layers as one pool."""
-        scopes = ["auto"]
-        if self.kinds != ("layer",):
+        """Structures compete everywhere or within their layer; whole layers, and widths, as one pool."""
+        scopes, is_one_pool = ["auto"], set(self.kinds) <= _ONE_POOL
+        if not is_one_pool:
             scopes += ["layer"] if self.uniform else ["global", "layer"]
         if asked.get("scope", "auto") not in scopes:
             raise ValueError(
@@ -58,12 +77,12 @@ class Structural(Granularity):
             raise ValueError(
                 "layer_sparsity contradicts uniform, which removes the same number everywhere. Leave one of them out."
             )
-        if asked.get("layer_sparsity") and self.kinds == ("layer",):
-            raise ValueError("layer_sparsity does not apply to granularity 'layer': all layers are one pool.")
-        if "multiple_of" in asked and self.kinds in (("head",), ("layer",)):
-            raise ValueError(
-                f"multiple_of is about neurons and channels, and granularity {str(self)!r} has none. Leave it out."
-            )
+        if asked.get("layer_sparsity") and is_one_pool:
+            all_of = " and ".join(KINDS[kind] for kind in self.kinds)
+            raise ValueError(f"layer_sparsity does not apply to granularity {str(self)!r}: all {all_of} are one pool.")
+        if "multiple_of" in asked and not _COUNTED_IN_MULTIPLES & set(self.kinds):
+            counted = ", ".join(KINDS[kind] for kind in KINDS if kind in _COUNTED_IN_MULTIPLES)
+            raise ValueError(f"multiple_of is about {counted}, and granularity {str(self)!r} has none. Leave it out.")
 
     def auto_scope(self, scope: str, reconstructs: bool) -> str:
         """All compete, whatever the criterion compares."""
@@ -91,7 +110,7 @@ class Structural(Granularity):
     def shortfall(self, cut: Cut, masks: MaskSet) -> str | None:
         """That of the first pool of structures that has one."""
         kept = kept_in(cut.structures, masks)
-        pools = pools_of(cut.structures, cut.sparsity, cut.scope.name, cut.own_sparsities)
+        pools = pools_of(in_layers_that_stay(cut.structures, kept), cut.sparsity, cut.scope.name, cut.own_sparsities)
         found = (shortfall_of({name: cut.structures[name] for name in names}, kept, share) for names, share in pools)
         return next((sentence for sentence in found if sentence is not None), None)
 

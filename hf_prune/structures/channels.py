@@ -155,4 +155,4 @@ def _members(
         if (parameter := getattr(module, attribute)) is not None:
             owner = torch.full((parameter.shape[axis],), NOBODY)
             owner[positions] = torch.tensor(owners)
-            yield Member(f"{name}.{attribute}", parameter, axis, owner)
+            yield Member(f"{name}.{attribute}", parameter, (axis,), owner)

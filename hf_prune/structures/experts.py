@@ -205,7 +205,7 @@ def _group_of(model: nn.Module, mixture: Mixture) -> StructureGroup:
         tensor = getattr(model.get_submodule(path), attribute)
         axis = 0 if attribute == mixture.router.weight else tensor.shape.index(tensor.numel())
         (members if isinstance(tensor, nn.Parameter) else buffers).append(
-            Member(name, tensor, axis, owners[: tensor.shape[axis]])
+            Member(name, tensor, (axis,), owners[: tensor.shape[axis]])
         )
     inside = {f"{mixture.router.block}.{path}".removesuffix("."): each for path, each in block.named_modules()}
     around = {path: each for path, each in model.named_modules() if f"{mixture.router.block}.".startswith(f"{path}.")}
@@ -216,7 +216,7 @@ def _group_of(model: nn.Module, mixture: Mixture) -> StructureGroup:
         for name in EXPERT_COUNTS
         if vars(module).get(name) == count
     ]
-    blocks, least = _limits(model, block, count)
+    runs, least = _limits(model, block, count)
     return StructureGroup(
         mixture.name,
         "expert",
@@ -224,6 +224,7 @@ def _group_of(model: nn.Module, mixture: Mixture) -> StructureGroup:
         tuple(members),
         attributes=tuple(attributes),
         fields=tuple((name, 1) for name in EXPERT_COUNTS if _counts(model, name, count)),
+        runs=runs,
         least=least,
         buffers=tuple(buffers),
         entries=mixture.entries,
@@ -243,7 +244,7 @@ def _own_members(model: nn.Module, mixture: Mixture) -> Iterator[Member]:
         if mixture.entries is not None:
             key = name.removeprefix(f"{mixture.entries}.").partition(".")[0]
             owners = torch.full((len(parameter),), numbers.setdefault(key, len(numbers)))
-        yield Member(name, parameter, 0, owners)
+        yield Member(name, parameter, (0,), owners)
 
 
 def _limits(model: nn.Module, block: nn.Module, count: int) -> tuple[int, int]:

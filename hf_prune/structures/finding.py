@@ -9,15 +9,12 @@ from transformers import PreTrainedModel
 from ..weights.masks import MaskSet
 from ..weights.targets import Target, find_targets
 from ..weights.timm import config_of_timm
+from .by_kind import find_by_kind
 from .channels import find_channels, is_convolutional
-from .groups import StructureGroup, Structures, fields_of, kept_in, kinds_of, masks_of, nonzeros
-from .heads_and_neurons import find_in_family
+from .groups import KINDS, LEAST, StructureGroup, Structures, fields_of, kept_in, kinds_of, masks_of, nonzeros
 from .loading import can_say
 from .ranking import count_left, pools_of, require_attainable
 from .trial import require_exact_on_a_copy
-
-STRUCTURES = ("head", "neuron", "head+neuron", "channel", "layer")
-"""What a config can ask for: kinds of structures, joined by +."""
 
 
 def find_structures(
@@ -25,7 +22,7 @@ def find_structures(
 ) -> dict[str, StructureGroup]:
     """Finds the structures of some kinds, in the order of the layers, by the module that they are in.
 
-    The kinds are one of `STRUCTURES`, split. The number of neurons or channels that remain is a multiple of
+    The kinds are some of `KINDS`. The number of neurons, channels or widths that remain is a multiple of
     `multiple_of`, or all.
     """
     if hasattr(model, "peft_config"):
@@ -37,10 +34,10 @@ def find_structures(
         return find_channels(model, targets, multiple_of)
     if is_convolutional(model):
         raise ValueError(
-            f"{type(model).__name__} is a convolutional network and has no {'+'.join(kinds)}s that are known. "
-            "Choose granularity channel."
+            f"{type(model).__name__} is a convolutional network and has no "
+            f"{' and '.join(KINDS[kind] for kind in kinds)} that are known. Choose granularity channel."
         )
-    return find_in_family(model, kinds, targets, multiple_of)
+    return find_by_kind(model, kinds, targets, multiple_of)
 
 
 def require_removable(
@@ -61,6 +58,8 @@ def require_removable(
             of_kind = [group for group in structures.values() if group.kind == kind]
             if all(len(group.counts_that_may_go()) == 1 for group in of_kind):
                 few = "one" if of_kind[0].multiple == 1 else f"{of_kind[0].multiple} (multiple_of)"
+                if (least := max(group.least for group in of_kind)) > 1:
+                    few = f"the {least} that have to stay: {LEAST}"
                 raise ValueError(f"no {kind} of {type(model).__name__} can go: no place has more than {few}.")
     if uniform:
         _require_uniform(model, structures, final)
@@ -85,7 +84,7 @@ def held_zeros(model: nn.Module, targets: Mapping[str, Target], structures: Stru
     masks = zeros_of(model, targets, structures)
     for name, mask in masks.items() if structures else ():
         if name in targets and bool(((targets[name].weight == 0) & mask).any()):
-            kinds = " or ".join(f"{kind}s" for kind in kinds_of(structures))
+            kinds = " or ".join(KINDS[kind] for kind in kinds_of(structures))
             raise ValueError(
                 f"the zeros of {targets[name].module!r} are not whole {kinds}. Start without hold_zeros, or choose "
                 "another granularity."
@@ -99,11 +98,11 @@ def _require_uniform(model: nn.Module, structures: Structures, final: float) -> 
         of_kind = {name: group for name, group in structures.items() if group.kind == kind}
         left = {name: count_left(group, final) for name, group in of_kind.items()}
         fields = fields_of(of_kind, left)
-        counted = {field for group in of_kind.values() for field, _ in group.fields}
-        if not all(group.fields for group in of_kind.values()) or not counted <= fields.keys():
+        counted = {field for group in of_kind.values() for field in (*dict(group.fields), *group.run_fields)}
+        if not all(group.fields or group.run_fields for group in of_kind.values()) or not counted <= fields.keys():
             raise ValueError(
-                f"uniform: no config of {type(model).__name__} can say fewer {kind}s. Leave uniform out: the shapes "
-                "are then recorded in the config, and load where hf_prune is imported."
+                f"uniform: no config of {type(model).__name__} can say fewer {KINDS[kind]}. Leave uniform out: the "
+                "shapes are then recorded in the config, and load where hf_prune is imported."
             )
         if not can_say(cast(PreTrainedModel, model).config, fields):
             said = ", ".join(f"{name}={value}" for name, value in fields.items())
@@ -111,6 +110,6 @@ def _require_uniform(model: nn.Module, structures: Structures, final: float) -> 
                 f"uniform: no config of {type(model).__name__} can say {said}. Choose another sparsity, or leave "
                 "uniform out."
             )
-    everywhere = find_in_family(model, kinds_of(structures), find_targets(model), 1)
+    everywhere = find_by_kind(model, kinds_of(structures), find_targets(model), 1)
     if left_out := [name for name in everywhere if name not in structures]:
         raise ValueError(f"uniform: {', '.join(map(repr, left_out))} would keep all. Leave uniform out, or prune all.")

@@ -9,6 +9,20 @@ from transformers import PreTrainedModel
 
 from ..weights.masks import MaskSet
 
+KINDS = {
+    "head": "heads",
+    "neuron": "neurons",
+    "channel": "channels",
+    "layer": "layers",
+    "query": "queries",
+    "width": "widths",
+    "expert": "experts",
+}
+"""The kinds of structures → what several of them are called."""
+
+LEAST = "a router chooses so many experts for each token, of each of its groups if it has some"
+"""Why several structures have to stay, for messages."""
+
 NOBODY = -1
 """The owner of a position that belongs to no structure."""
 
@@ -20,30 +34,36 @@ class Member:
     Attributes:
         name: The parameter's name in the model.
         parameter: The parameter.
-        axis: The axis along which it is sliced.
-        owners: `[length of the axis]`, int64: the number of the structure that owns each position, or `NOBODY`.
+        axes: The axes along which it is sliced, in rising order: one, or two where each expert of a fused weight has
+            structures of its own.
+        owners: `[lengths of the axes]`, int64: the number of the structure that owns each position, or `NOBODY`.
     """
 
     name: str
     parameter: torch.Tensor
-    axis: int
+    axes: tuple[int, ...]
     owners: torch.Tensor
 
     def pool(self, values: torch.Tensor, count: int) -> torch.Tensor:
         """`values` of the parameter's shape → `[count]` sums over what each structure owns, float64, on the CPU."""
-        others = [axis for axis in range(values.ndim) if axis != self.axis]
+        others = [axis for axis in range(values.ndim) if axis not in self.axes]
         slices = values.sum(others, dtype=torch.float64) if others else values.double()
         # On the CPU: CUDA adds up in an order that changes from call to call.
-        return torch.zeros(count + 1, dtype=torch.float64).index_add_(0, self.owners + 1, slices.cpu())[1:]
+        sums = torch.zeros(count + 1, dtype=torch.float64)
+        return sums.index_add_(0, self.owners.flatten() + 1, slices.cpu().flatten())[1:]
 
     def sizes(self, count: int) -> torch.Tensor:
         """`[count]`, float64: how many elements of the parameter each structure owns."""
-        each = self.parameter.numel() // len(self.owners)
-        return torch.bincount(self.owners + 1, minlength=count + 1)[1:].double() * each
+        each = self.parameter.numel() // self.owners.numel()
+        return torch.bincount(self.owners.flatten() + 1, minlength=count + 1)[1:].double() * each
 
     def kept_positions(self, kept: torch.Tensor) -> torch.Tensor:
-        """`[count]` bools → `[length of the axis]` bools: what is not owned by a structure that goes."""
+        """`[count]` bools → `[lengths of the axes]` bools: what is not owned by a structure that goes."""
         return torch.cat([torch.ones(1, dtype=torch.bool), kept])[self.owners + 1]
+
+    def along_axes(self, values: torch.Tensor) -> torch.Tensor:
+        """`[lengths of the axes]` values → the same, of a shape that broadcasts with the parameter's."""
+        return values.view([n if axis in self.axes else 1 for axis, n in enumerate(self.parameter.shape)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,15 +72,19 @@ class StructureGroup:
 
     Attributes:
         name: The module that they are in.
-        kind: "head", "neuron", "channel", "layer" or "expert".
+        kind: One of `KINDS`.
         count: How many there are.
         members: What they own.
-        multiple: How many remain is a multiple of this, or all.
+        multiple: How many remain, of each run, is a multiple of this, or all.
         stay: The numbers of those that cannot go.
         attributes: `(module, attribute, number for each structure)` of what a module counts by them.
         fields: `(field, number for each structure)` of what the model's config counts by them.
         fixed: `(field, value)` of what has to be written into the config when the `fields` change.
-        least: How many remain at least.
+        runs: The structures are so many runs of equally many, one behind the other, of each of which as many go: the
+            queries of each key-value head, or the neurons of each expert.
+        run_attributes: `(module, attribute)` of what a module counts by the structures of one run.
+        run_fields: Fields of the model's config that count them.
+        least: How many remain at least; of several runs in all of them together.
         buffers: The same for buffers, which have no masks.
         entries: The list of modules whose entries they are; None if they are in none.
     """
@@ -74,6 +98,9 @@ class StructureGroup:
     attributes: tuple[tuple[str, str, int], ...] = ()
     fields: tuple[tuple[str, int], ...] = ()
     fixed: tuple[tuple[str, int], ...] = ()
+    runs: int = 1
+    run_attributes: tuple[tuple[str, str], ...] = ()
+    run_fields: tuple[str, ...] = ()
     least: int = 1
     buffers: tuple[Member, ...] = ()
     entries: str | None = None
@@ -84,14 +111,21 @@ class StructureGroup:
         Example:
             >>> StructureGroup("mlp", "neuron", 20, (), multiple=8).counts_that_may_go()
             [0, 4, 12]
+            >>> StructureGroup("queries", "query", 6, (), runs=2).counts_that_may_go()
+            [0, 2, 4]
         """
-        last = self.count - max(len(self.stay), self.least)
-        widths = range(self.count // self.multiple * self.multiple, 0, -self.multiple)
-        levels = [self.count - width for width in widths if self.count - width <= last]
+        each = self.count // self.runs
+        run_of_stay = torch.tensor(self.stay, dtype=torch.int64) // each
+        last = each - max(-(-self.least // self.runs), *torch.bincount(run_of_stay, minlength=self.runs).tolist())
+        widths = range(each // self.multiple * self.multiple, 0, -self.multiple)
+        levels = [self.runs * (each - width) for width in widths if each - width <= last]
         return sorted({gone, *(level for level in levels if level > gone)})
 
     def kept_of(self, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Which structures masks keep something of, `[count]` bools. Of parameters without a mask all is kept."""
+        """Which structures masks keep something of, `[count]` bools. Of parameters without a mask all is kept.
+
+        Where several runs lose as many, what goes beyond the fewest of any run counts as kept.
+        """
         kept = torch.zeros(self.count, dtype=torch.bool)
         for member in self.members:
             if member.name in masks:
@@ -104,7 +138,10 @@ class StructureGroup:
                 kept |= member.pool(masks[member.name], self.count) > 0
             else:
                 kept[member.owners[member.owners != NOBODY]] = True
-        return kept
+        if self.runs == 1:
+            return kept
+        gone = ~kept.view(self.runs, -1)
+        return ~(gone & (gone.cumsum(1) <= gone.sum(1).min())).flatten()
 
 
 Structures = Mapping[str, StructureGroup]
@@ -133,8 +170,7 @@ def masks_of(structures: Structures, kept: Mapping[str, torch.Tensor]) -> MaskSe
             if member.name not in masks:
                 masks[member.name] = torch.ones_like(member.parameter, dtype=torch.bool)
             mask = masks[member.name]
-            shape = [-1 if axis == member.axis else 1 for axis in range(mask.ndim)]
-            mask &= member.kept_positions(kept[name]).to(mask.device).view(shape)
+            mask &= member.along_axes(member.kept_positions(kept[name]).to(mask.device))
     return MaskSet(masks)
 
 
@@ -159,6 +195,14 @@ def count_gone(structures: Structures, kept: Mapping[str, torch.Tensor]) -> tupl
     return total - sum(int(kept[name].sum()) for name in structures), total
 
 
+def in_layers_that_stay(structures: Structures, kept: Mapping[str, torch.Tensor]) -> dict[str, StructureGroup]:
+    """The groups that are in no layer that goes; layers come last."""
+    layers = [name for name, group in structures.items() if group.kind == "layer"]
+    gone = tuple(f"{stack}.{int(i)}." for stack in layers for i in (~kept[stack]).nonzero())
+    inside = [name for name in structures if name not in layers and not f"{name}.".startswith(gone)]
+    return {name: structures[name] for name in (*inside, *layers)}
+
+
 def fields_of(structures: Structures, left: Mapping[str, int]) -> dict[str, int]:
     """What the fields of a config are to say, those on which all groups that they count agree.
 
@@ -170,6 +214,8 @@ def fields_of(structures: Structures, left: Mapping[str, int]) -> dict[str, int]
     for name, group in structures.items():
         for field, each in group.fields:
             numbers.setdefault(field, set()).add(each * left[name])
+        for field in group.run_fields:
+            numbers.setdefault(field, set()).add(left[name] // group.runs)
         if group.fields:
             for field, value in group.fixed:
                 numbers.setdefault(field, set()).add(value)

@@ -1,4 +1,4 @@
-"""Heads, neurons and layers: where a model of a known family has them."""
+"""Heads, queries, neurons and layers: where a model of a known family has them."""
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,8 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..weights.targets import Target
-from .families import FAMILIES, Heads, Neurons, Stack
-from .groups import WITHOUT_STRUCTURES, Member, StructureGroup, Structures, advice_for_wrappers, parameters_of
+from .families import FAMILIES, QUERIES_OF_EACH, Heads, Neurons, Stack
+from .groups import KINDS, WITHOUT_STRUCTURES, Member, StructureGroup, Structures, advice_for_wrappers, parameters_of
 
 _HOW_TO_ADD = (
     'Describe it in a dozen lines: describe_family({!r}, Stack("layers", (Heads(...), Neurons(...)))), all of which '
@@ -27,16 +27,17 @@ def find_in_family(
 
     Args:
         model: The model, unwrapped.
-        kinds: Of "head", "neuron" and "layer".
+        kinds: Of "head", "query", "neuron" and "layer".
         targets: The weights that may be pruned; a structure stays that has a matrix which is none of them.
         multiple_of: The number of neurons that remain in a layer is a multiple of this.
 
     Raises:
         ValueError: if the family is unknown, or does not look as described; if layers share weights; if the number
-            of query heads is no multiple of that of key-value heads; or if layers cannot be left out.
+            of query heads is no multiple of that of key-value heads, or the same and queries are asked for; or if
+            layers cannot be left out.
     """
     everything = {group.name: group for each in _stacks(model) for group in each.structures(kinds, multiple_of)}
-    _require_own_weights(everything)
+    require_own_weights(everything)
     found = {}
     for name, group in everything.items():
         others = [m for m in _matrices(model, group) if m.name not in targets]
@@ -80,6 +81,11 @@ class _Layer:
         columns = self.projection(part, part.columns)
         return int(columns.weight.shape[_input_axis(columns)])
 
+    def height(self, part: Heads | Neurons, path: str) -> int:
+        """How much comes out of a projection."""
+        row = self.projection(part, path)
+        return int(row.weight.shape[1 - _input_axis(row)])
+
     def projection(self, part: Heads | Neurons, path: str) -> nn.Linear | Conv1D:
         """A projection of a part, which has to be of a kind whose axes are known."""
         found = self.get(part.module, path)
@@ -96,8 +102,7 @@ class _Layer:
             return self.width(part)
         widths = {part.columns: self.width(part)}
         for path, parts in part.rows.items():
-            row = self.projection(part, path)
-            widths[path] = row.weight.shape[1 - _input_axis(row)] // parts
+            widths[path] = self.height(part, path) // parts
         size = self.get(part.module, part.size)
         if not isinstance(size, int) or size < 1:
             raise ValueError(
@@ -119,15 +124,35 @@ class _Layer:
             axis = 1 - _input_axis(row)
             owners = _blocks(row.weight.shape[axis] // parts, count).repeat(parts)
             name = _join(self.name, part.module, path)
-            yield Member(f"{name}.weight", row.weight, axis, owners)
+            yield Member(f"{name}.weight", row.weight, (axis,), owners)
             if row.bias is not None:
-                yield Member(f"{name}.bias", row.bias, 0, owners)
+                yield Member(f"{name}.bias", row.bias, (0,), owners)
         columns = self.get(part.module, part.columns)
         name, axis = _join(self.name, part.module, part.columns, "weight"), _input_axis(columns)
-        yield Member(name, columns.weight, axis, _blocks(self.width(part), count))
+        yield Member(name, columns.weight, (axis,), _blocks(self.width(part), count))
         for path in self.tables(part):
             weight = self.get(path).weight
-            yield Member(_join(self.name, path, "weight"), weight, 1, _blocks(weight.shape[1], count))
+            yield Member(_join(self.name, path, "weight"), weight, (1,), _blocks(weight.shape[1], count))
+
+    def queries(self, part: Heads) -> StructureGroup | None:
+        """The queries of a layer, each a row block of one projection; None if key-value heads have one each."""
+        count, size, width = self.count(part), self.get(part.module, part.size), self.width(part)
+        apart = [path for path, parts in part.rows.items() if parts == 1 and self.height(part, path) == width]
+        if (total := width // size) == count or len(apart) != 1:
+            return None
+        attention, found = _join(self.name, part.module), self.get(part.module)
+        return StructureGroup(
+            _join(attention, apart[0]),
+            "query",
+            total,
+            tuple(self.members(dataclasses.replace(part, rows={apart[0]: 1}, tables=()), total)),
+            # Others count key-value heads, which stay.
+            attributes=tuple(each for each in self.attributes(part, total) if each[2] in (1, size)),
+            fields=tuple((field, 1) for field in part.fields[:1]),
+            fixed=((part.fixed, size),) if part.fixed is not None else (),
+            runs=count,
+            run_attributes=tuple((attention, name) for name in QUERIES_OF_EACH if hasattr(found, name)),
+        )
 
     def attributes(self, part: Heads | Neurons, count: int) -> Iterator[tuple[str, str, int]]:
         """The whole numbers that go with the structures: module, attribute, and how much of it each has."""
@@ -150,12 +175,14 @@ class _Layers:
     def structures(self, kinds: Collection[str], multiple_of: int) -> Iterator[StructureGroup]:
         if "layer" in kinds:
             yield self._whole()
+        if "query" in kinds:
+            yield from self._queries()
         parts = [part for part in self.stack.parts if part.kind in kinds]
         for kind in sorted({part.kind for part in parts}):
             if not any(layer.has(part) for layer in self.layers for part in parts if part.kind == kind):
                 raise ValueError(
-                    f"{self.name!r} has no {kind}s where this family has them; it looks otherwise in the installed "
-                    f"version of Transformers. {_HOW_TO_ADD.format(self.config.model_type)}"
+                    f"{self.name!r} has no {KINDS[kind]} where this family has them; it looks otherwise in the "
+                    f"installed version of Transformers. {_HOW_TO_ADD.format(self.config.model_type)}"
                 )
         for part in parts:
             owners = [layer for layer in self.layers if layer.has(part)]
@@ -165,6 +192,19 @@ class _Layers:
             for part in parts:
                 if layer.has(part) and not part.is_shared:
                     yield _of_part(part, [layer], multiple_of, _join(layer.name, part.module))
+
+    def _queries(self) -> Iterator[StructureGroup]:
+        """The queries of each layer in which several read one key-value head, as many of each."""
+        heads = [part for part in self.stack.parts if isinstance(part, Heads)]
+        found = [
+            group for layer in self.layers for part in heads if layer.has(part) and (group := layer.queries(part))
+        ]
+        if not found:
+            raise ValueError(
+                f"each key-value head in {self.name!r} has one query, or the two are not projected apart, so that no "
+                "query can go by itself. Choose granularity head."
+            )
+        yield from found
 
     def why_layers_stay(self) -> str | None:
         """Why no layer can be removed; None if layers can."""
@@ -190,7 +230,7 @@ class _Layers:
                 f"layers of {self.name!r} cannot be removed: {why}. Choose granularity head, neuron or head+neuron."
             )
         members = [
-            Member(f"{layer.name}.{name}", parameter, 0, torch.full((len(parameter),), i))
+            Member(f"{layer.name}.{name}", parameter, (0,), torch.full((len(parameter),), i))
             for i, layer in enumerate(self.layers)
             for name, parameter in layer.module.named_parameters()
         ]
@@ -291,7 +331,7 @@ def _matrices(model: nn.Module, structures: StructureGroup) -> list[Member]:
     return [m for m, holder in holders if m.parameter.ndim > 1 and isinstance(holder, (nn.Linear, Conv1D))]
 
 
-def _require_own_weights(found: Structures) -> None:
+def require_own_weights(found: Structures) -> None:
     """Requires that no weight is in two groups."""
     names: dict[int, str] = {}
     for name, parameter in parameters_of(found).items():

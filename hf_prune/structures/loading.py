@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..weights.compression import BITMASK, decompress
 from .entries import keep_entries_, lengths_of
-from .families import EXPERT_COUNTS, FAMILIES
+from .families import EXPERT_COUNTS, EXPERT_WIDTHS, FAMILIES, QUERIES_OF_EACH
 
 METHOD = "hf_prune"
 _KEY = "quantization_config"
@@ -271,7 +271,8 @@ def size_names() -> set[str]:
     """The whole numbers of modules that a file may set: widths, and what families count by heads and neurons."""
     parts = [part for family in FAMILIES.values() for stack in family for part in stack.parts]
     counted = {path.rpartition(".")[2] for part in parts for path in part.attributes}
-    return {"groups", *EXPERT_COUNTS, *counted, *(width for widths in WIDTHS.values() for width in widths)}
+    widths = [width for widths in WIDTHS.values() for width in widths]
+    return {"groups", *QUERIES_OF_EACH, *EXPERT_COUNTS, *EXPERT_WIDTHS, *counted, *widths}
 
 
 def _sizes(model: nn.Module) -> Attributes:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .groups import StructureGroup, Structures, count_gone, kinds_of
+from .groups import KINDS, LEAST, StructureGroup, Structures, count_gone, in_layers_that_stay, kinds_of
 
 
 def choose(
@@ -20,7 +20,8 @@ def choose(
 
     Where the number that remains has to be a multiple of something, structures go in steps, the lowest of a group
     first, and the steps of different groups compete by the means of their scores. The number that goes is the one
-    nearest to what was asked for that can be reached in this order.
+    nearest to what was asked for that can be reached in this order. Layers are chosen first, with all that is in them;
+    of other kinds it is a share of those in layers that stay.
 
     Args:
         structures: Where they are.
@@ -36,16 +37,21 @@ def choose(
     for name in structures:
         if nan := int(scores[name].isnan().sum()):
             raise ValueError(f"{nan} of the {structures[name].count} scores of {name!r} are NaN.")
-    result: dict[str, torch.Tensor] = {}
-    for names, share in pools_of(structures, sparsity, scope, own):
-        pool = {name: structures[name] for name in names}
-        gone = {name: int((~kept[name]).sum()) for name in names}
-        require_attainable(pool, share, gone)
-        orders = {name: _order(pool[name], scores[name], kept[name]) for name in names}
-        asked = round(share * sum(group.count for group in pool.values()))
-        for name, quota in _quotas(pool, asked, gone, scores, orders).items():
-            result[name] = torch.ones_like(kept[name]).scatter_(0, orders[name][:quota], False)
-    return {name: result[name] for name in structures}
+    result = {name: torch.zeros_like(kept[name]) for name in structures}
+    staying = structures
+    for of_layers in (True, False):
+        some = {name: group for name, group in staying.items() if (group.kind == "layer") == of_layers}
+        for names, share in pools_of(some, sparsity, scope, own):
+            pool = {name: structures[name] for name in names}
+            gone = {name: int((~kept[name]).sum()) for name in names}
+            if len(staying) == len(structures):  # Else groups are gone whose shares were others: as near as can be.
+                require_attainable(pool, share, gone)
+            orders = {name: _order(pool[name], scores[name], kept[name]) for name in names}
+            asked = round(share * sum(group.count for group in pool.values()))
+            for name, quota in _quotas(pool, asked, gone, scores, orders).items():
+                result[name] = torch.ones_like(kept[name]).scatter_(0, orders[name][:quota], False)
+        staying = in_layers_that_stay(structures, result)
+    return result
 
 
 def pools_of(
@@ -71,7 +77,7 @@ def floors_of_structures(
 ) -> list[float]:
     """The lowest sparsities that are still possible on the way to a final one, by each pool of structures."""
     floors = []
-    for names, share in pools_of(structures, final, scope, own):
+    for names, share in pools_of(in_layers_that_stay(structures, kept), final, scope, own):
         gone, total = count_gone({name: structures[name] for name in names}, kept)
         if share:
             floors.append(gone / total * final / share)  # A pool is at `share` when the cut is at `final`.
@@ -87,18 +93,22 @@ def require_attainable(structures: Structures, sparsity: float, gone: Mapping[st
     asked, least = round(sparsity * total), sum(gone.values())
     most = sum(group.counts_that_may_go(gone.get(name, 0))[-1] for name, group in structures.items())
     multiple = max(group.multiple for group in structures.values())
+    step = max(group.multiple * group.runs for group in structures.values())
     kind = next(iter(structures.values())).kind
+    kinds = KINDS[kind]
     where = repr(next(iter(structures))) if len(structures) == 1 else f"{len(structures)} places"
-    if asked > most + multiple / 2:
-        stays = f"a multiple of {multiple} {kind}s" if multiple > 1 else f"one {kind}"
+    if asked > most + step / 2:
+        stays = f"a multiple of {step} {kinds}" if step > 1 else f"one {kind}"
+        if (fewest := max(group.least for group in structures.values())) > 1:
+            stays = f"{fewest} {kinds} ({LEAST})"
         raise ValueError(
-            f"a sparsity of {sparsity:g} would remove {asked} of the {total} {kind}s in {where}, and at most {most} "
+            f"a sparsity of {sparsity:g} would remove {asked} of the {total} {kinds} in {where}, and at most {most} "
             f"can go: at least {stays} must stay in each place. Take a lower sparsity"
             f"{' or multiple_of' if multiple > 1 else ''}."
         )
-    if least > asked + multiple / 2:
+    if least > asked + step / 2:
         raise ValueError(
-            f"{least} of the {total} {kind}s in {where} are zero already, more than the {asked} asked for in this "
+            f"{least} of the {total} {kinds} in {where} are zero already, more than the {asked} asked for in this "
             "round. What is pruned stays pruned: take fewer rounds or a higher initial_sparsity, or start without "
             "hold_zeros."
         )
@@ -124,7 +134,7 @@ def shortfall_of(structures: Structures, kept: Mapping[str, torch.Tensor], spars
         possible = f"The smallest step is {step} of them, a sparsity of {step / total:.4g}."
     advice = " Choose another sparsity, or a lower multiple_of." if first.multiple > 1 else " Choose another sparsity."
     return (
-        f"Asked for sparsity {sparsity:g}, but {gone} of the {total} {first.kind}s in {where} are pruned "
+        f"Asked for sparsity {sparsity:g}, but {gone} of the {total} {KINDS[first.kind]} in {where} are pruned "
         f"({gone / total:.4g}). {possible}{advice}"
     )
 
@@ -136,11 +146,15 @@ def count_left(group: StructureGroup, sparsity: float) -> int:
 
 
 def _order(group: StructureGroup, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The numbers of the structures, those first that go first: what is gone, then by score; what stays is last."""
+    """The numbers of the structures, those first that go first: what is gone, then by score; what stays is last.
+
+    Of several runs the first of each come first, then the second of each.
+    """
     rank = kept.int()
     rank[list(group.stay)] = 2
-    by_score = scores.argsort(stable=True)
-    return by_score[rank[by_score].argsort(stable=True)]
+    runs = torch.arange(group.count).view(group.runs, -1)
+    by_score = runs.gather(1, scores[runs].argsort(dim=1, stable=True))
+    return by_score.gather(1, rank[by_score].argsort(dim=1, stable=True)).T.flatten()
 
 
 def _quotas(

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .configs import configs_of, own_configs_, write_layers_, write_widths_
 from .entries import keep_entries_
-from .groups import StructureGroup, Structures, masks_of
+from .groups import KINDS, LEAST, StructureGroup, Structures, in_layers_that_stay, masks_of
 from .loading import WIDTHS, record_shapes_
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Removal:
     @property
     def gone(self) -> list[str]:
         """The groups of which something goes, but for those in layers that go themselves."""
-        return [name for name in self._in_layers_that_stay() if not self.kept[name].all()]
+        return [name for name in in_layers_that_stay(self.structures, self.kept) if not self.kept[name].all()]
 
     @property
     def masks(self) -> Mapping[str, torch.Tensor]:
@@ -58,17 +58,17 @@ class Removal:
         Raises:
             ValueError: if not.
         """
-        for name, group in self._in_layers_that_stay().items():
+        for name, group in in_layers_that_stay(self.structures, self.kept).items():
             left = int(self.kept[name].sum())
             if left == 0:
                 raise ValueError(
-                    f"all {group.count} {group.kind}s of {name!r} are pruned; at least one has to stay. (A layer goes "
-                    "if all its weights are zero.)"
+                    f"all {group.count} {KINDS[group.kind]} of {name!r} are pruned; at least one has to stay. "
+                    "(A layer goes if all its weights are zero.)"
                 )
             if left < group.least:
                 raise ValueError(
-                    f"{left} of the {group.count} {group.kind}s of {name!r} are left, and at least {group.least} have "
-                    "to stay: the router chooses so many for each token."
+                    f"{left} of the {group.count} {KINDS[group.kind]} of {name!r} are left, and at least {group.least} "
+                    f"have to stay: {LEAST}."
                 )
             if not self.kept[name][list(group.stay)].all():
                 raise ValueError(
@@ -82,7 +82,7 @@ class Removal:
             What can be loaded then: the whole, or the model where no config builds the whole.
         """
         own_configs_(self.whole)
-        groups, gone = self._in_layers_that_stay(), self.gone
+        groups, gone = in_layers_that_stay(self.structures, self.kept), self.gone
         widths = {name: group for name, group in groups.items() if group.kind != "layer"}
         _remove_parts_(self.model, {name: group for name, group in widths.items() if name in gone}, self.kept)
         write_widths_(self.model, widths, self.kept)
@@ -105,13 +105,6 @@ class Removal:
             logger.warning(
                 "alignment_heads of the generation config is dropped: the decoder's heads have other numbers."
             )
-
-    def _in_layers_that_stay(self) -> dict[str, StructureGroup]:
-        """The groups that are in no layer that goes; layers come last."""
-        layers = [name for name, group in self.structures.items() if group.kind == "layer"]
-        gone = tuple(f"{stack}.{int(i)}." for stack in layers for i in (~self.kept[stack]).nonzero())
-        inside = [name for name in self.structures if name not in layers and not f"{name}.".startswith(gone)]
-        return {name: self.structures[name] for name in (*inside, *layers)}
 
 
 def whole_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -141,27 +134,40 @@ def _holds_config(referrer: object, model_config: PretrainedConfig) -> bool:
 
 def _remove_parts_(model: nn.Module, parts: Structures, kept: Mapping[str, torch.Tensor]) -> None:
     # Several groups may own positions of one axis, as of a layer that reads what others have put side by side.
-    positions: dict[tuple[str, int], torch.Tensor] = {}
+    positions: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
     for name, group in parts.items():
         for member in (*group.members, *group.buffers):
             if group.entries is not None and member.name.startswith(f"{group.entries}."):
                 continue  # It goes, or stays, with its module.
             own = member.kept_positions(kept[name])
-            positions[member.name, member.axis] = positions.get((member.name, member.axis), own) & own
-    for (parameter_name, axis), stays in positions.items():
+            positions[member.name, member.axes] = positions.get((member.name, member.axes), own) & own
+    # What goes of each expert is counted in all of them, and so goes before whole experts.
+    for (parameter_name, axes), stays in sorted(positions.items(), key=lambda item: -len(item[0][1])):
         path, _, attribute = parameter_name.rpartition(".")
-        module, stay = model.get_submodule(path), stays.nonzero().flatten()
+        module = model.get_submodule(path)
         parameter = getattr(module, attribute)  # Not the member's any more if it has lost another axis.
-        values = parameter.detach().index_select(axis, stay.to(parameter.device))
+        values = _without(parameter.detach(), axes, stays.to(parameter.device))
         is_parameter = isinstance(parameter, nn.Parameter)
         setattr(module, attribute, nn.Parameter(values, parameter.requires_grad) if is_parameter else values)
-        if attribute == "weight":
-            _set_widths_(module, axis, stay)
+        if attribute == "weight" and len(axes) == 1:
+            _set_widths_(module, axes[0], stays.nonzero().flatten())
     for name, group in parts.items():
+        left = int(kept[name].sum())
         if group.entries is not None:
             keep_entries_(model.get_submodule(group.entries), kept[name].nonzero().flatten().tolist())
         for path, attribute, each in group.attributes:
-            setattr(model.get_submodule(path), attribute, each * int(kept[name].sum()))
+            setattr(model.get_submodule(path), attribute, each * left)
+        for path, attribute in group.run_attributes:
+            setattr(model.get_submodule(path), attribute, left // group.runs)
+
+
+def _without(values: torch.Tensor, axes: tuple[int, ...], stays: torch.Tensor) -> torch.Tensor:
+    """Values without the positions along an axis that do not stay; of two axes, along the second, as many of each."""
+    if len(axes) == 1:
+        return values.index_select(axes[0], stays.nonzero().flatten())
+    index = stays.nonzero()[:, 1].view(len(stays), -1)
+    shape = [index.shape[axes.index(axis)] if axis in axes else 1 for axis in range(values.ndim)]
+    return torch.take_along_dim(values, index.view(shape), axes[1])
 
 
 def _set_widths_(module: nn.Module, axis: int, stay: torch.Tensor) -> None:

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from ..calibration.contexts import rolled_back, whole_on_error
 from ..weights.targets import find_targets
+from .by_kind import find_by_kind
 from .channels import find_channels, is_convolutional
 from .comparing import Differs, Reference, why_not_generated
-from .groups import StructureGroup, Structures, count_gone, kept_in, nonzeros
-from .heads_and_neurons import find_in_family
+from .groups import KINDS, StructureGroup, Structures, count_gone, kept_in, nonzeros
 from .loading import build_empty
 from .removal import Removal, whole_of
 
@@ -26,7 +26,7 @@ def shrink(
     *,
     batch: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Removes the structures that are pruned as a whole: heads, neurons, channels and layers.
+    """Removes the structures that are pruned as a whole: heads, neurons, channels, layers and others of `KINDS`.
 
     The outputs stay what they are, up to rounding: on a small batch they are compared, also with those of the model
     that its config would build. The weights that remain are new tensors; an optimizer that was made before holds the
@@ -63,8 +63,8 @@ def shrink(
     kept = kept_in(structures, nonzeros(structures) if masks is None else masks)
     if count_gone(structures, kept)[0] == 0:
         raise ValueError(
-            "there is nothing to remove: no head, neuron, channel or layer is pruned as a whole. Prune with "
-            "granularity head, neuron, head+neuron, channel or layer first."
+            f"there is nothing to remove: nothing of the kinds {', '.join(KINDS)} is pruned as a whole. Prune with "
+            "one of them as granularity first."
         )
     remove_(model, structures, kept, batch)
     return model
@@ -73,15 +73,15 @@ def shrink(
 def find_removable(model: nn.Module) -> dict[str, StructureGroup]:
     """Finds all structures that `shrink` can remove from a model, of all kinds that can be removed from it.
 
-    If there is no such kind, it raises what `find_in_family` and `find_channels` do.
+    If there is no such kind, it raises what `find_by_kind` and `find_channels` do.
     """
     if is_convolutional(model):
         return find_channels(model, find_targets(model, ".*"), multiple_of=1)
     targets, errors = find_targets(model), []
     structures: dict[str, StructureGroup] = {}
-    for kind in ("head", "neuron", "layer"):
+    for kind in ("head", "query", "neuron", "expert", "layer"):
         try:
-            structures |= find_in_family(model, (kind,), targets, multiple_of=1)
+            structures |= find_by_kind(model, (kind,), targets, multiple_of=1)
         except ValueError as error:  # What cannot be removed cannot have been pruned, and the other kinds can.
             logger.debug("No %s is removed: %s", kind, error)
             errors.append(error)
@@ -172,15 +172,15 @@ def _changes_outputs(removal: Removal, batch: Mapping[str, Any] | None, error: D
             break
         except ValueError:  # It cannot be called by itself, and so not compared.
             continue
-    kind = structures[culprit].kind
+    kinds = KINDS[structures[culprit].kind]
     advice = (
         "The network relies on a width that torch-pruning cannot trace."
         if is_convolutional(model)
         else f"Check how the family {model.config.model_type!r} is described: it must name every projection, norm and "
-        f"attribute that depends on the number of {kind}s (see describe_family)."
+        f"attribute that depends on the number of {kinds} (see describe_family)."
     )
     return ValueError(
-        f"removing {kind}s of {culprit!r} changes what {type(model).__name__} computes: {error}. {advice} The model "
+        f"removing {kinds} of {culprit!r} changes what {type(model).__name__} computes: {error}. {advice} The model "
         "is as it was."
     )
 

@@ -15,7 +15,7 @@ DECODER = {
     "intermediate_size": 24,
     "max_position_embeddings": 32,
 }
-GROUPED = {**DECODER, "hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}
+GROUPED = {**DECODER, "hidden_size": 24, "num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 4}
 ENCODER = {**DECODER, "num_labels": 3}
 IMAGES = {
     "hidden_size": 16,

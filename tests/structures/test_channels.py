@@ -107,8 +107,7 @@ def test_planted_channels_are_the_ones_that_go(name):
             keep = torch.ones(those.count).index_fill_(0, gone, 1e-4)
             for member in those.members:
                 factor = torch.cat([torch.ones(1), keep])[member.owners + 1]
-                shape = [-1 if axis == member.axis else 1 for axis in range(member.parameter.ndim)]
-                member.parameter.mul_(factor.view(shape))
+                member.parameter.mul_(member.along_axes(factor))
     prune(model, config_of(sparsity=sum(map(len, planted.values())) / total))
     kept = kept_in(channels, nonzeros(channels))
     assert {place: (~each).nonzero().flatten().tolist() for place, each in kept.items()} == planted

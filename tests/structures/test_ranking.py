@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_prune.structures.groups import StructureGroup
-from hf_prune.structures.ranking import choose, require_attainable, shortfall_of
+from hf_prune.structures.ranking import choose, count_left, require_attainable, shortfall_of
 
 
 def places(*counts, kind="head", multiple=1, stay=()):
@@ -85,6 +85,56 @@ def test_under_scope_layer_each_place_loses_the_same():
     assert [len(gone) for gone in gone_of(kept).values()] == [4, 4, 4]
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(("sparsity", "each"), [(0.1, 0), (0.25, 1), (0.5, 2), (0.7, 3)])
+def test_of_each_run_as_many_go(sparsity, each, seed):
+    """The oracle sorts each run by itself."""
+    structures = {"q": StructureGroup("q", "query", 12, (), runs=3)}
+    scores = scores_of(structures, seed)
+    kept = choose(structures, scores, all_kept(structures), sparsity, "global", {})
+    lowest = [sorted(range(4 * run, 4 * run + 4), key=lambda i: float(scores["q"][i]))[:each] for run in range(3)]
+    assert gone_of(kept)["q"] == sorted(itertools.chain(*lowest))
+
+
+def test_runs_of_different_groups_compete_by_what_goes_at_once():
+    structures = {name: StructureGroup(name, "query", 4, (), runs=2) for name in "ab"}
+    scores = {"a": torch.tensor([0.0, 9, 8, 9]).double(), "b": torch.tensor([3.0, 5, 3, 5]).double()}
+    assert gone_of(choose(structures, scores, all_kept(structures), 0.25, "global", {})) == {"a": [], "b": [0, 2]}
+
+
+def test_the_width_of_each_run_is_a_multiple():
+    group = StructureGroup("experts", "neuron", 60, (), multiple=8, runs=3)
+    assert group.counts_that_may_go() == [0, 12, 36]
+    assert count_left(group, 0.5) == 24
+
+
+def test_what_stays_in_a_run_holds_for_all_runs():
+    assert StructureGroup("q", "query", 8, (), stay=(0, 1, 5), runs=2).counts_that_may_go() == [0, 2, 4]
+
+
+def test_in_layers_that_go_nothing_else_is_chosen():
+    structures = {
+        "layers": StructureGroup("layers", "layer", 3, ()),
+        **{f"layers.{i}.attn": StructureGroup(f"layers.{i}.attn", "head", 4, ()) for i in range(3)},
+    }
+    scores = {name: torch.arange(each.count).double() for name, each in structures.items()}
+    kept = choose(structures, scores, all_kept(structures), 1 / 3, "global", {})
+    # A third of three layers, and of the eight heads in the two that stay.
+    assert gone_of(kept) == {
+        "layers": [0], "layers.0.attn": [0, 1, 2, 3], "layers.1.attn": [0, 1], "layers.2.attn": [0]
+    }  # fmt: skip
+
+
+def test_a_pool_may_have_lost_more_than_its_share_once_a_layer_is_gone():
+    structures = {
+        "layers": StructureGroup("layers", "layer", 2, ()),
+        **{f"layers.{i}.attn": StructureGroup(f"layers.{i}.attn", "head", 4, ()) for i in range(2)},
+    }
+    scores = {name: torch.arange(each.count).double() for name, each in structures.items()}
+    kept = {**all_kept(structures), "layers.1.attn": torch.tensor([False, False, False, True])}
+    assert gone_of(choose(structures, scores, kept, 0.5, "global", {}))["layers.1.attn"] == [0, 1, 2]
+
+
 def test_layers_are_one_pool_whatever_the_scope():
     structures = places(4, 4, kind="layer")
     scores = {"layer 0": torch.arange(4.0).double(), "layer 1": 10 + torch.arange(4.0).double()}
@@ -126,6 +176,11 @@ def test_of_ties_the_first_go():
         (places(32, kind="neuron", multiple=8), 0.9, r"at least a multiple of 8 neurons must stay.*or multiple_of"),
         (places(12, kind="neuron", multiple=16), 0.9, r"at most 0 can go"),
         (places(2, kind="layer", stay=(0, 1)), 0.5, r"at most 0 can go"),
+        (
+            {"q": StructureGroup("q", "query", 9, (), runs=3)},
+            0.9,
+            r"8 of the 9 queries in 'q', and at most 6 can go: at least a multiple of 3 queries must stay",
+        ),
     ],
 )
 def test_a_sparsity_that_would_empty_a_place(structures, sparsity, match):

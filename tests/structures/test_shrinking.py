@@ -10,13 +10,21 @@ from hf_prune.structures.groups import kept_in, nonzeros
 from hf_prune.structures.shrinking import find_removable
 from tests.structures.models import DECODER, MODELS, T5, build, inputs_of, logits_of, perturbed
 
-GRANULARITIES = ("head", "neuron", "head+neuron", "layer")
+GRANULARITIES = ("head", "neuron", "head+neuron", "layer", "query", "query+neuron", "layer+neuron")
 SCOPES = ("global", "layer")
+GROUPED_QUERIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 # Cells that cannot be, with what the error says.
 IMPOSSIBLE = {
     **{
-        (name, "layer"): "a norm comes behind each sum"
+        (name, granularity): "a norm comes behind each sum"
         for name in ("bert", "bert with cross-attention", "roberta", "distilbert", "bart")
+        for granularity in ("layer", "layer+neuron")
+    },
+    **{
+        (name, granularity): r"each key-value head in .* has one query.* Choose granularity head\."
+        for name in MODELS
+        for granularity in ("query", "query+neuron")
+        if name not in GROUPED_QUERIES
     },
 }
 CELLS = [
@@ -59,7 +67,9 @@ def test_masked_and_shrunk_models_give_the_same_outputs(name, granularity, scope
     assert model.num_parameters() < parameters
     assert (logits_of(model) - masked).abs().max() < 1e-12
     left = sum(those.count for those in find_removable(model).values() if those.kind in granularity)
-    assert left == sum(row.total - row.zeros for row in report.structures)
+    # The last query of each of three key-value heads cannot go, and is not found.
+    rows = [row for row in report.structures if (row.kind, row.total - row.zeros) != ("query", 3)]
+    assert left == sum(row.total - row.zeros for row in rows)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -81,8 +91,7 @@ def test_planted_structures_are_the_ones_that_go(name, granularity):
                 keep = torch.ones(those.count)
                 keep[gone] = 1e-4
                 factor = torch.cat([torch.ones(1), keep])[member.owners + 1]
-                shape = [-1 if axis == member.axis else 1 for axis in range(member.parameter.ndim)]
-                member.parameter.mul_(factor.view(shape))
+                member.parameter.mul_(member.along_axes(factor))
     total = {kind: sum(those.count for those in removable.values() if those.kind == kind) for kind in kinds}
     gone = {kind: sum(len(planted[p]) for p, those in removable.items() if those.kind == kind) for kind in kinds}
     for kind in kinds:
@@ -115,7 +124,7 @@ def test_masks_from_before_are_told():
 def test_nothing_is_pruned_as_a_whole():
     model = build("llama")
     prune(model, PruningConfig(sparsity=0.5))
-    with pytest.raises(ValueError, match="there is nothing to remove: no head, neuron, channel or layer"):
+    with pytest.raises(ValueError, match="there is nothing to remove: nothing of the kinds head, neuron, "):
         shrink(model)
 
 

@@ -20,6 +20,7 @@ from .plan import Plan
 from .reconstruction.sparsegpt import reconstruct_
 from .recovery.lora import has_adapters, keeps_sparsity, mask_adapters_, require_maskable_adapters, with_adapters
 from .reporting.reports import SparsityReport, count_zeros
+from .structures.experts import bar_pruned_
 from .weights.masks import MaskSet
 
 logger = logging.getLogger(__name__)
@@ -154,6 +155,7 @@ def prune(
                 "several times. Give a DataLoader or a list of batches."
             )
         masks = plan.held_zeros(model) if config.hold_zeros else MaskSet()
+        bar_pruned_(model, plan.structures)
         if config.round_sparsities:
             batches = None if dataloader is None else lambda: dataloader
             data = CalibrationData(batches, show_progress=True)

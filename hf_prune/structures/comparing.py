@@ -21,6 +21,7 @@ from transformers.utils.logging import (
 from ..calibration.contexts import configured, eager_experts, keep_random_state, undisturbed
 from ..calibration.passes import call
 from .example_inputs import example_batch
+from .routing import bar_like_
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,9 @@ class Reference:
     ) -> bool:
         """Whether a model is so before anything is removed; not if it has hooks or modules of its owner."""
         try:
-            return self._difference(_part_loaded_again(model, saved), masks) is None
+            loaded = _part_loaded_again(model, saved)
+            bar_like_(loaded, model)
+            return self._difference(loaded, masks) is None
         except Exception:
             return False
 
@@ -107,7 +110,12 @@ class Reference:
 
     def _call(self, model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> Outputs:
         eager = eager_experts(model)  # Fused kernels know no float64.
-        with undisturbed(model), eager, torch.no_grad(), _computing_in(model, self._dtype, masks, self._one_by_one):
+        # A loss for balance among experts depends on how many there are.
+        unbalanced, computing = (
+            configured(model, "output_router_logits", False),
+            _computing_in(model, self._dtype, masks, self._one_by_one),
+        )
+        with undisturbed(model), eager, unbalanced, torch.no_grad(), computing:
             torch.manual_seed(0)  # Some models draw random numbers in evaluation too.
             output = call(model, {name: _cast(value, self._dtype) for name, value in self._batch.items()})
         named = dict(output) if isinstance(output, Mapping) else dict(enumerate(output))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..weights.targets import Target
 from .experts import Mixture, find_mixtures
@@ -12,6 +13,7 @@ from .families import EXPERT_WIDTHS
 from .groups import Member, StructureGroup
 
 _IS_BACK = re.compile(r"down|output|w2|fc2")  # How projections back to the residual stream are called.
+_IS_ATTENTION = re.compile(r"(^|\.)(self_)?att(n|ention)\.")
 
 
 def find_expert_neurons(
@@ -19,25 +21,29 @@ def find_expert_neurons(
 ) -> dict[str, StructureGroup]:
     """Finds the neurons of fused experts, by the weight that leads back from them; none where there are none.
 
+    Experts of attention have no neurons, and experts that are modules of their own are networks as others are.
+
     Args:
         model: The model, unwrapped.
         targets: The weights that may be pruned; neurons stay of which a matrix is none of them.
         multiple_of: The number of neurons that remain in each expert is a multiple of this.
     """
-    found = {}
-    for mixture in find_mixtures(model) if hasattr(model, "config") else ():
-        group = _group_of(model, mixture, targets, multiple_of) if mixture.entries is None else None
-        if group is not None:
-            found[group.name] = group
+    found: dict[str, StructureGroup] = {}
+    if isinstance(model, PreTrainedModel):
+        for mixture in find_mixtures(model):
+            group = _group_of(model, mixture, targets, multiple_of)
+            if group is not None:
+                found[group.name] = group
     return found
 
 
 def _group_of(
-    model: nn.Module, mixture: Mixture, targets: Mapping[str, Target], multiple_of: int
+    model: PreTrainedModel, mixture: Mixture, targets: Mapping[str, Target], multiple_of: int
 ) -> StructureGroup | None:
     matrices = [name for name in mixture.parameters if model.get_parameter(name).ndim == 3]
     back = [name for name in matrices if _IS_BACK.search(name.removeprefix(mixture.name))]
-    if len(back) != 1 or not all(name in targets for name in matrices):
+    are_networks = mixture.entries is None and not _IS_ATTENTION.search(mixture.name)
+    if not are_networks or len(back) != 1 or not all(name in targets for name in matrices):
         return None
     count, width, last = mixture.count, targets[back[0]].in_features, targets[back[0]]
     members = [Member(last.name, model.get_parameter(last.name), (0, last.axes[-1]), _owners(count, width, 1, True))]
@@ -53,10 +59,8 @@ def _group_of(
         members.append(Member(name, model.get_parameter(name), (0, target.axes[-2]), owners))
         if (bias := f"{name.removesuffix('.weight')}_bias") in mixture.parameters:
             members.append(Member(bias, model.get_parameter(bias), (0, 1), owners))
-    config = model.config.get_text_config()  # type: ignore[union-attr]
-    # Shared experts may be so many times as wide as another, and would get another width by the same field.
-    are_shared = any(getattr(config, name, None) for name in ("n_shared_experts", "num_shared_experts"))
-    fields = [name for name in EXPERT_WIDTHS if not are_shared and getattr(config, name, None) == width]
+    config = model.config.get_text_config()
+    fields = [name for name in EXPERT_WIDTHS if getattr(config, name, None) == width]
     holders = sorted({name.rpartition(".")[0] for name in matrices})
     return StructureGroup(
         last.module,

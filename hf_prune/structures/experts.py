@@ -14,10 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..weights.targets import Target
-from .families import EXPERT_COUNTS
 from .entries import entries_of
-from .groups import NOBODY, WITHOUT_STRUCTURES, Member, StructureGroup, advice_for_wrappers
-from .routing import Router
+from .families import EXPERT_COUNTS
+from .groups import NOBODY, WITHOUT_STRUCTURES, Member, StructureGroup, Structures, advice_for_wrappers, kinds_of
+from .routing import Router, bar_
 
 # How routers, and what is in them, are called; of several modules with a row for each expert these are meant.
 _IS_ROUTER = re.compile(r"(^|\.)(\w*router\w*|gate|gating|wg|router_gate)(\.|$)")
@@ -120,9 +120,10 @@ def find_experts(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, S
     return found
 
 
-def routers_of(model: nn.Module) -> list[Router]:
-    """The routers of all mixtures of a model whose routers are found."""
-    return [mixture.router for mixture in find_mixtures(model)]
+def bar_pruned_(model: nn.Module, structures: Structures) -> None:
+    """Keeps routers from choosing experts that are pruned, from now on, if experts are among the structures."""
+    if "expert" in kinds_of(structures):
+        bar_(model, [mixture.router for mixture in find_mixtures(model)])
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, int, tuple[str, ...], str | None]]:
@@ -191,10 +192,10 @@ def _is_table(model: nn.Module, mixture: Mixture) -> bool:
     return any(buffer.ndim > 1 and not buffer.is_floating_point() for buffer in router.buffers())
 
 
-def _group_of(model: nn.Module, mixture: Mixture) -> StructureGroup:
+def _group_of(model: PreTrainedModel, mixture: Mixture) -> StructureGroup:
     count, block = mixture.count, model.get_submodule(mixture.router.block)
     members = list(_own_members(model, mixture))
-    buffers = []
+    buffers: list[Member] = []
     owners = torch.full((mixture.rows,), NOBODY)
     owners[:count] = torch.arange(count)
     router = model.get_submodule(mixture.router.module)
@@ -231,8 +232,8 @@ def _group_of(model: nn.Module, mixture: Mixture) -> StructureGroup:
     )
 
 
-def _counts(model: nn.Module, field: str, count: int) -> bool:
-    config = model.config.get_text_config()  # type: ignore[union-attr]
+def _counts(model: PreTrainedModel, field: str, count: int) -> bool:
+    config = model.config.get_text_config()
     return field not in config.attribute_map and getattr(config, field, None) == count
 
 

@@ -1,5 +1,6 @@
 """Finding: the structures that are pruned in a model."""
 
+import copy
 from collections.abc import Mapping
 from typing import cast
 
@@ -11,10 +12,23 @@ from ..weights.targets import Target, find_targets
 from ..weights.timm import config_of_timm
 from .by_kind import find_by_kind
 from .channels import find_channels, is_convolutional
-from .groups import KINDS, LEAST, StructureGroup, Structures, fields_of, kept_in, kinds_of, masks_of, nonzeros
-from .loading import can_say
+from .groups import (
+    KINDS,
+    LEAST,
+    StructureGroup,
+    Structures,
+    fields_of,
+    kept_in,
+    kinds_of,
+    masks_of,
+    nonzeros,
+    parameters_of,
+)
+from .loading import build_empty, can_say
 from .ranking import count_left, pools_of, require_attainable
 from .trial import require_exact_on_a_copy
+
+_LARGEST_COPY = 2**24  # Parameters of the largest model of which a copy is tried; of larger ones what is removed is.
 
 
 def find_structures(
@@ -68,6 +82,9 @@ def require_removable(
         not hasattr(model.config, "num_channels") or any(map(config_of_timm, model.modules()))
     ):
         require_exact_on_a_copy(model, structures)
+    experts = {name: group for name, group in structures.items() if _is_of_experts(group)}
+    if experts and sum(parameter.numel() for parameter in model.parameters()) <= _LARGEST_COPY:
+        require_exact_on_a_copy(model, experts)
     for names, share in pools_of(structures, final, scope, own):
         require_attainable({name: structures[name] for name in names}, share, {})
 
@@ -94,6 +111,7 @@ def held_zeros(model: nn.Module, targets: Mapping[str, Target], structures: Stru
 
 def _require_uniform(model: nn.Module, structures: Structures, final: float) -> None:
     """Requires that a config of the family can say what is left, and that all groups of a kind lose as many."""
+    said: dict[str, int] = {}
     for kind in kinds_of(structures):
         of_kind = {name: group for name, group in structures.items() if group.kind == kind}
         left = {name: count_left(group, final) for name, group in of_kind.items()}
@@ -105,11 +123,35 @@ def _require_uniform(model: nn.Module, structures: Structures, final: float) -> 
                 "shapes are then recorded in the config, and load where hf_prune is imported."
             )
         if not can_say(cast(PreTrainedModel, model).config, fields):
-            said = ", ".join(f"{name}={value}" for name, value in fields.items())
+            values = ", ".join(f"{name}={value}" for name, value in fields.items())
             raise ValueError(
-                f"uniform: no config of {type(model).__name__} can say {said}. Choose another sparsity, or leave "
+                f"uniform: no config of {type(model).__name__} can say {values}. Choose another sparsity, or leave "
                 "uniform out."
             )
+        said |= fields
+    _require_alone(cast(PreTrainedModel, model), structures, said)
     everywhere = find_by_kind(model, kinds_of(structures), find_targets(model), 1)
     if left_out := [name for name in everywhere if name not in structures]:
         raise ValueError(f"uniform: {', '.join(map(repr, left_out))} would keep all. Leave uniform out, or prune all.")
+
+
+def _require_alone(model: PreTrainedModel, structures: Structures, said: Mapping[str, int]) -> None:
+    """Requires that fields of a config say nothing of what is not pruned, such as the width of shared experts."""
+    config = copy.deepcopy(model.config)
+    for each in (config, config.get_text_config()):
+        for field, value in said.items():
+            if hasattr(each, field):
+                setattr(each, field, value)
+    built = {name: parameter.shape for name, parameter in build_empty(type(model), config).named_parameters()}
+    owned = parameters_of(structures).keys()
+    for name, parameter in model.named_parameters():
+        if name not in owned and built.get(name, parameter.shape) != parameter.shape:
+            values = ", ".join(f"{field}={value}" for field, value in said.items())
+            raise ValueError(
+                f"uniform: a config that says {values} would also give {name!r} another shape, which keeps its own. "
+                "Leave uniform out: the shapes are then recorded in the config, and load where hf_prune is imported."
+            )
+
+
+def _is_of_experts(group: StructureGroup) -> bool:
+    return group.kind == "expert" or (group.kind == "neuron" and group.runs > 1)

@@ -67,8 +67,8 @@ class Removal:
                 )
             if left < group.least:
                 raise ValueError(
-                    f"{left} of the {group.count} {KINDS[group.kind]} of {name!r} are left, and at least {group.least} "
-                    f"have to stay: {LEAST}."
+                    f"{left} of the {group.count} {KINDS[group.kind]} of {name!r} are left, and at least "
+                    f"{group.least} have to stay: {LEAST}."
                 )
             if not self.kept[name][list(group.stay)].all():
                 raise ValueError(

@@ -15,6 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+SAVED_UNBARRED = (
+    "Pruned experts are zeros, and no router of this model chooses them as long as it is in memory. What is saved of "
+    "it cannot say so: loaded anew, it computes something else until it is shrunk. Call shrink before it is saved."
+)
+
 
 @dataclass(frozen=True)
 class Router:
@@ -52,11 +57,33 @@ def bar_(model: nn.Module, routers: Iterable[Router]) -> None:
             block.register_forward_hook(_Unshadow(router.corrections), always_call=True)
 
 
+def bar_like_(model: nn.Module, other: nn.Module) -> None:
+    """Bars in a model what another one bars that has the same modules."""
+    for name, module in other.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _BEFORE):
+                model.get_submodule(name).register_forward_pre_hook(hook)
+        for key, hook in module._forward_hooks.items():
+            if isinstance(hook, _AFTER):
+                always = key in module._forward_hooks_always_called
+                model.get_submodule(name).register_forward_hook(hook, always_call=always)
+
+
+def bars_any(model: nn.Module) -> bool:
+    """Whether a router of a model is kept from choosing an expert, which what is saved of it cannot say."""
+    return any(
+        bool(_barred(module, hook.weight).any())
+        for module in model.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if isinstance(hook, (_BarLogits, _ShadowWeight))
+    )
+
+
 def unbar_(model: nn.Module) -> None:
     """Takes the hooks away again."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _HOOKS)]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, (*_BEFORE, *_AFTER))]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
 
@@ -109,7 +136,7 @@ class _Unshadow:
 
     names: tuple[str, ...]
 
-    def __call__(self, module: nn.Module, *_: object) -> None:
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
         for name in self.names:
             path, _, attribute = name.rpartition(".")
             holder = module.get_submodule(path)
@@ -117,18 +144,17 @@ class _Unshadow:
                 vars(holder).pop(attribute, None)
 
 
-_HOOKS = (_BarLogits, _ShadowWeight, _ShadowCorrections, _Unshadow)
+_BEFORE, _AFTER = (_ShadowWeight, _ShadowCorrections), (_BarLogits, _Unshadow)
 
 
 def _own(module: nn.Module, name: str) -> torch.Tensor:
     """A parameter or buffer of a module, whatever shadows it; of a replica of `nn.DataParallel`, what it has."""
-    found = module._parameters.get(name)
-    found = module._buffers.get(name) if found is None else found
+    found = {**module._parameters, **module._buffers}.get(name)
     return vars(module)[name] if found is None else found
 
 
 def _barred(module: nn.Module, weight: str) -> torch.Tensor:
-    """`[rows]` bools: which rows of a router, with its bias, are zero. None of them, if all are, as before training."""
+    """`[rows]` bools: which rows of a router, with its bias, are zero; none, if all are, as before training."""
     zero = (_own(module, weight).detach() == 0).all(1)
     bias = getattr(module, "bias", None)
     if torch.is_tensor(bias) and bias.shape == zero.shape:

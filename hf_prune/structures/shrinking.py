@@ -13,9 +13,11 @@ from ..weights.targets import find_targets
 from .by_kind import find_by_kind
 from .channels import find_channels, is_convolutional
 from .comparing import Differs, Reference, why_not_generated
+from .experts import bar_pruned_
 from .groups import KINDS, StructureGroup, Structures, count_gone, kept_in, nonzeros
 from .loading import build_empty
 from .removal import Removal, whole_of
+from .routing import unbar_
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +112,7 @@ def remove_(
     removal = Removal(model, whole_of(model), structures, kept)
     removal.require_some_left()
     build_empty(type(model), model.config)  # Else nothing could be recorded.
+    bar_pruned_(model, structures)
     reference = None
     try:
         reference = Reference(model, removal.masks, batch)
@@ -131,6 +134,7 @@ def remove_(
             type(model).__name__,
         )
         _remove_without_loading_(removal, reference, batch)
+    unbar_(model)  # Nothing is left to bar.
     if could_generate and (why := why_not_generated(model)):
         _warn_of_generation(model, why)
     removal.forget_alignment_()
@@ -176,6 +180,8 @@ def _changes_outputs(removal: Removal, batch: Mapping[str, Any] | None, error: D
     advice = (
         "The network relies on a width that torch-pruning cannot trace."
         if is_convolutional(model)
+        else "Its routing depends on the number of experts in a way that is not known. Choose another granularity."
+        if structures[culprit].kind == "expert"
         else f"Check how the family {model.config.model_type!r} is described: it must name every projection, norm and "
         f"attribute that depends on the number of {kinds} (see describe_family)."
     )

@@ -22,6 +22,8 @@ from ..recovery.lora import has_adapters, mask_adapters_
 from ..reporting.history import PruningHistory
 from ..reporting.reports import count_zeros
 from ..reporting.savings import shrink_measured
+from ..structures.experts import bar_pruned_
+from ..structures.routing import SAVED_UNBARRED, bars_any
 from ..weights.gradient_hooks import GradientHooks
 from ..weights.masks import MaskSet
 from ..weights.movement import Movement, require_gatherable
@@ -79,6 +81,7 @@ class Run:
         self._weights = dict(event.model.named_parameters())
         self._zero_check = ZeroCheck()
         self._zero_check.watch_(event.model, self.masks)
+        bar_pruned_(event.model, plan.structures)
         self._hooks = GradientHooks()
         self._hooks.release_(self._weights.values())  # What an interrupted run of another callback has left.
         self._tokens_seen = event.state.num_input_tokens_seen
@@ -226,6 +229,8 @@ class Run:
             )  # fmt: skip
         if self.plan.structures and self.plan.config.shrink_at_end and self.masks.masked:
             self._shrink_(event)
+        if bars_any(model):
+            logger.warning("%s", SAVED_UNBARRED)
         if self._weights:  # Else it is shrunk, and has nothing that is masked.
             self._zero_check.watch_until_used_(model, self.masks)
         if has_adapters(model) and self.masks:  # Beside adapters there are no base weights to read them from.

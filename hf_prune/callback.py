@@ -9,12 +9,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from .config import PruningConfig
-from .criteria import Criterion
 from .distributed.gathering import accessible
 from .distributed.shards import reshard_
 from .plan import Plan, resolve
 from .reporting.history import HISTORY_NAME, PruningHistory
 from .reporting.plots import PLOT_NAME, can_plot
+from .selection.scoring import AnyCriterion
 from .training.checkpoints import blank_progress, checkpoint_folder, progress_of
 from .training.endings import logged_on_error
 from .training.events import Event
@@ -78,7 +78,7 @@ class PruningTrainerCallback(TrainerCallback, ExportableState):
         >>> # trainer = Trainer(..., callbacks=[callback]); trainer.train()
     """
 
-    def __init__(self, config: PruningConfig, *, criterion: Criterion | None = None) -> None:
+    def __init__(self, config: PruningConfig, *, criterion: AnyCriterion | None = None) -> None:
         if isinstance(config, Mapping):  # Trainer rebuilds callbacks from the JSON of `state()` if it is told to.
             config = PruningConfig.from_dict(config)
         if not isinstance(config, PruningConfig):

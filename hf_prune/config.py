@@ -13,13 +13,14 @@ from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import get_args, get_origin, get_type_hints
 
-from .criteria import CRITERION_NAMES, RECONSTRUCTIONS
+from .criteria import RECONSTRUCTIONS
 from .granularities import parse as parse_granularity
 from .pacing.patience import require_patience
 from .pacing.timing import require_begin_and_end
 from .schedules import SCHEDULES, explicit, resolve
 from .scopes import SCOPES
 from .selection.granularity import Granularity
+from .selection.scoring import CRITERION_NAMES, require_scorable
 from .selection.whole_structures import MULTIPLE_OF
 from .weights.targets import is_regex
 
@@ -61,24 +62,23 @@ class PruningConfig:
         rounds: Number of rounds; the schedule's own default if None.
         initial_sparsity: Sparsity after the first cut of the hybrid schedule.
         sparsities: The absolute sparsity after each round, rising, instead of a schedule.
-        criterion: What a weight is worth: a key of `hf_prune.criteria.CRITERIA`, or a method of
-            `hf_prune.criteria.RECONSTRUCTIONS` ("sparsegpt"), which also changes the weights that it keeps so that
-            each layer's outputs stay what they were.
+        criterion: What a weight is worth: a key of `hf_prune.criteria.CRITERIA`; a method of `RECONSTRUCTIONS` there
+            ("sparsegpt"), which also changes the weights that it keeps so that each layer's outputs stay what they
+            were; or what a structure is worth, a key of `hf_prune.structures.criteria.STRUCTURE_CRITERIA`.
         calibration_samples: Number of training samples that a cut looks at, in total over all processes, if it does.
-        score_steps: Number of steps in which a cut reaches its sparsity, each leaving the same share of what the one
-            before has left, with new scores for each. Helps criteria that look at data.
+        score_steps: Number of steps in which a cut reaches its sparsity, each scored anew and leaving the same share.
         granularity: What is removed together: "unstructured", "N:M" (N kept of every M along the input dimension,
-            which fixes the sparsity at `1 − N/M`), "block:RxC", or whole structures: "head" (of attention; with
-            grouped queries, a key-value head and its queries), "neuron" (of feed-forward networks), "head+neuron",
-            "channel" (of convolutional networks) or "layer". The sparsities of structures are fractions of their
-            number, and heads and neurons are ranked among themselves.
+            which fixes the sparsity at `1 − N/M`), "block:RxC", or kinds of structures, joined by +: "head" (with
+            grouped queries, a key-value head and its queries), "query", "neuron" (of feed-forward networks), "width"
+            (of the residual stream), "expert", "layer", "channel" (of convolutional networks). Their sparsities are
+            fractions of their number, and each kind is ranked among itself.
         scope: Which weights compete: "global" (all), "layer" (per tensor, each equally sparse), "row" (per output,
             each equally sparse), "erk" (per tensor, by the Erdős–Rényi kernel rule) or "owl" (per tensor, by the
             outliers of its inputs and weights); "auto" is row for wanda and global for all others. N:M competes
             within its groups and takes "auto" only. Structures compete everywhere ("global") or within their layer
-            ("layer", each losing the same share); whole layers take "auto" only. With sparsegpt the scope says how
-            sparse each layer is, and weights compete within blocks of its columns: "global" is as by the criterion
-            fisher, which needs labels and gradients, and "layer" as in its paper, which needs neither.
+            ("layer", each losing the same share); whole layers and widths take "auto" only. With sparsegpt the scope
+            says how sparse each layer is, and weights compete within blocks of its columns: "global" is as by fisher,
+            which needs labels and gradients, and "layer" as in its paper, which needs neither.
         layer_sparsity: Regular expression of module names → their own final sparsity, also as JSON text. The first
             that matches the whole name counts. These modules leave the competition, and `sparsity` holds for the
             rest. At earlier rounds they are as far on their way as the rest.
@@ -86,8 +86,7 @@ class PruningConfig:
         exclude_modules: Modules to leave out.
         begin: Where the first round begins: 1 or more is a number of steps, below 1 a fraction of the run.
         end: Where the rounds end, as in `begin`; if None, after a quarter of the steps that follow `begin`, with
-            patience after half of them, or as many as the rounds need. What the run has left after it belongs to the
-            last round.
+            patience after half of them, or as many as the rounds need. The rest of the run belongs to the last round.
         patience: A round ends when the metric has not improved for this many evaluations; a list gives one number a
             round, and the last repeats. Patience divides the steps up to `end` among the rounds; a round that ends
             early leaves its steps to later ones. If None, rounds are spread evenly.
@@ -106,8 +105,8 @@ class PruningConfig:
         optimizer_state: What a cut does to the optimizer: "mask" zeroes what it remembers of pruned weights, "reset"
             forgets everything, "keep" touches nothing. What is not of the weights' shape, such as Adafactor's factored
             moments, cannot be masked.
-        hold_zeros: Weights that are zero at the start enter the mask first and stay zero.
-        multiple_of: The number of neurons or channels that remain in a layer is a multiple of this, or all of them.
+        hold_zeros: What is zero at the start enters the mask first and stays zero.
+        multiple_of: The number of neurons, channels or widths that remain is a multiple of this, or all of them.
         shrink_at_end: Whether `PruningTrainerCallback` removes pruned structures when training ends: see
             `hf_prune.shrink`. Until then they are masked.
         uniform: Remove the same number of structures everywhere, so that an ordinary config of the model's family says
@@ -176,6 +175,7 @@ class PruningConfig:
         granularity = parse_granularity(self.granularity, multiple_of=self.multiple_of, uniform=self.uniform)
         asked = {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
         granularity.require_options(asked)
+        require_scorable(self.criterion, CRITERION_NAMES[self.criterion], granularity.kinds)
         if self.criterion in RECONSTRUCTIONS:
             self._require_reconstruction(granularity)
         # Computed once here so that a schedule that cannot be is an error at once.

@@ -6,10 +6,9 @@ with `needs`.
 """
 
 import zlib
-from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -58,9 +57,16 @@ Criterion = Callable[[ScoreInputs], torch.Tensor]
 cut with the same inputs and must give the same scores."""
 
 
+_Declared = TypeVar("_Declared", bound=Callable[..., torch.Tensor])
+
+
 def needs(
-    *statistics: str, scope: str = "global", pooling: Pooling = "sum", elementwise: bool = False
-) -> Callable[[Criterion], Criterion]:
+    *statistics: str,
+    scope: str = "global",
+    pooling: Pooling = "sum",
+    elementwise: bool = False,
+    kinds: tuple[str, ...] = (),
+) -> Callable[[_Declared], _Declared]:
     """Declares which statistics a criterion reads, and what its scores are.
 
     Args:
@@ -70,6 +76,9 @@ def needs(
             what the loss changes by, or their "norm", `√(mean of squares)`, which does not grow with their number.
         elementwise: Whether the score of a weight is computed from this weight and what broadcasts to it alone. Each
             process then scores its own rows of a sharded weight; else the weight is gathered on all of them.
+        kinds: Kinds of structures, where it is not weights that it scores, but these as a whole: it then maps
+            `StructureInputs` to one score for each, and statistics are those of
+            `hf_prune.structures.statistics.STRUCTURE_STATISTICS`.
 
     Returns:
         A decorator that notes them at the function.
@@ -87,30 +96,35 @@ def needs(
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}.")
 
-    def declare(criterion: Criterion) -> Criterion:
-        criterion.needs, criterion.scope, criterion.pooling = statistics, scope, pooling  # type: ignore[attr-defined]
-        criterion.elementwise = elementwise  # type: ignore[attr-defined]
+    def declare(criterion: Any) -> Any:
+        criterion.needs, criterion.scope, criterion.pooling = statistics, scope, pooling
+        criterion.elementwise, criterion.kinds = elementwise, kinds
         return criterion
 
     return declare
 
 
-def needs_of(criterion: Criterion) -> tuple[str, ...]:
+def needs_of(criterion: Callable[..., torch.Tensor]) -> tuple[str, ...]:
     """The statistics that a criterion has declared to read."""
     return getattr(criterion, "needs", ())
 
 
-def scope_of(criterion: Criterion) -> str:
+def scope_of(criterion: Callable[..., torch.Tensor]) -> str:
     """What `scope="auto"` means for a criterion."""
     return getattr(criterion, "scope", "global")
 
 
-def pooling_of(criterion: Criterion) -> Pooling:
+def pooling_of(criterion: Callable[..., torch.Tensor]) -> Pooling:
     """What the score of a structure is by a criterion, as `needs` says."""
     return getattr(criterion, "pooling", "sum")
 
 
-def is_elementwise(criterion: Criterion) -> bool:
+def scored_kinds(criterion: Callable[..., torch.Tensor]) -> tuple[str, ...]:
+    """The kinds of structures that a criterion scores as a whole, as `needs` says; none where it scores weights."""
+    return getattr(criterion, "kinds", ())
+
+
+def is_elementwise(criterion: Callable[..., torch.Tensor]) -> bool:
     """Whether a criterion scores each weight by itself, as `needs` says."""
     return getattr(criterion, "elementwise", False)
 
@@ -299,4 +313,3 @@ CRITERIA: dict[str, Criterion] = {
 RECONSTRUCTIONS = {"sparsegpt": fisher}
 """Methods in place of a criterion that also change the weights that they keep (see `hf_prune.reconstruction`) → the
 criterion by which they divide a sparsity among the layers, if all of them compete."""
-CRITERION_NAMES = ChainMap(RECONSTRUCTIONS, CRITERIA)  # A view: what is added to `CRITERIA` is known at once.

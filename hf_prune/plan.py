@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from .config import PruningConfig
-from .criteria import CRITERION_NAMES, RECONSTRUCTIONS, Criterion, Statistics, magnitude, needs_of, scope_of
+from .criteria import RECONSTRUCTIONS, Statistics, magnitude, needs_of, scope_of
 from .distributed.zero import has_partitions
 from .granularities import parse as parse_granularity
 from .recovery.lora import has_adapters, require_maskable_adapters
 from .scopes import GLOBAL, SCOPES, Scope
 from .selection.cuts import Cut, Quota
 from .selection.granularity import Granularity
-from .selection.scoring import Scorer, require_finite_weights
+from .selection.scoring import CRITERION_NAMES, AnyCriterion, Scorer, require_finite_weights, require_scorable
 from .structures.finding import held_zeros, zeros_of
 from .structures.groups import Structures, parameters_of
 from .weights.masks import MaskSet
@@ -39,7 +39,7 @@ class Settings:
     config: PruningConfig
     granularity: Granularity
     scope: Scope
-    criterion: Criterion
+    criterion: AnyCriterion
     criterion_name: str
     reconstructs: bool
 
@@ -55,7 +55,7 @@ class Settings:
         return bool(self.needs) or self.reconstructs
 
 
-def resolve(config: PruningConfig, criterion: Criterion | None = None) -> Settings:
+def resolve(config: PruningConfig, criterion: AnyCriterion | None = None) -> Settings:
     """Resolves the words of a config, whatever the model.
 
     Args:
@@ -63,13 +63,14 @@ def resolve(config: PruningConfig, criterion: Criterion | None = None) -> Settin
         criterion: A criterion in place of the config's.
 
     Raises:
-        ValueError: if the criterion has declared a scope that there is not.
+        ValueError: if the criterion has declared a scope that there is not, or scores other structures.
     """
     granularity = parse_granularity(config.granularity, multiple_of=config.multiple_of, uniform=config.uniform)
     reconstructs = criterion is None and config.criterion in RECONSTRUCTIONS
     chosen = criterion or CRITERION_NAMES[config.criterion]
     own_name = str(getattr(criterion, "__qualname__", type(criterion).__qualname__))
     name = config.criterion if criterion is None else own_name
+    require_scorable(name, chosen, granularity.kinds)
     auto = granularity.auto_scope(scope_of(chosen), reconstructs)
     scope = auto if config.scope == "auto" else config.scope
     if scope not in SCOPES:
@@ -95,7 +96,7 @@ class Plan(Settings):
 
     @classmethod
     def of(
-        cls, model: nn.Module, config: PruningConfig, criterion: Criterion | None = None, *, seed: int = 0
+        cls, model: nn.Module, config: PruningConfig, criterion: AnyCriterion | None = None, *, seed: int = 0
     ) -> "Plan":
         """Resolves a config for a model, and checks that it can be pruned so.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable, Iterator
 
@@ -12,7 +13,7 @@ from .calibration.batches import Batch
 from .calibration.samples import CalibrationData
 from .calibration.statistics import STATISTICS, calibrate
 from .config import PruningConfig
-from .criteria import Criterion, Statistics
+from .criteria import Statistics
 from .distributed.gathering import accessible
 from .distributed.shards import own, reshard_
 from .distributed.zero import master_of, set_master_
@@ -20,7 +21,9 @@ from .plan import Plan
 from .reconstruction.sparsegpt import reconstruct_
 from .recovery.lora import has_adapters, keeps_sparsity, mask_adapters_, require_maskable_adapters, with_adapters
 from .reporting.reports import SparsityReport, count_zeros
+from .selection.scoring import AnyCriterion
 from .structures.experts import bar_pruned_
+from .structures.statistics import STRUCTURE_STATISTICS
 from .weights.masks import MaskSet
 
 logger = logging.getLogger(__name__)
@@ -53,10 +56,16 @@ def cut_(
     data = data or CalibrationData()
     samples, batches = plan.config.calibration_samples, data.batches
     missing = [name for name in plan.needs if name not in data.known]
-    if unknown := [name for name in missing if name not in STATISTICS]:
+    of_structures = {
+        name: functools.partial(STRUCTURE_STATISTICS[name], model, plan.structures)
+        for name in missing
+        if name in STRUCTURE_STATISTICS
+    }
+    if unknown := [name for name in missing if name not in {*STATISTICS, *of_structures}]:
         raise ValueError(
-            f"the criterion {plan.criterion_name!r} needs {', '.join(unknown)}, which nobody gathers here. A "
-            f"calibration gathers {', '.join(STATISTICS)}; PruningTrainerCallback also movement."
+            f"the criterion {plan.criterion_name!r} needs {', '.join(unknown)}, which nobody gathers here. "
+            f"A calibration gathers {', '.join([*STATISTICS, *STRUCTURE_STATISTICS])}; PruningTrainerCallback also "
+            "movement."
         )
     if batches is None and (missing or plan.reconstructs):
         raise ValueError(
@@ -67,7 +76,10 @@ def cut_(
     def statistics() -> Statistics:
         if batches is None or not missing:
             return data.known
-        found = calibrate(model, plan.targets, batches(), missing, samples, show_progress=data.show_progress)
+        of_weights = [name for name in missing if name not in of_structures]
+        found = calibrate(
+            model, plan.targets, batches(), of_weights, samples, others=of_structures, show_progress=data.show_progress
+        )
         return {**data.known, **found}
 
     changed = {**{name: target.weight for name, target in plan.targets.items()}, **plan.parameters}.values()
@@ -107,7 +119,7 @@ def prune(
     config: PruningConfig,
     dataloader: Iterable[Batch] | None = None,
     *,
-    criterion: Criterion | None = None,
+    criterion: AnyCriterion | None = None,
     seed: int = 0,
 ) -> SparsityReport:
     """Prunes a model in place, in one cut to the final sparsity of the config.

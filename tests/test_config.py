@@ -9,9 +9,9 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_prune.config import CONFIG_NAME, OPTIMIZER_STATES, RESTORE, PruningConfig
-from hf_prune.criteria import CRITERION_NAMES
 from hf_prune.schedules import SCHEDULES, resolve
 from hf_prune.scopes import SCOPES
+from hf_prune.selection.scoring import CRITERION_NAMES
 
 FIELDS = dataclasses.fields(PruningConfig)
 

@@ -13,11 +13,13 @@ from transformers import default_data_collator
 
 from hf_prune import MaskSet, PruningConfig, ScoreInputs, prune, sparsity_report
 from hf_prune.calibration.samples import CalibrationData
-from hf_prune.criteria import CRITERION_NAMES, RECONSTRUCTIONS
+from hf_prune.criteria import RECONSTRUCTIONS
 from hf_prune.plan import Plan, resolve
 from hf_prune.pruning import cut_
 from hf_prune.schedules import SCHEDULES
 from hf_prune.scopes import SCOPES
+from hf_prune.selection.scoring import CRITERION_NAMES
+from hf_prune.structures.criteria import STRUCTURE_CRITERIA
 from hf_prune.weights.masks import masked_in
 from hf_prune.weights.targets import Target, find_targets
 from tests.tiny import FAMILIES, batch, build, twin
@@ -36,6 +38,8 @@ def refusal_of(criterion: str, granularity: str, scope: str) -> str | None:
     """The words of the error with which a config refuses a combination."""
     if granularity in ("1:4", "2:4") and scope != "auto":
         return "scope does not apply to granularity"
+    if criterion in STRUCTURE_CRITERIA:
+        return f"criterion '{criterion}' scores whole .*, not weights"
     if criterion in RECONSTRUCTIONS and granularity.startswith("block"):
         return f"^{criterion} chooses weights one by one"
     if criterion in RECONSTRUCTIONS and scope == "row":

@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -23,6 +24,16 @@ from .samples import read_samples, require_samples
 logger = logging.getLogger(__name__)
 
 
+class Sampled(Protocol):
+    """Gathers one statistic, batch by batch."""
+
+    def see(self, batch: Batch, *, is_own: bool) -> None:
+        """Adds a batch, unless it is one of another process, with which this one only takes part in passes."""
+
+    def statistic(self) -> Mapping[str, torch.Tensor]:
+        """What was gathered, of all processes, by the name of what it is of."""
+
+
 def calibrate(
     model: nn.Module,
     targets: Mapping[str, Target],
@@ -30,6 +41,7 @@ def calibrate(
     needs: Collection[str],
     samples: int,
     *,
+    others: Mapping[str, Callable[[], Sampled]] | None = None,
     show_progress: bool = False,
 ) -> Statistics:
     """Gathers statistics over calibration samples.
@@ -44,6 +56,7 @@ def calibrate(
         batches: What the model is called with, as `read_samples` takes them.
         needs: Keys of `STATISTICS`.
         samples: Number of samples to read, of all processes together. If there are fewer, a warning is logged.
+        others: Name of a statistic of something else than targets → what gathers it.
         show_progress: Whether a bar shows how far it is, if it takes more than a few seconds.
 
     Returns:
@@ -54,7 +67,8 @@ def calibrate(
             is not finite (the message names the module).
     """
     in_passes, seen = targets_in_passes(model, targets), 0
-    gatherers = {name: STATISTICS[name](model, targets, in_passes) for name in needs}
+    gatherers: dict[str, Sampled] = {name: STATISTICS[name](model, targets, in_passes) for name in needs}
+    gatherers |= {name: make() for name, make in (others or {}).items()}
     weights = [target.weight for target in (*targets.values(), *in_passes.values())]
     with undisturbed(model, weights), contextlib.ExitStack() as after, paused():
         after.callback(reshard_, model)
@@ -67,7 +81,8 @@ def calibrate(
     with failing_together(are_sharded(targets.values())):
         for name, values in statistics.items():
             for parameter, value in values.items():
-                require_finite(own(value), f"the {name.replace('_', ' ')} of {targets[parameter].module!r}")
+                module = targets[parameter].module if parameter in targets else parameter
+                require_finite(own(value), f"the {name.replace('_', ' ')} of {module!r}")
     return statistics
 
 

@@ -1,15 +1,57 @@
 """Scoring: what a criterion says of weights and of whole structures, checked."""
 
 import math
+from collections import ChainMap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
-from ..criteria import Criterion, ScoreInputs, Statistics, is_elementwise, pooling_of
+from ..criteria import (
+    CRITERIA,
+    RECONSTRUCTIONS,
+    Criterion,
+    ScoreInputs,
+    Statistics,
+    is_elementwise,
+    pooling_of,
+    scored_kinds,
+)
 from ..distributed.processes import failing_together
-from ..structures.groups import StructureGroup
+from ..structures.criteria import STRUCTURE_CRITERIA, StructureCriterion, StructureInputs
+from ..structures.groups import KINDS, StructureGroup
 from ..weights.targets import Target, are_sharded
+
+AnyCriterion = Criterion | StructureCriterion
+
+# A view: what is added to the tables is known at once.
+CRITERION_NAMES: ChainMap[str, AnyCriterion] = ChainMap(
+    cast(dict[str, AnyCriterion], RECONSTRUCTIONS),
+    cast(dict[str, AnyCriterion], STRUCTURE_CRITERIA),
+    cast(dict[str, AnyCriterion], CRITERIA),
+)
+"""What a config can name as its criterion."""
+
+
+def require_scorable(name: str, criterion: AnyCriterion, kinds: Collection[str]) -> None:
+    """Requires that a criterion which scores structures as a whole knows all kinds that are pruned.
+
+    Args:
+        name: The criterion's name.
+        criterion: The criterion.
+        kinds: The kinds of structures that a granularity has; none where it has weights.
+
+    Raises:
+        ValueError: if not.
+    """
+    scored = scored_kinds(criterion)
+    if scored and not (kinds and set(kinds) <= set(scored)):
+        of = " and ".join(KINDS[kind] for kind in kinds) or "weights"
+        raise ValueError(
+            f"criterion {name!r} scores whole {' and '.join(KINDS[kind] for kind in scored)}, not {of}. Choose "
+            f"granularity {' or '.join(scored)}, or another criterion."
+        )
 
 
 @dataclass(frozen=True)
@@ -22,7 +64,7 @@ class Scorer:
         seed: For criteria that draw random numbers.
     """
 
-    criterion: Criterion
+    criterion: AnyCriterion
     statistics: Statistics = field(default_factory=dict)
     seed: int = 0
 
@@ -44,22 +86,14 @@ class Scorer:
             TypeError: if the criterion gives something that is not a tensor.
         """
         version = target.weight._version
-        scores = self.criterion(self.inputs(target))
+        scores = cast(Criterion, self.criterion)(self.inputs(target))
         if target.weight._version != version:
             raise ValueError(f"the criterion changed {target.name!r} in place. It has to leave the weight as it is.")
-        if not torch.is_tensor(scores):
-            raise TypeError(
-                f"the criterion gave {type(scores).__name__} for {target.name!r}; it has to give a tensor."
-            )
-        if scores.shape != target.weight.shape:
-            raise ValueError(
-                f"the criterion gave scores of shape {tuple(scores.shape)} for {target.name!r}, "
-                f"which has shape {tuple(target.weight.shape)}."
-            )
+        _require_shape(scores, target.name, target.weight.shape)
         return scores
 
     def of_structures(self, group: StructureGroup, targets: Mapping[str, Target]) -> torch.Tensor:
-        """Scores of the structures in a group: those of their weights, pooled as the criterion declares.
+        """Scores of the structures in a group: the criterion's own, or those of their weights, pooled as it declares.
 
         Args:
             group: The structures.
@@ -71,6 +105,12 @@ class Scorer:
         Raises:
             ValueError, TypeError: as `of_weights` does.
         """
+        if scored_kinds(self.criterion):
+            own = {name: values[group.name] for name, values in self.statistics.items() if group.name in values}
+            inputs = StructureInputs(group.name, group.kind, group.count, self.seed, own)
+            given = cast(StructureCriterion, self.criterion)(inputs)
+            _require_shape(given, group.name, torch.Size([group.count]))
+            return given.double().cpu()
         pooling = pooling_of(self.criterion)
         total, sizes = torch.zeros(2, group.count, dtype=torch.float64)
         for member in group.members:
@@ -79,6 +119,15 @@ class Scorer:
                 total += member.pool(scores.double().square() if pooling == "norm" else scores, group.count)
                 sizes += member.sizes(group.count)
         return (total / sizes).sqrt() if pooling == "norm" else total
+
+
+def _require_shape(scores: object, name: str, shape: torch.Size) -> None:
+    if not isinstance(scores, torch.Tensor):
+        raise TypeError(f"the criterion gave {type(scores).__name__} for {name!r}; it has to give a tensor.")
+    if scores.shape != shape:
+        raise ValueError(
+            f"the criterion gave scores of shape {tuple(scores.shape)} for {name!r}, which has shape {tuple(shape)}."
+        )
 
 
 @torch.no_grad()

@@ -1,0 +1,106 @@
+"""Criteria of whole structures: what a layer is worth, by what it does rather than by its weights.
+
+One more is one more function here and one more line in `STRUCTURE_CRITERIA`, and its statistic in `statistics.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..criteria import needs
+
+
+@dataclass(frozen=True)
+class StructureInputs:
+    """What a criterion sees of the structures of one group.
+
+    Attributes:
+        name: The group's name, that of a module.
+        kind: One of `hf_prune.structures.groups.KINDS`.
+        count: How many there are.
+        seed: The run's seed, for criteria that draw random numbers.
+        statistics: What the criterion has declared to need: `[count]` each.
+    """
+
+    name: str
+    kind: str
+    count: int
+    seed: int = 0
+    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, statistic: str) -> torch.Tensor:
+        """A statistic of the structures.
+
+        Raises:
+            ValueError: if it was not gathered.
+        """
+        if statistic not in self.statistics:
+            raise ValueError(
+                f"the criterion reads the {statistic!r} of the structures of {self.name!r}, which nobody has "
+                f"gathered. Declare it: put @needs({statistic!r}, kinds=({self.kind!r},)) of hf_prune.criteria above "
+                "the function."
+            )
+        return self.statistics[statistic]
+
+
+StructureCriterion = Callable[[StructureInputs], torch.Tensor]
+"""`StructureInputs` → `[count]` scores, higher = keep."""
+
+
+@needs("block_influence", kinds=("layer",))
+def block_influence(inputs: StructureInputs) -> torch.Tensor:
+    """Layers that turn what they read matter: `1 − E[cos(x_in, x_out)]` of the residual stream, over tokens.
+
+    Args:
+        inputs: `block_influence` is used.
+
+    Returns:
+        `[layers]` scores, float64, in `[0, 2]`.
+
+    Source: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
+    arXiv 2403.03853, eq. 1.
+    """
+    return inputs["block_influence"]
+
+
+@needs("routed_output", kinds=("expert",))
+def reap(inputs: StructureInputs) -> torch.Tensor:
+    """Experts that add much to their tokens matter: the mean of `g · ‖f(x)‖₂` over the tokens routed to one.
+
+    `g` is the weight that the router gives the expert, as the model uses it, and `f(x)` the expert's output. An expert
+    to which no token is routed scores 0.
+
+    Args:
+        inputs: `routed_output` is used.
+
+    Returns:
+        `[experts]` scores, float64, `≥ 0`.
+
+    Source: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE compression",
+    arXiv 2510.13999, eq. 9.
+    """
+    return inputs["routed_output"]
+
+
+@needs("routed_share", kinds=("expert",))
+def frequency(inputs: StructureInputs) -> torch.Tensor:
+    """Experts that are chosen often matter: the share of tokens that are routed to one.
+
+    Args:
+        inputs: `routed_share` is used.
+
+    Returns:
+        `[experts]` scores, float64, in `[0, 1]`.
+
+    Source: Muzio et al. 2024, "SEER-MoE: Sparse Expert Efficiency through Regularization for Mixture-of-Experts",
+    arXiv 2404.05089.
+    """
+    return inputs["routed_share"]
+
+
+STRUCTURE_CRITERIA: dict[str, StructureCriterion] = {
+    "block_influence": block_influence,
+    "reap": reap,
+    "frequency": frequency,
+}

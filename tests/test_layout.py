@@ -23,9 +23,9 @@ criteria
 scopes
 weights         timm body targets masks gradient_hooks zero_checks snapshot movement compression
 calibration     contexts batches samples activations passes per_sample_gradients statistics costs
-structures      groups criteria routed statistics ranking families entries decompression loading registration heads_and_neurons
-                routing experts expert_neurons by_kind example_inputs channels comparing configs removal shrinking
-                trial finding
+structures      groups criteria routed statistics ranking families entries decompression loading registration
+                heads_and_neurons routing experts expert_neurons by_kind example_inputs channels comparing configs
+                removal shrinking trial finding
 selection       lowest scoring cuts granularity weight_groups patterns whole_structures
 granularities
 recovery        masked_lora lora distillation

@@ -86,9 +86,7 @@ class Reference:
     ) -> bool:
         """Whether a model is so before anything is removed; not if it has hooks or modules of its owner."""
         try:
-            loaded = _part_loaded_again(model, saved)
-            bar_like_(loaded, model)
-            return self._difference(loaded, masks) is None
+            return self._difference(_part_loaded_again(model, saved), masks) is None
         except Exception:
             return False
 
@@ -146,7 +144,9 @@ def why_not_generated(model: PreTrainedModel, **options: Any) -> str | None:
 def _part_loaded_again(model: PreTrainedModel, saved: PreTrainedModel) -> PreTrainedModel:
     """A model, or a part of another one, after what holds it was loaded again."""
     path = next(name for name, module in saved.named_modules() if module is model)
-    return cast(PreTrainedModel, _load_again(saved).get_submodule(path))
+    loaded = cast(PreTrainedModel, _load_again(saved).get_submodule(path))
+    bar_like_(loaded, model)  # Experts that are zeros in both.
+    return loaded
 
 
 def _load_again(model: PreTrainedModel) -> PreTrainedModel:

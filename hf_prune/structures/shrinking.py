@@ -135,9 +135,22 @@ def remove_(
         )
         _remove_without_loading_(removal, reference, batch)
     unbar_(model)  # Nothing is left to bar.
+    if len({int(kept[name].sum()) for name, group in structures.items() if group.kind == "expert"}) > 1:
+        _unbalance_(model)
     if could_generate and (why := why_not_generated(model)):
         _warn_of_generation(model, why)
     removal.forget_alignment_()
+
+
+def _unbalance_(model: PreTrainedModel) -> None:
+    """Turns off a loss that adds up experts over layers, if these have several numbers of them."""
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False
+        logger.warning(
+            "The layers of %s have different numbers of experts, and the loss that balances experts needs as many in "
+            "each layer: output_router_logits is False now. Prune with uniform=True to go on with it.",
+            type(model).__name__,
+        )
 
 
 def _remove_without_loading_(removal: Removal, reference: Reference, batch: Mapping[str, Any] | None) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..distributed.zero import is_divided
+
 SAVED_UNBARRED = (
     "Pruned experts are zeros, and no router of this model chooses them as long as it is in memory. What is saved of "
     "it cannot say so: loaded anew, it computes something else until it is shrunk. Call shrink before it is saved."
@@ -42,9 +44,19 @@ def bar_(model: nn.Module, routers: Iterable[Router]) -> None:
     """Bars experts whose row of the router is zero, from now on; a second call changes nothing.
 
     Copies of the model bar them too. In what is saved there is nothing of it.
+
+    Raises:
+        ValueError: if scores are corrected in a block that does not see the router's weight, because DeepSpeed has
+            divided it.
     """
     for router in routers:
         module, block = model.get_submodule(router.module), model.get_submodule(router.block)
+        if router.corrections and is_divided(getattr(module, router.weight)):
+            raise ValueError(
+                f"DeepSpeed's stage 3 divides the weight of the router {router.module!r}, whose scores are corrected "
+                "elsewhere, so that pruned experts cannot be barred. Train with stage 2, or with "
+                "DistributedDataParallel."
+            )
         if type(module).forward is nn.Linear.forward and router.weight == "weight":
             if not _has(module._forward_hooks, _BarLogits):
                 module.register_forward_hook(_BarLogits(router.weight))

@@ -220,6 +220,7 @@ class Run:
             with logged_on_error("The last round was not closed, and the model has the weights of the last step."):
                 event.say(self.rounds.finish_(state.global_step, model))
             self.masks.apply_(model)
+            are_barred = bars_any(model)
         if shortfall := self.history.shortfall():
             logger.warning("%s", shortfall)
         if self.monitor.lacks(self.history.metric):
@@ -229,7 +230,7 @@ class Run:
             )  # fmt: skip
         if self.plan.structures and self.plan.config.shrink_at_end and self.masks.masked:
             self._shrink_(event)
-        if bars_any(model):
+        if are_barred and self._weights:
             logger.warning("%s", SAVED_UNBARRED)
         if self._weights:  # Else it is shrunk, and has nothing that is masked.
             self._zero_check.watch_until_used_(model, self.masks)

@@ -182,3 +182,12 @@ def test_a_product_with_a_transposed_weight_is_barred_too():
         assert torch.equal(product, expected)
         assert type(product) is torch.Tensor
     assert type(weight + 1) is torch.Tensor
+
+
+def test_corrections_beside_a_divided_router_are_an_error(monkeypatch):
+    monkeypatch.setattr("hf_prune.structures.routing.is_divided", lambda parameter: True)
+    with pytest.raises(
+        ValueError, match=r"DeepSpeed's stage 3 divides the weight of the router 'model\.layers\.0\.mlp"
+    ):
+        prune(build_mixture("minimax_m2"), CONFIG)
+    prune(build_mixture("mixtral"), CONFIG)  # Its router needs nothing else.

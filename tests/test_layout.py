@@ -23,8 +23,8 @@ criteria
 scopes
 weights         timm body targets masks gradient_hooks zero_checks snapshot movement compression
 calibration     contexts batches samples activations passes per_sample_gradients statistics costs
-structures      groups criteria routed statistics ranking families entries decompression loading registration
-                heads_and_neurons routing experts expert_neurons by_kind example_inputs channels comparing configs
+structures      example_inputs norms groups criteria routed statistics ranking families entries decompression loading
+                registration heads_and_neurons widths routing experts expert_neurons by_kind channels comparing configs
                 removal shrinking trial finding
 selection       lowest scoring cuts granularity weight_groups patterns whole_structures
 granularities
@@ -65,6 +65,7 @@ GUARDS = {
     ("structures.comparing", "is_what_its_config_builds"),
     ("structures.comparing", "require_same"),
     ("structures.comparing", "why_not_generated"),
+    ("structures.norms", "norm_of"),
     ("training.endings", "logged_on_error"),
 }
 

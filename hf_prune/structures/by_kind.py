@@ -10,6 +10,7 @@ from .expert_neurons import find_expert_neurons
 from .experts import find_experts
 from .groups import StructureGroup
 from .heads_and_neurons import find_in_family, require_own_weights
+from .widths import find_width
 
 logger = logging.getLogger(__name__)
 
@@ -23,26 +24,25 @@ def find_by_kind(
         model: The model, unwrapped.
         kinds: Some of `KINDS`, no channels.
         targets: The weights that may be pruned.
-        multiple_of: The number of neurons that remain in a layer, or in each expert, is a multiple of this.
+        multiple_of: The number of neurons that remain in a layer or in each expert, and of widths, is a multiple of
+            this.
 
     Raises:
-        ValueError: as `find_in_family` and `find_experts` do.
+        ValueError: as `find_in_family`, `find_experts` and `find_width` do.
     """
-    found: dict[str, StructureGroup] = {}
-    if "width" in kinds:
-        raise ValueError(f"{type(model).__name__} has no width that is known.")
-    if of_family := [kind for kind in kinds if kind not in ("expert", "neuron")]:
-        found |= find_in_family(model, of_family, targets, multiple_of)
-    if "expert" in kinds:
-        found |= find_experts(model, targets)
-    if "neuron" in kinds:
-        inside = find_expert_neurons(model, targets, multiple_of)
+    found = find_experts(model, targets) if "expert" in kinds else {}
+    inside = find_expert_neurons(model, targets, multiple_of) if "neuron" in kinds else {}
+    if described := [kind for kind in kinds if kind not in ("expert", "width")]:
         try:
-            found |= find_in_family(model, ("neuron",), targets, multiple_of)
+            found |= find_in_family(model, described, targets, multiple_of)
         except ValueError as error:
             if not inside:
                 raise
             logger.debug("Only neurons of experts are found: %s", error)
-        found |= inside
+            if others := [kind for kind in described if kind != "neuron"]:
+                found |= find_in_family(model, others, targets, multiple_of)
+    found |= inside
+    if "width" in kinds:
+        found |= find_width(model, targets, multiple_of)
     require_own_weights(found)
     return found

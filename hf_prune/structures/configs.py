@@ -24,10 +24,15 @@ def own_configs_(model: PreTrainedModel) -> None:
 
 def write_widths_(model: PreTrainedModel, parts: Structures, kept: Mapping[str, torch.Tensor]) -> None:
     """Writes into the config how many heads and neurons there are, as far as it can say it."""
+    by_kind: list[dict[str, int]] = []
     for kind in kinds_of(parts):
         structures = {name: group for name, group in parts.items() if group.kind == kind}
-        fields = fields_of(structures, {name: int(kept[name].sum()) for name in structures})
-        if any(not kept[name].all() for name in structures) and can_say(model.config, fields):
+        if any(not kept[name].all() for name in structures):
+            by_kind.append(fields_of(structures, {name: int(kept[name].sum()) for name in structures}))
+    together = {field: value for fields in by_kind for field, value in fields.items()}
+    # A width may be one that fewer heads divide, and those that there were do not.
+    for fields in [together] if can_say(model.config, together) else by_kind:
+        if can_say(model.config, fields):
             for config in configs_of(model, model):
                 _set_fields_(config, fields)
 

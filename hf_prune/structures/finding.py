@@ -26,7 +26,8 @@ from .groups import (
 )
 from .loading import build_empty, can_say
 from .ranking import count_left, pools_of, require_attainable
-from .trial import require_exact_on_a_copy
+from .removal import whole_of
+from .trial import require_exact_on_a_copy, require_width_exact_on_a_copy
 
 _LARGEST_COPY = 2**24  # Parameters of the largest model of which a copy is tried; of larger ones what is removed is.
 
@@ -87,6 +88,30 @@ def require_removable(
         require_exact_on_a_copy(model, experts)
     for names, share in pools_of(structures, final, scope, own):
         require_attainable({name: structures[name] for name in names}, share, {})
+    for group in structures.values():
+        if group.kind == "width" and final > 0:
+            left = {name: count_left(each, own.get(name, final)) for name, each in structures.items()}
+            together = structures if scope == "layer" else {}  # Else nobody knows how many heads each layer keeps.
+            _require_width(cast(PreTrainedModel, model), group, together, left)
+
+
+def _require_width(
+    model: PreTrainedModel, group: StructureGroup, together: Structures, left: Mapping[str, int]
+) -> None:
+    """Requires that a config can say how wide a model gets, alone or with the other kinds; and that it is exact."""
+    if (whole := whole_of(model)) is not model:
+        raise ValueError(
+            f"this {type(model).__name__} is a part of a {type(whole).__name__}, whose other parts hand it what is as "
+            "wide as it is. Widths go of a model that stands alone."
+        )
+    ways = [fields_of({group.name: group}, left), fields_of({group.name: group, **together}, left)]
+    if not any(can_say(model.config, fields) for fields in ways):
+        field = group.fields[0][0]
+        raise ValueError(
+            f"no config of {type(model).__name__} can say {field}={left[group.name]}: a multiple of its heads may be "
+            "asked for. Choose another sparsity or multiple_of."
+        )
+    require_width_exact_on_a_copy(model)
 
 
 def zeros_of(model: nn.Module, targets: Mapping[str, Target], structures: Structures) -> MaskSet:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..weights.masks import MaskSet
+from .norms import Norms
 
 KINDS = {
     "head": "heads",
@@ -87,6 +88,7 @@ class StructureGroup:
         least: How many remain at least; of several runs in all of them together.
         buffers: The same for buffers, which have no masks.
         entries: The list of modules whose entries they are; None if they are in none.
+        norms: What normalizes over them, where it has to be scaled when some go.
     """
 
     name: str
@@ -104,6 +106,7 @@ class StructureGroup:
     least: int = 1
     buffers: tuple[Member, ...] = ()
     entries: str | None = None
+    norms: Norms | None = None
 
     def counts_that_may_go(self, gone: int = 0) -> list[int]:
         """How many may be gone, in rising order, from a number that is gone already.

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .configs import configs_of, own_configs_, write_layers_, write_widths_
 from .entries import keep_entries_
 from .groups import KINDS, LEAST, StructureGroup, Structures, in_layers_that_stay, masks_of
-from .loading import WIDTHS, record_shapes_
+from .loading import WIDTHS, build_empty, record_shapes_
+from .norms import Rescaling
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,11 @@ class Removal:
     def masks(self) -> Mapping[str, torch.Tensor]:
         """Parameter → bool mask, False for what goes."""
         return masks_of(self.structures, self.kept)
+
+    @property
+    def channels(self) -> torch.Tensor | None:
+        """Which channels of the residual stream stay, if some go."""
+        return next((self.kept[name] for name in self.gone if self.structures[name].kind == "width"), None)
 
     def of(self, name: str) -> "Removal":
         """What goes of one group alone."""
@@ -82,10 +88,19 @@ class Removal:
             What can be loaded then: the whole, or the model where no config builds the whole.
         """
         own_configs_(self.whole)
+        rescalings = {
+            name: Rescaling.of(self.model, norms)
+            for name in self.gone
+            if (norms := self.structures[name].norms) is not None
+        }
         groups, gone = in_layers_that_stay(self.structures, self.kept), self.gone
         widths = {name: group for name, group in groups.items() if group.kind != "layer"}
         _remove_parts_(self.model, {name: group for name, group in widths.items() if name in gone}, self.kept)
         write_widths_(self.model, widths, self.kept)
+        for name, rescaling in rescalings.items():
+            built = dict(build_empty(type(self.model), self.model.config).named_modules(remove_duplicate=False))
+            left = int(self.kept[name].sum())
+            rescaling.apply_(groups[name].count, left, configs_of(self.model, self.model), built)
         for name, group in groups.items():
             if group.kind == "layer" and name in gone:
                 _remove_layers_(self.model, group, self.kept[name])
@@ -141,16 +156,25 @@ def _remove_parts_(model: nn.Module, parts: Structures, kept: Mapping[str, torch
                 continue  # It goes, or stays, with its module.
             own = member.kept_positions(kept[name])
             positions[member.name, member.axes] = positions.get((member.name, member.axes), own) & own
+    places: dict[torch.Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(parameter, []).append(name)
     # What goes of each expert is counted in all of them, and so goes before whole experts.
-    for (parameter_name, axes), stays in sorted(positions.items(), key=lambda item: -len(item[0][1])):
-        path, _, attribute = parameter_name.rpartition(".")
-        module = model.get_submodule(path)
-        parameter = getattr(module, attribute)  # Not the member's any more if it has lost another axis.
+    for (name, axes), stays in sorted(positions.items(), key=lambda item: -len(item[0][1])):
+        holder, _, attribute = name.rpartition(".")
+        parameter = getattr(
+            model.get_submodule(holder), attribute
+        )  # Not the member's any more if it has lost another axis.
         values = _without(parameter.detach(), axes, stays.to(parameter.device))
         is_parameter = isinstance(parameter, nn.Parameter)
-        setattr(module, attribute, nn.Parameter(values, parameter.requires_grad) if is_parameter else values)
-        if attribute == "weight" and len(axes) == 1:
-            _set_widths_(module, axes[0], stays.nonzero().flatten())
+        smaller = nn.Parameter(values, parameter.requires_grad) if is_parameter else values
+        places[smaller] = places.pop(parameter, [name])  # Several if tied, as embeddings and the projection to logits.
+        for place in places[smaller]:
+            path, _, attribute = place.rpartition(".")
+            module = model.get_submodule(path)
+            setattr(module, attribute, smaller)
+            if attribute == "weight" and len(axes) == 1:
+                _set_widths_(module, axes[0], stays.nonzero().flatten())
     for name, group in parts.items():
         left = int(kept[name].sum())
         if group.entries is not None:

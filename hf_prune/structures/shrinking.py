@@ -81,7 +81,7 @@ def find_removable(model: nn.Module) -> dict[str, StructureGroup]:
         return find_channels(model, find_targets(model, ".*"), multiple_of=1)
     targets, errors = find_targets(model), []
     structures: dict[str, StructureGroup] = {}
-    for kind in ("head", "query", "neuron", "expert", "layer"):
+    for kind in ("head", "query", "neuron", "expert", "layer", "width"):
         try:
             structures |= find_by_kind(model, (kind,), targets, multiple_of=1)
         except ValueError as error:  # What cannot be removed cannot have been pruned, and the other kinds can.
@@ -115,7 +115,7 @@ def remove_(
     bar_pruned_(model, structures)
     reference = None
     try:
-        reference = Reference(model, removal.masks, batch)
+        reference = Reference(model, removal.masks, batch, removal.channels)
     except ValueError as error:
         logger.warning(
             "The shrunk model could not be compared with the masked one: %s. Pass shrink(..., batch=...).", error
@@ -183,7 +183,7 @@ def _changes_outputs(removal: Removal, batch: Mapping[str, Any] | None, error: D
         alone = removal.of(name)
         try:
             with rolled_back(removal.whole):
-                apply_compared_(alone, Reference(model, alone.masks, batch))
+                apply_compared_(alone, Reference(model, alone.masks, batch, alone.channels))
         except Differs as its:
             culprit, error = name, its
             break
@@ -191,8 +191,8 @@ def _changes_outputs(removal: Removal, batch: Mapping[str, Any] | None, error: D
             continue
     kinds = KINDS[structures[culprit].kind]
     advice = (
-        "The network relies on a width that torch-pruning cannot trace."
-        if is_convolutional(model)
+        "The network relies on a width that cannot be traced."
+        if is_convolutional(model) or structures[culprit].kind == "width"
         else "Its routing depends on the number of experts in a way that is not known. Choose another granularity."
         if structures[culprit].kind == "expert"
         else f"Check how the family {model.config.model_type!r} is described: it must name every projection, norm and "

@@ -1,6 +1,7 @@
 """Structures while training: masked as a whole, and removed at the end."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -35,7 +36,23 @@ def without_dropout(model):
     return model
 
 
-CONFIG = PruningConfig(sparsity=0.5, schedule="constant", rounds=2, granularity="head+neuron", multiple_of=4)
+def str_of(value):
+    return value.granularity if isinstance(value, PruningConfig) else str(value)
+
+
+TWO_ROUNDS = {"schedule": "constant", "rounds": 2}
+CONFIG = PruningConfig(sparsity=0.5, **TWO_ROUNDS, granularity="head+neuron", multiple_of=4)
+# What a llama can lose too, of each kind in two rounds.
+KINDS = {
+    "query": PruningConfig(sparsity=0.5, **TWO_ROUNDS, granularity="query"),
+    "width": PruningConfig(sparsity=0.5, **TWO_ROUNDS, granularity="width", multiple_of=4),
+    "query+neuron+width": PruningConfig(
+        sparsity=0.5, **TWO_ROUNDS, granularity="query+neuron+width", scope="layer", multiple_of=6
+    ),
+    "layer": PruningConfig(sparsity=0.6, **TWO_ROUNDS, granularity="layer", criterion="block_influence"),
+    "layer+neuron": PruningConfig(sparsity=0.6, **TWO_ROUNDS, granularity="layer+neuron", multiple_of=4),
+}
+OF_LLAMA = [("llama", config) for config in KINDS.values()]
 
 
 class Watch(transformers.TrainerCallback):
@@ -51,11 +68,15 @@ class Watch(transformers.TrainerCallback):
                 self.wrong.append((state.global_step, name))
 
 
-@pytest.mark.parametrize("name", ["gpt_neo", "llama", "bert", "vit", "t5", "whisper"])
-def test_whole_structures_are_held_and_removed_at_the_end(name, make_trainer):
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [*((name, CONFIG) for name in ("gpt_neo", "llama", "bert", "vit", "t5", "whisper")), *OF_LLAMA],
+    ids=str_of,
+)
+def test_whole_structures_are_held_and_removed_at_the_end(name, config, make_trainer):
     model = without_dropout(build(name))
     before = model.num_parameters()
-    pruning = PruningTrainerCallback(CONFIG)
+    pruning = PruningTrainerCallback(config)
     watch = Watch(pruning)
     dataset = samples(model)
     if name == "whisper":
@@ -66,7 +87,9 @@ def test_whole_structures_are_held_and_removed_at_the_end(name, make_trainer):
     assert watch.wrong == []
     rounds = pruning.history
     assert [row.masked for row in rounds] == [row.zeros for row in rounds]
-    assert rounds[-1].total == sum(those.count for those in pruning._last_run.plan.structures.values())
+    total = sum(those.count for those in pruning._last_run.plan.structures.values())
+    gone = 24 * (3 - len(model.model.layers)) if config.granularity == "layer+neuron" else 0
+    assert rounds[-1].total == total - gone  # The neurons of layers that go are counted with these.
     assert rounds[0].masked < rounds[1].masked
     assert trainer.model is model
     assert model.num_parameters() < before
@@ -79,12 +102,15 @@ def test_whole_structures_are_held_and_removed_at_the_end(name, make_trainer):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch"])
-@pytest.mark.parametrize("name", ["gpt_neo", "gpt2", "llama", "bert", "vit"])
-def test_training_under_masks_is_training_what_is_left(name, optimizer, make_trainer):
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [*((name, "head+neuron") for name in ("gpt_neo", "gpt2", "llama", "bert", "vit")), ("llama", "query+neuron")],
+)
+def test_training_under_masks_is_training_what_is_left(name, granularity, optimizer, make_trainer):
     """The oracle: a model that is shrunk before training, by the same masks."""
     model = without_dropout(build(name, torch.float64))
     small = copy.deepcopy(model)
-    config = PruningConfig(sparsity=0.5, schedule="one_shot", granularity="head+neuron", multiple_of=4)
+    config = PruningConfig(sparsity=0.5, schedule="one_shot", granularity=granularity, multiple_of=4)
     prune(small, config)
     shrink(small)
     # Without it, AdamW would make steps of the rounding errors of gradients that are zero.
@@ -109,20 +135,25 @@ def test_masks_can_stay_masks(make_trainer):
     assert (logits_of(model) - logits).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["gpt_neo", "vit"])
-def test_a_resumed_run_ends_as_an_undisturbed_one(name, make_trainer, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("gpt_neo", CONFIG), ("vit", CONFIG), ("llama", KINDS["query+neuron+width"]), ("llama", KINDS["layer"])],
+    ids=str_of,
+)
+def test_a_resumed_run_ends_as_an_undisturbed_one(name, config, make_trainer, tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
     whole = build(name)
-    pruning = PruningTrainerCallback(CONFIG)
+    pruning = PruningTrainerCallback(config)
     make_trainer(whole, pruning, train_dataset=samples(whole), **options).train()
     for step in range(1, 7):
         model = build(name)
-        resumed = PruningTrainerCallback(CONFIG)
+        resumed = PruningTrainerCallback(config)
         trainer = make_trainer(model, resumed, train_dataset=samples(model), **options)
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
         assert [row.masked for row in resumed.history] == [row.masked for row in pruning.history]
         for (n, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
             assert torch.equal(ours, theirs), (step, n)
+        assert getattr(model.config, "rms_norm_eps", 0) == getattr(whole.config, "rms_norm_eps", 0)
 
 
 def test_what_is_saved_loads(make_trainer, tmp_path):
@@ -138,20 +169,59 @@ def test_what_is_saved_loads(make_trainer, tmp_path):
     assert PruningConfig.from_pretrained(tmp_path / "out") == CONFIG
 
 
-def test_the_best_model_comes_back_before_it_is_shrunk(make_trainer, tmp_path):
-    model = build("gpt_neo")
+@pytest.mark.parametrize(("name", "config"), [("gpt_neo", CONFIG), *OF_LLAMA], ids=str_of)
+def test_the_best_model_comes_back_before_it_is_shrunk(name, config, make_trainer, tmp_path):
+    model = build(name)
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     trainer = make_trainer(
         model,
-        PruningTrainerCallback(CONFIG),
+        PruningTrainerCallback(config),
         train_dataset=samples(model),
         eval_dataset=samples(model, 8, 1),
         load_best_model_at_end=True,
         **options,
     )
+    before = model.num_parameters()
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-5)
+    assert model.num_parameters() < before
+
+
+@pytest.mark.parametrize("config", KINDS.values(), ids=str_of)
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
+def test_with_patience(config, options, make_trainer):
+    """Rounds end by the metric, and what is left computes what was masked."""
+    model = build("llama")
+    before = model.num_parameters()
+    patient = dataclasses.replace(config, patience=[1], end=8, shrink_at_end=False)
+    pruning = PruningTrainerCallback(patient)
+    trainer = make_trainer(
+        model,
+        pruning,
+        train_dataset=samples(model),
+        eval_dataset=samples(model, 8, 1),
+        max_steps=12,
+        eval_strategy="steps",
+        eval_steps=1,
+        **options,
+    )
+    trainer.train()
+    assert [row.round for row in pruning.history] == [1, 2]
+    masked = logits_of(model.eval())
+    shrink(model, pruning.masks)
+    assert model.num_parameters() < before
+    assert (logits_of(model) - masked).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("config", KINDS.values(), ids=str_of)
+def test_a_model_in_half_precision_is_shrunk(config, make_trainer):
+    model = build("llama", torch.bfloat16)
+    before = model.num_parameters()
+    trainer = make_trainer(model, PruningTrainerCallback(config), train_dataset=samples(model))
+    trainer.train()
+    assert model.num_parameters() < before
+    assert logits_of(model.eval()).isfinite().all()
 
 
 def test_a_kept_zero_does_not_stop_a_resumption(make_trainer, tmp_path):

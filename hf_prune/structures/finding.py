@@ -154,10 +154,10 @@ def _require_uniform(model: nn.Module, structures: Structures, final: float) -> 
                 "uniform out."
             )
         said |= fields
-    _require_alone(cast(PreTrainedModel, model), structures, said)
     everywhere = find_by_kind(model, kinds_of(structures), find_targets(model), 1)
     if left_out := [name for name in everywhere if name not in structures]:
         raise ValueError(f"uniform: {', '.join(map(repr, left_out))} would keep all. Leave uniform out, or prune all.")
+    _require_alone(cast(PreTrainedModel, model), structures, said)
 
 
 def _require_alone(model: PreTrainedModel, structures: Structures, said: Mapping[str, int]) -> None:

@@ -62,7 +62,8 @@ def find_mixtures(model: nn.Module) -> list[Mixture]:
     for name, count, parameters, entries in _candidates(model):
         chosen = _router_of(model, name, count)
         if chosen is None:
-            if entries is None:
+            # Weights of three axes may be something else, and lists of networks often are.
+            if "expert" in f"{name} {type(model.get_submodule(name)).__name__}".lower():
                 lost.append(name)
             continue
         router, rows, block = chosen

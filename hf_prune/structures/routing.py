@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..distributed.zero import is_divided
+from ..distributed.zero import is_divided, is_present
 
 SAVED_UNBARRED = (
     "Pruned experts are zeros, and no router of this model chooses them as long as it is in memory. What is saved of "
@@ -87,7 +87,7 @@ def bars_any(model: nn.Module) -> bool:
         bool(_barred(module, hook.weight).any())
         for module in model.modules()
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if isinstance(hook, (_BarLogits, _ShadowWeight))
+        if isinstance(hook, (_BarLogits, _ShadowWeight)) and is_present(_own(module, hook.weight))
     )
 
 

@@ -214,3 +214,32 @@ def test_experts_of_which_a_matrix_is_no_target_stay():
     )
     report = prune(model, config)
     assert len(report.structures) == 1
+
+
+def test_weights_of_three_axes_that_are_no_experts_stop_nothing():
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.mlp.register_parameter("mixing", nn.Parameter(torch.ones(3, 4, 5)))
+    assert find_mixtures(model) == []
+
+
+def test_a_list_that_is_recorded_longer_than_it_is_is_an_error(tmp_path):
+    model = build_mixture("switch_transformers", torch.float32)
+    prune(model, CONFIG)
+    shrink(model)
+    record = dict(recorded_in(model.config))
+    assert all(length < EXPERTS for length in record["lengths"].values())
+    for length, message in ((0, "recorded length of .* must be a positive whole number"), (9, "of another model")):
+        wrong = {**record, "lengths": dict.fromkeys(record["lengths"], length)}
+        model.config.quantization_config = wrong
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            type(model).from_pretrained(tmp_path)
+
+
+def test_neurons_of_experts_that_keep_theirs_are_an_error_where_nothing_else_is_known():
+    with pytest.raises(ValueError, match="does not know where the family 'mixtral' has its heads"):
+        prune(
+            build_mixture("mixtral"),
+            PruningConfig(sparsity=0.5, granularity="neuron", schedule="one_shot", exclude_modules=r".*down_proj"),
+        )

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_prune import PruningConfig, prune, shrink
+from hf_prune import PruningConfig, prune, save_pretrained, shrink
 from hf_prune.structures.experts import find_experts, find_mixtures
-from hf_prune.structures.routing import Router, _Barring, bar_, bars_any, unbar_
+from hf_prune.structures.routing import SAVED_UNBARRED, Router, _Barring, bar_, bars_any, unbar_
 from hf_prune.weights.targets import find_targets
 from tests.structures.mixtures import build_mixture, logits_of
 
@@ -191,3 +191,12 @@ def test_corrections_beside_a_divided_router_are_an_error(monkeypatch):
     ):
         prune(build_mixture("minimax_m2"), CONFIG)
     prune(build_mixture("mixtral"), CONFIG)  # Its router needs nothing else.
+
+
+def test_saving_it_unshrunk_says_what_that_means(tmp_path, caplog):
+    model = pruned("mixtral")
+    save_pretrained(model, tmp_path / "masked")
+    assert SAVED_UNBARRED in caplog.text
+    caplog.clear()
+    save_pretrained(shrink(model), tmp_path / "shrunk")
+    assert SAVED_UNBARRED not in caplog.text

@@ -249,9 +249,9 @@ def _own_members(model: nn.Module, mixture: Mixture) -> Iterator[Member]:
         yield Member(name, parameter, (0,), owners)
 
 
-def _limits(model: nn.Module, block: nn.Module, count: int) -> tuple[int, int]:
+def _limits(model: PreTrainedModel, block: nn.Module, count: int) -> tuple[int, int]:
     """Into how many equal runs experts are divided, and how many have to stay."""
-    places = [block, *block.children(), getattr(model, "config", None)]
+    places = [block, *block.children(), model.config.get_text_config()]
     chosen = _first(places, _CHOSEN) or 1
     if found := re.search(r"Top(\d)", " ".join(type(each).__name__ for each in block.modules())):
         chosen = max(chosen, int(found[1]))

@@ -26,10 +26,11 @@ class Routed:
     outputs: Callable[[nn.Module], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
     @classmethod
-    def of(cls, given: Sequence[Any], count: int) -> "Routed | None":
+    def of(cls, experts: nn.Module, given: Sequence[Any], count: int) -> "Routed | None":
         """What experts were called with, of those ways in which Transformers calls them; None if it is none of them.
 
         Args:
+            experts: The experts' module.
             given: The arguments: hidden states, `[tokens, width]`; then either the chosen experts and their weights,
                 `[tokens, chosen]` each; or a mask, `[tokens, (1,) experts]`, and weights, `[tokens, 1]` or
                 `[tokens, experts]`; or nothing, where the states are those of each expert, `[experts · tokens,
@@ -40,7 +41,11 @@ class Routed:
         if not tensors:
             return None
         states = tensors[0].reshape(-1, tensors[0].shape[-1])
-        if len(tensors) == 1 and len(states) % count == 0:
+        if len(tensors) == 1:
+            # A block that chooses experts itself is called with states alone too, but holds no weights of them.
+            are_fused = any(parameter.ndim == 3 for parameter in experts.parameters(recurse=False))
+            if not are_fused or len(states) % count:
+                return None
             return _of_scaled(states, count)
         if len(tensors) != 3 or tensors[1].is_floating_point() or not tensors[2].is_floating_point():
             return None

@@ -124,7 +124,7 @@ class OfRouting(StructureGatherer):
         mask = token_mask(self.model, name, batch)
 
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            routed = Routed.of((*args, *kwargs.values()), self.structures[name].count)
+            routed = Routed.of(module, (*args, *kwargs.values()), self.structures[name].count)
             if routed is not None:
                 tokens = routed.tokens
                 real = torch.ones(tokens, dtype=torch.bool)

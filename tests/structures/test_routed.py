@@ -177,14 +177,16 @@ def test_they_look_at_data():
 
 def test_experts_that_are_called_in_a_way_of_their_own_are_an_error():
     model = build_mixture("jetmoe", torch.float32)
-    with pytest.raises(ValueError, match="no token was seen on its way to the experts 'model"):
-        prune(model, CONFIG, [batch_of(False)])
+    for length in (8, 11):  # As many tokens as experts, or a multiple of them, and others.
+        batch = {"input_ids": torch.randint(3, 60, (2, length), generator=torch.Generator().manual_seed(5))}
+        with pytest.raises(ValueError, match="no token was seen on its way to the experts 'model"):
+            prune(model, CONFIG, [batch])
 
 
 def test_what_experts_are_called_with_may_be_something_else():
-    states = torch.ones(6, 4)
-    assert Routed.of((), 3) is None
-    assert Routed.of((states, torch.ones(6, 2), torch.ones(6, 2)), 3) is None  # No numbers of experts.
-    assert Routed.of((torch.ones(5, 4),), 3) is None  # No multiple of their number.
-    behind = Routed.of((states, torch.tensor([[0, 3]] * 6), torch.ones(6, 2)), 3)  # Those of another process.
+    states, fused = torch.ones(6, 4), nn.ParameterDict({"w": nn.Parameter(torch.ones(3, 4, 4))})
+    assert Routed.of(fused, (), 3) is None
+    assert Routed.of(fused, (states, torch.ones(6, 2), torch.ones(6, 2)), 3) is None  # No numbers of experts.
+    assert Routed.of(fused, (torch.ones(5, 4),), 3) is None  # No multiple of their number.
+    behind = Routed.of(fused, (states, torch.tensor([[0, 3]] * 6), torch.ones(6, 2)), 3)  # Those of another process.
     assert behind.numbers.tolist() == [0] * 6

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .groups import StructureGroup, Structures, fields_of, kinds_of
-from .loading import can_say
+from .loading import build_empty, can_say, recorded_in
 
 
 def own_configs_(model: PreTrainedModel) -> None:
@@ -35,6 +36,51 @@ def write_widths_(model: PreTrainedModel, parts: Structures, kept: Mapping[str, 
         if can_say(model.config, fields):
             for config in configs_of(model, model):
                 _set_fields_(config, fields)
+
+
+def write_each_layer_(model: PreTrainedModel, groups: Structures, kept: Mapping[str, torch.Tensor]) -> None:
+    """Writes into the config what each layer has where layers differ, in Transformers' own words, if it takes them.
+
+    Today's classes build all layers alike, and what is recorded makes up for it. Where the config is read, the numbers
+    for all layers have to stay readable.
+    """
+    model_config: Any = model.config
+    stacks: set[str] = set()
+    layers: dict[int, dict[str, int]] = {}
+    for name, group in groups.items():
+        if (found := re.match(r"(.+?)\.(\d+)\.", f"{name}.")) is None or not group.fields:
+            continue
+        stacks.add(found[1])
+        before = kept[found[1]][: int(found[2])] if found[1] in groups else torch.ones(int(found[2]))
+        own = layers.setdefault(int(before.sum()), {})  # Its number, once others have gone.
+        own.update({field: each * int(kept[name].sum()) for field, each in group.fields})
+    values: dict[str, set[int]] = {}
+    for own in layers.values():
+        for field, value in own.items():
+            values.setdefault(field, set()).add(value)
+    each_layer = {i: {f: value for f, value in own.items() if len(values[f]) > 1} for i, own in layers.items()}
+    is_known = hasattr(type(model_config), "per_layer_config") and not model_config.is_heterogeneous
+    if not is_known or len(stacks) != 1 or not any(each_layer.values()):
+        return
+    tried = copy.deepcopy(model_config)
+    try:
+        _set_each_layer_(tried, each_layer)
+        build_empty(type(model), type(tried).from_dict(tried.to_dict()))
+    except (RuntimeError, TypeError, ValueError, StrictDataclassError):  # It checks more than it builds.
+        return
+    _set_each_layer_(model_config, each_layer)
+
+
+def _set_each_layer_(model_config: Any, each_layer: Mapping[int, Mapping[str, int]]) -> None:
+    model_config.allow_global_per_layer_attribute_access = True
+    model_config.per_layer_config = copy.deepcopy(each_layer)
+
+
+def forget_each_layer_(model_config: Any) -> None:
+    """Takes back what `write_each_layer_` has written before."""
+    if recorded_in(model_config) and getattr(model_config, "is_heterogeneous", False):
+        model_config.per_layer_config = None
+        del vars(model_config)["allow_global_per_layer_attribute_access"]
 
 
 def write_layers_(model_config: PretrainedConfig, group: StructureGroup, stay: Sequence[int]) -> None:

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .configs import configs_of, own_configs_, write_layers_, write_widths_
+from .configs import (
+    configs_of,
+    forget_each_layer_,
+    own_configs_,
+    write_each_layer_,
+    write_layers_,
+    write_widths_,
+)
 from .entries import keep_entries_
 from .groups import KINDS, LEAST, StructureGroup, Structures, in_layers_that_stay, masks_of
 from .loading import WIDTHS, build_empty, record_shapes_
@@ -88,6 +95,7 @@ class Removal:
             What can be loaded then: the whole, or the model where no config builds the whole.
         """
         own_configs_(self.whole)
+        forget_each_layer_(self.model.config)
         rescalings = {
             name: Rescaling.of(self.model, norms)
             for name in self.gone
@@ -104,6 +112,7 @@ class Removal:
         for name, group in groups.items():
             if group.kind == "layer" and name in gone:
                 _remove_layers_(self.model, group, self.kept[name])
+        write_each_layer_(self.model, groups, self.kept)
         record_shapes_(self.model)
         if self.whole is not self.model:
             with contextlib.suppress(ValueError):  # No config builds its class; its parts are saved one by one.
@@ -181,8 +190,9 @@ def _remove_parts_(model: nn.Module, parts: Structures, kept: Mapping[str, torch
             keep_entries_(model.get_submodule(group.entries), kept[name].nonzero().flatten().tolist())
         for path, attribute, each in group.attributes:
             setattr(model.get_submodule(path), attribute, each * left)
+        runs = int(kept[name].view(group.runs, -1).any(1).sum())
         for path, attribute in group.run_attributes:
-            setattr(model.get_submodule(path), attribute, left // group.runs)
+            setattr(model.get_submodule(path), attribute, left // runs)
 
 
 def _without(values: torch.Tensor, axes: tuple[int, ...], stays: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,11 @@ def shrink(
     """
     structures = find_removable(model)
     kept = kept_in(structures, nonzeros(structures) if masks is None else masks)
+    for name, group in structures.items():
+        if group.kind == "query":  # With heads go all of their queries, whatever goes of the others.
+            heads = next((n for n, g in structures.items() if g.kind == "head" and name.startswith(f"{n}.")), None)
+            if heads is not None:
+                kept[name] &= kept[heads].repeat_interleave(group.count // group.runs)
     if count_gone(structures, kept)[0] == 0:
         raise ValueError(
             f"there is nothing to remove: nothing of the kinds {', '.join(KINDS)} is pruned as a whole. Prune with "

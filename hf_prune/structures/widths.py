@@ -43,6 +43,11 @@ def find_width(model: nn.Module, targets: Mapping[str, Target], multiple_of: int
             "exclude_modules out."
         )
     embeddings, (attributes, scales) = twins.embeddings(), twins.attributes()
+    if scales and twins.model.get_output_embeddings() is None and getattr(model.config, "tie_word_embeddings", False):
+        raise ValueError(
+            f"{type(model).__name__} scales its embeddings by its width, and lacks the head that is tied to them and "
+            "would be scaled too. Prune the model with its head."
+        )
     group = StructureGroup(
         embeddings,
         "width",

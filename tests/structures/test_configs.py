@@ -1,6 +1,7 @@
 """Lists of a config that go by layers, and models that are parts of others."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hf_prune.structures.configs import lists_of_layers
 from hf_prune.structures.families import FAMILIES
 from hf_prune.structures.groups import StructureGroup
 from hf_prune.structures.removal import whole_of
-from tests.structures.models import DECODER, GROUPED, IMAGES, TOKENS, build, perturbed
+from tests.structures.models import DECODER, GROUPED, IMAGES, TOKENS, build, logits_of, perturbed
 from tests.structures.test_training import samples
 
 LAYERS = {**GROUPED, "num_hidden_layers": 4}
@@ -224,3 +225,89 @@ def test_a_whole_is_pruned_by_its_parts(make_trainer):
     before = language.num_parameters()
     shrink(language)
     assert language.num_parameters() < before
+
+
+# What each layer has
+
+
+def uneven(name="llama", granularity="neuron", **fields):
+    """A model of which the first layer loses other numbers than the rest."""
+    model = build(name)
+    fields |= {"multiple_of": 4} if "neuron" in granularity else {}
+    own = {r".*layers\.0\..*": 2 / 3}
+    prune(model, PruningConfig(sparsity=1 / 3, granularity=granularity, layer_sparsity=own, scope="layer", **fields))
+    return shrink(model)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "field", "numbers"),
+    [
+        ("neuron", "intermediate_size", [8, 16, 16]),
+        ("head", "num_key_value_heads", [1, 2, 2]),
+        ("query", "num_attention_heads", [3, 9, 9]),
+    ],
+)
+def test_the_config_says_what_each_layer_has(granularity, field, numbers, tmp_path):
+    model = uneven("mistral", granularity)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["per_layer_config"]["0"][field] == numbers[0]
+    assert written["quantization_config"]["shapes"]  # Beside it.
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert [getattr(layer, field) for layer in loaded.config.per_layer_config] == numbers
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == written
+
+
+def test_layers_are_numbered_as_they_are_now():
+    model = build("llama")
+    own = {r".*layers\.2\..*": 2 / 3}
+    prune(model, PruningConfig(sparsity=1 / 3, granularity="neuron", multiple_of=4, layer_sparsity=own, scope="layer"))
+    with torch.no_grad():
+        for parameter in model.model.layers[0].parameters():
+            parameter.zero_()
+    shrink(model)
+    assert [layer.intermediate_size for layer in model.config.per_layer_config] == [16, 8]
+
+
+def test_what_is_even_again_is_said_by_the_config_itself():
+    model = uneven()
+    assert model.config.is_heterogeneous
+    own = {r".*layers\.[12]\..*": 0.5}
+    prune(model, PruningConfig(sparsity=0.0, granularity="neuron", multiple_of=4, layer_sparsity=own))
+    assert shrink(model).config.intermediate_size == 8
+    assert not model.config.is_heterogeneous
+    assert "per_layer_config" not in model.config.to_dict()
+    assert "allow_global_per_layer_attribute_access" not in model.config.to_dict()
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_what_a_config_does_not_take_is_recorded_alone(tmp_path, monkeypatch):
+    def refuse(kind, config):
+        assert config.is_heterogeneous
+        raise ValueError("layers have to be alike")
+
+    monkeypatch.setattr("hf_prune.structures.configs.build_empty", refuse)
+    model = uneven()
+    assert not model.config.is_heterogeneous
+    assert "per_layer_config" not in model.config.to_dict()
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_versions_that_know_no_layers_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.delattr("transformers.integrations.heterogeneity.HeterogeneousConfigMixin.per_layer_config")
+    model = uneven()
+    assert "per_layer_config" not in model.config.to_dict()
+    assert model.config.quantization_config["shapes"]
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_layers_of_their_own_generate_from_a_cache(cache):
+    model = uneven("mistral", "head")
+    tokens = torch.arange(3, 9).view(1, 6)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    plain = model.generate(tokens, **options, use_cache=False)
+    assert torch.equal(model.generate(tokens, **options, cache_implementation=cache), plain)

@@ -195,8 +195,8 @@ def test_grouped_queries_go_with_their_keys():
     shrink(model)
     attention = model.model.layers[0].self_attn
     assert (attention.q_proj.out_features, attention.k_proj.out_features) == (32, 8)
-    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (4, 2)
-    assert GROUPED["num_attention_heads"] == 6
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (8, 2)
+    assert GROUPED["num_attention_heads"] == 12
 
 
 def test_a_number_of_heads_that_no_config_can_say():

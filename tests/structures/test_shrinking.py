@@ -112,6 +112,44 @@ def test_others_that_were_built_from_the_same_config_stay_as_they_are():
     assert model.config is model.model.config is not teacher.config
 
 
+def test_heads_and_queries_of_the_others_go_one_after_the_other():
+    model = build("mistral", torch.float64)
+    for granularity, sparsity in (("query", 0.5), ("head", 1 / 3)):
+        prune(model, config_of(granularity, "layer", sparsity, hold_zeros=granularity == "query"))
+    masked = logits_of(model)
+    shrink(model)
+    assert (logits_of(model) - masked).abs().max() < 1e-12
+    attention = model.model.layers[0].self_attn
+    assert (attention.q_proj.out_features, attention.k_proj.out_features) == (4 * 4, 2 * 4)
+    assert (attention.num_key_value_groups, model.config.num_attention_heads) == (2, 4)
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_queries_that_are_zero_in_unequal_numbers_are_not_held():
+    model = build("llama")
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():  # One of the twelve queries, of width 4.
+        attention.q_proj.weight[:4] = attention.o_proj.weight[:, :4] = 0
+    before = model.num_parameters()
+    with pytest.raises(ValueError, match="are not whole queries"):
+        prune(model, config_of("query", hold_zeros=True))
+    with pytest.raises(ValueError, match="there is nothing to remove"):
+        shrink(model)
+    assert model.num_parameters() == before
+
+
+def test_of_one_key_value_head_queries_go():
+    model = perturbed(
+        transformers.GemmaForCausalLM(transformers.GemmaConfig(**{**DECODER, "num_key_value_heads": 1, "head_dim": 4}))
+    ).double()
+    prune(model, config_of("query"))
+    masked = logits_of(model)
+    shrink(model)
+    assert (logits_of(model) - masked).abs().max() < 1e-12
+    assert model.model.layers[0].self_attn.k_proj.out_features == 4
+    assert sum(layer.self_attn.q_proj.out_features for layer in model.model.layers) == 3 * 4 * 4 // 2
+
+
 def test_masks_from_before_are_told():
     model = build("llama")
     prune(model, config_of("neuron"))

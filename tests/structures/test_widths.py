@@ -235,6 +235,11 @@ def with_heads_of_no_width():
             r"cannot be removed from T5For.*: a small model of this class without half of them fails \(relative",
         ),
         (with_heads_of_no_width, width(), "has no RMS norms over its residual stream. Choose granularity head"),
+        (
+            lambda: transformers.GemmaModel(transformers.GemmaConfig(**GROUPED)),
+            width(),
+            "lacks the head that is tied to them and would be scaled too",
+        ),
         (with_own_module, width(), r"has 'probe\.weight', which its config does not build"),
         (
             lambda: build("llama"),

@@ -60,11 +60,11 @@ def find_mixtures(model: nn.Module) -> list[Mixture]:
     found: dict[str, Mixture] = {}
     lost = []
     for name, count, parameters, entries in _candidates(model):
-        chosen = _router_of(model, name, count)
+        # Weights of three axes may be something else, and lists of networks often are.
+        are_called_experts = "expert" in f"{name} {type(model.get_submodule(name)).__name__}".lower()
+        chosen = _router_of(model, name, count, by_shape=are_called_experts)
         if chosen is None:
-            # Weights of three axes may be something else, and lists of networks often are.
-            if "expert" in f"{name} {type(model.get_submodule(name)).__name__}".lower():
-                lost.append(name)
+            lost += [name] if are_called_experts else []
             continue
         router, rows, block = chosen
         key = f"{block}:{router}"
@@ -76,10 +76,7 @@ def find_mixtures(model: nn.Module) -> list[Mixture]:
             continue
         extras = _extras_of(model, block, router, name, rows, count)
         corrections = tuple(each.removeprefix(f"{block}.") for each in extras if "bias" in each.rpartition(".")[2])
-        weight = "weight"
-        found[key] = Mixture(
-            name, count, parameters, entries, Router(router, weight, block, corrections), rows, extras
-        )
+        found[key] = Mixture(name, count, parameters, entries, Router(router, block, corrections), rows, extras)
     if lost:
         raise ValueError(
             f"the router of the experts {lost[0]!r} is not found: no one module beside them has a weight with a row "
@@ -144,8 +141,11 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, int, tuple[str, ...], s
                 yield name, len(entries), tuple(n for n, _ in module.named_parameters(prefix=name)), name
 
 
-def _router_of(model: nn.Module, experts: str, count: int) -> tuple[str, int, str] | None:
-    """The router of experts: its name, how many logits it gives, and the module that holds both; None if none is."""
+def _router_of(model: nn.Module, experts: str, count: int, *, by_shape: bool) -> tuple[str, int, str] | None:
+    """The router of experts: its name, how many logits it gives, and the module that holds both; None if none is.
+
+    It is called so, or, `by_shape`, the only module beside them with a row for each.
+    """
     path = experts.rpartition(".")[0]
     while path:
         block = model.get_submodule(path)
@@ -158,9 +158,10 @@ def _router_of(model: nn.Module, experts: str, count: int) -> tuple[str, int, st
             if not _IS_NO_ROUTER.search(name) and (_IS_ROUTER.search(name) or len(weight) == count):
                 rows[full] = len(weight)
         exact = [name for name, length in rows.items() if length == count]
-        named = [name for name in exact if _IS_ROUTER.search(name.removeprefix(f"{path}."))]
-        longer = [n for n, length in rows.items() if count < length <= 2 * count and _IS_ROUTER.search(n)]
-        for those in (named, exact, longer):
+        called = [name for name in rows if _IS_ROUTER.search(name.removeprefix(f"{path}."))]
+        named = [name for name in called if rows[name] == count]
+        longer = [name for name in called if count < rows[name] <= 2 * count]
+        for those in (named, exact if by_shape else [], longer):
             if len(those) == 1:
                 return those[0], rows[those[0]], path
             if those:
@@ -202,10 +203,10 @@ def _group_of(model: PreTrainedModel, mixture: Mixture) -> StructureGroup:
     router = model.get_submodule(mixture.router.module)
     bias = f"{mixture.router.module}.bias"
     biases = (bias,) if getattr(router, "bias", None) is not None else ()
-    for name in (f"{mixture.router.module}.{mixture.router.weight}", *biases, *mixture.extras):
+    for name in (f"{mixture.router.module}.weight", *biases, *mixture.extras):
         path, _, attribute = name.rpartition(".")
         tensor = getattr(model.get_submodule(path), attribute)
-        axis = 0 if attribute == mixture.router.weight else tensor.shape.index(tensor.numel())
+        axis = 0 if attribute == "weight" else tensor.shape.index(tensor.numel())
         (members if isinstance(tensor, nn.Parameter) else buffers).append(
             Member(name, tensor, (axis,), owners[: tensor.shape[axis]])
         )

@@ -28,14 +28,12 @@ class Router:
     """What gives the logits by which experts are chosen.
 
     Attributes:
-        module: The module with the weight, a row for each expert; rows behind them belong to none.
-        weight: The name of the weight in it.
+        module: The module with the `weight`, a row for each expert; rows behind them belong to none.
         block: The module that holds it and the experts.
         corrections: What is added to the scores of experts before they are chosen, by name from the block.
     """
 
     module: str
-    weight: str
     block: str
     corrections: tuple[str, ...] = ()
 
@@ -51,21 +49,21 @@ def bar_(model: nn.Module, routers: Iterable[Router]) -> None:
     """
     for router in routers:
         module, block = model.get_submodule(router.module), model.get_submodule(router.block)
-        if router.corrections and is_divided(getattr(module, router.weight)):
+        if router.corrections and is_divided(_own(module, "weight")):
             raise ValueError(
                 f"DeepSpeed's stage 3 divides the weight of the router {router.module!r}, whose scores are corrected "
                 "elsewhere, so that pruned experts cannot be barred. Train with stage 2, or with "
                 "DistributedDataParallel."
             )
-        if type(module).forward is nn.Linear.forward and router.weight == "weight":
+        if type(module).forward is nn.Linear.forward:
             if not _has(module._forward_hooks, _BarLogits):
-                module.register_forward_hook(_BarLogits(router.weight))
+                module.register_forward_hook(_BarLogits())
         elif not _has(module._forward_hooks, _Unshadow):
-            module.register_forward_pre_hook(_ShadowWeight(router.weight))
-            module.register_forward_hook(_Unshadow((router.weight,)), always_call=True)
+            module.register_forward_pre_hook(_ShadowWeight())
+            module.register_forward_hook(_Unshadow(("weight",)), always_call=True)
         if router.corrections and not _has(block._forward_hooks, _Unshadow):
             source = router.module.removeprefix(router.block).removeprefix(".")
-            block.register_forward_pre_hook(_ShadowCorrections(source, router.weight, router.corrections))
+            block.register_forward_pre_hook(_ShadowCorrections(source, router.corrections))
             block.register_forward_hook(_Unshadow(router.corrections), always_call=True)
 
 
@@ -84,10 +82,10 @@ def bar_like_(model: nn.Module, other: nn.Module) -> None:
 def bars_any(model: nn.Module) -> bool:
     """Whether a router of a model is kept from choosing an expert, which what is saved of it cannot say."""
     return any(
-        bool(_barred(module, hook.weight).any())
+        bool(_barred(module).any())
         for module in model.modules()
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if isinstance(hook, (_BarLogits, _ShadowWeight)) and is_present(_own(module, hook.weight))
+        if isinstance(hook, (_BarLogits, _ShadowWeight)) and is_present(_own(module, "weight"))
     )
 
 
@@ -108,20 +106,16 @@ def _has(hooks: Mapping[int, Any], kind: type) -> bool:
 class _BarLogits:
     """After a Linear: the logits of barred experts are −∞."""
 
-    weight: str
-
     def __call__(self, module: nn.Module, args: object, logits: torch.Tensor) -> torch.Tensor:
-        return logits.masked_fill(_barred(module, self.weight), -math.inf)
+        return logits.masked_fill(_barred(module), -math.inf)
 
 
 @dataclass(frozen=True)
 class _ShadowWeight:
     """Before a module that multiplies its weight itself: it finds one in its place whose products are barred."""
 
-    weight: str
-
     def __call__(self, module: nn.Module, args: object) -> None:
-        vars(module)[self.weight] = _Barring.of(_own(module, self.weight), _barred(module, self.weight), False)
+        vars(module)["weight"] = _Barring.of(_own(module, "weight"), _barred(module), False)
 
 
 @dataclass(frozen=True)
@@ -129,11 +123,10 @@ class _ShadowCorrections:
     """Before a block: corrections of barred experts are −∞, since sigmoids of −∞ are zero like others."""
 
     source: str
-    weight: str
     corrections: tuple[str, ...]
 
     def __call__(self, block: nn.Module, args: object) -> None:
-        barred = _barred(block.get_submodule(self.source), self.weight)
+        barred = _barred(block.get_submodule(self.source))
         for name in self.corrections:
             path, _, attribute = name.rpartition(".")
             module = block.get_submodule(path)
@@ -165,9 +158,9 @@ def _own(module: nn.Module, name: str) -> torch.Tensor:
     return vars(module)[name] if found is None else found
 
 
-def _barred(module: nn.Module, weight: str) -> torch.Tensor:
+def _barred(module: nn.Module) -> torch.Tensor:
     """`[rows]` bools: which rows of a router, with its bias, are zero; none, if all are, as before training."""
-    zero = (_own(module, weight).detach() == 0).all(1)
+    zero = (_own(module, "weight").detach() == 0).all(1)
     bias = getattr(module, "bias", None)
     if torch.is_tensor(bias) and bias.shape == zero.shape:
         zero = zero & (bias.detach() == 0)

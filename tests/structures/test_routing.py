@@ -169,7 +169,7 @@ def test_a_router_of_zeros_chooses_among_all():
     router = nn.Linear(4, 6, bias=False)
     nn.init.zeros_(router.weight)
     model = nn.ModuleDict({"router": router})
-    bar_(model, [Router("router", "weight", "")])
+    bar_(model, [Router("router", "")])
     assert torch.equal(router(torch.ones(2, 4)), torch.zeros(2, 6))
     assert not bars_any(model)
 

@@ -78,7 +78,12 @@ def build_mixture(model_type: str, dtype: torch.dtype = torch.float64, **fields:
     config = kind(**{**given, **MIXTURES.get(model_type, {}), **fields})
     names = {**MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     torch.manual_seed(0)
-    return perturbed(getattr(transformers, names[model_type])(config)).to(dtype)
+    model = perturbed(getattr(transformers, names[model_type])(config))
+    with torch.no_grad():  # Corrections by which experts are chosen that would not be otherwise.
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if "correction" in name or name.endswith("expert_bias"):
+                tensor.normal_()
+    return model.to(dtype)
 
 
 class InFloat64(TorchFunctionMode):

@@ -65,7 +65,7 @@ def test_experts_are_held_and_removed_at_the_end(name, options, make_trainer, tm
     trainer.save_model()
     loaded = type(model).from_pretrained(tmp_path / "out").eval()
     # Under bf16 the trained model goes on computing in it.
-    assert (logits_of(loaded) - logits_of(model.eval())).abs().max() <= (0.05 if "bf16" in options else 0)
+    assert (logits_of(loaded) - logits_of(model.eval())).abs().max() <= (0.3 if "bf16" in options else 0)
 
 
 @needs(kinds=("expert",))

@@ -94,7 +94,7 @@ def test_reap_and_frequency_are_what_a_loop_gives(name, expert, padded):
         assert values.dtype == torch.float64
         assert torch.allclose(values, expected, rtol=1e-4), place
         assert torch.allclose(share[place], counts[place] / tokens, rtol=1e-6)
-        assert (values > 0).sum() > 2
+        assert (values > 0).sum() >= 2
 
 
 def test_experts_of_a_list_are_seen_too():

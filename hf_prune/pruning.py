@@ -22,6 +22,7 @@ from .reconstruction.sparsegpt import reconstruct_
 from .recovery.lora import has_adapters, keeps_sparsity, mask_adapters_, require_maskable_adapters, with_adapters
 from .reporting.reports import SparsityReport, count_zeros
 from .selection.scoring import AnyCriterion
+from .structures.experts import bar_pruned_
 from .structures.statistics import STRUCTURE_STATISTICS
 from .weights.masks import MaskSet
 
@@ -166,6 +167,7 @@ def prune(
                 "several times. Give a DataLoader or a list of batches."
             )
         masks = plan.held_zeros(model) if config.hold_zeros else MaskSet()
+        bar_pruned_(model, plan.structures)
         if config.round_sparsities:
             batches = None if dataloader is None else lambda: dataloader
             data = CalibrationData(batches, show_progress=True)

@@ -18,7 +18,7 @@ _GATHERED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
     """Whether DeepSpeed keeps something of a parameter in partitions."""
-    return hasattr(parameter, "_hp_mapping") or _is_divided(parameter)
+    return hasattr(parameter, "_hp_mapping") or is_divided(parameter)
 
 
 def has_partitions(model: nn.Module) -> bool:
@@ -48,7 +48,7 @@ def require_maskable(model: nn.Module) -> None:
                 "DeepSpeed swaps weights or the optimizer's state to a disk, where they cannot be masked. Set the "
                 "device of offload_optimizer and offload_param to cpu or none."
             )
-        if _is_divided(parameter) and (
+        if is_divided(parameter) and (
             getattr(parameter, "ds_secondary_tensor", None) is not None
             or torch.distributed.get_world_size(_group_of(parameter)) != torch.distributed.get_world_size()
         ):
@@ -76,7 +76,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     `set_master_` or `mask_parts_`: nothing is sent when it ends. It may be entered again from within, and the model
     may be called: passes leave parameters as they are.
     """
-    divided = [parameter for parameter in model.parameters() if _is_divided(parameter)]
+    divided = [parameter for parameter in model.parameters() if is_divided(parameter)]
     if not divided or model in _GATHERED:
         yield
         return
@@ -102,7 +102,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def gather_with_(module: nn.Module, parameter: torch.Tensor) -> None:
     """Has stage 3 gather a parameter of another module before a module's passes too, which reads it by itself."""
-    if _is_divided(parameter):
+    if is_divided(parameter):
         from deepspeed.runtime.zero import register_external_parameter
 
         register_external_parameter(module, parameter)
@@ -156,7 +156,8 @@ def forget_(states: Iterable[dict[str, Any]]) -> None:
                 state[key] = 0
 
 
-def _is_divided(parameter: torch.Tensor) -> bool:
+def is_divided(parameter: torch.Tensor) -> bool:
+    """Whether stage 3 divides a parameter among processes."""
     return hasattr(parameter, "ds_tensor")
 
 
@@ -173,7 +174,7 @@ def _parts(parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, slice]]:
 
     Of the master, and at stage 3 of the parameter itself.
     """
-    if _is_divided(parameter):
+    if is_divided(parameter):
         part = parameter.ds_tensor  # type: ignore[attr-defined]
         where = _elements(parameter, _start_of(parameter), len(part))
         yield part[: where.stop - where.start], where

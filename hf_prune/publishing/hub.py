@@ -31,6 +31,7 @@ from ..reporting.history import HISTORY_NAME, PruningHistory
 from ..reporting.plots import PLOT_NAME, can_plot
 from ..reporting.reports import sparsity_report
 from ..structures.loading import record_shapes_, recorded_compression, recorded_in
+from ..structures.routing import SAVED_UNBARRED, bars_any
 from ..weights.compression import compressed_state
 from .cards import Facts, loaded_as, model_card
 from .folders import files_of_weights
@@ -247,6 +248,8 @@ def _save(
     compress: bool,
 ) -> None:
     _record_parts_(facts.model)
+    if bars_any(facts.model):
+        logger.warning("%s", SAVED_UNBARRED)
     with _replacing(folder) as stage:
         tensors, shapes = compressed_state(state) if compress else ({}, {})
         facts.compressed = bool(shapes)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..calibration.contexts import configured, eager_experts, keep_random_state, silent, undisturbed
 from ..calibration.passes import call
 from .example_inputs import example_batch
+from .routing import bar_like_
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,10 @@ class Reference:
         return None
 
     def _call(self, model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> Outputs:
-        exactly = computing_exactly(model, self._dtype)
-        with exactly, torch.no_grad(), _computing_in(model, self._dtype, masks, self._one_by_one):
+        # A loss for balance among experts depends on how many there are.
+        unbalanced = configured(model, "output_router_logits", False)
+        computing = _computing_in(model, self._dtype, masks, self._one_by_one)
+        with computing_exactly(model, self._dtype), unbalanced, torch.no_grad(), computing:
             torch.manual_seed(0)  # Some models draw random numbers in evaluation too.
             output = call(model, {name: _cast(value, self._dtype) for name, value in self._batch.items()})
         named = dict(output) if isinstance(output, Mapping) else dict(enumerate(output))
@@ -144,7 +147,9 @@ def why_not_generated(model: PreTrainedModel, **options: Any) -> str | None:
 def _part_loaded_again(model: PreTrainedModel, saved: PreTrainedModel) -> PreTrainedModel:
     """A model, or a part of another one, after what holds it was loaded again."""
     path = next(name for name, module in saved.named_modules() if module is model)
-    return cast(PreTrainedModel, _load_again(saved).get_submodule(path))
+    loaded = cast(PreTrainedModel, _load_again(saved).get_submodule(path))
+    bar_like_(loaded, model)  # Experts that are zeros in both.
+    return loaded
 
 
 def _load_again(model: PreTrainedModel) -> PreTrainedModel:

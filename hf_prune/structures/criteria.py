@@ -64,6 +64,43 @@ def block_influence(inputs: StructureInputs) -> torch.Tensor:
     return inputs["block_influence"]
 
 
+@needs("routed_output", kinds=("expert",))
+def reap(inputs: StructureInputs) -> torch.Tensor:
+    """Experts that add much to their tokens matter: the mean of `g · ‖f(x)‖₂` over the tokens routed to one.
+
+    `g` is the weight that the router gives the expert, as the model uses it, and `f(x)` the expert's output. An expert
+    to which no token is routed scores 0.
+
+    Args:
+        inputs: `routed_output` is used.
+
+    Returns:
+        `[experts]` scores, float64, `≥ 0`.
+
+    Source: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE compression",
+    arXiv 2510.13999, eq. 9.
+    """
+    return inputs["routed_output"]
+
+
+@needs("routed_share", kinds=("expert",))
+def frequency(inputs: StructureInputs) -> torch.Tensor:
+    """Experts that are chosen often matter: the share of tokens that are routed to one.
+
+    Args:
+        inputs: `routed_share` is used.
+
+    Returns:
+        `[experts]` scores, float64, in `[0, 1]`.
+
+    Source: Muzio et al. 2024, "SEER-MoE: Sparse Expert Efficiency through Regularization for Mixture-of-Experts",
+    arXiv 2404.05089.
+    """
+    return inputs["routed_share"]
+
+
 STRUCTURE_CRITERIA: dict[str, StructureCriterion] = {
     "block_influence": block_influence,
+    "reap": reap,
+    "frequency": frequency,
 }

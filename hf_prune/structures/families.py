@@ -19,6 +19,19 @@ QUERIES_OF_EACH = ("num_key_value_groups",)
 """Attributes of attentions that hold how many queries read each key-value head."""
 
 
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+"""What configs and modules call the number of experts."""
+
+EXPERT_WIDTHS = (
+    "moe_intermediate_size",
+    "expert_ffn_hidden_size",
+    "intermediate_size",
+    "intermediate_dim",
+    "expert_dim",
+)
+"""What configs and modules call the number of neurons of one expert."""
+
+
 @dataclass(frozen=True)
 class Heads:
     """The attention heads of a layer; under grouped-query attention a key-value head and the queries that read it.

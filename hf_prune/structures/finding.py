@@ -1,5 +1,6 @@
 """Finding: the structures that are pruned in a model."""
 
+import copy
 from collections.abc import Mapping
 from typing import cast
 
@@ -9,14 +10,26 @@ from transformers import PreTrainedModel
 from ..weights.masks import MaskSet
 from ..weights.targets import Target, find_targets
 from ..weights.timm import config_of_timm
+from .by_kind import find_by_kind
 from .channels import find_channels, is_convolutional
-from .groups import KINDS, StructureGroup, Structures, fields_of, kept_in, kinds_of, masks_of, nonzeros
-from .heads_and_neurons import find_in_family
-from .loading import can_say
+from .groups import (
+    KINDS,
+    LEAST,
+    StructureGroup,
+    Structures,
+    fields_of,
+    kept_in,
+    kinds_of,
+    masks_of,
+    nonzeros,
+    parameters_of,
+)
+from .loading import build_empty, can_say
 from .ranking import count_left, pools_of, require_attainable
 from .removal import whole_of
 from .trial import require_exact_on_a_copy, require_width_exact_on_a_copy
-from .widths import find_width
+
+_LARGEST_COPY = 2**24  # Parameters of the largest model of which a copy is tried; of larger ones what is removed is.
 
 
 def find_structures(
@@ -39,12 +52,7 @@ def find_structures(
             f"{type(model).__name__} is a convolutional network and has no "
             f"{' and '.join(KINDS[kind] for kind in kinds)} that are known. Choose granularity channel."
         )
-    if "expert" in kinds:
-        raise ValueError(f"{type(model).__name__} has no experts that are known.")
-    found = {}
-    if in_layers := [kind for kind in kinds if kind != "width"]:
-        found = find_in_family(model, in_layers, targets, multiple_of)
-    return {**found, **(find_width(model, targets, multiple_of) if "width" in kinds else {})}
+    return find_by_kind(model, kinds, targets, multiple_of)
 
 
 def require_removable(
@@ -65,6 +73,8 @@ def require_removable(
             of_kind = [group for group in structures.values() if group.kind == kind]
             if all(len(group.counts_that_may_go()) == 1 for group in of_kind):
                 few = "one" if of_kind[0].multiple == 1 else f"{of_kind[0].multiple} (multiple_of)"
+                if (least := max(group.least for group in of_kind)) > 1:
+                    few = f"the {least} that have to stay: {LEAST}"
                 raise ValueError(f"no {kind} of {type(model).__name__} can go: no place has more than {few}.")
     if uniform:
         _require_uniform(model, structures, final)
@@ -73,6 +83,9 @@ def require_removable(
         not hasattr(model.config, "num_channels") or any(map(config_of_timm, model.modules()))
     ):
         require_exact_on_a_copy(model, structures)
+    experts = {name: group for name, group in structures.items() if _is_of_experts(group)}
+    if experts and sum(parameter.numel() for parameter in model.parameters()) <= _LARGEST_COPY:
+        require_exact_on_a_copy(model, experts)
     for names, share in pools_of(structures, final, scope, own):
         require_attainable({name: structures[name] for name in names}, share, {})
     for group in structures.values():
@@ -123,22 +136,47 @@ def held_zeros(model: nn.Module, targets: Mapping[str, Target], structures: Stru
 
 def _require_uniform(model: nn.Module, structures: Structures, final: float) -> None:
     """Requires that a config of the family can say what is left, and that all groups of a kind lose as many."""
+    said: dict[str, int] = {}
     for kind in kinds_of(structures):
         of_kind = {name: group for name, group in structures.items() if group.kind == kind}
         left = {name: count_left(group, final) for name, group in of_kind.items()}
         fields = fields_of(of_kind, left)
-        counted = {field for group in of_kind.values() for field, _ in group.fields}
-        if not all(group.fields for group in of_kind.values()) or not counted <= fields.keys():
+        counted = {field for group in of_kind.values() for field in (*dict(group.fields), *group.run_fields)}
+        if not all(group.fields or group.run_fields for group in of_kind.values()) or not counted <= fields.keys():
             raise ValueError(
                 f"uniform: no config of {type(model).__name__} can say fewer {KINDS[kind]}. Leave uniform out: the "
                 "shapes are then recorded in the config, and load where hf_prune is imported."
             )
         if not can_say(cast(PreTrainedModel, model).config, fields):
-            said = ", ".join(f"{name}={value}" for name, value in fields.items())
+            values = ", ".join(f"{name}={value}" for name, value in fields.items())
             raise ValueError(
-                f"uniform: no config of {type(model).__name__} can say {said}. Choose another sparsity, or leave "
+                f"uniform: no config of {type(model).__name__} can say {values}. Choose another sparsity, or leave "
                 "uniform out."
             )
-    everywhere = find_in_family(model, kinds_of(structures), find_targets(model), 1)
+        said |= fields
+    everywhere = find_by_kind(model, kinds_of(structures), find_targets(model), 1)
     if left_out := [name for name in everywhere if name not in structures]:
         raise ValueError(f"uniform: {', '.join(map(repr, left_out))} would keep all. Leave uniform out, or prune all.")
+    _require_alone(cast(PreTrainedModel, model), structures, said)
+
+
+def _require_alone(model: PreTrainedModel, structures: Structures, said: Mapping[str, int]) -> None:
+    """Requires that fields of a config say nothing of what is not pruned, such as the width of shared experts."""
+    config = copy.deepcopy(model.config)
+    for each in (config, config.get_text_config()):
+        for field, value in said.items():
+            if hasattr(each, field):
+                setattr(each, field, value)
+    built = {name: parameter.shape for name, parameter in build_empty(type(model), config).named_parameters()}
+    owned = parameters_of(structures).keys()
+    for name, parameter in model.named_parameters():
+        if name not in owned and built.get(name, parameter.shape) != parameter.shape:
+            values = ", ".join(f"{field}={value}" for field, value in said.items())
+            raise ValueError(
+                f"uniform: a config that says {values} would also give {name!r} another shape, which keeps its own. "
+                "Leave uniform out: the shapes are then recorded in the config, and load where hf_prune is imported."
+            )
+
+
+def _is_of_experts(group: StructureGroup) -> bool:
+    return group.kind == "expert" or (group.kind == "neuron" and group.runs > 1)

@@ -21,13 +21,16 @@ KINDS = {
 }
 """The kinds of structures → what several of them are called."""
 
+LEAST = "a router chooses so many experts for each token, of each of its groups if it has some"
+"""Why several structures have to stay, for messages."""
+
 NOBODY = -1
 """The owner of a position that belongs to no structure."""
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One parameter of which structures own slices.
+    """One parameter, or buffer, of which structures own slices.
 
     Attributes:
         name: The parameter's name in the model.
@@ -38,7 +41,7 @@ class Member:
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: torch.Tensor
     axes: tuple[int, ...]
     owners: torch.Tensor
 
@@ -81,6 +84,10 @@ class StructureGroup:
         runs: The structures are so many runs of equally many, one behind the other, of each of which as many go: the
             queries of each key-value head, or the neurons of each expert.
         run_attributes: `(module, attribute)` of what a module counts by the structures of one run.
+        run_fields: Fields of the model's config that count them.
+        least: How many remain at least; of several runs in all of them together.
+        buffers: The same for buffers, which have no masks.
+        entries: The list of modules whose entries they are; None if they are in none.
         norms: What normalizes over them, where it has to be scaled when some go.
     """
 
@@ -95,6 +102,10 @@ class StructureGroup:
     fixed: tuple[tuple[str, int], ...] = ()
     runs: int = 1
     run_attributes: tuple[tuple[str, str], ...] = ()
+    run_fields: tuple[str, ...] = ()
+    least: int = 1
+    buffers: tuple[Member, ...] = ()
+    entries: str | None = None
     norms: Norms | None = None
 
     def counts_that_may_go(self, gone: int = 0) -> list[int]:
@@ -108,10 +119,19 @@ class StructureGroup:
         """
         each = self.count // self.runs
         run_of_stay = torch.tensor(self.stay, dtype=torch.int64) // each
-        last = each - max(1, *torch.bincount(run_of_stay, minlength=self.runs).tolist())
+        last = each - max(-(-self.least // self.runs), *torch.bincount(run_of_stay, minlength=self.runs).tolist())
         widths = range(each // self.multiple * self.multiple, 0, -self.multiple)
         levels = [self.runs * (each - width) for width in widths if each - width <= last]
         return sorted({gone, *(level for level in levels if level > gone)})
+
+    def entries_that_go(self, kept: torch.Tensor) -> set[str]:
+        """The paths of the modules that go, where the structures are entries of a list, each with a dot behind."""
+        if self.entries is None:
+            return set()
+        depth = self.entries.count(".") + 2
+        inside = [member for member in self.members if member.name.startswith(f"{self.entries}.")]
+        gone = [member for member in inside if not kept[member.owners[0]]]
+        return {f"{'.'.join(member.name.split('.')[:depth])}." for member in gone}
 
     def kept_of(self, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Which structures masks keep something of, `[count]` bools. Of parameters without a mask all is kept.
@@ -166,7 +186,7 @@ def masks_of(structures: Structures, kept: Mapping[str, torch.Tensor]) -> MaskSe
     return MaskSet(masks)
 
 
-def parameters_of(structures: Structures) -> dict[str, nn.Parameter]:
+def parameters_of(structures: Structures) -> dict[str, torch.Tensor]:
     """The parameters of which structures own something, by name."""
     return {member.name: member.parameter for group in structures.values() for member in group.members}
 
@@ -188,10 +208,11 @@ def count_gone(structures: Structures, kept: Mapping[str, torch.Tensor]) -> tupl
 
 
 def in_layers_that_stay(structures: Structures, kept: Mapping[str, torch.Tensor]) -> dict[str, StructureGroup]:
-    """The groups that are in no layer that goes; layers come last."""
+    """The groups that are in no layer and no expert that goes; layers come last."""
     layers = [name for name, group in structures.items() if group.kind == "layer"]
-    gone = tuple(f"{stack}.{int(i)}." for stack in layers for i in (~kept[stack]).nonzero())
-    inside = [name for name in structures if name not in layers and not f"{name}.".startswith(gone)]
+    gone = [f"{stack}.{int(i)}." for stack in layers for i in (~kept[stack]).nonzero()]
+    gone += [prefix for name, group in structures.items() for prefix in group.entries_that_go(kept[name])]
+    inside = [name for name in structures if name not in layers and not f"{name}.".startswith(tuple(gone))]
     return {name: structures[name] for name in (*inside, *layers)}
 
 
@@ -206,6 +227,8 @@ def fields_of(structures: Structures, left: Mapping[str, int]) -> dict[str, int]
     for name, group in structures.items():
         for field, each in group.fields:
             numbers.setdefault(field, set()).add(each * left[name])
+        for field in group.run_fields:
+            numbers.setdefault(field, set()).add(left[name] // group.runs)
         if group.fields:
             for field, value in group.fixed:
                 numbers.setdefault(field, set()).add(value)

@@ -293,7 +293,7 @@ def structures_of(
 ) -> dict[str, StructureGroup]:
     """The structures of some kinds in some stacks, by name."""
     found = {group.name: group for each in stacks for group in each.structures(kinds, multiple_of)}
-    _require_own_weights(found)
+    require_own_weights(found)
     return found
 
 
@@ -339,7 +339,7 @@ def _blocks(length: int, count: int) -> torch.Tensor:
     return torch.arange(length) // (length // count)
 
 
-def _require_own_weights(found: Structures) -> None:
+def require_own_weights(found: Structures) -> None:
     """Requires that no weight is in two groups."""
     names: dict[int, str] = {}
     for name, parameter in parameters_of(found).items():

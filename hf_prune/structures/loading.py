@@ -16,15 +16,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import WeightConverter
 from transformers.initialization import no_init_weights, no_tie_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..weights.compression import BITMASK, decompress
-from .families import FAMILIES, QUERIES_OF_EACH, SIZES_OF_HEADS, SIZES_OF_NEURONS
+from ..weights.compression import BITMASK
+from .decompression import Decompress
+from .entries import keep_entries_, lengths_of
+from .families import EXPERT_COUNTS, EXPERT_WIDTHS, FAMILIES, QUERIES_OF_EACH, SIZES_OF_HEADS, SIZES_OF_NEURONS
 
 METHOD = "hf_prune"
 _KEY = "quantization_config"
@@ -47,6 +49,7 @@ class Record(QuantizationConfigMixin):
         shapes: Parameter or buffer → shape.
         attributes: Module → its whole numbers.
         compressed: Tensor that is compressed in the files → shape.
+        lengths: List of modules → how many of them there are.
 
     Raises:
         ValueError: if a shape or a size is not a positive whole number, a size is none that may be set, or a key is
@@ -58,6 +61,7 @@ class Record(QuantizationConfigMixin):
         shapes: Shapes | None = None,
         attributes: Attributes | None = None,
         compressed: Shapes | None = None,
+        lengths: dict[str, int] | None = None,
         **others: object,
     ) -> None:
         if unknown := sorted(set(others) - {"quant_method"}):
@@ -69,12 +73,17 @@ class Record(QuantizationConfigMixin):
         self.shapes = shapes = shapes or {}
         self.attributes = attributes = attributes or {}
         self.compressed = compressed = compressed or {}
-        for field, what in (("shapes", shapes), ("attributes", attributes), ("compressed", compressed)):
+        self.lengths = lengths = lengths or {}
+        for field in ("shapes", "attributes", "compressed", "lengths"):
+            what = getattr(self, field)
             if not isinstance(what, dict):
                 raise ValueError(f"{field!r} of a pruned model, recorded in config.json, must be an object: {what!r}.")
         for name, shape in [*shapes.items(), *compressed.items()]:
             if not isinstance(shape, list) or not shape or not all(_is_size(length) for length in shape):
                 raise ValueError(f"the recorded shape of {name!r} must be positive whole numbers, got {shape!r}.")
+        for name, length in lengths.items():
+            if not _is_size(length):
+                raise ValueError(f"the recorded length of {name!r} must be a positive whole number, got {length!r}.")
         for name, values in attributes.items():
             if not isinstance(values, dict) or not all(_is_size(value) for value in values.values()):
                 raise ValueError(f"the recorded sizes of {name!r} must be positive whole numbers, got {values!r}.")
@@ -90,7 +99,7 @@ class Record(QuantizationConfigMixin):
 
     def write_(self, model_config: PretrainedConfig) -> None:
         """Puts itself into a model's config, as it is in one that was read from a file; nothing, if it is empty."""
-        if self.shapes or self.attributes or self.compressed:
+        if self.shapes or self.attributes or self.compressed or self.lengths:
             model_config.quantization_config = self.to_dict()
         elif hasattr(model_config, "quantization_config"):
             del model_config.quantization_config
@@ -101,36 +110,6 @@ Record.__name__ = (
     "no method (hf_prune has recorded shapes or compression in its place: load the model without quantization_config "
     "and quantize it then; or prune with uniform=True and save with compress=False, so that nothing is recorded)"
 )
-
-
-class Decompress(ConversionOps):
-    """Makes a weight of the two tensors that stand for it in a file.
-
-    Args:
-        shape: The weight's shape, as it was recorded.
-    """
-
-    def __init__(self, shape: list[int]) -> None:
-        self.shape = shape
-
-    def convert(  # type: ignore[override]
-        self, input_dict: dict[str, list[torch.Tensor]], *, full_layer_name: str, model: PreTrainedModel, **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
-        """The weight, of its bits and its values: both have to be there, and to fit each other.
-
-        It has the shape in which it was saved. If the model's is another one, Transformers says so, or ignores it.
-        """
-        found = {pattern.endswith(BITMASK): tensor for pattern, (tensor,) in input_dict.items()}
-        if True not in found and False in found and self._is_whole(found[False], full_layer_name, model):
-            return {full_layer_name: found[False]}  # The model was saved anew, with a config from before.
-        if len(found) < 2:
-            what = "values" if True in found else "bits"
-            raise ValueError(f"{full_layer_name!r} is compressed, and its {what} are missing.")
-        return {full_layer_name: decompress(full_layer_name, found[True], found[False], self.shape)}
-
-    def _is_whole(self, tensor: torch.Tensor, name: str, model: PreTrainedModel) -> bool:
-        """Whether a tensor in a file is the weight, and not the values of one that is compressed."""
-        return tensor.ndim > 1 or list(tensor.shape) in (self.shape, list(model.get_parameter_or_buffer(name).shape))
 
 
 class RecordQuantizer(HfQuantizer):
@@ -172,7 +151,8 @@ class RecordQuantizer(HfQuantizer):
         if self._is_joined:
             record_shapes_(model)
         else:
-            Record(self._shapes, self.quantization_config.attributes).write_(model.config)
+            record = self.quantization_config
+            Record(self._shapes, record.attributes, lengths=record.lengths).write_(model.config)
         conversions = getattr(model, "_weight_conversions", None) or []
         ours = [c for c in conversions if any(isinstance(op, Decompress) for op in getattr(c, "operations", []))]
         model._weight_conversions = [c for c in conversions if c not in ours]  # type: ignore[assignment]
@@ -214,7 +194,7 @@ def record_shapes_(model: PreTrainedModel) -> None:
     # What the class does not build by itself, such as a head that its owner has put there, is no business of ours.
     expected = {name: list(tensor.shape) for name, tensor in _tensors(said)}
     shapes = {name: list(tensor.shape) for name, tensor in _tensors(model) if name in expected}
-    sizes = _sizes(said)
+    sizes, lengths = _sizes(said), lengths_of(said)
     attributes = {
         name: {key: value for key, value in own.items() if sizes[name].get(key) != value}
         for name, own in _sizes(model).items()
@@ -223,6 +203,7 @@ def record_shapes_(model: PreTrainedModel) -> None:
     Record(
         {name: shape for name, shape in shapes.items() if expected[name] != shape},
         {name: own for name, own in attributes.items() if own},
+        lengths={name: left for name, left in lengths_of(model).items() if left < lengths.get(name, 0)},
     ).write_(model.config)
 
 
@@ -261,7 +242,7 @@ def size_names() -> set[str]:
     """The whole numbers of modules that a file may set: widths, and what families count by heads and neurons."""
     parts = [part for family in FAMILIES.values() for stack in family for part in stack.parts]
     counted = {path.rpartition(".")[2] for part in parts for path in part.attributes}
-    found = {name for names in (*SIZES_OF_HEADS, *SIZES_OF_NEURONS) for name in names}
+    found = {name for names in (*SIZES_OF_HEADS, *SIZES_OF_NEURONS, EXPERT_COUNTS, EXPERT_WIDTHS) for name in names}
     return {"groups", *QUERIES_OF_EACH, *counted, *found, *(width for widths in WIDTHS.values() for width in widths)}
 
 
@@ -286,6 +267,15 @@ def _apply_(model: PreTrainedModel, record: Record) -> Shapes:
     shapes = dict(record.shapes)
     if record.shapes and not _names_modules_of(model, record):
         raise _other_model(model, next(iter(record.shapes)))
+    for name, length in record.lengths.items():
+        modules = _find(model, name)
+        if modules is not None and length > lengths_of(modules).get("", 0):
+            raise _other_model(model, name)
+        if modules is not None:
+            keep_entries_(modules, range(length))
+            # What holds them would draw weights for as many as the config says.
+            for each in filter(None, (modules, _find(model, name.rpartition(".")[0]))):
+                each._is_hf_initialized = True  # type: ignore[assignment]
     for name, shape in record.shapes.items():
         path, _, attribute = name.rpartition(".")
         module = _find(model, path)

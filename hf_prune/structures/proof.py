@@ -15,6 +15,7 @@ from .discovery import of_the_same_side, stacks_in
 from .families import SIZES_OF_HEADS, SIZES_OF_NEURONS, Family, Heads, Neurons, Stack, layer_kind
 from .groups import StructureGroup, Structures
 from .layers import Layer, stacks_of, structures_of
+from .loading import recorded_in
 from .removal import Removal
 from .small_models import HEADS, INNER, KEY_VALUE_HEADS, small_model_like
 from .trial import apply_compared_
@@ -145,7 +146,7 @@ def _why_not_exact(small: PreTrainedModel, family: Family, kind: str, *, uniform
         structures = structures_of(stacks_of(small, family), (kind,))
     except ValueError as error:
         return str(error)
-    return _why_differs(small, structures, _some_of_each(structures, uniform))
+    return _why_differs(small, structures, _some_of_each(structures, uniform), is_said=uniform)
 
 
 def _some_of_each(structures: Structures, uniform: bool) -> dict[str, torch.Tensor]:
@@ -161,8 +162,13 @@ def _some_of_each(structures: Structures, uniform: bool) -> dict[str, torch.Tens
     return kept
 
 
-def _why_differs(small: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor]) -> str | None:
-    """How the outputs of a small model without some structures differ from those with zeros for them, or fail."""
+def _why_differs(
+    small: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor], *, is_said: bool = False
+) -> str | None:
+    """How the outputs of a small model without some structures differ from those with zeros for them, or fail.
+
+    If the config is to say what is left, what has to be recorded beside it counts too.
+    """
     tried = copy.deepcopy(small)
     moved = {name: _moved(group, tried) for name, group in structures.items()}
     removal = Removal(tried, tried, moved, kept)
@@ -171,7 +177,7 @@ def _why_differs(small: PreTrainedModel, structures: Structures, kept: Mapping[s
         apply_compared_(removal, Reference(tried, removal.masks))
     except (Differs, ValueError) as error:
         return str(error)
-    return None
+    return "no config says what is left" if is_said and recorded_in(tried.config) else None
 
 
 def _moved(group: StructureGroup, model: PreTrainedModel) -> StructureGroup:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .groups import KINDS, StructureGroup, Structures, count_gone, in_layers_that_stay, kinds_of
+from .groups import KINDS, LEAST, StructureGroup, Structures, count_gone, in_layers_that_stay, kinds_of
 
 
 def choose(
@@ -99,6 +99,8 @@ def require_attainable(structures: Structures, sparsity: float, gone: Mapping[st
     where = repr(next(iter(structures))) if len(structures) == 1 else f"{len(structures)} places"
     if asked > most + step / 2:
         stays = f"a multiple of {step} {kinds}" if step > 1 else f"one {kind}"
+        if (fewest := max(group.least for group in structures.values())) > 1:
+            stays = f"{fewest} {kinds} ({LEAST})"
         raise ValueError(
             f"a sparsity of {sparsity:g} would remove {asked} of the {total} {kinds} in {where}, and at most {most} "
             f"can go: at least {stays} must stay in each place. Take a lower sparsity"

@@ -19,7 +19,8 @@ from .configs import (
     write_layers_,
     write_widths_,
 )
-from .groups import KINDS, StructureGroup, Structures, in_layers_that_stay, masks_of
+from .entries import keep_entries_
+from .groups import KINDS, LEAST, StructureGroup, Structures, in_layers_that_stay, masks_of
 from .loading import WIDTHS, build_empty, record_shapes_
 from .norms import Rescaling
 
@@ -71,10 +72,16 @@ class Removal:
             ValueError: if not.
         """
         for name, group in in_layers_that_stay(self.structures, self.kept).items():
-            if not self.kept[name].any():
+            left = int(self.kept[name].sum())
+            if left == 0:
                 raise ValueError(
                     f"all {group.count} {KINDS[group.kind]} of {name!r} are pruned; at least one has to stay. "
                     "(A layer goes if all its weights are zero.)"
+                )
+            if left < group.least:
+                raise ValueError(
+                    f"{left} of the {group.count} {KINDS[group.kind]} of {name!r} are left, and at least "
+                    f"{group.least} have to stay: {LEAST}."
                 )
             if not self.kept[name][list(group.stay)].all():
                 raise ValueError(
@@ -153,18 +160,24 @@ def _remove_parts_(model: nn.Module, parts: Structures, kept: Mapping[str, torch
     # Several groups may own positions of one axis, as of a layer that reads what others have put side by side.
     positions: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
     for name, group in parts.items():
-        for member in group.members:
+        for member in (*group.members, *group.buffers):
+            if group.entries is not None and member.name.startswith(f"{group.entries}."):
+                continue  # It goes, or stays, with its module.
             own = member.kept_positions(kept[name])
             positions[member.name, member.axes] = positions.get((member.name, member.axes), own) & own
-    places: dict[nn.Parameter, list[str]] = {}
+    places: dict[torch.Tensor, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(parameter, []).append(name)
     # What goes of each expert is counted in all of them, and so goes before whole experts.
     for (name, axes), stays in sorted(positions.items(), key=lambda item: -len(item[0][1])):
-        parameter = model.get_parameter(name)  # Not the member's any more if it has lost another axis.
+        holder, _, attribute = name.rpartition(".")
+        parameter = getattr(
+            model.get_submodule(holder), attribute
+        )  # Not the member's any more if it has lost another axis.
         values = _without(parameter.detach(), axes, stays.to(parameter.device))
-        smaller = nn.Parameter(values, requires_grad=parameter.requires_grad)
-        places[smaller] = places.pop(parameter)  # Several if it is tied, as embeddings and the projection to logits.
+        is_parameter = isinstance(parameter, nn.Parameter)
+        smaller = nn.Parameter(values, parameter.requires_grad) if is_parameter else values
+        places[smaller] = places.pop(parameter, [name])  # Several if tied, as embeddings and the projection to logits.
         for place in places[smaller]:
             path, _, attribute = place.rpartition(".")
             module = model.get_submodule(path)
@@ -173,6 +186,8 @@ def _remove_parts_(model: nn.Module, parts: Structures, kept: Mapping[str, torch
                 _set_widths_(module, axes[0], stays.nonzero().flatten())
     for name, group in parts.items():
         left = int(kept[name].sum())
+        if group.entries is not None:
+            keep_entries_(model.get_submodule(group.entries), kept[name].nonzero().flatten().tolist())
         for path, attribute, each in group.attributes:
             setattr(model.get_submodule(path), attribute, each * left)
         runs = int(kept[name].view(group.runs, -1).any(1).sum())

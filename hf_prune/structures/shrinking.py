@@ -1,6 +1,5 @@
 """Shrinking: what is pruned as a whole is removed, and the model gets smaller."""
 
-import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -11,14 +10,15 @@ from transformers import PreTrainedModel
 
 from ..calibration.contexts import rolled_back, whole_on_error
 from ..weights.targets import find_targets
+from .by_kind import find_by_kind
 from .channels import find_channels, is_convolutional
 from .comparing import Differs, Reference, why_not_generated
+from .experts import bar_pruned_
 from .groups import KINDS, StructureGroup, Structures, count_gone, kept_in, nonzeros
-from .heads_and_neurons import find_in_family
 from .loading import build_empty
 from .removal import Removal, whole_of
+from .routing import unbar_
 from .trial import apply_compared_
-from .widths import find_width
 
 logger = logging.getLogger(__name__)
 
@@ -81,18 +81,15 @@ def shrink(
 def find_removable(model: nn.Module) -> dict[str, StructureGroup]:
     """Finds all structures that `shrink` can remove from a model, of all kinds that can be removed from it.
 
-    If there is no such kind, it raises what `find_in_family` and `find_channels` do.
+    If there is no such kind, it raises what `find_by_kind` and `find_channels` do.
     """
     if is_convolutional(model):
         return find_channels(model, find_targets(model, ".*"), multiple_of=1)
     targets, errors = find_targets(model), []
     structures: dict[str, StructureGroup] = {}
-    finders = {
-        kind: functools.partial(find_in_family, model, (kind,)) for kind in ("head", "query", "neuron", "layer")
-    }
-    for kind, find in {**finders, "width": functools.partial(find_width, model)}.items():
+    for kind in ("head", "query", "neuron", "expert", "layer", "width"):
         try:
-            structures |= find(targets, multiple_of=1)
+            structures |= find_by_kind(model, (kind,), targets, multiple_of=1)
         except ValueError as error:  # What cannot be removed cannot have been pruned, and the other kinds can.
             logger.debug("No %s is removed: %s", kind, error)
             errors.append(error)
@@ -121,6 +118,7 @@ def remove_(
     removal = Removal(model, whole_of(model), structures, kept)
     removal.require_some_left()
     build_empty(type(model), model.config)  # Else nothing could be recorded.
+    bar_pruned_(model, structures)
     reference = None
     try:
         reference = Reference(model, removal.masks, batch, removal.channels)
@@ -142,9 +140,23 @@ def remove_(
             type(model).__name__,
         )
         _remove_without_loading_(removal, reference, batch)
+    unbar_(model)  # Nothing is left to bar.
+    if len({int(kept[name].sum()) for name, group in structures.items() if group.kind == "expert"}) > 1:
+        _unbalance_(model)
     if could_generate and (why := why_not_generated(model)):
         _warn_of_generation(model, why)
     removal.forget_alignment_()
+
+
+def _unbalance_(model: PreTrainedModel) -> None:
+    """Turns off a loss that adds up experts over layers, if these have several numbers of them."""
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False
+        logger.warning(
+            "The layers of %s have different numbers of experts, and the loss that balances experts needs as many in "
+            "each layer: output_router_logits is False now. Prune with uniform=True to go on with it.",
+            type(model).__name__,
+        )
 
 
 def _remove_without_loading_(removal: Removal, reference: Reference, batch: Mapping[str, Any] | None) -> None:
@@ -173,6 +185,8 @@ def _changes_outputs(removal: Removal, batch: Mapping[str, Any] | None, error: D
     advice = (
         "The network relies on a width that cannot be traced."
         if is_convolutional(model) or structures[culprit].kind == "width"
+        else "Its routing depends on the number of experts in a way that is not known. Choose another granularity."
+        if structures[culprit].kind == "expert"
         else f"Check how the family {model.config.model_type!r} is described: it must name every projection, norm and "
         f"attribute that depends on the number of {kinds} (see describe_family)."
     )

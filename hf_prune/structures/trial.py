@@ -1,4 +1,4 @@
-"""Trials: what is removed is compared; channels and widths, which nobody has described, on a copy first."""
+"""Trials: what is removed is compared; structures that nobody has described, on a copy first."""
 
 import copy
 from typing import cast
@@ -9,10 +9,13 @@ from transformers import PreTrainedModel
 
 from ..weights.targets import find_targets
 from .comparing import Differs, Reference
-from .groups import WITHOUT_STRUCTURES, Structures
+from .experts import bar_pruned_
+from .groups import KINDS, WITHOUT_STRUCTURES, StructureGroup, Structures, kinds_of
 from .removal import Removal
 from .small_models import small_model_like
 from .widths import find_width
+
+_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @torch.no_grad()
@@ -23,34 +26,39 @@ def apply_compared_(removal: Removal, reference: Reference | None, *, load: bool
     """
     try:
         saved = removal.apply_()
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except _ERRORS as error:
         raise Differs(f"no config builds what is left ({type(error).__name__}: {error})") from error
     if reference is not None:
         reference.require_same(removal.model, saved if load else None)
 
 
-def require_exact_on_a_copy(model: nn.Module, channels: Structures) -> None:
-    """Requires that a copy of a network without half of its channels gives what it gives with zeros for them.
+def require_exact_on_a_copy(model: nn.Module, structures: Structures) -> None:
+    """Requires that a copy of a model without half of its structures gives what it gives with zeros for them.
 
     Networks may count on their widths where no graph shows it: they split channels into parts of fixed lengths, or
-    have a norm over a weight.
+    have a norm over a weight. Routers may share tokens out by the number of experts.
 
     Raises:
         ValueError: if the copy gives other outputs, or cannot be called.
     """
-    kept = {}
-    for name, group in channels.items():
-        levels = group.counts_that_may_go()
-        kept[name] = torch.arange(group.count) >= levels[len(levels) // 2]
+    kept = {name: _half_of(group) for name, group in structures.items()}
     tried = cast(PreTrainedModel, copy.deepcopy(model))
-    removal = Removal(tried, tried, channels, kept)
+    bar_pruned_(tried, structures)
+    removal = Removal(tried, tried, structures, kept)
     try:
         apply_compared_(removal, Reference(tried, removal.masks))
     except (Differs, ValueError) as error:
+        kinds = " and ".join(KINDS[kind] for kind in kinds_of(structures))
         raise ValueError(
-            f"channels cannot be removed from {type(model).__name__}: a copy without half of them fails ({error}). "
+            f"{kinds} cannot be removed from {type(model).__name__}: a copy without half of them fails ({error}). "
             f"Its code seems to rely on fixed widths. {WITHOUT_STRUCTURES}"
         ) from error
+
+
+def _half_of(group: StructureGroup) -> torch.Tensor:
+    """Which structures stay, if about half may go: the last ones of each run."""
+    levels, each = group.counts_that_may_go(), group.count // group.runs
+    return torch.arange(group.count) % each >= levels[len(levels) // 2] // group.runs
 
 
 def require_width_exact_on_a_copy(model: nn.Module) -> None:

@@ -22,6 +22,8 @@ from ..recovery.lora import has_adapters, mask_adapters_
 from ..reporting.history import PruningHistory
 from ..reporting.reports import count_zeros
 from ..reporting.savings import shrink_measured
+from ..structures.experts import bar_pruned_
+from ..structures.routing import SAVED_UNBARRED, bars_any
 from ..weights.gradient_hooks import GradientHooks
 from ..weights.masks import MaskSet
 from ..weights.movement import Movement, require_gatherable
@@ -79,6 +81,7 @@ class Run:
         self._weights = dict(event.model.named_parameters())
         self._zero_check = ZeroCheck()
         self._zero_check.watch_(event.model, self.masks)
+        bar_pruned_(event.model, plan.structures)
         self._hooks = GradientHooks()
         self._hooks.release_(self._weights.values())  # What an interrupted run of another callback has left.
         self._tokens_seen = event.state.num_input_tokens_seen
@@ -217,6 +220,7 @@ class Run:
             with logged_on_error("The last round was not closed, and the model has the weights of the last step."):
                 event.say(self.rounds.finish_(state.global_step, model))
             self.masks.apply_(model)
+            are_barred = bars_any(model)
         if shortfall := self.history.shortfall():
             logger.warning("%s", shortfall)
         if self.monitor.lacks(self.history.metric):
@@ -226,6 +230,8 @@ class Run:
             )  # fmt: skip
         if self.plan.structures and self.plan.config.shrink_at_end and self.masks.masked:
             self._shrink_(event)
+        if are_barred and self._weights:
+            logger.warning("%s", SAVED_UNBARRED)
         if self._weights:  # Else it is shrunk, and has nothing that is masked.
             self._zero_check.watch_until_used_(model, self.masks)
         if has_adapters(model) and self.masks:  # Beside adapters there are no base weights to read them from.

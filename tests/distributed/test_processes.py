@@ -19,6 +19,7 @@ from hf_prune.distributed.shards import whole
 from hf_prune.distributed.zero import has_partitions, master_of, shape_of
 from hf_prune.weights.snapshot import Snapshot
 from tests.processes import in_turn, launch_function, on_two_processes
+from tests.structures.mixtures import build_mixture
 from tests.structures.models import build as build_of_structures
 from tests.tiny import batch, build
 from tests.trainers import FSDP, trainer_factory, zero
@@ -40,8 +41,12 @@ CONFIGS = {
         sparsity=0.5, schedule="geometric", rounds=3, end=6, criterion="fisher", granularity="head+neuron",
         multiple_of=4, calibration_samples=11,
     ),
+    "experts": PruningConfig(
+        sparsity=0.375, schedule="geometric", rounds=3, end=6, criterion="reap", granularity="expert",
+        calibration_samples=11,
+    ),
 }  # fmt: skip
-WHOLE = ("sparsegpt", "structures")  # With FSDP2 these are errors.
+WHOLE = ("sparsegpt", "structures", "experts")  # With FSDP2 these are errors.
 # How one process and how two are told to train. DeepSpeed trains in float32.
 FLOAT32 = {"float32": True}
 SGD = {"optim": "sgd", "learning_rate": 1.0}  # Which shows whether gradients were masked before they were clipped.
@@ -73,7 +78,11 @@ def train(folder: Path, pacing: str, options: dict) -> None:
     from transformers import TrainerCallback
 
     options = {**SAVING, **EVEN, **options, **OPTIONS.get(pacing, {})}
-    model = (build_of_structures if pacing == "structures" else build)("llama").double()
+    if pacing == "experts":
+        model = build_mixture("mixtral")
+        model.config._experts_implementation = "eager"  # No kernel knows float64.
+    else:
+        model = (build_of_structures if pacing == "structures" else build)("llama").double()
     if options.pop("native", False):  # Each process reads its part of the files.
         state = PartialState(cpu=True)  # Else each process takes itself for the only one.
         with state.main_process_first():
@@ -84,7 +93,7 @@ def train(folder: Path, pacing: str, options: dict) -> None:
     config = CONFIGS[pacing]
     if options.pop("float32", False):
         model = model.float()
-        if pacing == "structures":  # With DeepSpeed shrinking is an error.
+        if pacing in ("structures", "experts"):  # With DeepSpeed shrinking is an error.
             config = dataclasses.replace(config, shrink_at_end=False)
     norms: list[float] = []
 
@@ -155,11 +164,12 @@ def test_two_processes_prune_what_one_does(kind, name, outcomes):
         assert outcome["sharded"] == (kind in ("fsdp", "fsdp-one-group", "native"))
         assert outcome["partitioned"] == kind.startswith("zero")
     assert first == second
-    # Of 9 heads of keys and values and 72 neurons.
-    assert first["pruned"] == one["pruned"] == (4 + 36 if name == "structures" else round(0.8 * 4608))
+    # Of 9 heads of keys and values and 72 neurons, or of 16 experts.
+    pruned = {"structures": 4 + 36, "experts": 6}.get(name, round(0.8 * 4608))
+    assert first["pruned"] == one["pruned"] == pruned
     assert first["parameters"] == one["parameters"]
     assert first["masks"] == one["masks"]
-    if not (name == "structures" and kind == "ddp"):  # whose pruned structures are gone
+    if not (name in ("structures", "experts") and kind == "ddp"):  # whose pruned structures are gone
         assert first["read"] == first["masks"]
     assert first["zeros"] == one["zeros"]
     assert first["samples"] == one["samples"]

@@ -44,6 +44,8 @@ ORDERS = {
 IMPORTED = [
     "hf_prune",
     "hf_prune.structures",
+    "hf_prune.structures.decompression",
+    "hf_prune.structures.entries",
     "hf_prune.structures.families",
     "hf_prune.structures.loading",
     "hf_prune.structures.registration",

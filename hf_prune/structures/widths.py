@@ -95,7 +95,13 @@ class _Twins:
             raise ValueError(f"the config of {type(model).__name__} does not say in {field} how wide it is. {_OTHERS}")
         fixed: tuple[tuple[str, int], ...] = ()
         heads = getattr(config, "num_attention_heads", None)
-        if isinstance(heads, int) and not vars(config).get("head_dim"):  # It may be one of each layer.
+        try:
+            size = getattr(config, "head_dim", None)
+        except RuntimeError as error:  # There is one for each layer.
+            raise ValueError(
+                f"the layers of {type(model).__name__} are of different widths: {error} {_OTHERS}"
+            ) from error
+        if isinstance(heads, int) and not size:
             fixed = (("head_dim", width // heads),)
         same, wider = (_build(model, config, {**dict(fixed), field: n}) for n in (width, 2 * width))
         return cls(model, field, width, fixed, same, wider)
@@ -197,6 +203,12 @@ class _Twins:
 
 def _build(model: PreTrainedModel, model_config: PretrainedConfig, changes: Mapping[str, Any]) -> PreTrainedModel:
     changed = copy.deepcopy(model_config)
-    for name, value in changes.items():
-        setattr(changed, name, value)
-    return build_empty(type(model), changed)
+    try:
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        return build_empty(type(model), changed)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        said = ", ".join(f"{name}={value}" for name, value in changes.items())
+        raise ValueError(
+            f"{type(model).__name__} cannot be built with {said} ({type(error).__name__}: {error}). {_OTHERS}"
+        ) from error

@@ -142,7 +142,12 @@ def walk_all(names: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """`walk` for some model types, with all that is exact loaded again in a new process."""
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
-        found = {name: walk(name, folder) for name in names}
+        found = {}
+        for name in names:
+            try:
+                found[name] = walk(name, folder)
+            except Exception as error:  # Neither a model nor an error that says why.
+                found[name] = dict.fromkeys(GRANULARITIES, f"wrong: {type(error).__name__}: {error}")
         new = subprocess.run([sys.executable, __file__, "--load", root], capture_output=True, text=True, check=False)
         if new.returncode:
             raise RuntimeError(f"what was saved cannot be loaded: {new.stderr[-2000:]}")

@@ -2,8 +2,8 @@
 
 import contextlib
 import itertools
-import json
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -162,7 +162,9 @@ def _load_again(model: PreTrainedModel) -> PreTrainedModel:
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     with silent(), keep_random_state(torch.device("cpu")):
-        saved_config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
+        with tempfile.TemporaryDirectory() as folder:
+            model.config.save_pretrained(folder)
+            saved_config = type(model.config).from_pretrained(folder)
         loaded: PreTrainedModel = type(model).from_pretrained(
             None, config=saved_config, state_dict=state, dtype=model.dtype, ignore_mismatched_sizes=True
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..calibration.contexts import keep_random_state
+from ..calibration.contexts import keep_random_state, silent
 from ..calibration.passes import call
 from .comparing import computing_exactly
 from .configs import write_layers_
@@ -120,14 +120,17 @@ def small_model_like(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def random_model(kind: type[PreTrainedModel], small_config: PretrainedConfig) -> PreTrainedModel:
-    """A model in float64 from a config, with random weights: also those that are zero or one at first."""
-    with keep_random_state(torch.device("cpu")), torch.device("cpu"):
+    """A loaded model in float64, with random weights: also those that are zero or one at first."""
+    how: Any = dict(dtype=torch.float64, attn_implementation="eager")
+    with keep_random_state(torch.device("cpu")), torch.device("cpu"), silent():
         torch.manual_seed(0)
-        model: Any = kind._from_config(copy.deepcopy(small_config), dtype=torch.float64, attn_implementation="eager")
+        model: Any = kind._from_config(copy.deepcopy(small_config), **how)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
-    return model.double().eval()
+        # Buffers that are not saved, such as tables of positions, are computed otherwise where a model is loaded.
+        model = kind.from_pretrained(None, config=copy.deepcopy(small_config), state_dict=model.state_dict(), **how)
+    return model.double().eval()  # type: ignore[no-any-return]
 
 
 def call_exactly(model: PreTrainedModel) -> Any:

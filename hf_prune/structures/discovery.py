@@ -9,33 +9,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .families import Heads, Neurons, Parts, Stack, lists_of_layers_in
-from .small_models import LAYERS, call_exactly
+from .names import HEAD_COUNT_ATTRIBUTES, HEAD_WIDTH_ATTRIBUTES, LAYER_FIELDS
+from .small_models import call_exactly
 from .tracing import Owned, alive, inputs_of_projections, trace
-
-_HEAD_COUNTS = [
-    "num_key_value_heads",
-    "num_kv_heads",
-    "n_kv_heads",
-    "n_head_kv",
-    "num_attention_heads",
-    "num_heads",
-    "n_heads",
-    "n_head",
-    "num_head",
-    "attention_heads",
-    "num_attn_heads",
-    "nhead",
-    "heads",
-]
-_HEAD_SIZES = [
-    "head_dim",
-    "attention_head_size",
-    "head_size",
-    "key_value_proj_dim",
-    "d_kv",
-    "dim_head",
-    "size_per_head",
-]
 
 
 def stacks_in(model: PreTrainedModel) -> list[Stack]:
@@ -99,14 +75,16 @@ def _part(layer: nn.Module, owned: Owned, model_config: Any) -> Heads | Neurons 
         return Neurons(_starred(layer, root), own, columns, beside=others)
     attention = layer.get_submodule(root)
     narrowest = min(_widths(layer, rows, width))
-    size = next((n for n in _paths(attention, _HEAD_SIZES) if _value(attention, n) == narrowest // owned.count), "")
+    size = next(
+        (n for n in _paths(attention, HEAD_WIDTH_ATTRIBUTES) if _value(attention, n) == narrowest // owned.count), ""
+    )
     count = (
         ""
         if size
         else next(
             (
                 n
-                for n in (*_paths(attention, _HEAD_COUNTS), *_HEAD_COUNTS)
+                for n in (*_paths(attention, HEAD_COUNT_ATTRIBUTES), *HEAD_COUNT_ATTRIBUTES)
                 if _said(attention, model_config, n) == owned.count
             ),
             None,
@@ -180,7 +158,7 @@ def _common(paths: Sequence[str]) -> str:
 
 def _layer_fields(model: PreTrainedModel, path: str) -> tuple[str, ...]:
     count = len(list(model.base_model.get_submodule(path).children())) if "*" not in path else -1
-    return of_the_same_side(path, [name for name in LAYERS if vars(model.config).get(name) == count])
+    return of_the_same_side(path, [name for name in LAYER_FIELDS if vars(model.config).get(name) == count])
 
 
 def of_the_same_side(path: str, fields: Sequence[str]) -> tuple[str, ...]:

@@ -15,22 +15,6 @@ Parts = int | Literal["q+k+v"]
 structure: 1, or 3 where the queries of all heads come first, then all keys, then all values. "q+k+v" are such three of
 which keys and values are narrower, under grouped-query attention."""
 
-QUERIES_OF_EACH = ("num_key_value_groups",)
-"""Attributes of attentions that hold how many queries read each key-value head."""
-
-
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
-"""What configs and modules call the number of experts."""
-
-EXPERT_WIDTHS = (
-    "moe_intermediate_size",
-    "expert_ffn_hidden_size",
-    "intermediate_size",
-    "intermediate_dim",
-    "expert_dim",
-)
-"""What configs and modules call the number of neurons of one expert."""
-
 
 @dataclass(frozen=True)
 class Heads:
@@ -276,28 +260,6 @@ _described: dict[str, Family] = {}
 def is_described(model_type: str) -> bool:
     """Whether a user has described a family, so that it has yet to be proved."""
     return model_type in _described and FAMILIES.get(model_type) is _described[model_type]
-
-
-SIZES_OF_HEADS = (
-    (
-        *[
-            "num_attention_heads",
-            "num_key_value_heads",
-            "num_heads",
-            "n_heads",
-            "n_head",
-            "num_head",
-            "num_kv_heads",
-            "n_kv_heads",
-            "heads",
-        ],
-        *["all_head_size", "inner_dim", "split_size", "attention_inner_dim", "attn_dim"],
-    ),
-    ("embed_dim", "hidden_size", "d_model", "dim"),
-)
-"""Attributes of modules that may count heads, or the width of all; then those that may mean something else too."""
-SIZES_OF_NEURONS = (("intermediate_size", "ffn_dim", "hidden_dim", "d_ff", "inner_dim"),)
-"""Attributes of modules that may count neurons."""
 
 
 def describe_family(model_type: str, *stacks: Stack, like: str | None = None) -> None:

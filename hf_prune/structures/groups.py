@@ -191,6 +191,17 @@ def parameters_of(structures: Structures) -> dict[str, torch.Tensor]:
     return {member.name: member.parameter for group in structures.values() for member in group.members}
 
 
+def require_own_weights(found: Structures) -> None:
+    """Requires that no weight is in two groups."""
+    names: dict[int, str] = {}
+    for name, parameter in parameters_of(found).items():
+        if (other := names.setdefault(id(parameter), name)) != name:
+            raise ValueError(
+                f"{other} and {name} are one tensor; structures of layers that share weights cannot be removed. "
+                f"{WITHOUT_STRUCTURES}"
+            )
+
+
 def nonzeros(structures: Structures) -> dict[str, torch.Tensor]:
     """Where the parameters are not zero of which structures own something, by name."""
     return {name: parameter.detach() != 0 for name, parameter in parameters_of(structures).items()}

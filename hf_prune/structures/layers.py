@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .families import QUERIES_OF_EACH, Family, Heads, Neurons, Parts, Stack, layer_kind
-from .groups import KINDS, WITHOUT_STRUCTURES, Member, StructureGroup, Structures, parameters_of
+from .families import Family, Heads, Neurons, Parts, Stack, layer_kind
+from .groups import KINDS, Member, StructureGroup, require_own_weights
+from .names import QUERIES_OF_EACH
 
 HOW_TO_ADD = (
     'Describe it in a dozen lines: describe_family({!r}, Stack("layers", (Heads(...), Neurons(...)))), all of which '
@@ -337,14 +338,3 @@ def _input_axis(module: nn.Module) -> int:
 def _blocks(length: int, count: int) -> torch.Tensor:
     """`[length]` owners, if what structures own lies one behind the other."""
     return torch.arange(length) // (length // count)
-
-
-def require_own_weights(found: Structures) -> None:
-    """Requires that no weight is in two groups."""
-    names: dict[int, str] = {}
-    for name, parameter in parameters_of(found).items():
-        if (other := names.setdefault(id(parameter), name)) != name:
-            raise ValueError(
-                f"{other} and {name} are one tensor; structures of layers that share weights cannot be removed. "
-                f"{WITHOUT_STRUCTURES}"
-            )

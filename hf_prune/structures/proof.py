@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 from .comparing import Differs, Reference
 from .discovery import of_the_same_side, stacks_in
-from .families import SIZES_OF_HEADS, SIZES_OF_NEURONS, Family, Heads, Neurons, Stack, layer_kind
+from .families import Family, Heads, Neurons, Stack, layer_kind
 from .groups import StructureGroup, Structures
 from .layers import Layer, stacks_of, structures_of
 from .loading import recorded_in
+from .names import KEY_VALUE_HEAD_FIELDS, NEURON_FIELDS, QUERY_HEAD_FIELDS, SIZES_OF_HEADS, SIZES_OF_NEURONS
 from .removal import Removal
-from .small_models import HEADS, INNER, KEY_VALUE_HEADS, small_model_like
+from .small_models import small_model_like
 from .trial import apply_compared_
 
 _Part = Heads | Neurons
@@ -249,8 +250,8 @@ def _said_by(small: PreTrainedModel, stack: Stack, part: _Part, fixed: str | Non
         return of_the_same_side(stack.layers, [name for name in names if said.get(name) == value])[:1]
 
     if isinstance(part, Neurons):
-        return dataclasses.replace(part, fields=named(INNER, layer.count(own)))
-    heads, pairs = named(HEADS, _queries(layer, own)), named(KEY_VALUE_HEADS, layer.count(own))
+        return dataclasses.replace(part, fields=named(NEURON_FIELDS, layer.count(own)))
+    heads, pairs = named(QUERY_HEAD_FIELDS, _queries(layer, own)), named(KEY_VALUE_HEAD_FIELDS, layer.count(own))
     return dataclasses.replace(part, fields=heads + pairs if heads else (), fixed=fixed)
 
 

@@ -124,6 +124,16 @@ class StructureGroup:
         levels = [self.runs * (each - width) for width in widths if each - width <= last]
         return sorted({gone, *(level for level in levels if level > gone)})
 
+    def without(self, gone: int, first: int = 0) -> torch.Tensor:
+        """`[count]` bools: what is kept if some go, as many of each run, one behind the other from its `first`.
+
+        Example:
+            >>> StructureGroup("queries", "query", 6, (), runs=2).without(2, first=1).int().tolist()
+            [1, 0, 1, 1, 0, 1]
+        """
+        position = torch.arange(self.count) % (self.count // self.runs)
+        return (position < first) | (position >= first + gone // self.runs)
+
     def entries_that_go(self, kept: torch.Tensor) -> set[str]:
         """The paths of the modules that go, where the structures are entries of a list, each with a dot behind."""
         if self.entries is None:

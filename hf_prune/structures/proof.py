@@ -151,15 +151,13 @@ def _why_not_exact(small: PreTrainedModel, family: Family, kind: str, *, uniform
 
 
 def _some_of_each(structures: Structures, uniform: bool) -> dict[str, torch.Tensor]:
-    """What is kept if some go of each group: as many of each, or one or two in turn."""
+    """What is kept if the fewest that may go do so, or in turn the second fewest: of all groups as many if uniform."""
     kept = {}
     for i, (name, group) in enumerate(structures.items()):
         levels = group.counts_that_may_go()
-        each = levels[min(1 if uniform else 1 + i % 2, len(levels) - 1)] // group.runs
-        length = group.count // group.runs
-        first = i % (length - each + 1)
-        gone = (torch.arange(length) >= first) & (torch.arange(length) < first + each)
-        kept[name] = (~gone).repeat(group.runs)
+        gone = levels[min(1 if uniform else 1 + i % 2, len(levels) - 1)]
+        # From another position in each group, so that no order of structures goes unnoticed.
+        kept[name] = group.without(gone, first=i % ((group.count - gone) // group.runs + 1))
     return kept
 
 

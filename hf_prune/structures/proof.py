@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .comparing import Differs, Reference
 from .discovery import of_the_same_side, stacks_in
-from .families import Family, Heads, Neurons, Stack, layer_kind
+from .families import Family, Heads, Neurons, Part, Stack, layer_kind
 from .groups import StructureGroup, Structures
 from .layers import Layer, stacks_of, structures_of
 from .loading import recorded_in
@@ -21,8 +21,7 @@ from .removal import Removal
 from .small_models import small_model_like
 from .trial import apply_compared_
 
-_Part = Heads | Neurons
-_PARTS = ("head", "neuron")
+_KINDS_OF_PARTS = ("head", "neuron")
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ def _tried(small: PreTrainedModel, described: Family) -> Proved:
 def _find(small: PreTrainedModel) -> Proved:
     """The family of a small model, as far as it is proved."""
     stacks, refused = stacks_in(small), {}
-    found: dict[str, list[_Part]] = {stack.layers: [] for stack in stacks}
-    for kind in _PARTS:
+    found: dict[str, list[Part]] = {stack.layers: [] for stack in stacks}
+    for kind in _KINDS_OF_PARTS:
         own = tuple(dataclasses.replace(s, parts=tuple(p for p in s.parts if p.kind == kind)) for s in stacks)
         proved, why = _prove_parts(small, tuple(stack for stack in own if stack.parts))
         for stack in proved:
@@ -191,12 +190,12 @@ def _with_attributes(small: PreTrainedModel, stacks: Family) -> Iterator[Family]
     names = SIZES_OF_HEADS if is_heads else SIZES_OF_NEURONS
     flat = [[name for some in names[:n] for name in some] for n in range(1, len(names) + 1)]
 
-    def counted(some: Sequence[str]) -> Callable[[Stack, _Part], _Part]:
+    def counted(some: Sequence[str]) -> Callable[[Stack, Part], Part]:
         return lambda stack, part: _counted_by(small, stack, part, some)
 
-    def shared(some: Sequence[str]) -> Callable[[Stack, _Part], _Part]:
+    def shared(some: Sequence[str]) -> Callable[[Stack, Part], Part]:
         # What all layers share, as a position bias or what is read from the config, has to be said at once.
-        def change(stack: Stack, part: _Part) -> _Part:
+        def change(stack: Stack, part: Part) -> Part:
             said = _said_by(small, stack, _counted_by(small, stack, part, some), "head_dim")
             return dataclasses.replace(said, is_shared=True) if isinstance(said, Heads) else said
 
@@ -214,7 +213,7 @@ def _with_fields(small: PreTrainedModel, family: Family) -> Iterator[Family]:
         yield _change(family, functools.partial(_said_by, small, fixed=fixed))
 
 
-def _change(stacks: Sequence[Stack], change: Callable[[Stack, _Part], _Part]) -> Family:
+def _change(stacks: Sequence[Stack], change: Callable[[Stack, Part], Part]) -> Family:
     return tuple(
         dataclasses.replace(stack, parts=tuple(change(stack, part) for part in stack.parts)) for stack in stacks
     )
@@ -227,7 +226,7 @@ def _without_copies(stack: Stack) -> Stack:
     return dataclasses.replace(stack, parts=parts)
 
 
-def _counted_by(small: PreTrainedModel, stack: Stack, part: _Part, names: Collection[str]) -> _Part:
+def _counted_by(small: PreTrainedModel, stack: Stack, part: Part, names: Collection[str]) -> Part:
     """A part with its attributes of some names that are as many as its structures, or as wide as all of them."""
     found: dict[str, None] = {}
     for layer, own in _instances(small, stack, part):
@@ -239,7 +238,7 @@ def _counted_by(small: PreTrainedModel, stack: Stack, part: _Part, names: Collec
     return dataclasses.replace(part, attributes=tuple(found))
 
 
-def _said_by(small: PreTrainedModel, stack: Stack, part: _Part, fixed: str | None = None) -> _Part:
+def _said_by(small: PreTrainedModel, stack: Stack, part: Part, fixed: str | None = None) -> Part:
     """A part with the fields of the config that say how many structures it has."""
     said = vars(small.config)
     layer, own = next(iter(_instances(small, stack, part)))
@@ -253,13 +252,13 @@ def _said_by(small: PreTrainedModel, stack: Stack, part: _Part, fixed: str | Non
     return dataclasses.replace(part, fields=heads + pairs if heads else (), fixed=fixed)
 
 
-def _queries(layer: Layer, part: _Part) -> int:
+def _queries(layer: Layer, part: Part) -> int:
     """How many heads of queries a layer has; of neurons their number."""
     size = layer.get(part.module, part.size) if isinstance(part, Heads) and part.size else 0
     return layer.width(part) // size if size else layer.count(part)
 
 
-def _instances(model: PreTrainedModel, stack: Stack, part: Heads | Neurons) -> Iterator[tuple[Layer, Heads | Neurons]]:
+def _instances(model: PreTrainedModel, stack: Stack, part: Part) -> Iterator[tuple[Layer, Part]]:
     """The layers of a model that have a part of a stack, and the part as they have it."""
     for layers in stacks_of(model, (dataclasses.replace(stack, parts=(part,)),)):
         for layer in layers.layers:

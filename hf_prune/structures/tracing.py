@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers.pytorch_utils import Conv1D
 
 from .groups import NOBODY
+from .layers import PROJECTIONS
 
 _RELATIVE = 1e-13
 _WIDEST = 512
@@ -102,7 +102,7 @@ def _divide(path: str, width: int, reached: Mapping[tuple[str, int], torch.Tenso
     """Divides inputs into structures; None if they are not equal runs."""
     shares = torch.eye(width, dtype=torch.float64)
     for (name, _), rows in reached.items():
-        if isinstance(layer.get_submodule(name.rpartition(".")[0]), (nn.Linear, Conv1D)) and name.endswith("weight"):
+        if isinstance(layer.get_submodule(name.rpartition(".")[0]), PROJECTIONS) and name.endswith("weight"):
             own = (rows & ~rows.all(0)).double()
             shares += own @ own.T
     connected = shares.bool()
@@ -138,7 +138,7 @@ def inputs_of_projections(layers: Mapping[str, nn.Module]) -> Iterator[dict[str,
     with contextlib.ExitStack() as undo:
         for name, layer in layers.items():
             for path, module in layer.named_modules():
-                if isinstance(module, (nn.Linear, Conv1D)):
+                if isinstance(module, PROJECTIONS):
 
                     def note(_: nn.Module, args: tuple[torch.Tensor, ...], name: str = name, path: str = path) -> None:
                         found[name].setdefault(path, args[0])

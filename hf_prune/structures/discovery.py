@@ -11,14 +11,14 @@ from .families import Heads, Layout, Neurons, Part, Stack, lists_of_layers_in
 from .layers import PROJECTIONS, input_axis
 from .names import HEAD_COUNT_ATTRIBUTES, HEAD_WIDTH_ATTRIBUTES, LAYER_FIELDS
 from .small_models import call_exactly
-from .tracing import Owned, alive, inputs_of_projections, trace
+from .tracing import NoDeadNeurons, Owned, inputs_of_projections, trace
 
 
 def stacks_in(model: PreTrainedModel) -> list[Stack]:
-    """The stacks of layers of a small model, with their heads and neurons, but for attributes and fields."""
+    """The stacks of layers of a small model, with their heads and neurons, which no field or attribute counts yet."""
     lists = lists_of_layers_in(model.base_model)
     layers = {f"{path}.{i}": layer for path, found in lists.items() for i, layer in enumerate(found)}
-    with torch.enable_grad(), alive(), inputs_of_projections(layers) as inputs:
+    with torch.enable_grad(), NoDeadNeurons(), inputs_of_projections(layers) as inputs:
         call_exactly(model)
     found: dict[str, list[Part]] = {}
     for name, layer in layers.items():

@@ -96,14 +96,14 @@ def _prove_parts(small: PreTrainedModel, stacks: Family) -> tuple[Family, str | 
     """
     if not stacks:
         return (), "nothing was found that is written for one projection alone"
-    found, why = _with_counts(small, stacks)
+    found, why = _prove_together(small, stacks)
     if found is None and sum(len(stack.parts) for stack in stacks) > 1:
         alone = [dataclasses.replace(stack, parts=(part,)) for stack in stacks for part in stack.parts]
-        found = tuple(one for each in alone for one in _with_counts(small, (each,))[0] or ())
+        found = tuple(one for each in alone for one in _prove_together(small, (each,))[0] or ())
     return found or (), None if found else why
 
 
-def _with_counts(small: PreTrainedModel, stacks: Family) -> tuple[Family | None, str | None]:
+def _prove_together(small: PreTrainedModel, stacks: Family) -> tuple[Family | None, str | None]:
     """The same parts with what counts them, and why nothing that was tried does."""
     why, kind = None, stacks[0].parts[0].kind
     for family in _with_attributes(small, stacks):
@@ -190,10 +190,10 @@ def _with_attributes(small: PreTrainedModel, stacks: Family) -> Iterator[Family]
     names = SIZES_OF_HEADS if is_heads else SIZES_OF_NEURONS
     flat = [[name for some in names[:n] for name in some] for n in range(1, len(names) + 1)]
 
-    def counted(some: Sequence[str]) -> Callable[[Stack, Part], Part]:
+    def by_each(some: Sequence[str]) -> Callable[[Stack, Part], Part]:
         return lambda stack, part: _counted_by(small, stack, part, some)
 
-    def shared(some: Sequence[str]) -> Callable[[Stack, Part], Part]:
+    def by_all(some: Sequence[str]) -> Callable[[Stack, Part], Part]:
         # What all layers share, as a position bias or what is read from the config, has to be said at once.
         def change(stack: Stack, part: Part) -> Part:
             said = _said_by(small, stack, _counted_by(small, stack, part, some), "head_dim")
@@ -202,18 +202,19 @@ def _with_attributes(small: PreTrainedModel, stacks: Family) -> Iterator[Family]
         return change
 
     for some in (*flat, []):
-        yield _change(stacks, counted(some))
+        yield _change_parts(stacks, by_each(some))
     for some in flat if is_heads else ():
-        yield _change([_without_copies(stack) for stack in stacks], shared(some))
+        yield _change_parts([_without_copies(stack) for stack in stacks], by_all(some))
 
 
 def _with_fields(small: PreTrainedModel, family: Family) -> Iterator[Family]:
     """The family with the fields of the config that may count its structures, the likeliest first."""
     for fixed in ("head_dim", None):
-        yield _change(family, functools.partial(_said_by, small, fixed=fixed))
+        yield _change_parts(family, functools.partial(_said_by, small, fixed=fixed))
 
 
-def _change(stacks: Sequence[Stack], change: Callable[[Stack, Part], Part]) -> Family:
+def _change_parts(stacks: Sequence[Stack], change: Callable[[Stack, Part], Part]) -> Family:
+    """The stacks with each of their parts replaced."""
     return tuple(
         dataclasses.replace(stack, parts=tuple(change(stack, part) for part in stack.parts)) for stack in stacks
     )

@@ -41,7 +41,7 @@ _AT_MOST = {
     **dict.fromkeys(["topk_group", "mamba_n_groups", "n_groups"], 1),
 }
 """Fields of configs → what they are at most in a narrow model."""
-_LARGEST = 2**25  # Parameters of a small model.
+_LARGEST = 2**25  # The most parameters that a small model may have.
 
 
 def small_model_like(model: PreTrainedModel) -> PreTrainedModel:
@@ -108,6 +108,7 @@ def _depth(model: PreTrainedModel) -> int:
 
 
 def _configs_in(model_config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """A config, and those of the parts of a model that it holds."""
     yield model_config
     for name in model_config.sub_configs:
         if isinstance(inner := getattr(model_config, name, None), PretrainedConfig):
@@ -143,6 +144,7 @@ def _drop_tokens_(model_config: PretrainedConfig) -> None:
 
 
 def _narrow_(model_config: PretrainedConfig) -> None:
+    """Lowers widths and the numbers of heads, neurons and experts; what is equal, or differs, goes on doing so."""
     said = _whole_numbers(model_config)
     heads = next((said[name] for name in QUERY_HEAD_FIELDS if name in said), None)
     width = next((said[name] for name in STREAM_WIDTH_FIELDS if name in said), None)

@@ -13,11 +13,13 @@ from .groups import NOBODY
 from .layers import PROJECTIONS
 
 _RELATIVE = 1e-13
+"""Gradients below this, relative to the largest one of the same input, are rounding errors."""
+
 _WIDEST = 512
-"""Inputs of a projection that are traced one by one, in small models; what is wider is not narrow there."""
+"""The widest input of a projection that is traced. In small models only what has no known name is wider."""
 
 _LARGEST = 2**26
-"""Gradients that are computed at once, in elements."""
+"""The most elements of gradients that are computed at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +90,7 @@ def _gradients(
 
 
 def _any(values: torch.Tensor, axes: list[int]) -> torch.Tensor:
+    """`Tensor.any` over several axes, or over none."""
     for axis in sorted(axes, reverse=True):
         values = values.any(axis)
     return values
@@ -122,8 +125,8 @@ def _divide(path: str, width: int, reached: Mapping[tuple[str, int], torch.Tenso
     return Owned(path, count, each, owners)
 
 
-class alive(TorchFunctionMode):
-    """A context in which what is zero below zero is not: a neuron that no token excites depends on nothing."""
+class NoDeadNeurons(TorchFunctionMode):
+    """A context in which ReLU is softplus: a neuron that no token excites has no gradients, and would not be found."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.relu, torch.relu_, torch.Tensor.relu, nn.functional.relu):
@@ -133,7 +136,7 @@ class alive(TorchFunctionMode):
 
 @contextlib.contextmanager
 def inputs_of_projections(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, dict[str, torch.Tensor]]]:
-    """Notes what goes into each projection of some layers: layer → projection → the input, of its first call."""
+    """Records what goes into each projection of some layers at its first call: layer → projection → input."""
     found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in layers}
     with contextlib.ExitStack() as undo:
         for name, layer in layers.items():

@@ -8,9 +8,8 @@ from torch import nn
 from ..weights.targets import Target
 from .expert_neurons import find_expert_neurons
 from .experts import find_experts
-from .groups import StructureGroup
+from .groups import StructureGroup, require_own_weights
 from .heads_and_neurons import find_in_family
-from .layers import require_own_weights
 from .widths import find_width
 
 logger = logging.getLogger(__name__)

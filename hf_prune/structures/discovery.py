@@ -6,45 +6,21 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from .families import Heads, Neurons, Parts, Stack, lists_of_layers_in
-from .small_models import LAYERS, call_exactly
-from .tracing import Owned, alive, inputs_of_projections, trace
-
-_HEAD_COUNTS = [
-    "num_key_value_heads",
-    "num_kv_heads",
-    "n_kv_heads",
-    "n_head_kv",
-    "num_attention_heads",
-    "num_heads",
-    "n_heads",
-    "n_head",
-    "num_head",
-    "attention_heads",
-    "num_attn_heads",
-    "nhead",
-    "heads",
-]
-_HEAD_SIZES = [
-    "head_dim",
-    "attention_head_size",
-    "head_size",
-    "key_value_proj_dim",
-    "d_kv",
-    "dim_head",
-    "size_per_head",
-]
+from .families import Heads, Layout, Neurons, Part, Stack, lists_of_layers_in
+from .layers import PROJECTIONS, input_axis
+from .names import HEAD_COUNT_ATTRIBUTES, HEAD_WIDTH_ATTRIBUTES, LAYER_FIELDS
+from .small_models import call_exactly
+from .tracing import NoDeadNeurons, Owned, inputs_of_projections, trace
 
 
 def stacks_in(model: PreTrainedModel) -> list[Stack]:
-    """The stacks of layers of a small model, with their heads and neurons, but for attributes and fields."""
+    """The stacks of layers of a small model, with their heads and neurons, which no field or attribute counts yet."""
     lists = lists_of_layers_in(model.base_model)
     layers = {f"{path}.{i}": layer for path, found in lists.items() for i, layer in enumerate(found)}
-    with torch.enable_grad(), alive(), inputs_of_projections(layers) as inputs:
+    with torch.enable_grad(), NoDeadNeurons(), inputs_of_projections(layers) as inputs:
         call_exactly(model)
-    found: dict[str, list[Heads | Neurons]] = {}
+    found: dict[str, list[Part]] = {}
     for name, layer in layers.items():
         parts = found.setdefault(_starred(model.base_model, name.rpartition(".")[0]), [])
         for owned in trace(layer, inputs[name]):
@@ -66,71 +42,88 @@ def _starred(root: nn.Module, path: str) -> str:
     return ".".join("*" if starred else name for name, starred in zip(names, in_list, strict=True))
 
 
-def _part(layer: nn.Module, owned: Owned, model_config: Any) -> Heads | Neurons | None:
-    rows: dict[str, Parts] = {}
-    beside: dict[str, int] = {}
-    tables: list[str] = []
-    width = owned.count * owned.width
+def _part(layer: nn.Module, owned: Owned, model_config: Any) -> Part | None:
+    """What the inputs of a projection are structures of: heads, or neurons if each is one; None if of neither."""
+    rows, columns = _rows_of(layer, owned), owned.columns
+    if not rows:
+        return None
+    tables, beside = _beside(layer, owned)
+    root = _common([*rows, columns, *tables, *beside])
+
+    def inside(path: str) -> str:
+        return path.removeprefix(root).lstrip(".")
+
+    module, columns = _starred(layer, root), inside(columns)
+    own = {inside(path): layout for path, layout in rows.items()}
+    others = {inside(path): axis for path, axis in beside.items()}
+    if owned.width == 1:
+        return Neurons(module, own, columns, beside=others)
+    named = _size_or_count(layer.get_submodule(root), model_config, min(_widths(layer, rows, owned)), owned.count)
+    if named is None:
+        return None
+    return Heads(module, own, columns, *named, tables=tuple(map(inside, tables)), beside=others)
+
+
+def _rows_of(layer: nn.Module, owned: Owned) -> dict[str, Layout]:
+    """The projections whose outputs structures own, and how these lie in them; empty if one is not divided by them."""
+    rows: dict[str, Layout] = {}
     for (name, axis), owners in owned.owners.items():
         path, _, attribute = name.rpartition(".")
         module = layer.get_submodule(path)
-        if isinstance(module, (nn.Linear, Conv1D)) and path != owned.columns:
-            output = 0 if isinstance(module, nn.Linear) else 1
-            if attribute == "bias":
-                continue  # It goes as its weight does; of a bias of keys nothing may depend.
-            parts = _layout(owners, owned.count, width)
-            if parts is None or (attribute == "weight" and axis != output):
-                return None
-            if rows.setdefault(path, parts) != parts:
-                return None
-        elif _layout(owners, owned.count, width) != 1:
+        # A bias goes as its weight does; of a bias of keys nothing may depend.
+        if not isinstance(module, PROJECTIONS) or path == owned.columns or attribute == "bias":
             continue
-        elif isinstance(module, nn.Embedding) and axis == 1:
+        layout = _layout(owners, owned)
+        if layout is None or (attribute == "weight" and axis == input_axis(module)):
+            return {}
+        if rows.setdefault(path, layout) != layout:
+            return {}
+    return rows
+
+
+def _beside(layer: nn.Module, owned: Owned) -> tuple[list[str], dict[str, int]]:
+    """The embeddings with a column for each structure; and other parameters with something for each → its axis."""
+    tables: list[str] = []
+    beside: dict[str, int] = {}
+    for (name, axis), owners in owned.owners.items():
+        path = name.rpartition(".")[0]
+        module = layer.get_submodule(path)
+        is_row = isinstance(module, PROJECTIONS) and path != owned.columns
+        if is_row or _layout(owners, owned) != 1:
+            continue
+        if isinstance(module, nn.Embedding) and axis == 1:
             tables.append(path)
         else:
             beside[name] = axis
-    if not rows:
-        return None
-    root = _common([*rows, owned.columns, *tables, *beside])
-    own = {path.removeprefix(root).lstrip("."): parts for path, parts in rows.items()}
-    columns = owned.columns.removeprefix(root).lstrip(".")
-    others = {path.removeprefix(root).lstrip("."): axis for path, axis in beside.items()}
-    if owned.width == 1:
-        return Neurons(_starred(layer, root), own, columns, beside=others)
-    attention = layer.get_submodule(root)
-    narrowest = min(_widths(layer, rows, width))
-    size = next((n for n in _paths(attention, _HEAD_SIZES) if _value(attention, n) == narrowest // owned.count), "")
-    count = (
-        ""
-        if size
-        else next(
-            (
-                n
-                for n in (*_paths(attention, _HEAD_COUNTS), *_HEAD_COUNTS)
-                if _said(attention, model_config, n) == owned.count
-            ),
-            None,
-        )
-    )
-    if count is None:
-        return None
-    return Heads(
-        _starred(layer, root),
-        own,
-        columns,
-        size,
-        count,
-        tables=tuple(path.removeprefix(root).lstrip(".") for path in tables),
-        beside=others,
-    )
+    return tables, beside
 
 
-def _widths(layer: nn.Module, rows: Mapping[str, Parts], width: int) -> Iterator[int]:
+def _size_or_count(attention: nn.Module, model_config: Any, narrowest: int, count: int) -> tuple[str, str] | None:
+    """`Heads.size`, or else `Heads.count`, the other one empty; None if nothing says either.
+
+    Args:
+        attention: The module that the heads are in.
+        model_config: The config that counts them where the module does not.
+        narrowest: The width of the narrowest projection, of all heads together.
+        count: How many heads there are.
+    """
+    for path in _paths(attention, HEAD_WIDTH_ATTRIBUTES):
+        if _value(attention, path) == narrowest // count:
+            return path, ""
+    for path in (*_paths(attention, HEAD_COUNT_ATTRIBUTES), *HEAD_COUNT_ATTRIBUTES):
+        if _value(attention, path, getattr(model_config, path, None)) == count:
+            return "", path
+    return None
+
+
+def _widths(layer: nn.Module, rows: Mapping[str, Layout], owned: Owned) -> Iterator[int]:
+    """The widths of the projection back, and of the parts of those to the structures."""
+    width = owned.count * owned.width
     yield width
-    for path, parts in rows.items():
+    for path, layout in rows.items():
         module: Any = layer.get_submodule(path)
-        total = module.weight.shape[0 if isinstance(module, nn.Linear) else 1]
-        yield (total - width) // 2 if parts == "q+k+v" else total // parts
+        total = module.weight.shape[1 - input_axis(module)]
+        yield (total - width) // 2 if layout == "q+k+v" else total // layout
 
 
 def _paths(module: nn.Module, names: Sequence[str]) -> Iterator[str]:
@@ -141,19 +134,15 @@ def _paths(module: nn.Module, names: Sequence[str]) -> Iterator[str]:
                 yield f"{path}.{name}" if path else name
 
 
-def _value(module: nn.Module, path: str) -> Any:
+def _value(module: nn.Module, path: str, default: Any = None) -> Any:
+    """The attribute at a path from a module."""
     head, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(head), name)
+    return getattr(module.get_submodule(head), name, default)
 
 
-def _said(module: nn.Module, model_config: Any, path: str) -> Any:
-    head, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(head), name, getattr(model_config, path, None))
-
-
-def _layout(owners: torch.Tensor, count: int, width: int) -> Parts | None:
+def _layout(owners: torch.Tensor, owned: Owned) -> Layout | None:
     """How the structures lie along an axis; None if in no way that is known."""
-    length = len(owners)
+    length, count, width = len(owners), owned.count, owned.count * owned.width
     for parts in (1, 2, 3, 4):
         if length % (parts * count) == 0:
             block = torch.arange(length // parts) // (length // parts // count)
@@ -168,7 +157,7 @@ def _layout(owners: torch.Tensor, count: int, width: int) -> Parts | None:
 
 
 def _common(paths: Sequence[str]) -> str:
-    """The deepest module that holds all of some."""
+    """The path of the deepest module that holds everything at some paths."""
     split = [path.split(".")[:-1] for path in paths]
     common = []
     for names in zip(*split, strict=False):
@@ -179,8 +168,9 @@ def _common(paths: Sequence[str]) -> str:
 
 
 def _layer_fields(model: PreTrainedModel, path: str) -> tuple[str, ...]:
+    """The fields of the config that say how many layers are in a list."""
     count = len(list(model.base_model.get_submodule(path).children())) if "*" not in path else -1
-    return of_the_same_side(path, [name for name in LAYERS if vars(model.config).get(name) == count])
+    return of_the_same_side(path, [name for name in LAYER_FIELDS if vars(model.config).get(name) == count])
 
 
 def of_the_same_side(path: str, fields: Sequence[str]) -> tuple[str, ...]:

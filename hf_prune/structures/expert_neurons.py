@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from ..weights.targets import Target
 from .experts import Mixture, find_mixtures
-from .families import EXPERT_WIDTHS
 from .groups import Member, StructureGroup
+from .names import EXPERT_WIDTHS
 
 _IS_BACK = re.compile(r"down|output|w2|fc2")  # How projections back to the residual stream are called.
 _IS_ATTENTION = re.compile(r"(^|\.)(self_)?att(n|ention)\.")

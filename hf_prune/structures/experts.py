@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from ..weights.targets import Target
 from .entries import entries_of
-from .families import EXPERT_COUNTS
 from .groups import NOBODY, WITHOUT_STRUCTURES, Member, StructureGroup, Structures, advice_for_wrappers, kinds_of
+from .names import EXPERT_COUNTS
 from .routing import Router, bar_
 
 # How routers, and what is in them, are called; of several modules with a row for each expert these are meant.

@@ -10,26 +10,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-Parts = int | Literal["q+k+v"]
-"""Into how many equal parts the output of a projection is divided, within each of which it goes structure by
-structure: 1, or 3 where the queries of all heads come first, then all keys, then all values. "q+k+v" are such three of
-which keys and values are narrower, under grouped-query attention."""
-
-QUERIES_OF_EACH = ("num_key_value_groups",)
-"""Attributes of attentions that hold how many queries read each key-value head."""
-
-
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
-"""What configs and modules call the number of experts."""
-
-EXPERT_WIDTHS = (
-    "moe_intermediate_size",
-    "expert_ffn_hidden_size",
-    "intermediate_size",
-    "intermediate_dim",
-    "expert_dim",
-)
-"""What configs and modules call the number of neurons of one expert."""
+Layout = int | Literal["q+k+v"]
+"""How structures lie in the output of a projection: the number of equal parts into which it is divided, within each of
+which structures follow each other. 1, or 3 where the queries of all heads come first, then all keys, then all values.
+"q+k+v" stands for three such parts of which keys and values are narrower, under grouped-query attention."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +22,7 @@ class Heads:
 
     Attributes:
         module: The attention, as its path from the layer.
-        rows: Its projections to queries, keys and values → the parts of their outputs.
+        rows: Its projections to queries, keys and values → the layouts of their outputs.
         columns: Its output projection.
         size: Its attribute that holds the width of a head; or empty, if widths differ between projections.
         count: Its attribute, or else the config's, that says how many heads there are, if `size` is empty.
@@ -54,7 +38,7 @@ class Heads:
     """
 
     module: str
-    rows: Mapping[str, Parts]
+    rows: Mapping[str, Layout]
     columns: str
     size: str = "head_dim"
     count: str = ""
@@ -73,7 +57,7 @@ class Neurons:
 
     Attributes:
         module: The network, as its path from the layer; empty if it is in the layer itself.
-        rows: The projections to neurons, gates included → parts, as for `Heads`.
+        rows: The projections to neurons, gates included → layouts, as for `Heads`.
         columns: The projection back.
         attributes: Its attributes that go with the number of neurons.
         fields: Fields of the config that say how many neurons there are.
@@ -81,7 +65,7 @@ class Neurons:
     """
 
     module: str
-    rows: Mapping[str, Parts]
+    rows: Mapping[str, Layout]
     columns: str
     attributes: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
@@ -89,6 +73,10 @@ class Neurons:
     tables: ClassVar = ()
     is_shared: ClassVar = False
     kind: ClassVar = "neuron"
+
+
+Part = Heads | Neurons
+"""What a layer has structures in."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +95,7 @@ class Stack:
     """
 
     layers: str
-    parts: tuple[Heads | Neurons, ...]
+    parts: tuple[Part, ...]
     fields: tuple[str, ...] = ("num_hidden_layers",)
     norm_first: bool = True
     norm_first_field: str | None = None
@@ -129,7 +117,7 @@ def _neurons(module: str, projections: str, *fields: str, **others: Any) -> Neur
     return Neurons(module, dict.fromkeys(rows, 1), columns, fields=fields, **others)
 
 
-def _family(layers: str, *parts: Heads | Neurons, **others: Any) -> Family:
+def _family(layers: str, *parts: Part, **others: Any) -> Family:
     """A family of one stack."""
     return (Stack(layers, parts, **others),)
 
@@ -276,28 +264,6 @@ _described: dict[str, Family] = {}
 def is_described(model_type: str) -> bool:
     """Whether a user has described a family, so that it has yet to be proved."""
     return model_type in _described and FAMILIES.get(model_type) is _described[model_type]
-
-
-SIZES_OF_HEADS = (
-    (
-        *[
-            "num_attention_heads",
-            "num_key_value_heads",
-            "num_heads",
-            "n_heads",
-            "n_head",
-            "num_head",
-            "num_kv_heads",
-            "n_kv_heads",
-            "heads",
-        ],
-        *["all_head_size", "inner_dim", "split_size", "attention_inner_dim", "attn_dim"],
-    ),
-    ("embed_dim", "hidden_size", "d_model", "dim"),
-)
-"""Attributes of modules that may count heads, or the width of all; then those that may mean something else too."""
-SIZES_OF_NEURONS = (("intermediate_size", "ffn_dim", "hidden_dim", "d_ff", "inner_dim"),)
-"""Attributes of modules that may count neurons."""
 
 
 def describe_family(model_type: str, *stacks: Stack, like: str | None = None) -> None:

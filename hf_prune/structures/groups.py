@@ -124,6 +124,16 @@ class StructureGroup:
         levels = [self.runs * (each - width) for width in widths if each - width <= last]
         return sorted({gone, *(level for level in levels if level > gone)})
 
+    def without(self, gone: int, first: int = 0) -> torch.Tensor:
+        """`[count]` bools: what is kept if some go, as many of each run, one behind the other from its `first`.
+
+        Example:
+            >>> StructureGroup("queries", "query", 6, (), runs=2).without(2, first=1).int().tolist()
+            [1, 0, 1, 1, 0, 1]
+        """
+        position = torch.arange(self.count) % (self.count // self.runs)
+        return (position < first) | (position >= first + gone // self.runs)
+
     def entries_that_go(self, kept: torch.Tensor) -> set[str]:
         """The paths of the modules that go, where the structures are entries of a list, each with a dot behind."""
         if self.entries is None:
@@ -189,6 +199,17 @@ def masks_of(structures: Structures, kept: Mapping[str, torch.Tensor]) -> MaskSe
 def parameters_of(structures: Structures) -> dict[str, torch.Tensor]:
     """The parameters of which structures own something, by name."""
     return {member.name: member.parameter for group in structures.values() for member in group.members}
+
+
+def require_own_weights(found: Structures) -> None:
+    """Requires that no weight is in two groups."""
+    names: dict[int, str] = {}
+    for name, parameter in parameters_of(found).items():
+        if (other := names.setdefault(id(parameter), name)) != name:
+            raise ValueError(
+                f"{other} and {name} are one tensor; structures of layers that share weights cannot be removed. "
+                f"{WITHOUT_STRUCTURES}"
+            )
 
 
 def nonzeros(structures: Structures) -> dict[str, torch.Tensor]:

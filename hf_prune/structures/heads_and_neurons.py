@@ -6,12 +6,11 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..weights.targets import Target
 from .families import FAMILIES, is_described
 from .groups import KINDS, Member, StructureGroup, advice_for_wrappers
-from .layers import HOW_TO_ADD, LayerStack, stacks_of, structures_of
+from .layers import HOW_TO_ADD, PROJECTIONS, LayerStack, stacks_of, structures_of
 from .proof import Proved, prove
 
 
@@ -102,4 +101,4 @@ def _models_inside(model: PreTrainedModel) -> list[str]:
 def _matrices(model: nn.Module, structures: StructureGroup) -> list[Member]:
     """The weights of projections of which structures own something."""
     holders = ((member, model.get_submodule(member.name.rpartition(".")[0])) for member in structures.members)
-    return [m for m, holder in holders if m.parameter.ndim > 1 and isinstance(holder, (nn.Linear, Conv1D))]
+    return [m for m, holder in holders if m.parameter.ndim > 1 and isinstance(holder, PROJECTIONS)]

@@ -10,8 +10,12 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .families import QUERIES_OF_EACH, Family, Heads, Neurons, Parts, Stack, layer_kind
-from .groups import KINDS, WITHOUT_STRUCTURES, Member, StructureGroup, Structures, parameters_of
+from .families import Family, Heads, Layout, Neurons, Part, Stack, layer_kind
+from .groups import KINDS, Member, StructureGroup, require_own_weights
+from .names import QUERIES_OF_EACH
+
+PROJECTIONS = (nn.Linear, Conv1D)
+"""The modules whose weights are matrices with an axis of inputs and one of outputs."""
 
 HOW_TO_ADD = (
     'Describe it in a dozen lines: describe_family({!r}, Stack("layers", (Heads(...), Neurons(...)))), all of which '
@@ -31,7 +35,7 @@ class Layer:
         """What is at a path from the layer: a module, or one's attribute; None if there is nothing."""
         return _get(self.module, _join(*path))
 
-    def parts_of(self, stack: Stack) -> Iterator[Heads | Neurons]:
+    def parts_of(self, stack: Stack) -> Iterator[Part]:
         """What the layer has of what a family describes, each of a list by itself (`experts.*`)."""
         for part in stack.parts:
             for module in _expand(self.module, part.module):
@@ -39,44 +43,44 @@ class Layer:
                 if self.has(own):
                     yield own
 
-    def has(self, part: Heads | Neurons) -> bool:
+    def has(self, part: Part) -> bool:
         """Whether it has the projections of a part."""
         return all(self.get(part.module, path) is not None for path in (*part.rows, part.columns))
 
-    def tables(self, part: Heads | Neurons) -> list[str]:
+    def tables(self, part: Part) -> list[str]:
         """The paths of the embeddings with a column for each head that the layer has."""
         paths = [_join(part.module, table) for table in part.tables]
         return [path for path in paths if self.get(path) is not None]
 
-    def width(self, part: Heads | Neurons) -> int:
+    def width(self, part: Part) -> int:
         """How much goes into the output projection."""
         columns = self.projection(part, part.columns)
-        return int(columns.weight.shape[_input_axis(columns)])
+        return int(columns.weight.shape[input_axis(columns)])
 
-    def height(self, part: Heads | Neurons, path: str) -> int:
+    def height(self, part: Part, path: str) -> int:
         """How much comes out of a projection."""
         row = self.projection(part, path)
-        return int(row.weight.shape[1 - _input_axis(row)])
+        return int(row.weight.shape[1 - input_axis(row)])
 
-    def projection(self, part: Heads | Neurons, path: str) -> nn.Linear | Conv1D:
+    def projection(self, part: Part, path: str) -> nn.Linear | Conv1D:
         """A projection of a part, which has to be of a kind whose axes are known."""
         found = self.get(part.module, path)
-        if not isinstance(found, (nn.Linear, Conv1D)):
+        if not isinstance(found, PROJECTIONS):
             raise ValueError(
                 f"{_join(self.name, part.module, path)!r} is described as a projection, and is a "
                 f"{type(found).__name__}. Name one that is nn.Linear or Conv1D."
             )
         return found
 
-    def count(self, part: Heads | Neurons) -> int:
+    def count(self, part: Part) -> int:
         """Number of heads (of keys and values, where these are fewer, and divide those of queries), or of neurons."""
         if isinstance(part, Neurons):
             return self.width(part)
         if not part.size:
             return self._said_count(part)
         widths = {part.columns: self.width(part)}
-        for path, parts in part.rows.items():
-            for width in self.parts(part, path, parts):
+        for path, layout in part.rows.items():
+            for width in self.lengths(part, path, layout):
                 widths[path] = min(widths.get(path, width), width)
         size = self.get(part.module, part.size)
         if not isinstance(size, int) or size < 1:
@@ -97,33 +101,33 @@ class Layer:
         config = self.get(part.module, "config") or self.config
         said = self.get(part.module, part.count)
         count = said if said is not None else getattr(config, part.count, None)
-        widths = [width for path, parts in part.rows.items() for width in self.parts(part, path, parts)]
+        widths = [width for path, layout in part.rows.items() for width in self.lengths(part, path, layout)]
         if not isinstance(count, int) or count < 1 or any(width % count for width in (*widths, self.width(part))):
             raise ValueError(
                 f"{_join(self.name, part.module, part.count)!r} is described as the number of heads, and is {count!r}."
             )
         return count
 
-    def parts(self, part: Heads | Neurons, path: str, parts: Parts) -> list[int]:
-        """How wide the parts of a projection's output are, within each of which it goes structure by structure."""
+    def lengths(self, part: Part, path: str, layout: Layout) -> list[int]:
+        """How long the parts are into which a layout divides the output of a projection."""
         width = self.height(part, path)
-        if parts == "q+k+v":
+        if layout == "q+k+v":
             rest = (width - self.width(part)) // 2
             return [self.width(part), rest, rest]
-        return [width // parts] * parts
+        return [width // layout] * layout
 
-    def members(self, part: Heads | Neurons, count: int) -> Iterator[Member]:
+    def members(self, part: Part, count: int) -> Iterator[Member]:
         """The outputs of the projections with their biases, the inputs of the projection back, and what is beside."""
-        for path, parts in part.rows.items():
+        for path, layout in part.rows.items():
             row = self.get(part.module, path)
-            axis = 1 - _input_axis(row)
-            owners = torch.cat([_blocks(width, count) for width in self.parts(part, path, parts)])
+            axis = 1 - input_axis(row)
+            owners = torch.cat([_blocks(width, count) for width in self.lengths(part, path, layout)])
             name = _join(self.name, part.module, path)
             yield Member(f"{name}.weight", row.weight, (axis,), owners)
             if row.bias is not None:
                 yield Member(f"{name}.bias", row.bias, (0,), owners)
         columns = self.get(part.module, part.columns)
-        name, axis = _join(self.name, part.module, part.columns, "weight"), _input_axis(columns)
+        name, axis = _join(self.name, part.module, part.columns, "weight"), input_axis(columns)
         yield Member(name, columns.weight, (axis,), _blocks(self.width(part), count))
         for path in self.tables(part):
             weight = self.get(path).weight
@@ -138,7 +142,7 @@ class Layer:
         if not part.size:
             return None
         count, size, width = self.count(part), self.get(part.module, part.size), self.width(part)
-        apart = [path for path, parts in part.rows.items() if parts == 1 and self.height(part, path) == width]
+        apart = [path for path, layout in part.rows.items() if layout == 1 and self.height(part, path) == width]
         if (total := width // size) == count or not apart:
             return None
         beside = {p: axis for p, axis in part.beside.items() if self.get(part.module, p).shape[axis] % total == 0}
@@ -157,7 +161,7 @@ class Layer:
             run_attributes=tuple((attention, name) for name in QUERIES_OF_EACH if hasattr(found, name)),
         )
 
-    def attributes(self, part: Heads | Neurons, count: int) -> Iterator[tuple[str, str, int]]:
+    def attributes(self, part: Part, count: int) -> Iterator[tuple[str, str, int]]:
         """The whole numbers that go with the structures: module, attribute, and how much of it each has."""
         for path in part.attributes:
             if (value := self.get(part.module, path)) is not None:
@@ -244,7 +248,7 @@ class LayerStack:
         return StructureGroup(self.name, "layer", len(self.layers), tuple(members), stay=tuple(stay), fields=fields)
 
 
-def _of_part(part: Heads | Neurons, layers: Sequence[Layer], multiple_of: int, name: str) -> StructureGroup:
+def _of_part(part: Part, layers: Sequence[Layer], multiple_of: int, name: str) -> StructureGroup:
     """The structures of a part of one layer, or of several that lose the same ones."""
     counts = {layer.count(part) for layer in layers}
     if len(counts) > 1:
@@ -330,21 +334,11 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _input_axis(module: nn.Module) -> int:
-    return 0 if isinstance(module, Conv1D) else 1
+def input_axis(projection: nn.Module) -> int:
+    """Along which axis of its weight the inputs of a projection lie; its outputs lie along the other."""
+    return 0 if isinstance(projection, Conv1D) else 1
 
 
 def _blocks(length: int, count: int) -> torch.Tensor:
     """`[length]` owners, if what structures own lies one behind the other."""
     return torch.arange(length) // (length // count)
-
-
-def require_own_weights(found: Structures) -> None:
-    """Requires that no weight is in two groups."""
-    names: dict[int, str] = {}
-    for name, parameter in parameters_of(found).items():
-        if (other := names.setdefault(id(parameter), name)) != name:
-            raise ValueError(
-                f"{other} and {name} are one tensor; structures of layers that share weights cannot be removed. "
-                f"{WITHOUT_STRUCTURES}"
-            )

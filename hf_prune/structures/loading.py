@@ -26,7 +26,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..weights.compression import BITMASK
 from .decompression import Decompress
 from .entries import keep_entries_, lengths_of
-from .families import EXPERT_COUNTS, EXPERT_WIDTHS, FAMILIES, QUERIES_OF_EACH, SIZES_OF_HEADS, SIZES_OF_NEURONS
+from .families import FAMILIES
+from .names import EXPERT_COUNTS, EXPERT_WIDTHS, QUERIES_OF_EACH, SIZES_OF_HEADS, SIZES_OF_NEURONS
 
 METHOD = "hf_prune"
 _KEY = "quantization_config"

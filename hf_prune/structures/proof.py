@@ -12,16 +12,16 @@ from transformers import PreTrainedModel
 
 from .comparing import Differs, Reference
 from .discovery import of_the_same_side, stacks_in
-from .families import SIZES_OF_HEADS, SIZES_OF_NEURONS, Family, Heads, Neurons, Stack, layer_kind
+from .families import Family, Heads, Neurons, Part, Stack, layer_kind
 from .groups import StructureGroup, Structures
 from .layers import Layer, stacks_of, structures_of
 from .loading import recorded_in
+from .names import KEY_VALUE_HEAD_FIELDS, NEURON_FIELDS, QUERY_HEAD_FIELDS, SIZES_OF_HEADS, SIZES_OF_NEURONS
 from .removal import Removal
-from .small_models import HEADS, INNER, KEY_VALUE_HEADS, small_model_like
+from .small_models import small_model_like
 from .trial import apply_compared_
 
-_Part = Heads | Neurons
-_PARTS = ("head", "neuron")
+_KINDS_OF_PARTS = ("head", "neuron")
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def _tried(small: PreTrainedModel, described: Family) -> Proved:
 def _find(small: PreTrainedModel) -> Proved:
     """The family of a small model, as far as it is proved."""
     stacks, refused = stacks_in(small), {}
-    found: dict[str, list[_Part]] = {stack.layers: [] for stack in stacks}
-    for kind in _PARTS:
+    found: dict[str, list[Part]] = {stack.layers: [] for stack in stacks}
+    for kind in _KINDS_OF_PARTS:
         own = tuple(dataclasses.replace(s, parts=tuple(p for p in s.parts if p.kind == kind)) for s in stacks)
         proved, why = _prove_parts(small, tuple(stack for stack in own if stack.parts))
         for stack in proved:
@@ -96,14 +96,14 @@ def _prove_parts(small: PreTrainedModel, stacks: Family) -> tuple[Family, str | 
     """
     if not stacks:
         return (), "nothing was found that is written for one projection alone"
-    found, why = _with_counts(small, stacks)
+    found, why = _prove_together(small, stacks)
     if found is None and sum(len(stack.parts) for stack in stacks) > 1:
         alone = [dataclasses.replace(stack, parts=(part,)) for stack in stacks for part in stack.parts]
-        found = tuple(one for each in alone for one in _with_counts(small, (each,))[0] or ())
+        found = tuple(one for each in alone for one in _prove_together(small, (each,))[0] or ())
     return found or (), None if found else why
 
 
-def _with_counts(small: PreTrainedModel, stacks: Family) -> tuple[Family | None, str | None]:
+def _prove_together(small: PreTrainedModel, stacks: Family) -> tuple[Family | None, str | None]:
     """The same parts with what counts them, and why nothing that was tried does."""
     why, kind = None, stacks[0].parts[0].kind
     for family in _with_attributes(small, stacks):
@@ -150,15 +150,13 @@ def _why_not_exact(small: PreTrainedModel, family: Family, kind: str, *, uniform
 
 
 def _some_of_each(structures: Structures, uniform: bool) -> dict[str, torch.Tensor]:
-    """What is kept if some go of each group: as many of each, or one or two in turn."""
+    """What is kept if the fewest that may go do so, or in turn the second fewest: of all groups as many if uniform."""
     kept = {}
     for i, (name, group) in enumerate(structures.items()):
         levels = group.counts_that_may_go()
-        each = levels[min(1 if uniform else 1 + i % 2, len(levels) - 1)] // group.runs
-        length = group.count // group.runs
-        first = i % (length - each + 1)
-        gone = (torch.arange(length) >= first) & (torch.arange(length) < first + each)
-        kept[name] = (~gone).repeat(group.runs)
+        gone = levels[min(1 if uniform else 1 + i % 2, len(levels) - 1)]
+        # From another position in each group, so that no order of structures goes unnoticed.
+        kept[name] = group.without(gone, first=i % ((group.count - gone) // group.runs + 1))
     return kept
 
 
@@ -192,30 +190,31 @@ def _with_attributes(small: PreTrainedModel, stacks: Family) -> Iterator[Family]
     names = SIZES_OF_HEADS if is_heads else SIZES_OF_NEURONS
     flat = [[name for some in names[:n] for name in some] for n in range(1, len(names) + 1)]
 
-    def counted(some: Sequence[str]) -> Callable[[Stack, _Part], _Part]:
+    def by_each(some: Sequence[str]) -> Callable[[Stack, Part], Part]:
         return lambda stack, part: _counted_by(small, stack, part, some)
 
-    def shared(some: Sequence[str]) -> Callable[[Stack, _Part], _Part]:
+    def by_all(some: Sequence[str]) -> Callable[[Stack, Part], Part]:
         # What all layers share, as a position bias or what is read from the config, has to be said at once.
-        def change(stack: Stack, part: _Part) -> _Part:
+        def change(stack: Stack, part: Part) -> Part:
             said = _said_by(small, stack, _counted_by(small, stack, part, some), "head_dim")
             return dataclasses.replace(said, is_shared=True) if isinstance(said, Heads) else said
 
         return change
 
     for some in (*flat, []):
-        yield _change(stacks, counted(some))
+        yield _change_parts(stacks, by_each(some))
     for some in flat if is_heads else ():
-        yield _change([_without_copies(stack) for stack in stacks], shared(some))
+        yield _change_parts([_without_copies(stack) for stack in stacks], by_all(some))
 
 
 def _with_fields(small: PreTrainedModel, family: Family) -> Iterator[Family]:
     """The family with the fields of the config that may count its structures, the likeliest first."""
     for fixed in ("head_dim", None):
-        yield _change(family, functools.partial(_said_by, small, fixed=fixed))
+        yield _change_parts(family, functools.partial(_said_by, small, fixed=fixed))
 
 
-def _change(stacks: Sequence[Stack], change: Callable[[Stack, _Part], _Part]) -> Family:
+def _change_parts(stacks: Sequence[Stack], change: Callable[[Stack, Part], Part]) -> Family:
+    """The stacks with each of their parts replaced."""
     return tuple(
         dataclasses.replace(stack, parts=tuple(change(stack, part) for part in stack.parts)) for stack in stacks
     )
@@ -228,7 +227,7 @@ def _without_copies(stack: Stack) -> Stack:
     return dataclasses.replace(stack, parts=parts)
 
 
-def _counted_by(small: PreTrainedModel, stack: Stack, part: _Part, names: Collection[str]) -> _Part:
+def _counted_by(small: PreTrainedModel, stack: Stack, part: Part, names: Collection[str]) -> Part:
     """A part with its attributes of some names that are as many as its structures, or as wide as all of them."""
     found: dict[str, None] = {}
     for layer, own in _instances(small, stack, part):
@@ -240,7 +239,7 @@ def _counted_by(small: PreTrainedModel, stack: Stack, part: _Part, names: Collec
     return dataclasses.replace(part, attributes=tuple(found))
 
 
-def _said_by(small: PreTrainedModel, stack: Stack, part: _Part, fixed: str | None = None) -> _Part:
+def _said_by(small: PreTrainedModel, stack: Stack, part: Part, fixed: str | None = None) -> Part:
     """A part with the fields of the config that say how many structures it has."""
     said = vars(small.config)
     layer, own = next(iter(_instances(small, stack, part)))
@@ -249,18 +248,18 @@ def _said_by(small: PreTrainedModel, stack: Stack, part: _Part, fixed: str | Non
         return of_the_same_side(stack.layers, [name for name in names if said.get(name) == value])[:1]
 
     if isinstance(part, Neurons):
-        return dataclasses.replace(part, fields=named(INNER, layer.count(own)))
-    heads, pairs = named(HEADS, _queries(layer, own)), named(KEY_VALUE_HEADS, layer.count(own))
+        return dataclasses.replace(part, fields=named(NEURON_FIELDS, layer.count(own)))
+    heads, pairs = named(QUERY_HEAD_FIELDS, _queries(layer, own)), named(KEY_VALUE_HEAD_FIELDS, layer.count(own))
     return dataclasses.replace(part, fields=heads + pairs if heads else (), fixed=fixed)
 
 
-def _queries(layer: Layer, part: _Part) -> int:
+def _queries(layer: Layer, part: Part) -> int:
     """How many heads of queries a layer has; of neurons their number."""
     size = layer.get(part.module, part.size) if isinstance(part, Heads) and part.size else 0
     return layer.width(part) // size if size else layer.count(part)
 
 
-def _instances(model: PreTrainedModel, stack: Stack, part: Heads | Neurons) -> Iterator[tuple[Layer, Heads | Neurons]]:
+def _instances(model: PreTrainedModel, stack: Stack, part: Part) -> Iterator[tuple[Layer, Part]]:
     """The layers of a model that have a part of a stack, and the part as they have it."""
     for layers in stacks_of(model, (dataclasses.replace(stack, parts=(part,)),)):
         for layer in layers.layers:

@@ -15,77 +15,25 @@ from .example_inputs import example_batch
 from .families import layer_kind, lists_of_layers_in
 from .groups import StructureGroup
 from .loading import build_empty
+from .names import (
+    EXPERT_COUNTS,
+    HEAD_WIDTH_FIELDS,
+    KEY_VALUE_HEAD_FIELDS,
+    LAYER_FIELDS,
+    NEURON_FIELDS,
+    QUERY_HEAD_FIELDS,
+    STREAM_WIDTH_FIELDS,
+)
 
-HEADS = ["num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"]
-"""Fields of configs that count heads of queries."""
-KEY_VALUE_HEADS = ["num_key_value_heads", "num_kv_heads", "n_head_kv"]
-LAYERS = [
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "encoder_layers",
-    "decoder_layers",
-    "num_encoder_layers",
-    "num_decoder_layers",
-]
-INNER = [
-    "intermediate_size",
-    "n_inner",
-    "ffn_dim",
-    "d_ff",
-    "d_inner",
-    "encoder_ffn_dim",
-    "decoder_ffn_dim",
-    "moe_intermediate_size",
-    "ffn_hidden_size",
-    "hidden_dim",
-    "shared_expert_intermediate_size",
-    "shared_intermediate_size",
-    "mlp_hidden_size",
-    "dim_ff",
-    "dff",
-    "expert_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "dense_intermediate_size",
-]
-"""Fields of configs that count neurons."""
-_WIDTHS = [
-    "hidden_size",
-    "d_model",
-    "n_embd",
-    "dim",
-    "embed_dim",
-    "embedding_size",
-    "emb_dim",
-    "word_embed_proj_dim",
-    "dim_model",
-    "lru_width",
-]
-_HEAD_WIDTHS = [
-    "head_dim",
-    "d_kv",
-    "attention_head_size",
-    "kv_channels",
-    "v_head_dim",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "rotary_dim",
-    "dim_head",
-    "linear_key_head_dim",
-    "linear_value_head_dim",
-    "linear_head_dim",
-    "index_head_dim",
-]
 _N_HEADS, _HEAD_WIDTH, _INNER_WIDTH, _TOKENS, _PATCHES = 6, 8, 24, 288, 4
 _WIDTH = _N_HEADS * _HEAD_WIDTH
 _AT_MOST = {
-    **dict.fromkeys(HEADS, _N_HEADS),
-    **dict.fromkeys(_HEAD_WIDTHS, _HEAD_WIDTH),
+    **dict.fromkeys(QUERY_HEAD_FIELDS, _N_HEADS),
+    **dict.fromkeys(HEAD_WIDTH_FIELDS, _HEAD_WIDTH),
     **dict.fromkeys(["linear_num_key_heads", "linear_num_value_heads", "linear_num_heads", "index_n_heads"], 2),
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank", "mamba_d_state", "state_size", "chunk_size"], 16),
     **dict.fromkeys(["mamba_chunk_size", "ssm_state_size", "mamba_dt_rank"], 16),
-    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 8),
+    **dict.fromkeys(EXPERT_COUNTS, 8),
     **dict.fromkeys(
         ["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k", "n_group", "num_expert_group"],
         2,
@@ -93,7 +41,7 @@ _AT_MOST = {
     **dict.fromkeys(["topk_group", "mamba_n_groups", "n_groups"], 1),
 }
 """Fields of configs → what they are at most in a narrow model."""
-_LARGEST = 2**25  # Parameters of a small model.
+_LARGEST = 2**25  # The most parameters that a small model may have.
 
 
 def small_model_like(model: PreTrainedModel) -> PreTrainedModel:
@@ -163,6 +111,7 @@ def _depth(model: PreTrainedModel) -> int:
 
 
 def _configs_in(model_config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """A config, and those of the parts of a model that it holds."""
     yield model_config
     for name in model_config.sub_configs:
         if isinstance(inner := getattr(model_config, name, None), PretrainedConfig):
@@ -175,7 +124,7 @@ def _whole_numbers(model_config: PretrainedConfig) -> dict[str, int]:
 
 def _drop_layers_(model_config: PretrainedConfig, depth: int) -> None:
     """Leaves the first layers; of a decoder one more than of an encoder, so that they can be told apart."""
-    fields = [name for name in LAYERS if name in _whole_numbers(model_config)]
+    fields = [name for name in LAYER_FIELDS if name in _whole_numbers(model_config)]
     for i, name in enumerate(fields):
         count = getattr(model_config, name)
         if count > depth + i:
@@ -198,18 +147,19 @@ def _drop_tokens_(model_config: PretrainedConfig) -> None:
 
 
 def _narrow_(model_config: PretrainedConfig) -> None:
+    """Lowers widths and the numbers of heads, neurons and experts; what is equal, or differs, goes on doing so."""
     said = _whole_numbers(model_config)
-    heads = next((said[name] for name in HEADS if name in said), None)
-    width = next((said[name] for name in _WIDTHS if name in said), None)
+    heads = next((said[name] for name in QUERY_HEAD_FIELDS if name in said), None)
+    width = next((said[name] for name in STREAM_WIDTH_FIELDS if name in said), None)
     new = {name: min(value, _AT_MOST[name]) for name, value in said.items() if name in _AT_MOST}
-    for name in KEY_VALUE_HEADS:
+    for name in KEY_VALUE_HEAD_FIELDS:
         if said.get(name, 1) > 1:
             new[name] = min(said[name], _N_HEADS if said[name] == heads else _N_HEADS // 2)
-    for name in _WIDTHS:
+    for name in STREAM_WIDTH_FIELDS:
         if name in said:
             new[name] = _WIDTH if said[name] == width else min(said[name], _WIDTH // 2)
     # Each its own, so that they can be told apart.
-    for i, name in enumerate(name for name in INNER if name in said):
+    for i, name in enumerate(name for name in NEURON_FIELDS if name in said):
         new[name] = min(said[name], _INNER_WIDTH + 8 * i)
     expanded = said.get("mamba_expand", said.get("expand", 0)) * _WIDTH
     if expanded and "mamba_d_head" in said:

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers.pytorch_utils import Conv1D
 
 from .groups import NOBODY
+from .layers import PROJECTIONS
 
 _RELATIVE = 1e-13
+"""Gradients below this, relative to the largest one of the same input, are rounding errors."""
+
 _WIDEST = 512
-"""Inputs of a projection that are traced one by one, in small models; what is wider is not narrow there."""
+"""The widest input of a projection that is traced. In small models only what has no known name is wider."""
 
 _LARGEST = 2**26
-"""Gradients that are computed at once, in elements."""
+"""The most elements of gradients that are computed at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +90,7 @@ def _gradients(
 
 
 def _any(values: torch.Tensor, axes: list[int]) -> torch.Tensor:
+    """`Tensor.any` over several axes, or over none."""
     for axis in sorted(axes, reverse=True):
         values = values.any(axis)
     return values
@@ -102,7 +105,7 @@ def _divide(path: str, width: int, reached: Mapping[tuple[str, int], torch.Tenso
     """Divides inputs into structures; None if they are not equal runs."""
     shares = torch.eye(width, dtype=torch.float64)
     for (name, _), rows in reached.items():
-        if isinstance(layer.get_submodule(name.rpartition(".")[0]), (nn.Linear, Conv1D)) and name.endswith("weight"):
+        if isinstance(layer.get_submodule(name.rpartition(".")[0]), PROJECTIONS) and name.endswith("weight"):
             own = (rows & ~rows.all(0)).double()
             shares += own @ own.T
     connected = shares.bool()
@@ -122,8 +125,8 @@ def _divide(path: str, width: int, reached: Mapping[tuple[str, int], torch.Tenso
     return Owned(path, count, each, owners)
 
 
-class alive(TorchFunctionMode):
-    """A context in which what is zero below zero is not: a neuron that no token excites depends on nothing."""
+class NoDeadNeurons(TorchFunctionMode):
+    """A context in which ReLU is softplus: a neuron that no token excites has no gradients, and would not be found."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.relu, torch.relu_, torch.Tensor.relu, nn.functional.relu):
@@ -133,12 +136,12 @@ class alive(TorchFunctionMode):
 
 @contextlib.contextmanager
 def inputs_of_projections(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, dict[str, torch.Tensor]]]:
-    """Notes what goes into each projection of some layers: layer → projection → the input, of its first call."""
+    """Records what goes into each projection of some layers at its first call: layer → projection → input."""
     found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in layers}
     with contextlib.ExitStack() as undo:
         for name, layer in layers.items():
             for path, module in layer.named_modules():
-                if isinstance(module, (nn.Linear, Conv1D)):
+                if isinstance(module, PROJECTIONS):
 
                     def note(_: nn.Module, args: tuple[torch.Tensor, ...], name: str = name, path: str = path) -> None:
                         found[name].setdefault(path, args[0])

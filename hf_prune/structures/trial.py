@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..weights.targets import find_targets
 from .comparing import Differs, Reference
 from .experts import bar_pruned_
-from .groups import KINDS, WITHOUT_STRUCTURES, StructureGroup, Structures, kinds_of
+from .groups import KINDS, WITHOUT_STRUCTURES, Structures, kinds_of
 from .removal import Removal
 from .small_models import small_model_like
 from .widths import find_width
@@ -41,7 +41,8 @@ def require_exact_on_a_copy(model: nn.Module, structures: Structures) -> None:
     Raises:
         ValueError: if the copy gives other outputs, or cannot be called.
     """
-    kept = {name: _half_of(group) for name, group in structures.items()}
+    levels = {name: group.counts_that_may_go() for name, group in structures.items()}
+    kept = {name: group.without(levels[name][len(levels[name]) // 2]) for name, group in structures.items()}
     tried = cast(PreTrainedModel, copy.deepcopy(model))
     bar_pruned_(tried, structures)
     removal = Removal(tried, tried, structures, kept)
@@ -53,12 +54,6 @@ def require_exact_on_a_copy(model: nn.Module, structures: Structures) -> None:
             f"{kinds} cannot be removed from {type(model).__name__}: a copy without half of them fails ({error}). "
             f"Its code seems to rely on fixed widths. {WITHOUT_STRUCTURES}"
         ) from error
-
-
-def _half_of(group: StructureGroup) -> torch.Tensor:
-    """Which structures stay, if about half may go: the last ones of each run."""
-    levels, each = group.counts_that_may_go(), group.count // group.runs
-    return torch.arange(group.count) % each >= levels[len(levels) // 2] // group.runs
 
 
 def require_width_exact_on_a_copy(model: nn.Module) -> None:

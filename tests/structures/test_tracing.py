@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hf_prune.structures.groups import NOBODY
-from hf_prune.structures.tracing import alive, inputs_of_projections, trace
+from hf_prune.structures.tracing import NoDeadNeurons, inputs_of_projections, trace
 
 
 class Gated(nn.Module):
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
 def traced(layer, x):
     layer, x = layer.double(), x.double()
-    with torch.enable_grad(), alive(), inputs_of_projections({"layer": layer}) as inputs:
+    with torch.enable_grad(), NoDeadNeurons(), inputs_of_projections({"layer": layer}) as inputs:
         layer(x)
     return {owned.columns: owned for owned in trace(layer, inputs["layer"])}
 

@@ -78,7 +78,7 @@ def random_model(kind: type[PreTrainedModel], small_config: PretrainedConfig) ->
                 parameter += 0.1 * torch.randn_like(parameter)
         # Buffers that are not saved, such as tables of positions, are computed otherwise where a model is loaded.
         model = kind.from_pretrained(None, config=copy.deepcopy(small_config), state_dict=model.state_dict(), **how)
-    return model.double().eval()  # type: ignore[no-any-return]
+    return model.double().eval()
 
 
 def call_exactly(model: PreTrainedModel) -> Any:

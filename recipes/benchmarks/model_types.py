@@ -22,6 +22,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -62,7 +63,7 @@ def tiny(model_type: str) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
             parameter.copy_(parameter.float())  # Some are loaded in float32, whatever the rest is.
     return model
 
@@ -105,7 +106,7 @@ def walk(model_type: str, folder: Path) -> dict[str, str]:
     found = {}
     for granularity, sparsity in GRANULARITIES.items():
         pruned = copy.deepcopy(model)
-        multiple = {"multiple_of": 1} if "neuron" in granularity else {}
+        multiple: Any = {"multiple_of": 1} if "neuron" in granularity else {}
         config = PruningConfig(sparsity=sparsity, granularity=granularity, schedule="one_shot", **multiple)
         try:
             prune(pruned, config)

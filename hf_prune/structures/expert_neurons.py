@@ -1,5 +1,6 @@
 """Neurons of experts whose weights are fused: as many go of each expert of a layer."""
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -67,7 +68,7 @@ def _group_of(
         "neuron",
         count * width,
         tuple(members),
-        multiple=multiple_of,
+        multiple=math.lcm(multiple_of, _least_multiple(model, last.weight.dtype)),
         runs=count,
         run_attributes=tuple(
             (path, name)
@@ -77,6 +78,12 @@ def _group_of(
         ),
         run_fields=tuple(fields[:1]),
     )
+
+
+def _least_multiple(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """What the number of neurons of an expert has to be a multiple of: fused kernels read rows 16 bytes at a time."""
+    is_eager = getattr(model.config, "_experts_implementation", None) == "eager"
+    return 1 if is_eager or dtype.itemsize > 4 else 16 // dtype.itemsize
 
 
 def _owners(count: int, width: int, parts: int, are_apart: bool) -> torch.Tensor:

@@ -72,7 +72,8 @@ def _tried(small: PreTrainedModel, described: Family) -> Proved:
 
 def _find(small: PreTrainedModel) -> Proved:
     """The family of a small model, as far as it is proved."""
-    stacks, refused = stacks_in(small), {}
+    # Some models keep what they have computed, with its graph.
+    stacks, refused = stacks_in(copy.deepcopy(small)), {}
     found: dict[str, list[Part]] = {stack.layers: [] for stack in stacks}
     for kind in _KINDS_OF_PARTS:
         own = tuple(dataclasses.replace(s, parts=tuple(p for p in s.parts if p.kind == kind)) for s in stacks)

@@ -243,3 +243,14 @@ def test_neurons_of_experts_that_keep_theirs_are_an_error_where_nothing_else_is_
             build_mixture("mixtral"),
             PruningConfig(sparsity=0.5, granularity="neuron", schedule="one_shot", exclude_modules=r".*down_proj"),
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neurons_are_left_as_fused_kernels_read_them(dtype):
+    """The kernels that Transformers chooses by itself read 16 bytes at a time, and fail after odd cuts."""
+    model = build_mixture("mixtral", dtype, intermediate_size=48, hidden_size=32)
+    prune(model, PruningConfig(sparsity=0.6, granularity="neuron", schedule="one_shot", multiple_of=1))
+    shrink(model)
+    widths = {layer.mlp.experts.down_proj.shape[-1] for layer in model.model.layers}
+    assert all(width < 48 and width * dtype.itemsize % 16 == 0 for width in widths)
+    assert model(input_ids=torch.ones(1, 8, dtype=torch.long)).logits.isfinite().all()

@@ -162,3 +162,24 @@ def test_a_layer_of_a_kind_that_has_to_stay_stays():
     shrink(model)
     assert model.config.num_hidden_layers == count - 1
     assert model.config.first_k_dense_replace == dense
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "layer"])
+def test_a_config_that_refuses_a_field(granularity):
+    """Falcon computes the width of its heads and takes none, which only widths ask for."""
+    sizes = {**SIZES, "multi_query": True, "bias": False}
+    model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes))
+    before = model.num_parameters()
+    prune(model, PruningConfig(sparsity=0.34, granularity=granularity))
+    shrink(model)
+    assert model.num_parameters() < before
+    with pytest.raises(ValueError, match="cannot be built with"):
+        prune(model, PruningConfig(sparsity=0.5, granularity="width"))
+
+
+def test_a_model_that_keeps_what_it_has_computed():
+    """RecurrentGemma keeps its states, with their graph."""
+    config = transformers.RecurrentGemmaConfig(**{**SIZES, "lru_width": 32, "head_dim": 8})
+    model = transformers.RecurrentGemmaForCausalLM(config)
+    prune(model, config_of("neuron"))
+    shrink(model)

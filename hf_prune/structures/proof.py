@@ -72,7 +72,6 @@ def _tried(small: PreTrainedModel, described: Family) -> Proved:
 
 def _find(small: PreTrainedModel) -> Proved:
     """The family of a small model, as far as it is proved."""
-    # Some models keep what they have computed, with its graph.
     stacks, refused = stacks_in(copy.deepcopy(small)), {}
     found: dict[str, list[Part]] = {stack.layers: [] for stack in stacks}
     for kind in _KINDS_OF_PARTS:

@@ -60,8 +60,7 @@ def small_model_like(model: PreTrainedModel) -> PreTrainedModel:
             if size > _LARGEST:
                 raise ValueError(f"it cannot be built narrower than with {size} parameters")
             small = random_model(type(model), small_config)
-            with torch.no_grad():
-                call_exactly(small)
+            call_exactly(copy.deepcopy(small))  # Some keep what they have computed, with its graph.
             return small
         except Exception as error:  # Configs and models check all kinds of things, each in its own way.
             why.append(f"{type(error).__name__}: {error}")

@@ -123,22 +123,26 @@ def held_zeros(model: nn.Module, targets: Mapping[str, Target], structures: Stru
 
 def _require_uniform(model: nn.Module, structures: Structures, final: float) -> None:
     """Requires that a config of the family can say what is left, and that all groups of a kind lose as many."""
+    said: dict[str, int] = {}
     for kind in kinds_of(structures):
         of_kind = {name: group for name, group in structures.items() if group.kind == kind}
-        left = {name: count_left(group, final) for name, group in of_kind.items()}
-        fields = fields_of(of_kind, left)
+        fields = fields_of(of_kind, {name: count_left(group, final) for name, group in of_kind.items()})
         counted = {field for group in of_kind.values() for field, _ in group.fields}
         if not all(group.fields for group in of_kind.values()) or not counted <= fields.keys():
             raise ValueError(
                 f"uniform: no config of {type(model).__name__} can say fewer {KINDS[kind]}. Leave uniform out: the "
                 "shapes are then recorded in the config, and load where hf_prune is imported."
             )
-        if not can_say(cast(PreTrainedModel, model).config, fields):
-            said = ", ".join(f"{name}={value}" for name, value in fields.items())
-            raise ValueError(
-                f"uniform: no config of {type(model).__name__} can say {said}. Choose another sparsity, or leave "
-                "uniform out."
-            )
-    everywhere = find_in_family(model, kinds_of(structures), find_targets(model), 1)
+        if kind != "layer":  # Their number goes with lists that shrinking shortens too, so that it can be said.
+            said |= fields
+    # All together: a width may be one that the heads that are left divide, and those that there were do not.
+    if not can_say(cast(PreTrainedModel, model).config, said):
+        fields_said = ", ".join(f"{name}={value}" for name, value in said.items())
+        raise ValueError(
+            f"uniform: no config of {type(model).__name__} can say {fields_said}. Choose another sparsity, or leave "
+            "uniform out."
+        )
+    in_layers = [kind for kind in kinds_of(structures) if kind != "width"]  # Widths are everywhere anyway.
+    everywhere = find_in_family(model, in_layers, find_targets(model), 1) if in_layers else {}
     if left_out := [name for name in everywhere if name not in structures]:
         raise ValueError(f"uniform: {', '.join(map(repr, left_out))} would keep all. Leave uniform out, or prune all.")

@@ -139,22 +139,24 @@ def _require_uniform(model: nn.Module, structures: Structures, final: float) -> 
     said: dict[str, int] = {}
     for kind in kinds_of(structures):
         of_kind = {name: group for name, group in structures.items() if group.kind == kind}
-        left = {name: count_left(group, final) for name, group in of_kind.items()}
-        fields = fields_of(of_kind, left)
+        fields = fields_of(of_kind, {name: count_left(group, final) for name, group in of_kind.items()})
         counted = {field for group in of_kind.values() for field in (*dict(group.fields), *group.run_fields)}
         if not all(group.fields or group.run_fields for group in of_kind.values()) or not counted <= fields.keys():
             raise ValueError(
                 f"uniform: no config of {type(model).__name__} can say fewer {KINDS[kind]}. Leave uniform out: the "
                 "shapes are then recorded in the config, and load where hf_prune is imported."
             )
-        if not can_say(cast(PreTrainedModel, model).config, fields):
-            values = ", ".join(f"{name}={value}" for name, value in fields.items())
-            raise ValueError(
-                f"uniform: no config of {type(model).__name__} can say {values}. Choose another sparsity, or leave "
-                "uniform out."
-            )
-        said |= fields
-    everywhere = find_by_kind(model, kinds_of(structures), find_targets(model), 1)
+        if kind != "layer":  # Their number goes with lists that shrinking shortens too, so that it can be said.
+            said |= fields
+    # All together: a width may be one that the heads that are left divide, and those that there were do not.
+    if not can_say(cast(PreTrainedModel, model).config, said):
+        fields_said = ", ".join(f"{name}={value}" for name, value in said.items())
+        raise ValueError(
+            f"uniform: no config of {type(model).__name__} can say {fields_said}. Choose another sparsity, or leave "
+            "uniform out."
+        )
+    in_layers = [kind for kind in kinds_of(structures) if kind != "width"]  # Widths are everywhere anyway.
+    everywhere = find_by_kind(model, in_layers, find_targets(model), 1) if in_layers else {}
     if left_out := [name for name in everywhere if name not in structures]:
         raise ValueError(f"uniform: {', '.join(map(repr, left_out))} would keep all. Leave uniform out, or prune all.")
     _require_alone(cast(PreTrainedModel, model), structures, said)

@@ -108,6 +108,37 @@ def test_uniform_means_everywhere():
         prune(build("llama"), config_of("neuron", uniform=True, exclude_modules=[".*layers.0.mlp.*"]))
 
 
+@pytest.mark.parametrize(("name", "granularity"), [("qwen2", "layer"), ("gemma2", "layer"), ("qwen3", "head+layer")])
+def test_uniform_layers_shorten_the_lists_of_a_config_too(name, granularity):
+    model = build(name)
+    shrink_uniformly(model, granularity, 0.5)
+    assert model.config.num_hidden_layers == len(model.config.layer_types) == len(model.model.layers)
+
+
+def llama_of(hidden_size):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=hidden_size, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def shrink_uniformly(model, granularity, sparsity, **options):
+    prune(model, PruningConfig(sparsity=sparsity, granularity=granularity, uniform=True, **options))
+    shrink(model)
+    assert "quantization_config" not in model.config.to_dict()
+
+
+def test_uniform_asks_what_a_config_can_say_together():
+    model = llama_of(16)  # Three heads do not divide it, but the twelve channels that are left.
+    shrink_uniformly(model, "head+width", 0.25, multiple_of=4)
+    assert (model.config.num_attention_heads, model.config.hidden_size) == (3, 12)
+
+    # Three heads divide 24, four divide 16, three do not divide 16.
+    with pytest.raises(ValueError, match=r"uniform: no config of .* can say num_attention_heads=3.*hidden_size=16"):
+        shrink_uniformly(llama_of(24), "head+width", 0.25, multiple_of=4)
+
+
 @pytest.fixture
 def shrunk():
     """A model whose shapes no config can say."""

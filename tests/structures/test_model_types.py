@@ -22,6 +22,8 @@ CLEAR = (
     "is a convolutional network and has no .* that are known. Choose granularity channel",
     "is left to prune. It is left alone if one of its projections is no target",
     "no layer of .* can go: no place has more than one",
+    "is described as the (number of heads|width of a head), and is",
+    "a sparsity of .* would remove .* and at most .* can go",
     "are one tensor; structures of layers that share weights cannot be removed",
 )
 

@@ -165,6 +165,14 @@ def test_epsilon_grows_in_the_config_and_norms_of_other_widths_make_up_for_it():
     assert torch.allclose(norm.weight, weight[kept] * growth**0.5)
 
 
+def test_uniform_changes_nothing():
+    plain, uniform = make("llama"), make("llama")
+    prune(plain, width())
+    prune(uniform, width(uniform=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), uniform.parameters(), strict=True))
+    assert shrink(uniform).config.hidden_size == shrink(plain).config.hidden_size < make("llama").config.hidden_size
+
+
 def test_planted_channels_are_the_ones_that_go():
     model = make("llama")
     structures = find_structures(model, ("width",), find_targets(model), 4)

@@ -258,6 +258,11 @@ def lists_of_layers_in(root: nn.Module) -> dict[str, nn.ModuleList]:
     return found
 
 
+HOW_TO_ADD = (
+    'Describe it in a dozen lines: describe_family({!r}, Stack("layers", (Heads(...), Neurons(...)))), all of which '
+    "hf_prune exports."
+)
+"""What to do where a family is not known, for messages."""
 _described: dict[str, Family] = {}
 
 

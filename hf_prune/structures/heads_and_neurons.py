@@ -8,9 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..weights.targets import Target
-from .families import FAMILIES, is_described
+from .families import FAMILIES, HOW_TO_ADD, is_described
 from .groups import KINDS, Member, StructureGroup, advice_for_wrappers
-from .layers import HOW_TO_ADD, PROJECTIONS, LayerStack, stacks_of, structures_of
+from .layers import PROJECTIONS, LayerStack, stacks_of, structures_of
 from .proof import Proved, prove
 
 

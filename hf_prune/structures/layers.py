@@ -10,17 +10,12 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .families import Family, Heads, Layout, Neurons, Part, Stack, layer_kind
+from .families import HOW_TO_ADD, Family, Heads, Layout, Neurons, Part, Stack, layer_kind
 from .groups import KINDS, Member, StructureGroup, require_own_weights
 from .names import QUERIES_OF_EACH
 
 PROJECTIONS = (nn.Linear, Conv1D)
 """The modules whose weights are matrices with an axis of inputs and one of outputs."""
-
-HOW_TO_ADD = (
-    'Describe it in a dozen lines: describe_family({!r}, Stack("layers", (Heads(...), Neurons(...)))), all of which '
-    "hf_prune exports."
-)
 
 
 @dataclass(frozen=True)
@@ -145,7 +140,8 @@ class Layer:
         apart = [path for path, layout in part.rows.items() if layout == 1 and self.height(part, path) == width]
         if (total := width // size) == count or not apart:
             return None
-        beside = {p: axis for p, axis in part.beside.items() if self.get(part.module, p).shape[axis] % total == 0}
+        there = {path: axis for path, axis in part.beside.items() if self.get(part.module, path) is not None}
+        beside = {path: axis for path, axis in there.items() if self.get(part.module, path).shape[axis] % total == 0}
         own = dataclasses.replace(part, rows=dict.fromkeys(apart, 1), beside=beside, tables=())
         attention, found = _join(self.name, part.module), self.get(part.module)
         return StructureGroup(
@@ -185,20 +181,27 @@ class LayerStack:
             yield self._whole()
         if "query" in kinds:
             yield from self._queries()
-        parts = [(layer, part) for layer in self.layers for part in layer.parts_of(self.stack) if part.kind in kinds]
+        places = [(name, part, owners) for name, part, owners in self._places() if part.kind in kinds]
         for kind in sorted({part.kind for part in self.stack.parts if part.kind in kinds}):
-            if not any(part.kind == kind for _, part in parts):
+            if not any(part.kind == kind for _, part, _ in places):
                 raise ValueError(
                     f"{self.name!r} has no {KINDS[kind]} where this family has them; it looks otherwise in the "
                     f"installed version of Transformers. {HOW_TO_ADD.format(self.config.model_type)}"
                 )
-        for described in self.stack.parts:
-            owners = [layer for layer, part in parts if part == described and part.is_shared]
-            if owners:
-                yield _of_part(described, owners, multiple_of, f"{self.name}.{described.module}")
-        for layer, part in parts:
-            if not part.is_shared:
-                yield _of_part(part, [layer], multiple_of, _join(layer.name, part.module))
+        for name, part, owners in places:
+            yield _of_part(part, owners, multiple_of, name)
+
+    def _places(self) -> Iterator[tuple[str, Part, list[Layer]]]:
+        """What layers are made of: a name of its own, the part, and the layers that lose the same structures of it."""
+        there = [(layer, part) for layer in self.layers for part in layer.parts_of(self.stack)]
+        shared = [(self.name, part, [each for each, own in there if own == part]) for part in self.stack.parts]
+        found = [(where, part, owners) for where, part, owners in shared if part.is_shared and owners]
+        found += [(layer.name, part, [layer]) for layer, part in there if not part.is_shared]
+        taken: set[str] = set()
+        for where, part, owners in found:
+            name = _join(where, part.module)
+            taken.add(name := _join(name, part.columns) if name in taken else name)
+            yield name, part, owners
 
     def _queries(self) -> Iterator[StructureGroup]:
         """The queries of each layer in which several read one key-value head, as many of each."""

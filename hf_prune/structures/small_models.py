@@ -41,7 +41,7 @@ _AT_MOST = {
     **dict.fromkeys(["topk_group", "mamba_n_groups", "n_groups"], 1),
 }
 """Fields of configs → what they are at most in a narrow model."""
-_LARGEST = 2**25  # The most parameters that a small model may have.
+_LARGEST = 2**23  # The most parameters that a small model may have.
 
 
 def small_model_like(model: PreTrainedModel) -> PreTrainedModel:

@@ -48,6 +48,7 @@ IMPORTED = [
     "hf_prune.structures.entries",
     "hf_prune.structures.families",
     "hf_prune.structures.loading",
+    "hf_prune.structures.names",
     "hf_prune.structures.registration",
     "hf_prune.weights",
     "hf_prune.weights.compression",

@@ -113,6 +113,7 @@ def test_planted_channels_are_the_ones_that_go(name):
     assert {place: (~each).nonzero().flatten().tolist() for place, each in kept.items()} == planted
 
 
+@pytest.mark.slow
 def test_every_network_loads_in_a_fresh_process_to_the_last_bit(tmp_path):
     expected = {}
     for name in NETWORKS:

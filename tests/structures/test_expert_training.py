@@ -45,7 +45,9 @@ class Watch(transformers.TrainerCallback):
                 self.wrong.append((state.global_step, name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name == "mixtral" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 @pytest.mark.parametrize(
     "options",
     [{}, {"gradient_checkpointing": True}, {"bf16": True}, {"gradient_accumulation_steps": 2}],
@@ -99,7 +101,7 @@ def test_training_under_masks_is_training_what_is_left(optimizer, balance, make_
         assert (ours - theirs).abs().max() < (1e-6 if balance else 1e-8), n
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_as_an_undisturbed_one(name, make_trainer, tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
     whole = build(name)

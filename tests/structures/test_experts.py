@@ -67,7 +67,7 @@ def test_there_are_many_types():
 @pytest.mark.parametrize(
     ("name", "field", "left"),
     [
-        ("mixtral", "num_local_experts", 5),
+        pytest.param("mixtral", "num_local_experts", 5, marks=pytest.mark.slow),
         pytest.param("deepseek_v3", "n_routed_experts", 5, marks=pytest.mark.slow),
         pytest.param("switch_transformers", "num_experts", 5, marks=pytest.mark.slow),
     ],

@@ -7,11 +7,6 @@ from hf_prune.structures.families import FAMILIES
 from hf_prune.structures.small_models import small_model_like
 from tests.structures.models import build
 
-BY_TABLE = {
-    **{name: (name, name) for name in ("llama", "qwen3", "gpt_neo", "gpt2", "gpt_neox", "opt", "bert", "distilbert")},
-    **{name: (name, name) for name in ("vit", "t5", "bart", "whisper")},
-}
-
 
 def described(stacks):
     """What a family says of where things are, without what counts them."""

@@ -5,13 +5,13 @@ import logging
 
 import pytest
 import torch
-import transformers
 
 from hf_prune import PruningConfig, PruningTrainerCallback, prune, shrink
 from hf_prune.criteria import needs
 from hf_prune.structures.loading import recorded_in
 from hf_prune.structures.routing import SAVED_UNBARRED
 from tests.structures.mixtures import build_mixture, logits_of
+from tests.structures.test_training import Watch
 
 CONFIG = PruningConfig(sparsity=0.375, schedule="constant", rounds=2, granularity="expert", criterion="reap")
 NAMES = ["mixtral", "deepseek_v3", "switch_transformers"]
@@ -30,19 +30,6 @@ def build(name, dtype=torch.float32):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
-
-
-class Watch(transformers.TrainerCallback):
-    """Whether an expert that is pruned was chosen in a step, or got a gradient."""
-
-    def __init__(self, pruning):
-        self.pruning, self.wrong = pruning, []
-
-    def on_step_end(self, args, state, control, model, **kwargs):
-        for name, mask in self.pruning.masks.items():
-            parameter = model.get_parameter(name)
-            if (parameter[~mask] != 0).any() or (parameter.grad is not None and (parameter.grad[~mask] != 0).any()):
-                self.wrong.append((state.global_step, name))
 
 
 @pytest.mark.parametrize(

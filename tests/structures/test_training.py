@@ -56,7 +56,7 @@ OF_LLAMA = [("llama", config) for config in KINDS.values()]
 
 
 class Watch(transformers.TrainerCallback):
-    """What is left of the structures of each group after each step."""
+    """Whether what is pruned is zero after each step, and gets no gradient."""
 
     def __init__(self, pruning):
         self.pruning, self.wrong = pruning, []

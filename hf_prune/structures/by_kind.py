@@ -2,14 +2,17 @@
 
 import logging
 from collections.abc import Collection, Mapping
+from typing import cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..weights.targets import Target
 from .expert_neurons import find_expert_neurons
 from .experts import find_experts
+from .families import FAMILIES, is_described
 from .groups import StructureGroup, require_own_weights
-from .heads_and_neurons import find_in_family
+from .heads_and_neurons import NothingToPrune, find_in_family
 from .widths import find_width
 
 logger = logging.getLogger(__name__)
@@ -28,21 +31,51 @@ def find_by_kind(
             this.
 
     Raises:
-        ValueError: as `find_in_family`, `find_experts` and `find_width` do.
+        ValueError: if the model is made of several ones; and as `find_in_family`, `find_experts` and `find_width` do.
     """
+    if any(kind != "width" for kind in kinds):
+        _require_one(model)
     found = find_experts(model, targets) if "expert" in kinds else {}
     inside = find_expert_neurons(model, targets, multiple_of) if "neuron" in kinds else {}
-    if described := [kind for kind in kinds if kind not in ("expert", "width")]:
-        try:
-            found |= find_in_family(model, described, targets, multiple_of)
-        except ValueError as error:
-            if not inside:
-                raise
-            logger.debug("Only neurons of experts are found: %s", error)
-            if others := [kind for kind in described if kind != "neuron"]:
-                found |= find_in_family(model, others, targets, multiple_of)
-    found |= inside
+    if others := [kind for kind in kinds if kind not in ("expert", "width") and not (kind == "neuron" and inside)]:
+        found |= find_in_family(model, others, targets, multiple_of)
+    if inside:
+        found |= _other_neurons(cast(PreTrainedModel, model), targets, multiple_of) | inside
     if "width" in kinds:
         found |= find_width(model, targets, multiple_of)
     require_own_weights(found)
     return found
+
+
+def _other_neurons(
+    model: PreTrainedModel, targets: Mapping[str, Target], multiple_of: int
+) -> dict[str, StructureGroup]:
+    """The neurons of a mixture that are in none of its fused experts, if it has any."""
+    try:
+        return find_in_family(model, ["neuron"], targets, multiple_of)
+    except NothingToPrune:
+        return {}
+    except ValueError as error:
+        if is_described(model.config.model_type):
+            raise
+        logger.warning("Of all neurons, only those of experts are pruned: %s", error)
+        return {}
+
+
+def _require_one(model: nn.Module) -> None:
+    """Requires that a model is not made of several ones, unless its family is in the table."""
+    config = getattr(model, "config", None)
+    if config is None or config.model_type in FAMILIES or not isinstance(model, PreTrainedModel):
+        return
+    parts: list[str] = []
+    for path, module in model.named_modules():
+        is_other = isinstance(module, PreTrainedModel) and type(module.config) is not type(config)
+        if is_other and not any(path.startswith(f"{part}.") for part in parts):
+            parts.append(path)
+    if parts:
+        raise ValueError(
+            f"{type(model).__name__} is made of several models, of which hf_prune prunes one at a time. Give "
+            f"{' or '.join(f'model.{path}' for path in parts[:3])} to prune and to shrink. If a Trainer is to train "
+            "the whole, prune that part first, train with hold_zeros=True and granularity 'unstructured', and shrink "
+            "it then."
+        )

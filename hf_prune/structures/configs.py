@@ -36,7 +36,7 @@ def write_widths_(model: PreTrainedModel, parts: Structures, kept: Mapping[str, 
     for fields in [together] if can_say(model.config, together) else by_kind:
         if can_say(model.config, fields):
             for config in configs_of(model, model):
-                _set_fields_(config, fields)
+                set_fields_(config, fields)
 
 
 def write_each_layer_(model: PreTrainedModel, groups: Structures, kept: Mapping[str, torch.Tensor]) -> None:
@@ -99,7 +99,7 @@ def write_layers_(model_config: PretrainedConfig, group: StructureGroup, stay: S
         model_config.stage_names = model_config.stage_names[: len(stay) + 1]
         model_config.set_output_features_output_indices(out_features=None, out_indices=None)
     own = model_config.to_dict().get("per_layer_config") or {}
-    _set_fields_(model_config, {field: len(stay) for field, _ in group.fields})
+    set_fields_(model_config, {field: len(stay) for field, _ in group.fields})
     if own:  # Of a family whose layers differ by themselves.
         model_config.per_layer_config = {stay.index(int(i)): each for i, each in own.items() if int(i) in stay}
 
@@ -126,7 +126,7 @@ def lists_of_layers(model_config: PretrainedConfig, group: StructureGroup) -> di
     return found
 
 
-def _set_fields_(model_config: PretrainedConfig, fields: Mapping[str, int]) -> None:
+def set_fields_(model_config: PretrainedConfig, fields: Mapping[str, int]) -> None:
     """Sets fields that belong together in a config that has some of them: of several parts, each has its own."""
     if any(hasattr(model_config, field) for field in fields):
         for field, value in fields.items():

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .families import Heads, Layout, Neurons, Part, Stack, lists_of_layers_in
-from .layers import PROJECTIONS, input_axis
+from .families import Heads, Layout, Neurons, Part, Stack
+from .layer import PROJECTIONS, input_axis, lists_of_layers_in
 from .names import HEAD_COUNT_ATTRIBUTES, HEAD_WIDTH_ATTRIBUTES, LAYER_FIELDS
 from .small_models import call_exactly
 from .tracing import NoDeadNeurons, Owned, inputs_of_projections, trace

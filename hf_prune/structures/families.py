@@ -3,17 +3,15 @@
 One more family is one more line in `FAMILIES`; a user's own comes with `describe_family`.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from torch import nn
-
-Layout = int | Literal["q+k+v"]
+Layout = int | Literal["q+k+v", "q"]
 """How structures lie in the output of a projection: the number of equal parts into which it is divided, within each of
 which structures follow each other. 1, or 3 where the queries of all heads come first, then all keys, then all values.
-"q+k+v" stands for three such parts of which keys and values are narrower, under grouped-query attention."""
+"q+k+v" stands for three such parts of which keys and values are narrower, under grouped-query attention; "q" for the
+first of them alone."""
 
 
 @dataclass(frozen=True)
@@ -241,21 +239,6 @@ FAMILIES: dict[str, Family] = {
     "whisper": _bart(norm_first=True),
 }
 """`model_type` of a config → where its structures are."""
-
-
-def layer_kind(layer: nn.Module) -> str:
-    """What tells layers apart that are built otherwise: the classes of all modules, lists of alike ones once."""
-    named = (f"{name}:{type(module).__name__}" for name, module in layer.named_modules())
-    return " ".join(dict.fromkeys(re.sub(r"\b\d+\b", "*", each) for each in named))
-
-
-def lists_of_layers_in(root: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of modules that are in no other list, by path."""
-    found: dict[str, nn.ModuleList] = {}
-    for path, module in root.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{f}.") for f in found):
-            found[path] = module
-    return found
 
 
 HOW_TO_ADD = (

@@ -12,6 +12,7 @@ from ..weights.targets import Target, find_targets
 from ..weights.timm import config_of_timm
 from .by_kind import find_by_kind
 from .channels import find_channels, is_convolutional
+from .configs import set_fields_
 from .groups import (
     KINDS,
     LEAST,
@@ -27,9 +28,7 @@ from .groups import (
 from .loading import build_empty, can_say
 from .ranking import count_left, pools_of, require_attainable
 from .removal import whole_of
-from .trial import require_exact_on_a_copy, require_width_exact_on_a_copy
-
-_LARGEST_COPY = 2**24  # Parameters of the largest model of which a copy is tried; of larger ones what is removed is.
+from .trial import require_exact_on_a_copy, require_exact_on_a_small_model
 
 
 def find_structures(
@@ -83,9 +82,8 @@ def require_removable(
         not hasattr(model.config, "num_channels") or any(map(config_of_timm, model.modules()))
     ):
         require_exact_on_a_copy(model, structures)
-    experts = {name: group for name, group in structures.items() if _is_of_experts(group)}
-    if experts and sum(parameter.numel() for parameter in model.parameters()) <= _LARGEST_COPY:
-        require_exact_on_a_copy(model, experts)
+    for kind in kinds_of({name: group for name, group in structures.items() if _is_of_experts(group)}):
+        require_exact_on_a_small_model(cast(PreTrainedModel, model), kind)
     for names, share in pools_of(structures, final, scope, own):
         require_attainable({name: structures[name] for name in names}, share, {})
     for group in structures.values():
@@ -111,7 +109,7 @@ def _require_width(
             f"no config of {type(model).__name__} can say {field}={left[group.name]}: a multiple of its heads may be "
             "asked for. Choose another sparsity or multiple_of."
         )
-    require_width_exact_on_a_copy(model)
+    require_exact_on_a_small_model(model, "width")
 
 
 def zeros_of(model: nn.Module, targets: Mapping[str, Target], structures: Structures) -> MaskSet:
@@ -166,9 +164,7 @@ def _require_alone(model: PreTrainedModel, structures: Structures, said: Mapping
     """Requires that fields of a config say nothing of what is not pruned, such as the width of shared experts."""
     config = copy.deepcopy(model.config)
     for each in (config, config.get_text_config()):
-        for field, value in said.items():
-            if hasattr(each, field):
-                setattr(each, field, value)
+        set_fields_(each, said)
     built = {name: parameter.shape for name, parameter in build_empty(type(model), config).named_parameters()}
     owned = parameters_of(structures).keys()
     for name, parameter in model.named_parameters():

@@ -10,8 +10,13 @@ from transformers import PreTrainedModel
 from ..weights.targets import Target
 from .families import FAMILIES, HOW_TO_ADD, is_described
 from .groups import KINDS, Member, StructureGroup, advice_for_wrappers
-from .layers import PROJECTIONS, LayerStack, stacks_of, structures_of
-from .proof import Proved, prove
+from .layer import PROJECTIONS
+from .proof import NOTHING_FOUND, Proved, prove
+from .stacks import LayerStack, stacks_of, structures_of
+
+
+class NothingToPrune(ValueError):
+    """A model has no structures of a kind, or none whose weights are all targets."""
 
 
 def find_in_family(
@@ -41,7 +46,7 @@ def find_in_family(
         elif not others:
             found[name] = group
     if all(len(group.stay) == group.count for group in found.values()):
-        raise ValueError(
+        raise NothingToPrune(
             f"no {' or '.join(kinds)} of {type(model).__name__} is left to prune. It is left alone if one of its "
             "projections is no target. Name all of them in target_modules, or leave that out."
         )
@@ -59,13 +64,6 @@ def _stacks(model: nn.Module, kinds: Collection[str]) -> list[LayerStack]:
     family = FAMILIES.get(config.model_type)
     if family is not None and not is_described(config.model_type):
         return stacks_of(model, family)
-    if family is None and (parts := _models_inside(model)):
-        raise ValueError(
-            f"{type(model).__name__} is made of several models, of which hf_prune prunes one at a time. Give "
-            f"{' or '.join(f'model.{path}' for path in parts[:3])} to prune and to shrink. If a Trainer is to train "
-            "the whole, prune that part first, train with hold_zeros=True and granularity 'unstructured', and shrink "
-            "it then."
-        )
     proved = prove(model, family)
     _require_proved(model, proved, kinds)
     return stacks_of(model, proved.family)
@@ -80,22 +78,12 @@ def _require_proved(model: PreTrainedModel, proved: Proved, kinds: Collection[st
             f"find them: {proved.refused['layer']}. It knows {', '.join(FAMILIES)}. {HOW_TO_ADD.format(model_type)}"
         )
     for kind in kinds:
-        # Queries are those of heads, and found where heads are.
-        if (why := proved.refused.get("head" if kind == "query" else kind)) is not None:
-            raise ValueError(
+        if (why := proved.refused.get(kind)) is not None:
+            error = NothingToPrune if why == NOTHING_FOUND else ValueError
+            raise error(
                 f"{KINDS[kind]} cannot be removed from {name}, as a small model of its class shows: {why}. Choose "
                 f"another granularity, or describe the family: {HOW_TO_ADD.format(model_type)}"
             )
-
-
-def _models_inside(model: PreTrainedModel) -> list[str]:
-    """The outermost models in a model that have a config of another kind."""
-    found: list[str] = []
-    for path, module in model.named_modules():
-        is_other = isinstance(module, PreTrainedModel) and type(module.config) is not type(model.config)
-        if is_other and not any(path.startswith(f"{other}.") for other in found):
-            found.append(path)
-    return found
 
 
 def _matrices(model: nn.Module, structures: StructureGroup) -> list[Member]:

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,14 +11,18 @@ from transformers import PreTrainedModel
 
 from .comparing import Differs, Reference
 from .discovery import of_the_same_side, stacks_in
-from .families import Family, Heads, Neurons, Part, Stack, layer_kind
+from .families import Family, Heads, Neurons, Part, Stack
 from .groups import StructureGroup, Structures
-from .layers import Layer, stacks_of, structures_of
+from .layer import Layer, layer_kind
 from .loading import recorded_in
 from .names import KEY_VALUE_HEAD_FIELDS, NEURON_FIELDS, QUERY_HEAD_FIELDS, SIZES_OF_HEADS, SIZES_OF_NEURONS
 from .removal import Removal
-from .small_models import small_model_like
-from .trial import apply_compared_
+from .small_models import class_and_config, small_model_like
+from .stacks import stacks_of, structures_of
+from .trial import apply_compared_, some_of_each
+
+NOTHING_FOUND = "nothing was found that is written for one projection alone"
+"""Why structures that a model may not even have cannot be removed from it."""
 
 _KINDS_OF_PARTS = ("head", "neuron")
 
@@ -49,7 +52,7 @@ def prove(model: PreTrainedModel, described: Family | None) -> Proved:
         model: The model, unwrapped; only its class, its config and the kinds of its layers are looked at.
         described: What a user has described; None to find it.
     """
-    key = type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str), repr(described)
+    key = *class_and_config(model), repr(described)
     if key not in _proved:
         try:
             small = small_model_like(model)
@@ -65,9 +68,7 @@ def _tried(small: PreTrainedModel, described: Family) -> Proved:
     """What was described, and which kinds of it cannot be removed from a small model."""
     kinds = {part.kind for stack in described for part in stack.parts}
     wrong = {kind: _why_not_exact(small, described, kind) for kind in sorted(kinds)}
-    refused = {kind: why for kind, why in wrong.items() if why is not None}
-    layers, why = _try_layers(small, described)
-    return Proved(layers, refused if why is None else {**refused, "layer": why})
+    return _with_others(small, described, {kind: why for kind, why in wrong.items() if why is not None})
 
 
 def _find(small: PreTrainedModel) -> Proved:
@@ -84,8 +85,23 @@ def _find(small: PreTrainedModel) -> Proved:
     if not any(found.values()):
         return Proved((), {**refused, "layer": refused["head"]})
     family = tuple(dataclasses.replace(stack, parts=tuple(found[stack.layers])) for stack in stacks)
-    family, why = _try_layers(small, family)
-    return Proved(family, refused if why is None else {**refused, "layer": why})
+    return _with_others(small, family, refused)
+
+
+def _with_others(small: PreTrainedModel, family: Family, refused: dict[str, str]) -> Proved:
+    """A family whose heads and neurons are tried; its queries, which are those of heads, and its layers are too."""
+    family, why_layers = _try_layers(small, family)
+    others = {"query": refused.get("head") or _why_queries_differ(small, family), "layer": why_layers}
+    return Proved(family, {**refused, **{kind: why for kind, why in others.items() if why is not None}})
+
+
+def _why_queries_differ(small: PreTrainedModel, family: Family) -> str | None:
+    """As `_why_not_exact`; None too if there are none, which a model says best by itself."""
+    try:
+        structures = structures_of(stacks_of(small, family), ("query",))
+    except ValueError:
+        return None
+    return _why_differs(small, structures, some_of_each(structures))
 
 
 def _prove_parts(small: PreTrainedModel, stacks: Family) -> tuple[Family, str | None]:
@@ -95,7 +111,7 @@ def _prove_parts(small: PreTrainedModel, stacks: Family) -> tuple[Family, str | 
         The stacks with the parts that are proved, and why there are none.
     """
     if not stacks:
-        return (), "nothing was found that is written for one projection alone"
+        return (), NOTHING_FOUND
     found, why = _prove_together(small, stacks)
     if found is None and sum(len(stack.parts) for stack in stacks) > 1:
         alone = [dataclasses.replace(stack, parts=(part,)) for stack in stacks for part in stack.parts]
@@ -146,18 +162,7 @@ def _why_not_exact(small: PreTrainedModel, family: Family, kind: str, *, uniform
         structures = structures_of(stacks_of(small, family), (kind,))
     except ValueError as error:
         return str(error)
-    return _why_differs(small, structures, _some_of_each(structures, uniform), is_said=uniform)
-
-
-def _some_of_each(structures: Structures, uniform: bool) -> dict[str, torch.Tensor]:
-    """What is kept if the fewest that may go do so, or in turn the second fewest: of all groups as many if uniform."""
-    kept = {}
-    for i, (name, group) in enumerate(structures.items()):
-        levels = group.counts_that_may_go()
-        gone = levels[min(1 if uniform else 1 + i % 2, len(levels) - 1)]
-        # From another position in each group, so that no order of structures goes unnoticed.
-        kept[name] = group.without(gone, first=i % ((group.count - gone) // group.runs + 1))
-    return kept
+    return _why_differs(small, structures, some_of_each(structures, uniform=uniform), is_said=uniform)
 
 
 def _why_differs(

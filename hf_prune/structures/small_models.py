@@ -1,6 +1,7 @@
 """Small models: few layers, narrow and random, of the same class and from the same config as a large one."""
 
 import copy
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,8 @@ from ..calibration.passes import call
 from .comparing import computing_exactly
 from .configs import write_layers_
 from .example_inputs import example_batch
-from .families import layer_kind, lists_of_layers_in
 from .groups import StructureGroup
+from .layer import layer_kind, lists_of_layers_in
 from .loading import build_empty
 from .names import (
     EXPERT_COUNTS,
@@ -65,6 +66,11 @@ def small_model_like(model: PreTrainedModel) -> PreTrainedModel:
         except Exception as error:  # Configs and models check all kinds of things, each in its own way.
             why.append(f"{type(error).__name__}: {error}")
     raise ValueError(f"no small {type(model).__name__} can be built and called ({why[0]})")
+
+
+def class_and_config(model: PreTrainedModel) -> tuple[type[PreTrainedModel], str]:
+    """What is equal for models that look alike: their class, and their config as JSON."""
+    return type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str)
 
 
 def random_model(kind: type[PreTrainedModel], small_config: PretrainedConfig) -> PreTrainedModel:
@@ -153,8 +159,11 @@ def _narrow_(model_config: PretrainedConfig) -> None:
     width = next((said[name] for name in STREAM_WIDTH_FIELDS if name in said), None)
     new = {name: min(value, _AT_MOST[name]) for name, value in said.items() if name in _AT_MOST}
     for name in KEY_VALUE_HEAD_FIELDS:
-        if said.get(name, 1) > 1:
-            new[name] = min(said[name], _N_HEADS if said[name] == heads else _N_HEADS // 2)
+        if name in said and heads is not None:
+            few = min(heads, _N_HEADS)
+            # Where one is alone, nobody could tell what belongs to it.
+            fewer = min(said[name], _N_HEADS // 2) if said[name] > 1 else few // 2 if few % 2 == 0 else 1
+            new[name] = few if said[name] == heads else fewer
     for name in STREAM_WIDTH_FIELDS:
         if name in said:
             new[name] = _WIDTH if said[name] == width else min(said[name], _WIDTH // 2)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .groups import NOBODY
-from .layers import PROJECTIONS
+from .layer import PROJECTIONS
 
 _RELATIVE = 1e-13
 """Gradients below this, relative to the largest one of the same input, are rounding errors."""

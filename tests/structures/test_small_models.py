@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from hf_prune.structures.families import layer_kind
+from hf_prune.structures.layer import layer_kind
 from hf_prune.structures.small_models import call_exactly, shorten, small_model_like
 
 
@@ -22,6 +22,15 @@ def test_it_is_small_and_of_the_same_class():
     assert {parameter.dtype for parameter in small.parameters()} == {torch.float64}
     assert all(parameter.std() > 0.05 for parameter in small.parameters())  # Norms and biases too.
     assert (config.num_hidden_layers, config.hidden_size) == (30, 4096)
+
+
+@pytest.mark.parametrize(
+    ("heads", "pairs", "expected"), [(8, 1, (6, 3)), (4, 1, (4, 2)), (3, 1, (3, 1)), (2, 2, (2, 2))]
+)
+def test_a_key_value_head_is_not_alone(heads, pairs, expected):
+    config = transformers.LlamaConfig(hidden_size=96, num_attention_heads=heads, num_key_value_heads=pairs)
+    small = shorten(config, 2, narrow=True)
+    assert (small.num_attention_heads, small.num_key_value_heads) == expected
 
 
 def test_it_has_a_layer_of_each_kind():

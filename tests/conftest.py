@@ -1,3 +1,4 @@
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,12 @@ from tests.trainers import trainer_factory
 # that tests start, and DeepSpeed would look for GPUs.
 torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def pytest_collection_finish() -> None:
+    """Each training collects garbage: what was imported, and the tests themselves, need not be looked at each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

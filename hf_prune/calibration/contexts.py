@@ -33,6 +33,21 @@ def keep_random_state(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Models that are built or loaded are whole, where DeepSpeed's stage 3 would divide them among processes."""
+    integration: Any = sys.modules.get("transformers.integrations.deepspeed")
+    held = getattr(integration, "_hf_deepspeed_config_weak_ref", None)
+    if held is None:
+        yield
+        return
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = held
+
+
+@contextlib.contextmanager
 def undisturbed(model: nn.Module, weights: Iterable[torch.Tensor] = ()) -> Iterator[None]:
     """Evaluation mode, nothing compiled or cached, and gradients for some weights; afterwards all is as it was."""
     modes = {module: module.training for module in model.modules()}

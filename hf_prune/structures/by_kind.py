@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_by_kind(
-    model: nn.Module, kinds: Collection[str], targets: Mapping[str, Target], multiple_of: int
+    model: nn.Module, kinds: Collection[str], targets: Mapping[str, Target], multiple_of: int, *, warns: bool = False
 ) -> dict[str, StructureGroup]:
     """Finds the structures of some kinds in a model, by name.
 
@@ -29,18 +29,21 @@ def find_by_kind(
         targets: The weights that may be pruned.
         multiple_of: The number of neurons that remain in a layer or in each expert, and of widths, is a multiple of
             this.
+        warns: Whether to warn of neurons that were found and cannot be removed, beside those of experts that can.
 
     Raises:
-        ValueError: if the model is made of several ones; and as `find_in_family`, `find_experts` and `find_width` do.
+        ValueError: if the model is made of several models, of other kinds than widths; and as `find_in_family`,
+            `find_experts` and `find_width` do.
     """
     if any(kind != "width" for kind in kinds):
-        _require_one(model)
+        _require_not_composite(model)
     found = find_experts(model, targets) if "expert" in kinds else {}
     inside = find_expert_neurons(model, targets, multiple_of) if "neuron" in kinds else {}
     if others := [kind for kind in kinds if kind not in ("expert", "width") and not (kind == "neuron" and inside)]:
         found |= find_in_family(model, others, targets, multiple_of)
     if inside:
-        found |= _other_neurons(cast(PreTrainedModel, model), targets, multiple_of) | inside
+        found |= _other_neurons(cast(PreTrainedModel, model), targets, multiple_of, warns)
+        found |= inside
     if "width" in kinds:
         found |= find_width(model, targets, multiple_of)
     require_own_weights(found)
@@ -48,7 +51,7 @@ def find_by_kind(
 
 
 def _other_neurons(
-    model: PreTrainedModel, targets: Mapping[str, Target], multiple_of: int
+    model: PreTrainedModel, targets: Mapping[str, Target], multiple_of: int, warns: bool
 ) -> dict[str, StructureGroup]:
     """The neurons of a mixture that are in none of its fused experts, if it has any."""
     try:
@@ -58,12 +61,13 @@ def _other_neurons(
     except ValueError as error:
         if is_described(model.config.model_type):
             raise
-        logger.warning("Of all neurons, only those of experts are pruned: %s", error)
+        if warns:
+            logger.warning("Of all neurons, only those of experts are pruned: %s", error)
         return {}
 
 
-def _require_one(model: nn.Module) -> None:
-    """Requires that a model is not made of several ones, unless its family is in the table."""
+def _require_not_composite(model: nn.Module) -> None:
+    """Requires that a model is not made of several models, unless its family is in the table."""
     config = getattr(model, "config", None)
     if config is None or config.model_type in FAMILIES or not isinstance(model, PreTrainedModel):
         return

@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 from ..weights.targets import Target
 from .entries import entries_of
 from .groups import NOBODY, WITHOUT_STRUCTURES, Member, StructureGroup, Structures, advice_for_wrappers, kinds_of
-from .names import EXPERT_COUNTS
+from .names import EXPERT_COUNTS, EXPERTS_CHOSEN
 from .routing import Router, bar_
 
 # How routers, and what is in them, are called; of several modules with a row for each expert these are meant.
 _IS_ROUTER = re.compile(r"(^|\.)(\w*router\w*|gate|gating|wg|router_gate)(\.|$)")
 _IS_NO_ROUTER = re.compile(r"shared|_proj$|(^|\.)(self_attn|attention|attn)(\.|$)")
-_CHOSEN = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 _GROUPS, _GROUPS_CHOSEN = ("n_group", "num_group"), ("topk_group",)
 _IN_A_GROUP = 2  # A group counts by the sum of its two best experts.
 
@@ -253,7 +252,7 @@ def _own_members(model: nn.Module, mixture: Mixture) -> Iterator[Member]:
 def _limits(model: PreTrainedModel, block: nn.Module, count: int) -> tuple[int, int]:
     """Into how many equal runs experts are divided, and how many have to stay."""
     places = [block, *block.children(), model.config.get_text_config()]
-    chosen = _first(places, _CHOSEN) or 1
+    chosen = _first(places, EXPERTS_CHOSEN) or 1
     if found := re.search(r"Top(\d)", " ".join(type(each).__name__ for each in block.modules())):
         chosen = max(chosen, int(found[1]))
     groups, groups_chosen = _first(places, _GROUPS), _first(places, _GROUPS_CHOSEN) or 1

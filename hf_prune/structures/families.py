@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 Layout = int | Literal["q+k+v", "q"]
 """How structures lie in the output of a projection: the number of equal parts into which it is divided, within each of
 which structures follow each other. 1, or 3 where the queries of all heads come first, then all keys, then all values.
-"q+k+v" stands for three such parts of which keys and values are narrower, under grouped-query attention; "q" for the
-first of them alone."""
+"q+k+v" stands for three such parts of which keys and values are narrower, under grouped-query attention; "q", which
+descriptions do not need, for the first of them alone."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def find_structures(
             f"{type(model).__name__} is a convolutional network and has no "
             f"{' and '.join(KINDS[kind] for kind in kinds)} that are known. Choose granularity channel."
         )
-    return find_by_kind(model, kinds, targets, multiple_of)
+    return find_by_kind(model, kinds, targets, multiple_of, warns=True)
 
 
 def require_removable(

@@ -72,21 +72,20 @@ def _stacks(model: nn.Module, kinds: Collection[str]) -> list[LayerStack]:
 def _require_proved(model: PreTrainedModel, proved: Proved, kinds: Collection[str]) -> None:
     """Requires that the structures of some kinds were found, and removed from a small model."""
     model_type, name = model.config.model_type, type(model).__name__
+    refused = {kind: proved.refused[kind] for kind in kinds if kind in proved.refused}
+    if not refused and proved.family:
+        return
+    kind, why = next(iter(refused.items()), ("layer", proved.refused.get("layer", "")))
+    error = NothingToPrune if why == NOTHING_FOUND else ValueError
     if not proved.family:
-        raise _error(proved.refused["layer"])(
+        raise error(
             f"hf_prune does not know where the family {model_type!r} has its heads, neurons and layers, and could not "
-            f"find them: {proved.refused['layer']}. It knows {', '.join(FAMILIES)}. {HOW_TO_ADD.format(model_type)}"
+            f"find them: {why}. It knows {', '.join(FAMILIES)}. {HOW_TO_ADD.format(model_type)}"
         )
-    for kind in kinds:
-        if (why := proved.refused.get(kind)) is not None:
-            raise _error(why)(
-                f"{KINDS[kind]} cannot be removed from {name}, as a small model of its class shows: {why}. Choose "
-                f"another granularity, or describe the family: {HOW_TO_ADD.format(model_type)}"
-            )
-
-
-def _error(why: str) -> type[ValueError]:
-    return NothingToPrune if why == NOTHING_FOUND else ValueError
+    raise error(
+        f"{KINDS[kind]} cannot be removed from {name}, as a small model of its class shows: {why}. Choose another "
+        f"granularity. {HOW_TO_ADD.format(model_type)}"
+    )
 
 
 def _matrices(model: nn.Module, structures: StructureGroup) -> list[Member]:

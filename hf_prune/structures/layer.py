@@ -80,7 +80,7 @@ class Layer:
         size = self.get(part.module, part.size)
         if not isinstance(size, int) or size < 1:
             raise ValueError(
-                f"{join(self.name, part.module, part.size)!r} is described as the width of a head, and is {size!r}."
+                f"{join(self.name, part.module, part.size)!r} is taken for the width of a head, and is {size!r}."
             )
         count = min(widths.values()) // size
         for path, width in widths.items():
@@ -99,18 +99,23 @@ class Layer:
         widths = [width for path, layout in part.rows.items() for width in self.lengths(part, path, layout)]
         if not isinstance(count, int) or count < 1 or any(width % count for width in (*widths, self.width(part))):
             raise ValueError(
-                f"{join(self.name, part.module, part.count)!r} is described as the number of heads, and is {count!r}."
+                f"{join(self.name, part.module, part.count)!r} is taken for the number of heads, and is {count!r}."
             )
         return count
 
     def lengths(self, part: Part, path: str, layout: Layout) -> list[int]:
         """How long the parts are into which a layout divides the output of a projection."""
         width = self.height(part, path)
-        if not isinstance(layout, int):
-            queries = self.width(part)
-            rest = (width - queries) // 2
-            return [queries, rest, rest] if layout == "q+k+v" else [queries]
-        return [width // layout] * layout
+        if isinstance(layout, int):
+            return [width // layout] * layout
+        if layout not in ("q+k+v", "q"):
+            raise ValueError(
+                f"the layout of {join(self.name, part.module, path)!r} must be a number of equal parts or 'q+k+v'; "
+                f"got {layout!r}."
+            )
+        queries = self.width(part)
+        rest = (width - queries) // 2
+        return [queries, rest, rest] if layout == "q+k+v" else [queries]
 
     def members(self, part: Part, count: int) -> Iterator[Member]:
         """The outputs of the projections with their biases, the inputs of the projection back, and what is beside."""

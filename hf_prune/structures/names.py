@@ -129,6 +129,17 @@ SIZES_OF_NEURONS = (("intermediate_size", "ffn_dim", "hidden_dim", "d_ff", "inne
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 """Fields and attributes that say how many experts there are."""
 
+EXPERTS_CHOSEN = (
+    "top_k",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)
+"""Fields and attributes that say how many experts a router chooses for each token."""
+
 EXPERT_WIDTHS = (
     "moe_intermediate_size",
     "expert_ffn_hidden_size",

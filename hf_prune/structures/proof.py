@@ -9,19 +9,17 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from .comparing import Differs, Reference
+from ..calibration.contexts import unpartitioned
 from .discovery import of_the_same_side, stacks_in
 from .families import Family, Heads, Neurons, Part, Stack
 from .groups import StructureGroup, Structures
 from .layer import Layer, layer_kind
-from .loading import recorded_in
 from .names import KEY_VALUE_HEAD_FIELDS, NEURON_FIELDS, QUERY_HEAD_FIELDS, SIZES_OF_HEADS, SIZES_OF_NEURONS
-from .removal import Removal
 from .small_models import class_and_config, small_model_like
 from .stacks import stacks_of, structures_of
-from .trial import apply_compared_, some_of_each
+from .trial import some_of_each, why_differs
 
-NOTHING_FOUND = "nothing was found that is written for one projection alone"
+NOTHING_FOUND = "none were found in its layers"
 """Why structures that a model may not even have cannot be removed from it."""
 
 _KINDS_OF_PARTS = ("head", "neuron")
@@ -54,13 +52,14 @@ def prove(model: PreTrainedModel, described: Family | None) -> Proved:
     """
     key = *class_and_config(model), repr(described)
     if key not in _proved:
-        try:
-            small = small_model_like(model)
-        except ValueError as error:
-            # A description that cannot be tried here is tried when something is removed.
-            _proved[key] = Proved(described or (), {} if described else {"layer": str(error)})
-        else:
-            _proved[key] = _find(small) if described is None else _tried(small, described)
+        with unpartitioned():
+            try:
+                small = small_model_like(model)
+            except ValueError as error:
+                # A description that cannot be tried here is tried when something is removed.
+                _proved[key] = Proved(described or (), {} if described else {"layer": str(error)})
+            else:
+                _proved[key] = _find(small) if described is None else _tried(small, described)
     return _proved[key]
 
 
@@ -101,7 +100,10 @@ def _why_queries_differ(small: PreTrainedModel, family: Family) -> str | None:
         structures = structures_of(stacks_of(small, family), ("query",))
     except ValueError:
         return None
-    return _why_differs(small, structures, some_of_each(structures))
+    for uniform in (False, True):
+        if (why := _why_differs(small, structures, some_of_each(structures, uniform=uniform))) is not None:
+            return why
+    return None
 
 
 def _prove_parts(small: PreTrainedModel, stacks: Family) -> tuple[Family, str | None]:
@@ -122,12 +124,15 @@ def _prove_parts(small: PreTrainedModel, stacks: Family) -> tuple[Family, str | 
 def _prove_together(small: PreTrainedModel, stacks: Family) -> tuple[Family | None, str | None]:
     """The same parts with what counts them, and why nothing that was tried does."""
     why, kind = None, stacks[0].parts[0].kind
-    for family in _with_attributes(small, stacks):
-        if (its := _why_not_exact(small, family, kind)) is None:
-            said = _with_fields(small, family)
-            exact = (each for each in said if _why_not_exact(small, each, kind, uniform=True) is None)
-            return next(exact, family), None
-        why = why or its
+    try:
+        for family in _with_attributes(small, stacks):
+            if (its := _why_not_exact(small, family, kind)) is None:
+                said = _with_fields(small, family)
+                exact = (each for each in said if _why_not_exact(small, each, kind, uniform=True) is None)
+                return next(exact, family), None
+            why = why or its
+    except ValueError as error:  # Something is no number of heads that looks like one.
+        why = str(error)
     return None, why
 
 
@@ -168,19 +173,10 @@ def _why_not_exact(small: PreTrainedModel, family: Family, kind: str, *, uniform
 def _why_differs(
     small: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor], *, is_said: bool = False
 ) -> str | None:
-    """How the outputs of a small model without some structures differ from those with zeros for them, or fail.
-
-    If the config is to say what is left, what has to be recorded beside it counts too.
-    """
+    """`why_differs` of a copy of a small model."""
     tried = copy.deepcopy(small)
     moved = {name: _moved(group, tried) for name, group in structures.items()}
-    removal = Removal(tried, tried, moved, kept)
-    try:
-        removal.require_some_left()
-        apply_compared_(removal, Reference(tried, removal.masks))
-    except (Differs, ValueError) as error:
-        return str(error)
-    return "no config says what is left" if is_said and recorded_in(tried.config) else None
+    return why_differs(tried, moved, kept, is_said=is_said)
 
 
 def _moved(group: StructureGroup, model: PreTrainedModel) -> StructureGroup:

@@ -18,6 +18,7 @@ from .layer import layer_kind, lists_of_layers_in
 from .loading import build_empty
 from .names import (
     EXPERT_COUNTS,
+    EXPERTS_CHOSEN,
     HEAD_WIDTH_FIELDS,
     KEY_VALUE_HEAD_FIELDS,
     LAYER_FIELDS,
@@ -35,10 +36,7 @@ _AT_MOST = {
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank", "mamba_d_state", "state_size", "chunk_size"], 16),
     **dict.fromkeys(["mamba_chunk_size", "ssm_state_size", "mamba_dt_rank"], 16),
     **dict.fromkeys(EXPERT_COUNTS, 8),
-    **dict.fromkeys(
-        ["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k", "n_group", "num_expert_group"],
-        2,
-    ),
+    **dict.fromkeys([*EXPERTS_CHOSEN, "n_group", "num_expert_group"], 2),
     **dict.fromkeys(["topk_group", "mamba_n_groups", "n_groups"], 1),
 }
 """Fields of configs → what they are at most in a narrow model."""
@@ -103,7 +101,8 @@ def shorten(model_config: PretrainedConfig, depth: int, *, narrow: bool) -> Pret
         _drop_tokens_(each)
         if narrow:
             _narrow_(each)
-    return small
+    with silent():
+        return type(small).from_dict(small.to_dict())  # As it is once it was saved: some correct what they read.
 
 
 def _depth(model: PreTrainedModel) -> int:
@@ -139,8 +138,11 @@ def _drop_layers_(model_config: PretrainedConfig, depth: int) -> None:
 
 def _drop_tokens_(model_config: PretrainedConfig) -> None:
     """Leaves the first tokens; those with a meaning get numbers among them."""
-    if _whole_numbers(model_config).get("vocab_size", 0) <= _TOKENS:
+    said = _whole_numbers(model_config)
+    if said.get("vocab_size", 0) <= _TOKENS:
         return
+    if "vocab_size_per_layer_input" in said:
+        model_config.vocab_size_per_layer_input = _TOKENS
     last = _TOKENS
     for name, value in list(vars(model_config).items()):
         if name.endswith(("token_id", "token_index")):

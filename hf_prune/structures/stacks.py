@@ -126,13 +126,15 @@ def _queries_of(part: Heads, layers: Sequence[Layer], name: str) -> StructureGro
     """The queries of one layer, or of several that lose the same ones; None if none can go by itself."""
     count, first = _count_in(layers, part, name), layers[0]
     size, width = first.get(part.module, part.size) if part.size else 0, first.width(part)
-    alone: dict[str, Layout] = {path: 1 for path in part.rows if first.height(part, path) == width}
+    alone: dict[str, Layout] = {
+        path: 1 for path, layout in part.rows.items() if layout == 1 and first.height(part, path) == width
+    }
     rows = alone or {path: "q" for path, layout in part.rows.items() if layout == "q+k+v"}
     if not size or (total := width // size) == count or not rows:
         return None
-    beside = {
-        path: axis for path, axis in part.beside.items() if _goes_by(first, join(part.module, path), axis, total)
-    }
+    lengths = {path: _length(first.get(part.module, path), axis) for path, axis in part.beside.items()}
+    # What is as long as the keys goes with these.
+    beside = {path: part.beside[path] for path, n in lengths.items() if n and n % total == 0 and n != count * size}
     own = dataclasses.replace(part, rows=rows, beside=beside, tables=())
     return StructureGroup(
         join(name, next(iter(rows))),
@@ -153,9 +155,9 @@ def _queries_of(part: Heads, layers: Sequence[Layer], name: str) -> StructureGro
     )
 
 
-def _goes_by(layer: Layer, path: str, axis: int, total: int) -> bool:
-    """Whether a layer has a parameter that is as long as a multiple of some number."""
-    return layer.get(path) is not None and layer.get(path).shape[axis] % total == 0
+def _length(parameter: torch.Tensor | None, axis: int) -> int:
+    """How long a parameter is along an axis; 0 if there is none."""
+    return 0 if parameter is None else parameter.shape[axis]
 
 
 def _count_in(layers: Sequence[Layer], part: Part, name: str) -> int:

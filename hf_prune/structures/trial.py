@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..calibration.contexts import unpartitioned
 from ..weights.targets import Target, find_targets
 from .comparing import Differs, Reference
 from .expert_neurons import find_expert_neurons
 from .experts import bar_pruned_, find_experts
 from .groups import KINDS, WITHOUT_STRUCTURES, StructureGroup, Structures, kinds_of
+from .loading import recorded_in
 from .removal import Removal
 from .small_models import class_and_config, small_model_like
 from .widths import find_width
@@ -51,10 +53,8 @@ def require_exact_on_a_copy(model: nn.Module, structures: Structures) -> None:
     Raises:
         ValueError: if the copy gives other outputs, or cannot be called.
     """
-    levels = {name: group.counts_that_may_go() for name, group in structures.items()}
-    kept = {name: group.without(levels[name][len(levels[name]) // 2]) for name, group in structures.items()}
     tried = cast(PreTrainedModel, copy.deepcopy(model))
-    removal = Removal(tried, tried, structures, kept)
+    removal = Removal(tried, tried, structures, half_of_each(structures))
     try:
         apply_compared_(removal, Reference(tried, removal.masks))
     except (Differs, ValueError) as error:
@@ -93,22 +93,60 @@ def require_exact_on_a_small_model(model: PreTrainedModel, kind: str) -> None:
 def _why_not_exact(model: PreTrainedModel, kind: str) -> str | None:
     """Why structures cannot be removed from a small model of a class; None if they can."""
     try:
-        small = small_model_like(model)
-        groups = _FOUND_BY_THEMSELVES[kind](small, find_targets(small))
-        bar_pruned_(small, groups)
-        removal = Removal(small, small, groups, some_of_each(groups))
-        apply_compared_(removal, Reference(small, removal.masks, channels=removal.channels))
-    except (Differs, ValueError) as error:
+        with unpartitioned():
+            small = small_model_like(model)
+            # Where layers differ their shapes are recorded; of half of each a config may say it, and code may read it.
+            for choose in (some_of_each, half_of_each):
+                tried = copy.deepcopy(small)
+                groups = _FOUND_BY_THEMSELVES[kind](tried, find_targets(tried))
+                if (why := why_differs(tried, groups, choose(groups))) is not None:
+                    return why
+    except ValueError as error:
         return str(error)
     return None
 
 
+def why_differs(
+    model: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor], *, is_said: bool = False
+) -> str | None:
+    """How the outputs of a model without some structures differ from those with zeros for them, or fail.
+
+    Args:
+        model: The model, which is changed.
+        structures: Its structures.
+        kept: Group → `[count]` bools, which of them stay.
+        is_said: Whether the config has to say what is left; what has to be recorded beside it then counts too.
+
+    Returns:
+        How; None if they are the same.
+    """
+    if all(bool(each.all()) for each in kept.values()):
+        return "nothing of it can go"
+    bar_pruned_(model, structures)
+    removal = Removal(model, model, structures, kept)
+    try:
+        removal.require_some_left()
+        apply_compared_(removal, Reference(model, removal.masks, channels=removal.channels))
+    except (Differs, ValueError) as error:
+        return str(error)
+    return "no config says what is left" if is_said and recorded_in(model.config) else None
+
+
 def some_of_each(structures: Structures, *, uniform: bool = False) -> dict[str, torch.Tensor]:
-    """What is kept if the fewest that may go do so, or in turn the second fewest: of all groups as many if uniform."""
+    """All but the smallest number that may go; in every second group all but the second smallest, unless uniform."""
     kept = {}
     for i, (name, group) in enumerate(structures.items()):
         levels = group.counts_that_may_go()
         gone = levels[min(1 if uniform else 1 + i % 2, len(levels) - 1)]
         # From another position in each group, so that no order of structures goes unnoticed.
         kept[name] = group.without(gone, first=i % ((group.count - gone) // group.runs + 1))
+    return kept
+
+
+def half_of_each(structures: Structures) -> dict[str, torch.Tensor]:
+    """All but half of what may go of each group."""
+    kept = {}
+    for name, group in structures.items():
+        levels = group.counts_that_may_go()
+        kept[name] = group.without(levels[len(levels) // 2])
     return kept

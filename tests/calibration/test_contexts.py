@@ -7,9 +7,10 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from hf_prune import PruningConfig, prune
-from hf_prune.calibration.contexts import keep_random_state, whole_on_error
+from hf_prune.calibration.contexts import keep_random_state, unpartitioned, whole_on_error
 from hf_prune.calibration.statistics import calibrate
 from hf_prune.weights.targets import find_targets
 from tests.tiny import TOKENS
@@ -36,6 +37,20 @@ def test_random_states_are_given_back_also_after_an_error(error):
         if error:
             raise KeyError
     assert draw() == expected
+
+
+@pytest.mark.parametrize("error", [(), (KeyError,)])
+def test_deepspeed_divides_no_model_meanwhile(error):
+    held = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert is_deepspeed_zero3_enabled()
+    with contextlib.suppress(KeyError), unpartitioned():
+        assert not is_deepspeed_zero3_enabled()
+        for each in error:
+            raise each
+    assert is_deepspeed_zero3_enabled()
+    del held
+    with unpartitioned():
+        assert not is_deepspeed_zero3_enabled()
 
 
 def test_a_model_is_whole_after_an_error():

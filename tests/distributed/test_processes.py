@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from accelerate.state import PartialState
 from torch import nn
 
@@ -20,6 +21,7 @@ from hf_prune.distributed.zero import has_partitions, master_of, shape_of
 from hf_prune.weights.snapshot import Snapshot
 from tests.processes import in_turn, launch_function, on_two_processes
 from tests.structures.mixtures import build_mixture
+from tests.structures.models import DECODER, perturbed
 from tests.structures.models import build as build_of_structures
 from tests.tiny import batch, build
 from tests.trainers import FSDP, trainer_factory, zero
@@ -41,12 +43,17 @@ CONFIGS = {
         sparsity=0.5, schedule="geometric", rounds=3, end=6, criterion="fisher", granularity="head+neuron",
         multiple_of=4, calibration_samples=11,
     ),
+    # Of a family in no table, which is found on a small model that each process has to itself.
+    "found": PruningConfig(
+        sparsity=0.5, schedule="geometric", rounds=3, end=6, granularity="head+neuron", multiple_of=4
+    ),
     "experts": PruningConfig(
         sparsity=0.375, schedule="geometric", rounds=3, end=6, criterion="reap", granularity="expert",
         calibration_samples=11,
     ),
 }  # fmt: skip
-WHOLE = ("sparsegpt", "structures", "experts")  # With FSDP2 these are errors.
+STRUCTURES = ("structures", "found", "experts")
+WHOLE = ("sparsegpt", *STRUCTURES)  # With FSDP2 these are errors.
 # How one process and how two are told to train. DeepSpeed trains in float32.
 FLOAT32 = {"float32": True}
 SGD = {"optim": "sgd", "learning_rate": 1.0}  # Which shows whether gradients were masked before they were clipped.
@@ -81,6 +88,8 @@ def train(folder: Path, pacing: str, options: dict) -> None:
     if pacing == "experts":
         model = build_mixture("mixtral")
         model.config._experts_implementation = "eager"  # No kernel knows float64.
+    elif pacing == "found":
+        model = perturbed(transformers.GraniteForCausalLM(transformers.GraniteConfig(**DECODER))).double()
     else:
         model = (build_of_structures if pacing == "structures" else build)("llama").double()
     if options.pop("native", False):  # Each process reads its part of the files.
@@ -93,7 +102,7 @@ def train(folder: Path, pacing: str, options: dict) -> None:
     config = CONFIGS[pacing]
     if options.pop("float32", False):
         model = model.float()
-        if pacing in ("structures", "experts"):  # With DeepSpeed shrinking is an error.
+        if pacing in STRUCTURES:  # With DeepSpeed shrinking is an error.
             config = dataclasses.replace(config, shrink_at_end=False)
     norms: list[float] = []
 
@@ -164,12 +173,12 @@ def test_two_processes_prune_what_one_does(kind, name, outcomes):
         assert outcome["sharded"] == (kind in ("fsdp", "fsdp-one-group", "native"))
         assert outcome["partitioned"] == kind.startswith("zero")
     assert first == second
-    # Of 9 heads of keys and values and 72 neurons, or of 16 experts.
-    pruned = {"structures": 4 + 36, "experts": 6}.get(name, round(0.8 * 4608))
+    # Of 9 or 12 heads of keys and values and 72 neurons, or of 16 experts.
+    pruned = {"structures": 4 + 36, "found": 6 + 36, "experts": 6}.get(name, round(0.8 * 4608))
     assert first["pruned"] == one["pruned"] == pruned
     assert first["parameters"] == one["parameters"]
     assert first["masks"] == one["masks"]
-    if not (name in ("structures", "experts") and kind == "ddp"):  # whose pruned structures are gone
+    if not (name in STRUCTURES and kind == "ddp"):  # whose pruned structures are gone
         assert first["read"] == first["masks"]
     assert first["zeros"] == one["zeros"]
     assert first["samples"] == one["samples"]

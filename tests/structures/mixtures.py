@@ -70,15 +70,20 @@ MIXTURES: dict[str, dict[str, object]] = {
 AVAILABLE = [name for name in MIXTURES if name in CONFIG_MAPPING]  # Later ones came after the oldest Transformers.
 
 
+def class_of(model_type: str) -> type[transformers.PreTrainedModel]:
+    """The class of its models that have a head."""
+    names = {**MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    return getattr(transformers, names[model_type])
+
+
 def build_mixture(model_type: str, dtype: torch.dtype = torch.float64, **fields: object) -> nn.Module:
     """A tiny model with weights that are none of them special, in evaluation mode."""
     kind = CONFIG_MAPPING[model_type]
     known = kind().to_dict()
     given = {name: value for name, value in _FIELDS.items() if name in known}
     config = kind(**{**given, **MIXTURES.get(model_type, {}), **fields})
-    names = {**MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     torch.manual_seed(0)
-    model = perturbed(getattr(transformers, names[model_type])(config))
+    model = perturbed(class_of(model_type)(config))
     with torch.no_grad():  # Corrections by which experts are chosen that would not be otherwise.
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if "correction" in name or name.endswith("expert_bias"):

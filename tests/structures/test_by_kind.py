@@ -6,9 +6,8 @@ import pytest
 import torch
 import transformers
 
-from hf_prune import Neurons, PruningConfig, Stack, describe_family, prune
+from hf_prune import Neurons, PruningConfig, Stack, prune, shrink
 from hf_prune.structures.by_kind import find_by_kind
-from hf_prune.structures.families import FAMILIES
 from hf_prune.weights.targets import find_targets
 from tests.structures.mixtures import build_mixture
 
@@ -34,17 +33,21 @@ def test_a_mixture_without_other_neurons_is_nothing_to_warn_of(name, caplog):
 
 
 def test_other_neurons_that_cannot_go_are_told(caplog):
+    model = build_mixture("minimax")
     with caplog.at_level(logging.WARNING, logger="hf_prune"):
-        assert neurons_of("minimax")
+        prune(model, NEURONS)
     assert "only those of experts are pruned: neurons cannot be removed from MiniMaxForCausalLM" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="hf_prune"):  # Of experts nobody has to know.
+        prune(model, PruningConfig(sparsity=0.25, granularity="expert"))
+        shrink(model)
+    assert "neurons" not in caplog.text
 
 
-def test_other_neurons_that_are_described_wrongly_are_an_error(monkeypatch):
-    monkeypatch.delitem(FAMILIES, "qwen2_moe", raising=False)
-    describe_family("qwen2_moe", Stack("layers", (Neurons("mlp.shared_expert", {"up_proj": 1}, "down_proj"),)))
+def test_other_neurons_that_are_described_wrongly_are_an_error(described):
+    described("qwen2_moe", Stack("layers", (Neurons("mlp.shared_expert", {"up_proj": 1}, "down_proj"),)))
     with pytest.raises(ValueError, match="neurons cannot be removed from Qwen2MoeForCausalLM, as a small model of"):
         prune(build_mixture("qwen2_moe"), NEURONS)
-    del FAMILIES["qwen2_moe"]
 
 
 @pytest.mark.parametrize("granularity", ["expert", "neuron", "head", "query", "layer"])

@@ -245,7 +245,7 @@ def test_uniform_with_nothing_to_prune():
     [
         (
             Heads("self_attn", {"q_proj": 1, "k_proj": 1, "v_proj": 1}, "o_proj", size="nothing"),
-            r"'model\.layers\.0\.self_attn\.nothing' is described as the width of a head, and is None",
+            r"'model\.layers\.0\.self_attn\.nothing' is taken for the width of a head, and is None",
         ),
         (
             Neurons("", {"mlp": 1}, "self_attn"),

@@ -24,15 +24,6 @@ def olmo():
     return perturbed(transformers.OlmoForCausalLM(transformers.OlmoConfig(**DECODER)))
 
 
-@pytest.fixture
-def described():
-    """Describes families, which are as they were afterwards."""
-    before = dict(FAMILIES)
-    yield describe_family
-    FAMILIES.clear()
-    FAMILIES.update(before)
-
-
 def test_a_wrong_description_is_an_error_before_anything_is_touched(described):
     described("olmo", Stack("layers", (Neurons("mlp", {"up_proj": 1}, "down_proj"),)))
     model = olmo()

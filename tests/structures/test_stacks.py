@@ -1,12 +1,15 @@
 """Stacks: queries that go by themselves, in projections of their own or beside keys and values."""
 
 import pytest
+import torch
 import transformers
 
-from hf_prune import PruningConfig, prune, shrink
+from hf_prune import Heads, PruningConfig, Stack, prune, shrink
+from hf_prune.structures.families import FAMILIES
 from hf_prune.structures.loading import recorded_in
 from hf_prune.structures.proof import prove
 from hf_prune.structures.small_models import random_model
+from hf_prune.structures.stacks import stacks_of, structures_of
 from tests.structures.test_model_types import walk
 
 SIZES = dict(
@@ -72,3 +75,31 @@ def test_queries_are_proved_too():
     assert {"head", "query"} & prove(model, None).refused.keys() == {"query"}
     with pytest.raises(ValueError, match="queries cannot be removed from LagunaForCausalLM, as a small model of its"):
         prune(model, PruningConfig(sparsity=0.5, granularity="query"))
+
+
+class Scaled(transformers.LlamaForCausalLM):
+    """Has a factor for each input of each key, as long as a multiple of the number of queries, which stays."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            attention = layer.self_attn
+            attention.k_scale = torch.nn.Parameter(torch.ones(attention.k_proj.out_features))
+            attention.k_proj.register_forward_hook(lambda module, _, keys, to=attention: keys * to.k_scale)
+
+
+def test_what_is_as_long_as_the_keys_stays_with_them(described):
+    heads = Heads("self_attn", dict.fromkeys(("q_proj", "k_proj", "v_proj"), 1), "o_proj", beside={"k_scale": 0})
+    described("llama", Stack("layers", (heads,)))
+    config = transformers.LlamaConfig(**{**SIZES, "hidden_size": 128, "num_attention_heads": 8}, num_key_value_heads=2)
+    ((group, *_),) = [list(structures_of(stacks_of(Scaled(config), FAMILIES["llama"]), ("query",)).values())]
+    assert not any("k_scale" in member.name for member in group.members)
+
+
+def test_a_layout_that_is_none(described):
+    described("llama", Stack("layers", (Heads("self_attn", {"q_proj": "kv"}, "o_proj"),)))
+    with pytest.raises(ValueError, match=r"must be a number of equal parts or 'q\+k\+v'; got 'kv'"):
+        prune(
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
+            PruningConfig(sparsity=0.5, granularity="head"),
+        )

@@ -6,11 +6,20 @@ import transformers
 
 from hf_prune.structures import trial
 from hf_prune.structures.trial import require_exact_on_a_small_model
-from tests.structures.mixtures import build_mixture
+from tests.structures.mixtures import AVAILABLE, build_mixture, class_of
 
 
-class Share(transformers.MixtralForCausalLM):
-    """Multiplies logits by the share of an expert, whatever is masked."""
+class ByField(transformers.MixtralForCausalLM):
+    """Divides logits by a field of the config, which changes when structures go."""
+
+    def forward(self, input_ids, **kwargs):
+        output = super().forward(input_ids, **kwargs)
+        output.logits = output.logits / getattr(self.config, self.config.field)
+        return output
+
+
+class ByAttribute(transformers.MixtralForCausalLM):
+    """Divides logits by an attribute of a module, which changes when experts go."""
 
     def forward(self, input_ids, **kwargs):
         output = super().forward(input_ids, **kwargs)
@@ -18,22 +27,72 @@ class Share(transformers.MixtralForCausalLM):
         return output
 
 
+def on_meta(kind, **fields):
+    with torch.device("meta"):
+        return kind(transformers.MixtralConfig(**fields))
+
+
 @pytest.mark.parametrize("kind", ["expert", "neuron", "width"])
-def test_a_model_that_fills_no_memory_is_tried(kind):
-    with torch.device("meta"):
-        model = transformers.MixtralForCausalLM(transformers.MixtralConfig())
+def test_a_model_that_fills_no_memory_is_tried(kind, monkeypatch):
+    model, gone = on_meta(transformers.MixtralForCausalLM), []
     assert model.num_parameters() > 40e9
+    differs = trial.why_differs
+
+    def note(small, structures, kept):
+        gone.extend(int((~each).sum()) for each in kept.values())
+        return differs(small, structures, kept)
+
+    monkeypatch.setattr(trial, "why_differs", note)
     require_exact_on_a_small_model(model, kind)
+    assert len(gone) >= 2
+    assert all(gone)
 
 
-def test_what_shows_in_the_outputs_alone_is_an_error():
-    with torch.device("meta"):
-        model = Share(transformers.MixtralConfig())
-    require_exact_on_a_small_model(model, "neuron")
-    match = r"experts cannot be removed from Share: a small model of this class without some of them fails \(relative"
+@pytest.mark.parametrize(
+    ("model", "field", "kind"),
+    [
+        (ByAttribute, "", "expert"),
+        (ByField, "num_local_experts", "expert"),
+        (ByField, "intermediate_size", "neuron"),
+        (ByField, "hidden_size", "width"),
+    ],
+)
+def test_what_shows_in_the_outputs_alone_is_an_error(model, field, kind):
+    model = on_meta(model, field=field)
+    for each in {"expert", "neuron", "width"} - {kind}:
+        require_exact_on_a_small_model(model, each)
+    match = r"cannot be removed from By\w+: a small model of this class without some of them fails \(relative"
     for _ in range(2):
         with pytest.raises(ValueError, match=match):
-            require_exact_on_a_small_model(model, "expert")
+            require_exact_on_a_small_model(model, kind)
+
+
+def test_where_nothing_can_go_nothing_is_proved():
+    model = on_meta(transformers.MixtralForCausalLM, num_experts_per_tok=2, num_local_experts=2)
+    with pytest.raises(ValueError, match=r"experts cannot be removed from Mixtral.* fails \(nothing of it can go\)"):
+        require_exact_on_a_small_model(model, "expert")
+
+
+# Default configs that no model can be built from, or called.
+UNBUILT = {"dots1", "hunyuan_v1_moe", "deepseek_v2"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_mixtures_of_default_configs_are_proved(name):
+    with torch.device("meta"):
+        try:
+            config = transformers.CONFIG_MAPPING[name](**({"enable_moe_block": True} if "gemma4" in name else {}))
+            model = class_of(name)(config)
+        except (TypeError, ValueError):
+            model = None
+    if name in UNBUILT:
+        if model is not None:
+            with pytest.raises(ValueError, match="can be built and called"):
+                require_exact_on_a_small_model(model, "expert")
+        return
+    for kind in ("expert", *(("neuron",) if name != "switch_transformers" else ())):  # Those in lists are networks.
+        require_exact_on_a_small_model(model, kind)
 
 
 def test_neurons_are_said_to_be_those_of_experts(monkeypatch):

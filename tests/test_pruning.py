@@ -78,8 +78,14 @@ def test_combinations_that_make_no_sense_are_an_error(criterion, granularity, sc
         config_of(criterion, granularity, scope)
 
 
-@pytest.mark.parametrize(("criterion", "granularity", "scope"), TAKEN)
-@pytest.mark.parametrize("family", FAMILIES)
+def cube() -> list[Any]:
+    """All cells of all families; slow are those that differ from quick ones in the family and the scope at once."""
+    cells = itertools.product(FAMILIES, TAKEN)
+    slow = {(f, cell): f not in ("gpt2", "resnet") and cell[-1] != "auto" for f, cell in cells}
+    return [pytest.param(f, *cell, marks=[pytest.mark.slow] * is_slow) for (f, cell), is_slow in slow.items()]
+
+
+@pytest.mark.parametrize(("family", "criterion", "granularity", "scope"), cube())
 def test_every_cell_is_exact(family, criterion, granularity, scope):
     model = build(family)
     targets = find_targets(model)

@@ -53,7 +53,13 @@ def test_a_cell_that_cannot_be_is_an_error(name, granularity):
         prune(build(name), config_of(granularity))
 
 
-@pytest.mark.parametrize(("name", "granularity", "scope"), CELLS)
+MARKED = [
+    pytest.param(*cell, marks=[pytest.mark.slow] * (cell[2] == "layer" and cell[0] not in ("llama", "t5", "vit")))
+    for cell in CELLS
+]
+
+
+@pytest.mark.parametrize(("name", "granularity", "scope"), MARKED)
 def test_masked_and_shrunk_models_give_the_same_outputs(name, granularity, scope):
     model = build(name, torch.float64)
     dense, parameters = logits_of(model), model.num_parameters()

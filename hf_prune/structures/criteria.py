@@ -99,14 +99,14 @@ def frequency(inputs: StructureInputs) -> torch.Tensor:
     return inputs["routed_share"]
 
 
-@needs("contribution", kinds=("head", "query", "neuron", "width", "expert"))
+@needs("contribution", kinds=("head", "query", "neuron", "width", "expert"), scope="layer")
 def activation(inputs: StructureInputs) -> torch.Tensor:
     """Structures matter that much of what follows is their doing: `√E‖W_s x_s‖²`, over tokens.
 
     `x_s` is what the structure hands on, and `W_s` the columns of the projections that read it: of a neuron its value
     and one column, of a head or query its values and as many, of a channel of the residual stream all projections that
-    read it. Of an expert it is its output, as the router weighs it, over all tokens. One pass without labels or
-    gradients.
+    read it. Of an expert it is its output, as the router weighs it, over all tokens. It takes passes without labels or
+    gradients. What is computed grows from layer to layer, so that by default each place loses the same share.
 
     Args:
         inputs: `contribution` is used.

@@ -5,7 +5,7 @@ import torch
 
 from hf_prune import PruningConfig, prune
 from hf_prune.calibration.statistics import calibrate
-from hf_prune.plan import Plan
+from hf_prune.plan import Plan, resolve
 from hf_prune.structures.contributions import Contribution
 from tests.structures.mixtures import EXPERTS, build_mixture
 from tests.structures.models import build, inputs_of
@@ -136,6 +136,13 @@ def test_what_no_sample_reaches_is_an_error():
         ValueError, match=r"no calibration sample was seen to go through the neurons of 'encoder\.block"
     ):
         contribution_of(model, "neuron", [batch])
+
+
+@pytest.mark.parametrize(("criterion", "scope"), [("activation", "layer"), ("taylor", "global")])
+def test_each_place_loses_the_same_share_by_default(criterion, scope):
+    assert resolve(PruningConfig(sparsity=0.5, granularity="neuron", criterion=criterion)).scope.name == scope
+    config = PruningConfig(sparsity=0.5, granularity="neuron", criterion=criterion, scope="global")
+    assert resolve(config).scope.name == "global"
 
 
 @pytest.mark.parametrize("granularity", ["layer", "channel", "unstructured", "2:4"])

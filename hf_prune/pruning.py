@@ -57,7 +57,7 @@ def cut_(
     samples, batches = plan.config.calibration_samples, data.batches
     missing = [name for name in plan.needs if name not in data.known]
     of_structures = {
-        name: functools.partial(STRUCTURE_STATISTICS[name], model, plan.structures)
+        name: functools.partial(STRUCTURE_STATISTICS[name], model, plan.structures, plan.targets)
         for name in missing
         if name in STRUCTURE_STATISTICS
     }

@@ -23,9 +23,10 @@ criteria
 scopes
 weights         timm body targets masks gradient_hooks zero_checks snapshot movement compression
 calibration     contexts batches samples activations passes per_sample_gradients statistics costs
-structures      example_inputs norms groups criteria routed statistics ranking names families entries decompression
-                loading registration layer stacks routing experts expert_neurons widths channels comparing configs
-                removal small_models trial tracing discovery proof heads_and_neurons by_kind shrinking finding
+structures      example_inputs norms groups criteria routed gatherers contributions statistics ranking names families
+                entries decompression loading registration layer stacks routing experts expert_neurons widths channels
+                comparing configs removal small_models trial tracing discovery proof heads_and_neurons by_kind
+                shrinking finding
 selection       lowest scoring cuts granularity weight_groups patterns whole_structures
 granularities
 recovery        masked_lora lora distillation

@@ -85,8 +85,8 @@ class Structural(Granularity):
             raise ValueError(f"multiple_of is about {counted}, and granularity {str(self)!r} has none. Leave it out.")
 
     def auto_scope(self, scope: str, reconstructs: bool) -> str:
-        """All compete, whatever the criterion compares."""
-        return "layer" if self.uniform else "global"
+        """All compete, unless the criterion's scores of different layers say nothing of each other."""
+        return "layer" if self.uniform or scope == "layer" else "global"
 
     def find(self, model: nn.Module, targets: Mapping[str, Target]) -> Structures:
         """The structures of these kinds."""

@@ -99,8 +99,30 @@ def frequency(inputs: StructureInputs) -> torch.Tensor:
     return inputs["routed_share"]
 
 
+@needs("contribution", kinds=("head", "query", "neuron", "width", "expert"), scope="layer")
+def activation(inputs: StructureInputs) -> torch.Tensor:
+    """Structures matter that much of what follows is their doing: `√E‖W_s x_s‖²`, over tokens.
+
+    `x_s` is what the structure hands on, and `W_s` the columns of the projections that read it: of a neuron its value
+    and one column, of a head or query its values and as many, of a channel of the residual stream all projections that
+    read it. Of an expert it is its output, as the router weighs it, over all tokens. It takes passes without labels or
+    gradients. What is computed grows from layer to layer, so that by default each place loses the same share.
+
+    Args:
+        inputs: `contribution` is used.
+
+    Returns:
+        `[structures]` scores, float64, `≥ 0`, in the units of what the projections give.
+
+    Source: after Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation",
+    arXiv 2407.14679, section 2.2, which takes the activations alone.
+    """
+    return inputs["contribution"]
+
+
 STRUCTURE_CRITERIA: dict[str, StructureCriterion] = {
     "block_influence": block_influence,
     "reap": reap,
     "frequency": frequency,
+    "activation": activation,
 }

@@ -25,7 +25,7 @@ def batch_of(padded):
 
 def statistic_of(model, kind, batches):
     structures = Plan.of(model, CONFIG).structures
-    return calibrate(model, {}, batches, (), 100, others={"it": lambda: kind(model, structures)})["it"]
+    return calibrate(model, {}, batches, (), 100, others={"it": lambda: kind(model, structures, {})})["it"]
 
 
 def inputs_of(model, names, batch):
@@ -55,8 +55,8 @@ def gpt_oss_expert(experts, e, x):
     return ((up + 1) * gate * torch.sigmoid(gate * experts.alpha)) @ experts.down_proj[e] + experts.down_proj_bias[e]
 
 
-def by_a_loop(model, names, batch, expert):
-    """`Σ g ‖f(x)‖`, and how many tokens, token by token and expert by expert."""
+def by_a_loop(model, names, batch, expert, power=1):
+    """`Σ (g ‖f(x)‖)^power`, and how many tokens, token by token and expert by expert."""
     given, real = inputs_of(model, names, batch), batch["attention_mask"].flatten().bool()
     sums, counts = {}, {}
     for name in names:
@@ -68,7 +68,7 @@ def by_a_loop(model, names, batch, expert):
                 for k in range(index.shape[1]):
                     if real[t] and index[t, k] == e:
                         out = expert(experts, e, states[t])
-                        sums[name][e] += float(weights[t, k]) * float(out.norm())
+                        sums[name][e] += (float(weights[t, k]) * float(out.norm())) ** power
                         counts[name][e] += 1
     return sums, counts, int(real.sum())
 

@@ -22,7 +22,7 @@ CONFIG = PruningConfig(sparsity=1 / 3, granularity="layer", criterion="block_inf
 
 def influence_of(model, structures, batches):
     found = calibrate(
-        model, {}, batches, (), 100, others={"block_influence": lambda: BlockInfluence(model, structures)}
+        model, {}, batches, (), 100, others={"block_influence": lambda: BlockInfluence(model, structures, {})}
     )
     return found["block_influence"]
 

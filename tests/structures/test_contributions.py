@@ -1,0 +1,153 @@
+"""What structures contribute, against plain loops over what goes into the projections that read them."""
+
+import pytest
+import torch
+
+from hf_prune import PruningConfig, prune
+from hf_prune.calibration.statistics import calibrate
+from hf_prune.plan import Plan, resolve
+from hf_prune.structures.contributions import Contribution
+from tests.structures.mixtures import EXPERTS, build_mixture
+from tests.structures.models import build, inputs_of
+from tests.structures.test_routed import batch_of, by_a_loop, mixtral_expert
+
+
+def contribution_of(model, granularity, batches):
+    multiple = {"multiple_of": 1} if set(granularity.split("+")) & {"neuron", "width"} else {}
+    config = PruningConfig(sparsity=0.5, granularity=granularity, criterion="activation", **multiple)
+    plan = Plan.of(model, config)
+    gather = {"it": lambda: Contribution(model, plan.structures, plan.targets)}
+    return calibrate(model, plan.targets, batches, (), 100, others=gather)["it"], plan.structures
+
+
+def products_of(model, batch):
+    """Module → what goes into it, `[tokens, in]`, of all linear layers."""
+    found, hooks = {}, []
+    for name, module in model.named_modules():
+        if hasattr(module, "weight") and module.weight.ndim == 2 and not isinstance(module, torch.nn.Embedding):
+            hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0]})))
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return {name: value.flatten(0, -2).double() for name, value in found.items()}
+
+
+def columns_of(module):
+    weight = module.weight.detach().double()
+    return weight if isinstance(module, torch.nn.Linear) else weight.T
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("name", "granularity", "projection", "count"),
+    [
+        ("llama", "head", "self_attn.o_proj", 3),
+        ("llama", "query", "self_attn.o_proj", 12),
+        ("llama", "neuron", "mlp.down_proj", 24),
+        ("gpt2", "head", "attn.c_proj", 4),
+        ("gpt2", "neuron", "mlp.c_proj", 64),
+        ("bert", "head", "attention.output.dense", 4),
+        ("bert", "neuron", "output.dense", 24),
+    ],
+)
+def test_heads_queries_and_neurons(name, granularity, projection, count, padded):
+    model, batch = build(name), inputs_of(build(name))
+    keep = torch.ones(batch["input_ids"].shape, dtype=torch.bool)
+    if padded:
+        keep[0, 5:] = False
+        batch["attention_mask"] = keep.long()
+    found, structures = contribution_of(model, granularity, [batch])
+    inputs = products_of(model, batch)
+    assert found
+    for place, values in found.items():
+        layer = next(part for part in inputs if part.endswith(projection) and part.split(".")[:-2] and
+                     place.startswith(part.removesuffix(projection).rstrip(".")))  # fmt: skip
+        x, columns = inputs[layer][keep.flatten()], columns_of(model.get_submodule(layer))
+        assert len(values) == count == structures[place].count
+        each = x.shape[1] // count
+        for s in range(count):
+            own = slice(s * each, (s + 1) * each)
+            expected = (x[:, own] @ columns[:, own].T).square().sum(1).mean().sqrt()
+            assert float(values[s]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_widths_count_for_all_that_read_them():
+    model, batch = build("llama"), inputs_of(build("llama"))
+    found, _ = contribution_of(model, "width", [batch])
+    inputs = products_of(model, batch)
+    energy = torch.zeros(24, dtype=torch.float64)
+    for name, x in inputs.items():
+        module = model.get_submodule(name)
+        if name != "lm_head" and name.rpartition(".")[2] not in ("o_proj", "down_proj"):
+            energy += x.square().mean(0) * columns_of(module).square().sum(0)
+    ((_, values),) = found.items()
+    assert torch.allclose(values, energy.sqrt(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_experts(padded):
+    model, batch = build_mixture("mixtral", torch.float32), batch_of(padded)
+    found, _ = contribution_of(model, "expert", [batch, batch])
+    with torch.no_grad():
+        squares = by_a_loop(model, list(found), batch, mixtral_expert, power=2)
+    for place, values in found.items():
+        assert torch.allclose(values, (squares[0][place] / squares[2]).sqrt(), rtol=1e-4)
+
+
+def test_neurons_of_experts_beside_experts():
+    model, batch = build_mixture("mixtral", torch.float32), batch_of(False)
+    found, structures = contribution_of(model, "expert+neuron", [batch])
+    neurons = {place: values for place, values in found.items() if structures[place].kind == "neuron"}
+    assert len(neurons) == 2
+    assert {place: len(values) for place, values in found.items() if place not in neurons} == dict.fromkeys(
+        (place.removesuffix(".down_proj") for place in neurons), EXPERTS
+    )
+    for values in neurons.values():
+        assert (values.view(EXPERTS, -1).sum(1) > 0).sum() >= 2
+    prune(
+        model,
+        PruningConfig(sparsity=0.25, granularity="expert+neuron", criterion="activation", multiple_of=2),
+        [batch],
+    )
+
+
+def test_the_neuron_that_does_least_goes():
+    model = build("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, 5] *= 1e-4
+            layer.mlp.down_proj.weight[:, 6] *= 1e3
+            layer.mlp.up_proj.weight[6] *= 1e-6  # Its column is large, what goes into it is not.
+    config = PruningConfig(sparsity=2 / 24, granularity="neuron", criterion="activation", scope="layer", multiple_of=2)
+    prune(model, config, [inputs_of(model)])
+    for layer in model.model.layers:
+        gone = (layer.mlp.down_proj.weight == 0).all(0).nonzero().flatten().tolist()
+        assert gone == [5, 6]
+
+
+def test_what_no_sample_reaches_is_an_error():
+    model = build("t5")
+    model.encoder.block[1].layer[1].DenseReluDense.wo = torch.nn.Linear(24, 16, bias=False)
+    batch = inputs_of(model)
+    with torch.no_grad():
+        model.encoder.block[1].layer[1].DenseReluDense.wi.weight.zero_()
+    with pytest.raises(
+        ValueError, match=r"no calibration sample was seen to go through the neurons of 'encoder\.block"
+    ):
+        contribution_of(model, "neuron", [batch])
+
+
+@pytest.mark.parametrize(("criterion", "scope"), [("activation", "layer"), ("taylor", "global")])
+def test_each_place_loses_the_same_share_by_default(criterion, scope):
+    assert resolve(PruningConfig(sparsity=0.5, granularity="neuron", criterion=criterion)).scope.name == scope
+    config = PruningConfig(sparsity=0.5, granularity="neuron", criterion=criterion, scope="global")
+    assert resolve(config).scope.name == "global"
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel", "unstructured", "2:4"])
+def test_what_it_does_not_score(granularity):
+    with pytest.raises(ValueError, match="criterion 'activation' scores whole heads and queries and neurons and"):
+        PruningConfig(
+            **({} if granularity == "2:4" else {"sparsity": 0.5}), granularity=granularity, criterion="activation"
+        )

@@ -48,7 +48,11 @@ from transformers import (
 from hf_prune import PruningConfig, prune, shrink
 
 HANDBOOK = "/usr/share/doc/debian-handbook/html/en-US"
-ROWS = [f"{kind}:{criterion}" for kind in ("query", "neuron", "width") for criterion in ("taylor", "magnitude")]
+ROWS = [
+    f"{kind}:{criterion}"
+    for kind in ("query", "neuron", "width")
+    for criterion in ("activation", "taylor", "magnitude")
+]
 ROWS += ["query:taylor:uneven", "neuron:taylor:uneven", "layer:block_influence", "layer:taylor", "layer:magnitude"]
 
 

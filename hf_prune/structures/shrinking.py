@@ -1,7 +1,7 @@
 """Shrinking: what is pruned as a whole is removed, and the model gets smaller."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from .routing import unbar_
 from .trial import apply_compared_
 
 logger = logging.getLogger(__name__)
+
+_KINDS = ("head", "query", "neuron", "expert", "layer", "width")
 
 
 def shrink(
@@ -62,7 +64,7 @@ def shrink(
         >>> shrink(model).model.layers[0].mlp.down_proj.in_features
         8
     """
-    structures = find_removable(model)
+    structures = find_removable(model, [kind for kind in _KINDS if kind != "width" or _may_be_narrowed(model, masks)])
     kept = kept_in(structures, nonzeros(structures) if masks is None else masks)
     for name, group in structures.items():
         if group.kind == "query":  # With heads go all of their queries, whatever goes of the others.
@@ -78,8 +80,25 @@ def shrink(
     return model
 
 
-def find_removable(model: nn.Module) -> dict[str, StructureGroup]:
-    """Finds all structures that `shrink` can remove from a model, of all kinds that can be removed from it.
+def _may_be_narrowed(model: nn.Module, masks: Mapping[str, torch.Tensor] | None) -> bool:
+    """Whether a channel of the embeddings is pruned for all tokens, as each that goes is; this is quickly seen."""
+    if not isinstance(model, PreTrainedModel):
+        return True
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:
+        return True
+    config: Any = model.config.get_text_config()
+    if not isinstance(embeddings, nn.Embedding) or embeddings.embedding_dim != getattr(config, "hidden_size", None):
+        return True  # They are projected to the residual stream, or there are none.
+    kept: torch.Tensor | None = embeddings.weight.detach()
+    if masks is not None:
+        kept = next((masks.get(n) for n, p in model.named_parameters() if p is embeddings.weight), None)
+    return kept is not None and not bool(kept.any(0).all())
+
+
+def find_removable(model: nn.Module, kinds: Collection[str] = _KINDS) -> dict[str, StructureGroup]:
+    """Finds all structures that `shrink` can remove from a model, of those kinds that can be removed from it.
 
     If there is no such kind, it raises what `find_by_kind` and `find_channels` do.
     """
@@ -87,7 +106,7 @@ def find_removable(model: nn.Module) -> dict[str, StructureGroup]:
         return find_channels(model, find_targets(model, ".*"), multiple_of=1)
     targets, errors = find_targets(model), []
     structures: dict[str, StructureGroup] = {}
-    for kind in ("head", "query", "neuron", "expert", "layer", "width"):
+    for kind in kinds:
         try:
             structures |= find_by_kind(model, (kind,), targets, multiple_of=1)
         except ValueError as error:  # What cannot be removed cannot have been pruned, and the other kinds can.

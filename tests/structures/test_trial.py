@@ -76,23 +76,15 @@ def test_where_nothing_can_go_nothing_is_proved():
 AS_RELEASED = {
     "gemma4_text": dict(enable_moe_block=True, num_experts=128, top_k_experts=8, moe_intermediate_size=704),
 }
-# Default configs that no model can be built from, or called.
+# Of their default configs no model can be built or called.
 UNBUILT = {"dots1", "hunyuan_v1_moe", "deepseek_v2"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", AVAILABLE)
+@pytest.mark.parametrize("name", [name for name in AVAILABLE if name not in UNBUILT])
 def test_mixtures_of_default_configs_are_proved(name):
     with torch.device("meta"):
-        try:
-            model = class_of(name)(transformers.CONFIG_MAPPING[name](**AS_RELEASED.get(name, {})))
-        except (TypeError, ValueError):
-            model = None
-    if name in UNBUILT:
-        if model is not None:
-            with pytest.raises(ValueError, match="can be built and called"):
-                require_exact_on_a_small_model(model, "expert")
-        return
+        model = class_of(name)(transformers.CONFIG_MAPPING[name](**AS_RELEASED.get(name, {})))
     for kind in ("expert", *(("neuron",) if name != "switch_transformers" else ())):  # Those in lists are networks.
         require_exact_on_a_small_model(model, kind)
 

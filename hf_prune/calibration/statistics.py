@@ -220,12 +220,20 @@ def unpadded_inputs(product: Product, batch: Batch, model: nn.Module) -> torch.T
     """What a weight was multiplied with, `[parts, positions, fan_in]`, without padding where that can be told.
 
     It is told by `attention_mask [samples, tokens]` of the batch where it is known which position is which; in experts
-    it is not, nor in an encoder-decoder, whose decoder has tokens of its own. Where samples and tokens are as many,
+    it is not, nor in an encoder-decoder, whose decoder has tokens of its own.
+    """
+    has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return inputs_under(None if has_decoder else batch.get("attention_mask"), product)
+
+
+def inputs_under(mask: object, product: Product) -> torch.Tensor:
+    """What a weight was multiplied with, `[parts, positions, fan_in]`, where `mask [samples, tokens]` is not zero.
+
+    All of it, if the mask is none, or it is not known which position is which. Where samples and tokens are as many,
     samples are taken to come first.
     """
-    inputs, mask = product.inputs(1).flatten(1, 2), batch.get("attention_mask")
-    has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if has_decoder or not isinstance(mask, torch.Tensor) or mask.ndim != 2 or inputs.shape[1] != mask.numel():
+    inputs = product.inputs(1).flatten(1, 2)
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or inputs.shape[1] != mask.numel():
         return inputs
     sizes = tuple(size for size in mask.shape if size > 1)
     if product.grid[: len(sizes)] == sizes or product.grid == (mask.numel(),):

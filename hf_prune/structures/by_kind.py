@@ -50,6 +50,15 @@ def find_by_kind(
     return found
 
 
+def require_no_adapters(model: nn.Module) -> None:
+    """Requires that a model carries no adapters."""
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"this {type(model).__name__} carries adapters, whose matrices are as wide as the layers that they stand "
+            "beside. Merge them first (merge_and_unload), or add them to the pruned model."
+        )
+
+
 def _other_neurons(
     model: PreTrainedModel, targets: Mapping[str, Target], multiple_of: int, warns: bool
 ) -> dict[str, StructureGroup]:

@@ -1,5 +1,6 @@
 """Contributions: how much of what is computed behind a structure is its doing, from what it hands on."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,19 +11,22 @@ from ..calibration.activations import Product, ProductWatch
 from ..calibration.batches import Batch
 from ..calibration.contexts import eager_experts
 from ..calibration.passes import call, targets_in_passes
-from ..calibration.statistics import unpadded_inputs
+from ..calibration.statistics import inputs_under
 from ..distributed.processes import sum_over_processes_
 from ..weights.targets import Target
-from .gatherers import OfRouting, StructureGatherer
+from .gatherers import OfRouting, StructureGatherer, token_mask
 from .groups import KINDS, Member, StructureGroup, Structures
 from .routed import Routed
+
+# How keys and values are called that a decoder makes of the encoder's outputs.
+_CROSSES = re.compile(r"(encoder_attn|EncDecAttention|cross_?[aA]tt).*\.((k|v|key|value)(_proj)?|\w*kv\w*)$")
 
 
 class Contribution(StructureGatherer):
     """`√E‖W_s x_s‖²` of each structure: `x_s` is what it hands on, `W_s` the columns of the projections that read it.
 
-    The mean is over tokens, without padding where that can be told. Experts hand on their outputs, as the router
-    weighs them; of tokens that are not routed to one it is zero.
+    The mean is over tokens, without padding where that can be told, which it cannot inside of experts. Experts hand on
+    their outputs, as the router weighs them; of tokens that are not routed to one it is zero.
     """
 
     def __init__(self, model: nn.Module, structures: Structures, targets: Mapping[str, Target]) -> None:
@@ -45,7 +49,10 @@ class Contribution(StructureGatherer):
         if self._readers:
 
             def add(product: Product) -> None:
-                inputs = unpadded_inputs(product, batch, self.model).float()
+                # The decoder's keys and values may be those of the encoder's tokens.
+                module = product.target.module
+                mask = None if _CROSSES.search(module) else token_mask(self.model, module, batch)
+                inputs = inputs_under(mask, product).float()
                 for reader in self._readers[product.target.name]:
                     reader.add_(inputs, product.part_slice)
 

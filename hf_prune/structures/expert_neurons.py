@@ -68,7 +68,7 @@ def _group_of(
         "neuron",
         count * width,
         tuple(members),
-        multiple=math.lcm(multiple_of, _least_multiple(model, last.weight.dtype)),
+        multiple=math.lcm(multiple_of, least_multiple(model, last.weight.dtype)),
         runs=count,
         run_attributes=tuple(
             (path, name)
@@ -80,8 +80,8 @@ def _group_of(
     )
 
 
-def _least_multiple(model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """What the number of neurons of an expert has to be a multiple of: fused kernels read rows 16 bytes at a time."""
+def least_multiple(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """What widths of fused experts have to be multiples of: their kernels read rows 16 bytes at a time."""
     is_eager = getattr(model.config, "_experts_implementation", None) == "eager"
     return 1 if is_eager or dtype.itemsize > 4 else 16 // dtype.itemsize
 

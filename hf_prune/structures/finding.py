@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..weights.masks import MaskSet
 from ..weights.targets import Target, find_targets
 from ..weights.timm import config_of_timm
-from .by_kind import find_by_kind
+from .by_kind import find_by_kind, require_no_adapters
 from .channels import find_channels, is_convolutional
 from .configs import set_fields_
 from .groups import (
@@ -39,11 +39,7 @@ def find_structures(
     The kinds are some of `KINDS`. The number of neurons, channels or widths that remain is a multiple of
     `multiple_of`, or all.
     """
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            f"this {type(model).__name__} carries adapters, whose matrices are as wide as the layers that they stand "
-            "beside. Merge them first (merge_and_unload), or add them to the pruned model."
-        )
+    require_no_adapters(model)
     if kinds == ("channel",):
         return find_channels(model, targets, multiple_of)
     if is_convolutional(model):
@@ -51,7 +47,19 @@ def find_structures(
             f"{type(model).__name__} is a convolutional network and has no "
             f"{' and '.join(KINDS[kind] for kind in kinds)} that are known. Choose granularity channel."
         )
+    _require_no_side(model)
     return find_by_kind(model, kinds, targets, multiple_of, warns=True)
+
+
+def _require_no_side(model: nn.Module) -> None:
+    """Requires that a model is not one side of an encoder-decoder, with a copy of its config that is not saved."""
+    if isinstance(model, PreTrainedModel) and getattr(model.config, "is_encoder_decoder", False):
+        whole = whole_of(model)
+        if whole.config is not model.config:
+            raise ValueError(
+                f"this {type(model).__name__} is one side of a {type(whole).__name__}, and has a config of its own "
+                "that is not saved. Prune the whole. What is to stay is named in exclude_modules, such as 'decoder.*'."
+            )
 
 
 def require_removable(

@@ -77,6 +77,9 @@ def _require_proved(model: PreTrainedModel, proved: Proved, kinds: Collection[st
         return
     kind, why = next(iter(refused.items()), ("layer", proved.refused.get("layer", "")))
     error = NothingToPrune if why == NOTHING_FOUND else ValueError
+    advice = HOW_TO_ADD.format(model_type)
+    if is_described(model_type):
+        advice = "Name in describe_family all projections, and what counts them; or nothing, to have them found."
     if not proved.family:
         raise error(
             f"hf_prune does not know where the family {model_type!r} has its heads, neurons and layers, and could not "
@@ -84,7 +87,7 @@ def _require_proved(model: PreTrainedModel, proved: Proved, kinds: Collection[st
         )
     raise error(
         f"{KINDS[kind]} cannot be removed from {name}, as a small model of its class shows: {why}. Choose another "
-        f"granularity. {HOW_TO_ADD.format(model_type)}"
+        f"granularity. {advice}"
     )
 
 

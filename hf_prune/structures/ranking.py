@@ -20,8 +20,8 @@ def choose(
 
     Where the number that remains has to be a multiple of something, structures go in steps, the lowest of a group
     first, and the steps of different groups compete by the means of their scores. The number that goes is the one
-    nearest to what was asked for that can be reached in this order. Layers are chosen first, with all that is in them;
-    of other kinds it is a share of those in layers that stay.
+    nearest to what was asked for that can be reached in this order. Layers are chosen first, with all that is in them,
+    and then experts; of other kinds it is a share of those in layers and experts that stay.
 
     Args:
         structures: Where they are.
@@ -37,10 +37,10 @@ def choose(
     for name in structures:
         if nan := int(scores[name].isnan().sum()):
             raise ValueError(f"{nan} of the {structures[name].count} scores of {name!r} are NaN.")
-    result = {name: torch.zeros_like(kept[name]) for name in structures}
+    result: dict[str, torch.Tensor] = {}
     staying = structures
-    for of_layers in (True, False):
-        some = {name: group for name, group in staying.items() if (group.kind == "layer") == of_layers}
+    for turn in ("layer", "expert", ""):
+        some = {name: group for name, group in staying.items() if _turn_of(group) == turn}
         for names, share in pools_of(some, sparsity, scope, own):
             pool = {name: structures[name] for name in names}
             gone = {name: int((~kept[name]).sum()) for name in names}
@@ -50,8 +50,13 @@ def choose(
             asked = round(share * sum(group.count for group in pool.values()))
             for name, quota in _quotas(pool, asked, gone, scores, orders).items():
                 result[name] = torch.ones_like(kept[name]).scatter_(0, orders[name][:quota], False)
-        staying = in_layers_that_stay(structures, result)
-    return result
+        staying = in_layers_that_stay(structures, {**kept, **result})
+    return {name: result.get(name, torch.zeros_like(kept[name])) for name in structures}
+
+
+def _turn_of(group: StructureGroup) -> str:
+    """When structures are chosen: those first that others are in."""
+    return group.kind if group.kind in ("layer", "expert") else ""
 
 
 def pools_of(

@@ -136,15 +136,20 @@ def whole_of(model: PreTrainedModel) -> PreTrainedModel:
 
     What is saved is the whole, by its own config.
     """
-    # No module knows what it is a part of, but what refers to its config tells whether it may be one.
+    # No module knows what it is a part of, but what refers to it, or to its config, tells whether it may be one.
     own = {id(vars(module)) for module in model.modules()} | {id(module) for module in model.modules()}
-    referrers = [each for each in gc.get_referrers(model.config) if id(each) not in own]
-    if not any(_holds_config(each, model.config) for each in referrers):
+    referrers = [each for each in gc.get_referrers(model, model.config) if id(each) not in own]
+    if not any(_holds_config(each, model.config) or _are_modules(each) for each in referrers):
         return model
     models = [each for each in gc.get_objects() if issubclass(type(each), PreTrainedModel)]
     holders = [each for each in models if any(module is model for module in each.modules())]
     # What was frozen (gc.freeze) is not listed, and may be the model itself.
     return max([model, *holders], key=lambda each: len(list(each.modules())))
+
+
+def _are_modules(referrer: object) -> bool:
+    """Whether an object may be what a module holds its submodules in."""
+    return type(referrer) is dict and all(each is None or isinstance(each, nn.Module) for each in referrer.values())
 
 
 def _holds_config(referrer: object, model_config: PretrainedConfig) -> bool:

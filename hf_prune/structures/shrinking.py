@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..calibration.contexts import rolled_back, whole_on_error
 from ..weights.targets import find_targets
-from .by_kind import find_by_kind
+from .by_kind import find_by_kind, require_no_adapters
 from .channels import find_channels, is_convolutional
 from .comparing import Differs, Reference, why_not_generated
 from .experts import bar_pruned_
@@ -64,6 +64,7 @@ def shrink(
         >>> shrink(model).model.layers[0].mlp.down_proj.in_features
         8
     """
+    require_no_adapters(model)
     structures = find_removable(model, [kind for kind in _KINDS if kind != "width" or _may_be_narrowed(model, masks)])
     kept = kept_in(structures, nonzeros(structures) if masks is None else masks)
     for name, group in structures.items():

@@ -74,7 +74,7 @@ class LayerStack:
             return "a weight goes to each layer (use_weighted_layer_sum)"
         fields = self.stack.fields
         if not any(getattr(config, name, None) == len(self.layers) for config in self.configs for name in fields):
-            return f"no config says in {' or '.join(fields)} (Stack.fields) that there are {len(self.layers)}"
+            return f"no config says in {' or '.join(fields) or 'any field'} that there are {len(self.layers)}"
         # The last one is what a config of a backbone says by itself.
         if list(getattr(self.config, "out_indices", None) or [len(self.layers)]) != [len(self.layers)]:
             return "the outputs of layers are asked for by their numbers (out_indices)"

@@ -5,6 +5,7 @@ are theirs. No description of the family is needed.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..weights.targets import Target, find_targets
+from .expert_neurons import least_multiple
 from .groups import Member, StructureGroup, advice_for_wrappers
 from .loading import WIDTHS, build_empty
 from .norms import Norm, Norms, norm_of
@@ -43,6 +45,7 @@ def find_width(model: nn.Module, targets: Mapping[str, Target], multiple_of: int
             "exclude_modules out."
         )
     embeddings, (attributes, scales) = twins.embeddings(), twins.attributes()
+    fused = {target.weight.dtype for target in targets.values() if target.weight.ndim == 3}
     if scales and twins.model.get_output_embeddings() is None and getattr(model.config, "tie_word_embeddings", False):
         raise ValueError(
             f"{type(model).__name__} scales its embeddings by its width, and lacks the head that is tied to them and "
@@ -53,7 +56,7 @@ def find_width(model: nn.Module, targets: Mapping[str, Target], multiple_of: int
         "width",
         twins.width,
         tuple(twins.members()),
-        multiple=multiple_of,
+        multiple=math.lcm(multiple_of, *(least_multiple(twins.model, dtype) for dtype in fused)),
         attributes=attributes,
         fields=((twins.field, 1),),
         fixed=twins.fixed,

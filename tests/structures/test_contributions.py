@@ -138,6 +138,30 @@ def test_what_no_sample_reaches_is_an_error():
         contribution_of(model, "neuron", [batch])
 
 
+def test_padding_does_not_count_on_either_side_of_an_encoder_decoder():
+    model = build("t5")
+    generator = torch.Generator().manual_seed(3)
+    tokens, target = (torch.randint(3, 60, (2, n), generator=generator) for n in (6, 5))
+
+    def padded(ids, to):
+        return torch.cat([ids, torch.full((2, to - ids.shape[1]), 7)], 1)
+
+    def ones(ids, to):
+        return padded(torch.ones_like(ids), to) == 1
+
+    plain = {"input_ids": tokens, "decoder_input_ids": target}
+    more = {
+        "input_ids": padded(tokens, 9),
+        "attention_mask": ones(tokens, 9).long(),
+        "decoder_input_ids": padded(target, 9),
+        "decoder_attention_mask": ones(target, 9).long(),
+    }
+    for granularity in ("head", "neuron"):
+        expected, found = (contribution_of(model, granularity, [batch])[0] for batch in (plain, more))
+        for place in expected:
+            assert torch.allclose(found[place], expected[place], rtol=1e-4), place
+
+
 @pytest.mark.parametrize(("criterion", "scope"), [("activation", "layer"), ("taylor", "global")])
 def test_each_place_loses_the_same_share_by_default(criterion, scope):
     assert resolve(PruningConfig(sparsity=0.5, granularity="neuron", criterion=criterion)).scope.name == scope

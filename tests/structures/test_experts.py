@@ -119,6 +119,24 @@ def test_neurons_of_experts_go_as_many_of_each(name, granularity):
     assert down.shape != width
 
 
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("granularity", ["expert+neuron", "head+neuron+expert"])
+def test_neurons_of_experts_in_a_list_are_those_of_experts_that_stay(granularity, uniform):
+    model = build_mixture("switch_transformers")
+    config = PruningConfig(
+        sparsity=0.25, granularity=granularity, schedule="one_shot", multiple_of=2, uniform=uniform, scope="layer"
+    )
+    report = prune(model, config)
+    masked = logits_of(model)
+    shrink(model)
+    assert (logits_of(model) - masked).abs().max() < 1e-10
+    layer = model.encoder.block[1].layer[1].mlp
+    assert len(layer.experts) == 6
+    assert {expert.wi.out_features for expert in layer.experts.values()} == {18}  # Of 24.
+    neurons = [row for row in report.structures if row.kind == "neuron" and ".experts." in row.name]
+    assert {(row.zeros, row.total) for row in neurons} == {(6, 24)}  # Others are counted with their experts.
+
+
 def test_uniform_neurons_are_said_by_the_field():
     model = build_mixture("qwen3_moe")
     config = PruningConfig(sparsity=0.5, granularity="expert+neuron", schedule="one_shot", multiple_of=2, uniform=True)

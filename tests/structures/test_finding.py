@@ -1,5 +1,6 @@
 """The structures that a config prunes, and what it cannot."""
 
+import peft
 import pytest
 import torch
 import transformers
@@ -293,6 +294,32 @@ def test_what_is_done_with_a_model_inside_of_another(make_trainer):
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     make_trainer(model, train_dataset=samples(model.part.inner), max_steps=2, remove_unused_columns=False).train()
     assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head", "neuron", "width"])
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_one_side_of_an_encoder_decoder(side, granularity):
+    """Of mT5 each has a copy of the config, of which nothing is saved."""
+    config = transformers.MT5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
+    model = transformers.MT5ForConditionalGeneration(config)
+    match = (
+        r"this MT5Stack is one side of a MT5ForConditionalGeneration, .* Prune the whole\. What is to stay is named"
+    )
+    with pytest.raises(ValueError, match=match):
+        prune(getattr(model, side), PruningConfig(sparsity=0.5, granularity=granularity))
+    prune(model, PruningConfig(sparsity=0.5, granularity="neuron", exclude_modules=r"decoder\..*"))
+    shrink(model)
+    assert model.encoder.block[0].layer[1].DenseReluDense.wo.in_features < 24
+    assert model.decoder.block[0].layer[2].DenseReluDense.wo.in_features == 24
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "layer"])
+def test_adapters_that_came_after_the_cut(granularity):
+    model = build("llama")
+    prune(model, PruningConfig(sparsity=0.34, granularity=granularity))
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"this LlamaForCausalLM carries adapters, .* Merge them first"):
+        shrink(model)
 
 
 @pytest.mark.parametrize("granularity", ["head", "channel"])

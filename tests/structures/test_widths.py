@@ -9,6 +9,7 @@ from hf_prune.structures.finding import find_structures
 from hf_prune.structures.groups import kept_in, nonzeros
 from hf_prune.structures.norms import norm_of
 from hf_prune.weights.targets import find_targets
+from tests.structures.mixtures import build_mixture
 from tests.structures.models import DECODER, GROUPED, MODELS, build, inputs_of, perturbed
 from tests.structures.test_configs import llava
 from tests.structures.test_loading import load_elsewhere, save
@@ -171,6 +172,16 @@ def test_uniform_changes_nothing():
     prune(uniform, width(uniform=True))
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), uniform.parameters(), strict=True))
     assert shrink(uniform).config.hidden_size == shrink(plain).config.hidden_size < make("llama").config.hidden_size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixture_is_left_as_fused_kernels_read_it(dtype):
+    model = build_mixture("mixtral", dtype, hidden_size=32, head_dim=8, intermediate_size=32)
+    prune(model, PruningConfig(sparsity=0.375, granularity="width", multiple_of=1))
+    shrink(model)
+    assert model.config.hidden_size < 32
+    assert model.config.hidden_size * dtype.itemsize % 16 == 0
+    assert model(input_ids=torch.ones(1, 8, dtype=torch.long)).logits.isfinite().all()
 
 
 def test_planted_channels_are_the_ones_that_go():

@@ -91,7 +91,7 @@ def shrink_command(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Removes heads, neurons, channels and layers of which all is zero: the model becomes smaller and faster."""
+    """Removes heads, queries, neurons, widths, experts, layers and channels of which all is zero."""
     from .config import CONFIG_NAME, PruningConfig
     from .publishing.folders import local_folder
     from .publishing.hub import save_pretrained

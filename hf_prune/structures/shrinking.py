@@ -49,8 +49,9 @@ def shrink(
         The model.
 
     Raises:
-        ValueError: if no structure is pruned as a whole, if all in one group are, if the family is unknown, or if the
-            outputs would be others, because the family is described wrongly. The model is then as it was.
+        ValueError: if no structure is pruned as a whole, if all in one group are, if the family is unknown, if the
+            model carries adapters, or if the outputs would be others, because the family is described wrongly. The
+            model is then as it was.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .families import Heads, Layout, Neurons, Part, Stack
-from .layer import PROJECTIONS, input_axis, lists_of_layers_in
+from .layer import PROJECTIONS, input_axis, layer_kind, lists_of_layers_in
 from .names import HEAD_COUNT_ATTRIBUTES, HEAD_WIDTH_ATTRIBUTES, LAYER_FIELDS
 from .small_models import call_exactly
 from .tracing import NoDeadNeurons, Owned, inputs_of_projections, trace
@@ -17,7 +17,14 @@ from .tracing import NoDeadNeurons, Owned, inputs_of_projections, trace
 def stacks_in(model: PreTrainedModel) -> list[Stack]:
     """The stacks of layers of a small model, with their heads and neurons, which no field or attribute counts yet."""
     lists = lists_of_layers_in(model.base_model)
-    layers = {f"{path}.{i}": layer for path, found in lists.items() for i, layer in enumerate(found)}
+    layers: dict[str, nn.Module] = {}
+    for path, alike in lists.items():
+        kinds = [layer_kind(layer) for layer in alike]
+        for i, layer in enumerate(alike):
+            # One of each kind: the others look the same, and proofs take all of them. But of experts that have names
+            # of their own, each is seen only where a token is routed to it.
+            if kinds.index(kinds[i]) == i or any(isinstance(each, nn.ModuleDict) for each in layer.modules()):
+                layers[f"{path}.{i}"] = layer
     with torch.enable_grad(), NoDeadNeurons(), inputs_of_projections(layers) as inputs:
         call_exactly(model)
     found: dict[str, list[Part]] = {}

@@ -65,10 +65,13 @@ class Contribution(StructureGatherer):
         energies = {name: torch.zeros(group.count, dtype=torch.float64) for name, group in self.structures.items()}
         if self._experts is not None:
             energies |= self._experts.statistic()
+        there = set()
         for readers in self._readers.values():
             for reader in readers:
                 energies[reader.group.name] += reader.energies()
-        if unseen := [name for name, energy in energies.items() if not energy.any()]:
+                if reader.target.weight.any():  # Else an expert of a list is pruned with all that is in it.
+                    there.add(reader.group.name)
+        if unseen := [name for name in energies if name in there and not energies[name].any()]:
             raise ValueError(
                 f"no calibration sample was seen to go through the {KINDS[self.structures[unseen[0]].kind]} of "
                 f"{unseen[0]!r}. Give samples that reach them, exclude them (exclude_modules), or choose a criterion "

@@ -126,6 +126,27 @@ def test_the_neuron_that_does_least_goes():
         assert gone == [5, 6]
 
 
+def test_neurons_of_experts_that_are_gone_are_seen_no_more():
+    """Of Switch, whose experts are networks in a list: later rounds find some of them at zero."""
+    model = build_mixture("switch_transformers", torch.float32)
+    gone = [
+        model.encoder.block[1].layer[1].mlp.experts["expert_3"],
+        model.decoder.block[1].layer[2].mlp.experts["expert_5"],
+    ]
+    with torch.no_grad():
+        for expert in gone:
+            for parameter in expert.parameters():
+                parameter.zero_()
+    config = PruningConfig(sparsity=0.5, granularity="neuron", criterion="activation", multiple_of=2)
+    plan = Plan.of(model, config)
+    gatherer = Contribution(model, plan.structures, plan.targets)
+    for reader in (each for readers in gatherer._readers.values() for each in readers):
+        if reader.target.weight.any():  # As if a token had come to all others.
+            reader.add_(torch.ones(1, 2, reader.target.in_features), slice(None))
+    found = gatherer.statistic()
+    assert sum(not values.any() for values in found.values()) == len(gone)
+
+
 def test_what_no_sample_reaches_is_an_error():
     model = build("t5")
     model.encoder.block[1].layer[1].DenseReluDense.wo = torch.nn.Linear(24, 16, bias=False)

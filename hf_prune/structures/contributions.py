@@ -36,10 +36,10 @@ class Contribution(StructureGatherer):
         self._readers: dict[str, list[_Reader]] = {}
         for group in structures.values():
             for member in group.members if group.name not in experts else ():
-                target = targets.get(member.name)
+                target = self.targets.get(member.name)
                 if target is not None and target.axes[-1] in member.axes:
                     self._readers.setdefault(member.name, []).append(_Reader.of(group, member, target))
-        self._in_passes = targets_in_passes(model, {name: targets[name] for name in self._readers})
+        self._in_passes = targets_in_passes(model, {name: self.targets[name] for name in self._readers})
 
     @torch.no_grad()
     def see(self, batch: Batch, *, is_own: bool) -> None:

@@ -247,9 +247,15 @@ class _Double(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.float:
             return args[0].double()
-        args = tuple(torch.float64 if each is torch.float32 else each for each in args)
-        named = {name: torch.float64 if each is torch.float32 else each for name, each in (kwargs or {}).items()}
+        named = kwargs or {}
+        if _FLOAT32 in map(id, args):  # `in` alone would compare tensors.
+            args = tuple(torch.float64 if each is torch.float32 else each for each in args)
+        if _FLOAT32 in map(id, named.values()):
+            named = {name: torch.float64 if each is torch.float32 else each for name, each in named.items()}
         return func(*args, **named)
+
+
+_FLOAT32 = id(torch.float32)
 
 
 @contextlib.contextmanager

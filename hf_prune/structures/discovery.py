@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .entries import LISTS
 from .families import Heads, Layout, Neurons, Part, Stack
 from .layer import PROJECTIONS, input_axis, layer_kind, lists_of_layers_in
 from .names import HEAD_COUNT_ATTRIBUTES, HEAD_WIDTH_ATTRIBUTES, LAYER_FIELDS
@@ -20,11 +21,8 @@ def stacks_in(model: PreTrainedModel) -> list[Stack]:
     layers: dict[str, nn.Module] = {}
     for path, alike in lists.items():
         kinds = [layer_kind(layer) for layer in alike]
-        for i, layer in enumerate(alike):
-            # One of each kind: the others look the same, and proofs take all of them. But of experts that have names
-            # of their own, each is seen only where a token is routed to it.
-            if kinds.index(kinds[i]) == i or any(isinstance(each, nn.ModuleDict) for each in layer.modules()):
-                layers[f"{path}.{i}"] = layer
+        # One of each kind: the others look the same, and proofs take all of them.
+        layers |= {f"{path}.{kinds.index(kind)}": alike[kinds.index(kind)] for kind in dict.fromkeys(kinds)}
     with torch.enable_grad(), NoDeadNeurons(), inputs_of_projections(layers) as inputs:
         call_exactly(model)
     found: dict[str, list[Part]] = {}
@@ -42,10 +40,10 @@ def stacks_in(model: PreTrainedModel) -> list[Stack]:
 
 
 def _starred(root: nn.Module, path: str) -> str:
-    """A path with a wildcard for each position in a list of alike modules."""
+    """A path with a wildcard for each entry of a list of alike modules."""
     names = path.split(".") if path else []
     holders = [root.get_submodule(".".join(names[:i])) for i in range(len(names))]
-    in_list = [isinstance(h, nn.ModuleList) and len({type(each) for each in h}) == 1 for h in holders]
+    in_list = [isinstance(h, LISTS) and len({type(each) for each in h.children()}) == 1 for h in holders]
     return ".".join("*" if starred else name for name, starred in zip(names, in_list, strict=True))
 
 

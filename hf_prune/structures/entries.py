@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+LISTS = (nn.ModuleList, nn.ModuleDict)
+"""The modules that hold others, by numbers or names."""
+
 
 def entries_of(modules: nn.Module) -> dict[str, nn.Module]:
     """The modules with parameters of a list, or of a dict whose keys count them."""
@@ -12,8 +15,7 @@ def entries_of(modules: nn.Module) -> dict[str, nn.Module]:
 
 def lengths_of(model: nn.Module) -> dict[str, int]:
     """List of modules → how many of these have parameters."""
-    kinds = (nn.ModuleList, nn.ModuleDict)
-    return {name: len(entries_of(module)) for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name: len(entries_of(module)) for name, module in model.named_modules() if isinstance(module, LISTS)}
 
 
 def keep_entries_(modules: nn.Module, stay: Sequence[int]) -> None:

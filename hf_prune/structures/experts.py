@@ -14,15 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..weights.targets import Target
-from .entries import entries_of
+from .entries import LISTS, entries_of
 from .groups import NOBODY, WITHOUT_STRUCTURES, Member, StructureGroup, Structures, advice_for_wrappers, kinds_of
-from .names import EXPERT_COUNTS, EXPERTS_CHOSEN
+from .names import EXPERT_COUNTS, EXPERT_GROUPS, EXPERTS_CHOSEN
 from .routing import Router, bar_
 
 # How routers, and what is in them, are called; of several modules with a row for each expert these are meant.
 _IS_ROUTER = re.compile(r"(^|\.)(\w*router\w*|gate|gating|wg|router_gate)(\.|$)")
 _IS_NO_ROUTER = re.compile(r"shared|_proj$|(^|\.)(self_attn|attention|attn)(\.|$)")
-_GROUPS, _GROUPS_CHOSEN = ("n_group", "num_group"), ("topk_group",)
+_GROUPS_CHOSEN = ("topk_group",)
 _IN_A_GROUP = 2  # A group counts by the sum of its two best experts.
 
 
@@ -133,7 +133,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, int, tuple[str, ...], s
         if fused and not isinstance(module, nn.modules.conv._ConvNd) and len({len(each) for each in fused}) == 1:
             count = len(fused[0])
             yield name, count, tuple(n for n, p in own.items() if p.ndim > 1 and len(p) == count), None
-        elif isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        elif isinstance(module, LISTS):
             entries = entries_of(module).values()
             shapes = {(type(entry), *((n, p.shape) for n, p in entry.named_parameters())) for entry in entries}
             if len(entries) > 1 and len(shapes) == 1:
@@ -255,7 +255,7 @@ def _limits(model: PreTrainedModel, block: nn.Module, count: int) -> tuple[int, 
     chosen = _first(places, EXPERTS_CHOSEN) or 1
     if found := re.search(r"Top(\d)", " ".join(type(each).__name__ for each in block.modules())):
         chosen = max(chosen, int(found[1]))
-    groups, groups_chosen = _first(places, _GROUPS), _first(places, _GROUPS_CHOSEN) or 1
+    groups, groups_chosen = _first(places, EXPERT_GROUPS), _first(places, _GROUPS_CHOSEN) or 1
     if not groups:
         return 1, chosen
     in_each = max(math.ceil(chosen / min(groups_chosen, groups)), min(_IN_A_GROUP, count // groups))

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from .entries import LISTS
 from .families import Heads, Layout, Neurons, Part, Stack
 from .groups import NOBODY, Member
 
@@ -172,14 +173,14 @@ def at(root: nn.Module, path: str) -> Any:
 
 
 def expand(root: nn.Module, path: str) -> Iterator[str]:
-    """The paths that one with wildcards for positions in lists stands for."""
+    """The paths that one with wildcards for entries of lists stands for."""
     head, star, tail = path.partition("*")
     if not star:
         yield path
         return
     found = at(root, head.rstrip("."))
-    for i in range(len(found) if isinstance(found, nn.ModuleList) else 0):
-        yield from expand(root, f"{head}{i}{tail}")
+    for name in found._modules if isinstance(found, LISTS) else ():
+        yield from expand(root, f"{head}{name}{tail}")
 
 
 def join(*parts: str) -> str:

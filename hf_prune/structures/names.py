@@ -140,6 +140,9 @@ EXPERTS_CHOSEN = (
 )
 """Fields and attributes that say how many experts a router chooses for each token."""
 
+EXPERT_GROUPS = ("n_group", "num_group", "num_expert_group")
+"""Fields and attributes that say how many groups experts are in, of which a router chooses some."""
+
 EXPERT_WIDTHS = (
     "moe_intermediate_size",
     "expert_ffn_hidden_size",

@@ -3,16 +3,17 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
-from ..calibration.contexts import unpartitioned
+from ..calibration.contexts import rolled_back, unpartitioned
+from .comparing import Reference
 from .discovery import of_the_same_side, stacks_in
 from .families import Family, Heads, Neurons, Part, Stack
-from .groups import StructureGroup, Structures
+from .groups import Structures, masks_of
 from .layer import Layer, layer_kind
 from .names import KEY_VALUE_HEAD_FIELDS, NEURON_FIELDS, QUERY_HEAD_FIELDS, SIZES_OF_HEADS, SIZES_OF_NEURONS
 from .small_models import class_and_config, small_model_like
@@ -38,6 +39,36 @@ class Proved:
     refused: Mapping[str, str]
 
 
+@dataclass(frozen=True, eq=False)
+class _Trials:
+    """Removals from one small model, which is as it was after each."""
+
+    model: PreTrainedModel
+    _references: dict[tuple[tuple[str, bytes], ...], Reference] = field(default_factory=dict)
+
+    def why_not_exact(self, family: Family, kind: str, *, uniform: bool = False) -> str | None:
+        """Why heads or neurons cannot be removed where a family has them; None if they can."""
+        try:
+            structures = structures_of(stacks_of(self.model, family), (kind,))
+        except ValueError as error:
+            return str(error)
+        return self.why_differs(structures, some_of_each(structures, uniform=uniform), is_said=uniform)
+
+    def why_differs(
+        self, structures: Structures, kept: Mapping[str, torch.Tensor], *, is_said: bool = False
+    ) -> str | None:
+        """As the function of this name; what zeros give is computed once, however structures are counted."""
+        masks = masks_of(structures, kept)
+        key = tuple((name, mask.numpy().tobytes()) for name, mask in sorted(masks.items()))
+        try:
+            if key not in self._references:
+                self._references[key] = Reference(self.model, masks)
+        except ValueError as error:
+            return str(error)
+        with rolled_back(self.model):
+            return why_differs(self.model, structures, kept, is_said=is_said, reference=self._references[key])
+
+
 _proved: dict[tuple[type[PreTrainedModel], str, str], Proved] = {}
 
 
@@ -59,24 +90,25 @@ def prove(model: PreTrainedModel, described: Family | None) -> Proved:
                 # A description that cannot be tried here is tried when something is removed.
                 _proved[key] = Proved(described or (), {} if described else {"layer": str(error)})
             else:
-                _proved[key] = _find(small) if described is None else _tried(small, described)
+                trials = _Trials(small)
+                _proved[key] = _find(trials) if described is None else _tried(trials, described)
     return _proved[key]
 
 
-def _tried(small: PreTrainedModel, described: Family) -> Proved:
+def _tried(trials: _Trials, described: Family) -> Proved:
     """What was described, and which kinds of it cannot be removed from a small model."""
     kinds = {part.kind for stack in described for part in stack.parts}
-    wrong = {kind: _why_not_exact(small, described, kind) for kind in sorted(kinds)}
-    return _with_others(small, described, {kind: why for kind, why in wrong.items() if why is not None})
+    wrong = {kind: trials.why_not_exact(described, kind) for kind in sorted(kinds)}
+    return _with_others(trials, described, {kind: why for kind, why in wrong.items() if why is not None})
 
 
-def _find(small: PreTrainedModel) -> Proved:
+def _find(trials: _Trials) -> Proved:
     """The family of a small model, as far as it is proved."""
-    stacks, refused = stacks_in(copy.deepcopy(small)), {}
+    stacks, refused = stacks_in(copy.deepcopy(trials.model)), {}
     found: dict[str, list[Part]] = {stack.layers: [] for stack in stacks}
     for kind in _KINDS_OF_PARTS:
         own = tuple(dataclasses.replace(s, parts=tuple(p for p in s.parts if p.kind == kind)) for s in stacks)
-        proved, why = _prove_parts(small, tuple(stack for stack in own if stack.parts))
+        proved, why = _prove_parts(trials, tuple(stack for stack in own if stack.parts))
         for stack in proved:
             found[stack.layers] += stack.parts
         if why is not None:
@@ -84,29 +116,29 @@ def _find(small: PreTrainedModel) -> Proved:
     if not any(found.values()):
         return Proved((), {**refused, "layer": refused["head"]})
     family = tuple(dataclasses.replace(stack, parts=tuple(found[stack.layers])) for stack in stacks)
-    return _with_others(small, family, refused)
+    return _with_others(trials, family, refused)
 
 
-def _with_others(small: PreTrainedModel, family: Family, refused: dict[str, str]) -> Proved:
+def _with_others(trials: _Trials, family: Family, refused: dict[str, str]) -> Proved:
     """A family whose heads and neurons are tried; its queries, which are those of heads, and its layers are too."""
-    family, why_layers = _try_layers(small, family)
-    others = {"query": refused.get("head") or _why_queries_differ(small, family), "layer": why_layers}
+    family, why_layers = _try_layers(trials, family)
+    others = {"query": refused.get("head") or _why_queries_differ(trials, family), "layer": why_layers}
     return Proved(family, {**refused, **{kind: why for kind, why in others.items() if why is not None}})
 
 
-def _why_queries_differ(small: PreTrainedModel, family: Family) -> str | None:
-    """As `_why_not_exact`; None too if there are none, which a model says best by itself."""
+def _why_queries_differ(trials: _Trials, family: Family) -> str | None:
+    """As `_Trials.why_differs`; None too if there are none, which a model says best by itself."""
     try:
-        structures = structures_of(stacks_of(small, family), ("query",))
+        structures = structures_of(stacks_of(trials.model, family), ("query",))
     except ValueError:
         return None
     for uniform in (False, True):
-        if (why := _why_differs(small, structures, some_of_each(structures, uniform=uniform))) is not None:
+        if (why := trials.why_differs(structures, some_of_each(structures, uniform=uniform))) is not None:
             return why
     return None
 
 
-def _prove_parts(small: PreTrainedModel, stacks: Family) -> tuple[Family, str | None]:
+def _prove_parts(trials: _Trials, stacks: Family) -> tuple[Family, str | None]:
     """Some parts of one kind with the attributes and fields that count them; of several maybe only some.
 
     Returns:
@@ -114,21 +146,21 @@ def _prove_parts(small: PreTrainedModel, stacks: Family) -> tuple[Family, str | 
     """
     if not stacks:
         return (), NOTHING_FOUND
-    found, why = _prove_together(small, stacks)
+    found, why = _prove_together(trials, stacks)
     if found is None and sum(len(stack.parts) for stack in stacks) > 1:
         alone = [dataclasses.replace(stack, parts=(part,)) for stack in stacks for part in stack.parts]
-        found = tuple(one for each in alone for one in _prove_together(small, (each,))[0] or ())
+        found = tuple(one for each in alone for one in _prove_together(trials, (each,))[0] or ())
     return found or (), None if found else why
 
 
-def _prove_together(small: PreTrainedModel, stacks: Family) -> tuple[Family | None, str | None]:
+def _prove_together(trials: _Trials, stacks: Family) -> tuple[Family | None, str | None]:
     """The same parts with what counts them, and why nothing that was tried does."""
     why, kind = None, stacks[0].parts[0].kind
     try:
-        for family in _with_attributes(small, stacks):
-            if (its := _why_not_exact(small, family, kind)) is None:
-                said = _with_fields(small, family)
-                exact = (each for each in said if _why_not_exact(small, each, kind, uniform=True) is None)
+        for family in _distinct(_with_attributes(trials.model, stacks)):
+            if (its := trials.why_not_exact(family, kind)) is None:
+                said = _distinct(_with_fields(trials.model, family))
+                exact = (each for each in said if trials.why_not_exact(each, kind, uniform=True) is None)
                 return next(exact, family), None
             why = why or its
     except ValueError as error:  # Something is no number of heads that looks like one.
@@ -136,23 +168,24 @@ def _prove_together(small: PreTrainedModel, stacks: Family) -> tuple[Family | No
     return None, why
 
 
-def _try_layers(small: PreTrainedModel, family: Family) -> tuple[Family, str | None]:
+def _try_layers(trials: _Trials, family: Family) -> tuple[Family, str | None]:
     """The family with the kinds of layers that have to stay, and why, if all have to."""
     stays: dict[str, set[str]] = {stack.layers: set() for stack in family}
     why: str | None = None
     may_go = False
     for stack in family:
         try:
-            groups = structures_of(stacks_of(small, (stack,)), ("layer",))
+            groups = structures_of(stacks_of(trials.model, (stack,)), ("layer",))
         except ValueError as error:
             return family, str(error)
         for name, group in groups.items():
-            kinds = [layer_kind(layer) for layer in small.get_submodule(name).children()]
-            for i in range(group.count if group.count > 1 else 0):
+            kinds = [layer_kind(layer) for layer in trials.model.get_submodule(name).children()]
+            tried = {*map(kinds.index, kinds), group.count - 1}
+            for i in sorted(tried) if group.count > 1 else ():
                 kept = {name: torch.arange(group.count) != i}
                 if kinds[i] in stays[stack.layers] or i in group.stay:
                     continue
-                if its := _why_differs(small, groups, kept):
+                if its := trials.why_differs(groups, kept):
                     stays[stack.layers].add(kinds[i])
                     why = why or its
             may_go = may_go or not set(kinds) <= stays[stack.layers]
@@ -161,28 +194,13 @@ def _try_layers(small: PreTrainedModel, family: Family) -> tuple[Family, str | N
     return tuple(dataclasses.replace(s, stay=tuple(sorted(stays[s.layers]))) for s in family), None
 
 
-def _why_not_exact(small: PreTrainedModel, family: Family, kind: str, *, uniform: bool = False) -> str | None:
-    """Why heads or neurons cannot be removed from a small model where a family has them; None if they can."""
-    try:
-        structures = structures_of(stacks_of(small, family), (kind,))
-    except ValueError as error:
-        return str(error)
-    return _why_differs(small, structures, some_of_each(structures, uniform=uniform), is_said=uniform)
-
-
-def _why_differs(
-    small: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor], *, is_said: bool = False
-) -> str | None:
-    """`why_differs` of a copy of a small model."""
-    tried = copy.deepcopy(small)
-    moved = {name: _moved(group, tried) for name, group in structures.items()}
-    return why_differs(tried, moved, kept, is_said=is_said)
-
-
-def _moved(group: StructureGroup, model: PreTrainedModel) -> StructureGroup:
-    """A group of a model, in a copy of this."""
-    members = (dataclasses.replace(each, parameter=model.get_parameter(each.name)) for each in group.members)
-    return dataclasses.replace(group, members=tuple(members))
+def _distinct(families: Iterable[Family]) -> Iterator[Family]:
+    """Each family once: a trial takes time."""
+    seen: list[Family] = []
+    for family in families:
+        if family not in seen:
+            seen.append(family)
+            yield family
 
 
 def _with_attributes(small: PreTrainedModel, stacks: Family) -> Iterator[Family]:
@@ -202,10 +220,11 @@ def _with_attributes(small: PreTrainedModel, stacks: Family) -> Iterator[Family]
 
         return change
 
-    for some in (*flat, []):
+    without = [_without_copies(stack) for stack in stacks]
+    for some in (*flat, []) if without == list(stacks) else ():  # Else a layer reads the table of another one.
         yield _change_parts(stacks, by_each(some))
     for some in flat if is_heads else ():
-        yield _change_parts([_without_copies(stack) for stack in stacks], by_all(some))
+        yield _change_parts(without, by_all(some))
 
 
 def _with_fields(small: PreTrainedModel, family: Family) -> Iterator[Family]:

@@ -49,9 +49,13 @@ def trace(layer: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Iterator[Owne
     """
     parameters = {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
     size = sum(parameter.numel() for parameter in parameters.values())
+    by_input: dict[int, dict[tuple[str, int], torch.Tensor]] = {}  # Queries, keys and values are projected from one.
     for path, value in inputs.items():
         width = value.shape[-1]
-        reached = _reached(value, parameters) if 1 < width <= _WIDEST and width * size < _LARGEST else {}
+        if id(value) not in by_input:
+            is_traced = 1 < width <= _WIDEST and width * size < _LARGEST
+            by_input[id(value)] = _reached(value, parameters) if is_traced else {}
+        reached = by_input[id(value)]
         if reached and (found := _divide(path, width, reached, layer)) is not None:
             yield found
 
@@ -60,14 +64,18 @@ def _reached(value: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> dic
     """`(parameter, axis)` → `[inputs, length of the axis]` bools: which input depends on which position."""
     width = value.shape[-1]
     first = _gradients(value, list(parameters.values()), torch.arange(min(2, width)))
-    if not any(_differ(gradient) for gradient in first if gradient is not None and gradient.ndim > 2):
+    seen = {name: gradient for name, gradient in zip(parameters, first, strict=True) if gradient is not None}
+    if not any(_differ(gradient) for gradient in seen.values() if gradient.ndim > 2):
         return {}  # Both depend on the same matrices: nothing can be divided.
-    gradients = _gradients(value, list(parameters.values()), torch.arange(width))
+    # What both depend on wholly, as neurons on the attention before them, is divided by nothing.
+    divided = {name: parameters[name] for name, gradient in seen.items() if not gradient.all()}
+    gradients = _gradients(value, list(divided.values()), torch.arange(width))
     scales = [gradient.abs().flatten(1).amax(1) for gradient in gradients if gradient is not None]
+    largest = torch.stack([gradient.abs().amax() for gradient in seen.values()]).amax()
     # What cancels, as a bias of keys does in a softmax, leaves rounding errors.
-    least = _RELATIVE * torch.stack(scales).amax(0)
+    least = _RELATIVE * torch.stack(scales).amax(0).clamp(min=largest)
     found = {}
-    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+    for (name, parameter), gradient in zip(divided.items(), gradients, strict=True):
         if gradient is not None:
             is_reached = gradient.abs() > least.view(-1, *(1 for _ in parameter.shape))
             for axis in range(min(parameter.ndim, 2)):

@@ -107,7 +107,12 @@ def _why_not_exact(model: PreTrainedModel, kind: str) -> str | None:
 
 
 def why_differs(
-    model: PreTrainedModel, structures: Structures, kept: Mapping[str, torch.Tensor], *, is_said: bool = False
+    model: PreTrainedModel,
+    structures: Structures,
+    kept: Mapping[str, torch.Tensor],
+    *,
+    is_said: bool = False,
+    reference: Reference | None = None,
 ) -> str | None:
     """How the outputs of a model without some structures differ from those with zeros for them, or fail.
 
@@ -116,6 +121,7 @@ def why_differs(
         structures: Its structures.
         kept: Group → `[count]` bools, which of them stay.
         is_said: Whether the config has to say what is left; what has to be recorded beside it then counts too.
+        reference: What it gives with zeros for them, if that is known.
 
     Returns:
         How; None if they are the same.
@@ -126,7 +132,7 @@ def why_differs(
     removal = Removal(model, model, structures, kept)
     try:
         removal.require_some_left()
-        apply_compared_(removal, Reference(model, removal.masks, channels=removal.channels))
+        apply_compared_(removal, reference or Reference(model, removal.masks, channels=removal.channels))
     except (Differs, ValueError) as error:
         return str(error)
     return "no config says what is left" if is_said and recorded_in(model.config) else None

@@ -8,8 +8,10 @@ import torch
 import transformers
 
 from hf_prune import Neurons, PruningConfig, Stack, describe_family, prune, shrink
+from hf_prune.plan import Plan
 from hf_prune.structures import proof
 from hf_prune.structures.families import FAMILIES
+from tests.structures.mixtures import build_mixture
 from tests.structures.models import DECODER, logits_of, perturbed
 from tests.structures.test_model_types import walk
 from tests.structures.test_shrinking import config_of
@@ -83,6 +85,15 @@ def test_it_is_done_once_for_a_class_and_a_config(monkeypatch):
     model = olmo()
     prune(model, config_of("neuron"))
     shrink(model)
+
+
+def test_neurons_of_all_experts_of_a_dict_are_found():
+    """However many there are: a small model has a few of them."""
+    model = build_mixture("switch_transformers", num_experts=12)
+    counts = [len(each) for name, each in model.named_modules() if name.endswith(".experts")]
+    found = [name for name in Plan.of(model, config_of("neuron")).structures if ".experts." in name]
+    assert counts == [12] * len(counts)
+    assert len(found) == sum(counts) > 0
 
 
 BITS = {

@@ -29,7 +29,7 @@ def test_it_is_small_and_of_the_same_class():
 )
 def test_a_key_value_head_is_not_alone(heads, pairs, expected):
     config = transformers.LlamaConfig(hidden_size=96, num_attention_heads=heads, num_key_value_heads=pairs)
-    small = shorten(config, 2, narrow=True)
+    small = shorten(config, [0, 1], narrow=True)
     assert (small.num_attention_heads, small.num_key_value_heads) == expected
 
 
@@ -41,13 +41,13 @@ def test_it_has_a_layer_of_each_kind():
 
 def test_tokens_with_a_meaning_stay_apart():
     config = transformers.LlamaConfig(vocab_size=1000, bos_token_id=998, eos_token_id=[997, 3], pad_token_id=999)
-    small = shorten(config, 2, narrow=True)
+    small = shorten(config, [0, 1], narrow=True)
     assert len({small.bos_token_id, small.pad_token_id}) == 2
     assert all(each < small.vocab_size for each in (small.bos_token_id, small.pad_token_id, *small.eos_token_id))
 
 
 def test_lists_by_layer_are_as_short_as_it():
-    small = shorten(transformers.Gemma2Config(), 2, narrow=True)
+    small = shorten(transformers.Gemma2Config(), [0, 1], narrow=True)
     assert (small.num_hidden_layers, len(small.layer_types)) == (2, 2)
 
 

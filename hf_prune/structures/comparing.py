@@ -201,7 +201,8 @@ def _computing_in(
     Copies are made of all modules, or `one_by_one` of each while it is called, which takes little memory.
     """
     masked = {id(model.get_parameter(name)): mask for name, mask in masks.items()}
-    before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    holders = [module for module in model.modules() if module._parameters or module._buffers]
+    before = [(module, dict(module._parameters), dict(module._buffers)) for module in holders]
     own = {module: parameters for module, parameters, _ in before if parameters}
 
     def copied(parameter: nn.Parameter | None) -> nn.Parameter | None:

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -44,7 +44,8 @@ class _Trials:
     """Removals from one small model, which is as it was after each."""
 
     model: PreTrainedModel
-    _references: dict[tuple[tuple[str, bytes], ...], Reference] = field(default_factory=dict)
+    _references: dict[object, Reference] = field(default_factory=dict)
+    _known: dict[object, str | None] = field(default_factory=dict)
 
     def why_not_exact(self, family: Family, kind: str, *, uniform: bool = False) -> str | None:
         """Why heads or neurons cannot be removed where a family has them; None if they can."""
@@ -57,16 +58,22 @@ class _Trials:
     def why_differs(
         self, structures: Structures, kept: Mapping[str, torch.Tensor], *, is_said: bool = False
     ) -> str | None:
-        """As the function of this name; what zeros give is computed once, however structures are counted."""
+        """As the function of this name; what was tried before, if under another description, is known."""
         masks = masks_of(structures, kept)
-        key = tuple((name, mask.numpy().tobytes()) for name, mask in sorted(masks.items()))
-        try:
-            if key not in self._references:
-                self._references[key] = Reference(self.model, masks)
-        except ValueError as error:
-            return str(error)
-        with rolled_back(self.model):
-            return why_differs(self.model, structures, kept, is_said=is_said, reference=self._references[key])
+        gone = tuple((name, mask.numpy().tobytes()) for name, mask in sorted(masks.items()))
+        counted = tuple((g.attributes, g.run_attributes, g.fields, g.run_fields, g.fixed) for g in structures.values())
+        key = (gone, counted, is_said)
+        if key not in self._known:
+            try:
+                if gone not in self._references:
+                    self._references[gone] = Reference(self.model, masks)
+            except ValueError as error:
+                return str(error)
+            with rolled_back(self.model):
+                self._known[key] = why_differs(
+                    self.model, structures, kept, is_said=is_said, reference=self._references[gone]
+                )
+        return self._known[key]
 
 
 _proved: dict[tuple[type[PreTrainedModel], str, str], Proved] = {}
@@ -157,9 +164,9 @@ def _prove_together(trials: _Trials, stacks: Family) -> tuple[Family | None, str
     """The same parts with what counts them, and why nothing that was tried does."""
     why, kind = None, stacks[0].parts[0].kind
     try:
-        for family in _distinct(_with_attributes(trials.model, stacks)):
+        for family in _with_attributes(trials.model, stacks):
             if (its := trials.why_not_exact(family, kind)) is None:
-                said = _distinct(_with_fields(trials.model, family))
+                said = _with_fields(trials.model, family)
                 exact = (each for each in said if trials.why_not_exact(each, kind, uniform=True) is None)
                 return next(exact, family), None
             why = why or its
@@ -192,15 +199,6 @@ def _try_layers(trials: _Trials, family: Family) -> tuple[Family, str | None]:
     if not may_go:
         return family, why or "there is one alone"
     return tuple(dataclasses.replace(s, stay=tuple(sorted(stays[s.layers]))) for s in family), None
-
-
-def _distinct(families: Iterable[Family]) -> Iterator[Family]:
-    """Each family once: a trial takes time."""
-    seen: list[Family] = []
-    for family in families:
-        if family not in seen:
-            seen.append(family)
-            yield family
 
 
 def _with_attributes(small: PreTrainedModel, stacks: Family) -> Iterator[Family]:

@@ -33,7 +33,7 @@ _N_HEADS, _HEAD_WIDTH, _INNER_WIDTH, _EXPERTS, _TOKENS, _PATCHES, _SIDE = 6, 8, 
 _WIDTH = _N_HEADS * _HEAD_WIDTH
 _AT_MOST = {
     **dict.fromkeys(QUERY_HEAD_FIELDS, _N_HEADS),
-    **dict.fromkeys(HEAD_WIDTH_FIELDS, _HEAD_WIDTH),
+    **dict.fromkeys([*HEAD_WIDTH_FIELDS, "d_head"], _HEAD_WIDTH),
     **dict.fromkeys(["linear_num_key_heads", "linear_num_value_heads", "linear_num_heads", "index_n_heads"], 2),
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank", "chunk_size", "mamba_chunk_size"], 16),
     **{"mamba_dt_rank": 16, "mamba_d_state": 4, "state_size": 4, "ssm_state_size": 4},
@@ -50,6 +50,7 @@ _AT_MOST = {
     },
 }
 """Fields of configs → what they are at most in a narrow model."""
+_DEPTHS_OF_STAGES = ("depths", "block_sizes")
 _LARGEST = 2**23  # The most parameters that a small model may have.
 
 
@@ -162,8 +163,9 @@ def _whole_numbers(model_config: PretrainedConfig) -> dict[str, int]:
 
 def _drop_layers_(model_config: PretrainedConfig, layers: Sequence[int]) -> None:
     """Leaves some layers; of a decoder one more than of an encoder, so that they can be told apart."""
-    if isinstance(depths := vars(model_config).get("depths"), (list, tuple)):  # Of stages, which all stay.
-        model_config.depths = [min(each, 2) for each in depths]
+    for name in _DEPTHS_OF_STAGES:
+        if isinstance(depths := vars(model_config).get(name), (list, tuple)):
+            setattr(model_config, name, [min(each, 2) for each in depths])
     fields = [name for name in (*LAYER_FIELDS, "num_blocks") if name in _whole_numbers(model_config)]
     for i, name in enumerate(fields):
         count, stay = getattr(model_config, name), _with_more(layers, i)
@@ -226,6 +228,6 @@ def _narrow_stages_(model_config: Any) -> None:
     if {"hidden_sizes", "num_attention_heads"} <= listed.keys():
         heads = listed["num_attention_heads"]
         model_config.hidden_sizes = list(map(min, listed["hidden_sizes"], [_HEAD_WIDTH * each for each in heads]))
-    for name, most in (("mlp_ratios", 2), ("image_size", _SIDE)):
+    for name, most in (("mlp_ratios", 2), ("key_dim", _HEAD_WIDTH), ("image_size", _SIDE)):
         if name in listed:
             setattr(model_config, name, [min(each, most) for each in listed[name]])

@@ -15,7 +15,7 @@ from .layer import PROJECTIONS
 _RELATIVE = 1e-13
 """Gradients below this, relative to the largest one of the same input, are rounding errors."""
 
-_WIDEST = 512
+_WIDEST = 384
 """The widest input of a projection that is traced. In small models only what has no known name is wider."""
 
 _LARGEST = 2**26
@@ -70,17 +70,16 @@ def _reached(value: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> dic
     # What both depend on wholly, as neurons on the attention before them, is divided by nothing.
     divided = {name: parameters[name] for name, gradient in seen.items() if not gradient.all()}
     gradients = _gradients(value, list(divided.values()), torch.arange(width))
-    scales = [gradient.abs().flatten(1).amax(1) for gradient in gradients if gradient is not None]
+    sizes = {name: each.abs_() for name, each in zip(divided, gradients, strict=True) if each is not None}
     largest = torch.stack([gradient.abs().amax() for gradient in seen.values()]).amax()
     # What cancels, as a bias of keys does in a softmax, leaves rounding errors.
-    least = _RELATIVE * torch.stack(scales).amax(0).clamp(min=largest)
+    least = _RELATIVE * torch.stack([each.flatten(1).amax(1) for each in sizes.values()]).amax(0).clamp(min=largest)
     found = {}
-    for (name, parameter), gradient in zip(divided.items(), gradients, strict=True):
-        if gradient is not None:
-            is_reached = gradient.abs() > least.view(-1, *(1 for _ in parameter.shape))
-            for axis in range(min(parameter.ndim, 2)):
-                others = [1 + each for each in range(parameter.ndim) if each != axis]
-                found[name, axis] = _any(is_reached, others)
+    for name, size in sizes.items():
+        is_reached = size > least.view(-1, *(1 for _ in size.shape[1:]))
+        for axis in range(min(size.ndim - 1, 2)):
+            others = [1 + each for each in range(size.ndim - 1) if each != axis]
+            found[name, axis] = _any(is_reached, others)
     return {key: rows for key, rows in found.items() if rows.any()}
 
 

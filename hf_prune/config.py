@@ -109,6 +109,9 @@ class PruningConfig:
         multiple_of: The number of neurons, channels or widths that remain is a multiple of this, or all of them.
         shrink_at_end: Whether `PruningTrainerCallback` removes pruned structures when training ends: see
             `hf_prune.shrink`. Until then they are masked.
+        reconstruct: With heads, queries and neurons: a cut solves the projections that read what goes anew on what
+            stays, so that each layer gives about what it gave: see `hf_prune.reconstruction.compensation`. It takes
+            calibration samples, but no labels.
         uniform: Remove the same number of structures everywhere, so that an ordinary config of the model's family says
             what is left, and the model loads where hf_prune is not installed. An error where the family cannot say it.
 
@@ -149,6 +152,7 @@ class PruningConfig:
     hold_zeros: bool = False
     multiple_of: int = MULTIPLE_OF
     shrink_at_end: bool = True
+    reconstruct: bool = False
     uniform: bool = False
 
     def __post_init__(self) -> None:

@@ -50,9 +50,14 @@ class Settings:
         return tuple(dict.fromkeys((*scored, *self.scope.needs)))
 
     @property
+    def compensates(self) -> bool:
+        """Whether what reads pruned structures is solved anew."""
+        return self.config.reconstruct
+
+    @property
     def looks_at_data(self) -> bool:
         """Whether a cut needs calibration samples."""
-        return bool(self.needs) or self.reconstructs
+        return bool(self.needs) or self.reconstructs or self.compensates
 
 
 def resolve(config: PruningConfig, criterion: AnyCriterion | None = None) -> Settings:
@@ -238,9 +243,10 @@ class Plan(Settings):
                     "to exclude_modules, or choose another criterion."
                 )
             return
-        if self.reconstructs:
+        if self.reconstructs or self.compensates:
+            what = "reconstruct=True" if self.compensates else f"criterion {self.criterion_name!r}"
             raise ValueError(
-                f"criterion {self.criterion_name!r} changes base weights, which checkpoints of adapters do not hold. "
+                f"{what} changes base weights, which checkpoints of adapters do not hold. "
                 "Prune first (hf_prune.prune), and add adapters then."
             )
         if "movement" in self.needs:

@@ -18,6 +18,7 @@ from .distributed.gathering import accessible
 from .distributed.shards import own, reshard_
 from .distributed.zero import master_of, set_master_
 from .plan import Plan
+from .reconstruction.compensation import compensate_
 from .reconstruction.sparsegpt import reconstruct_
 from .recovery.lora import has_adapters, keeps_sparsity, mask_adapters_, require_maskable_adapters, with_adapters
 from .reporting.reports import SparsityReport, count_zeros
@@ -67,9 +68,10 @@ def cut_(
             f"A calibration gathers {', '.join([*STATISTICS, *STRUCTURE_STATISTICS])}; PruningTrainerCallback also "
             "movement."
         )
-    if batches is None and (missing or plan.reconstructs):
+    if batches is None and (missing or plan.reconstructs or plan.compensates):
+        what = f"the criterion {plan.criterion_name!r} with scope {plan.config.scope!r} looks"
         raise ValueError(
-            f"the criterion {plan.criterion_name!r} with scope {plan.config.scope!r} looks at data "
+            f"{'reconstruct=True looks' if plan.compensates and not missing else what} at data "
             f"({', '.join(missing) or 'what goes into each layer'}). Give a dataloader of calibration samples."
         )
 
@@ -83,7 +85,7 @@ def cut_(
         return {**data.known, **found}
 
     changed = {**{name: target.weight for name, target in plan.targets.items()}, **plan.parameters}.values()
-    several_steps = plan.reconstructs or plan.config.score_steps > 1
+    several_steps = plan.reconstructs or plan.compensates or plan.config.score_steps > 1
     with _put_back_on_error(changed) if several_steps else contextlib.nullcontext():
         if plan.reconstructs and batches is not None:
             quotas = plan.quotas(masks, sparsity, statistics())
@@ -95,6 +97,12 @@ def cut_(
             return masks
         for step in plan.steps(masks, sparsity):
             masks = plan.next_masks(masks, step, statistics())
+            if plan.compensates and batches is not None:
+                solved = compensate_(
+                    model, plan.targets, plan.structures, masks, batches(), samples, show_progress=data.show_progress
+                )
+                for name in solved:
+                    set_master_(plan.targets[name].weight, plan.targets[name].weight)
             masks.apply_(model)
     return masks
 

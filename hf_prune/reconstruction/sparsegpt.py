@@ -4,33 +4,26 @@ What a method of this kind minimizes for each row `w` of a weight is the squared
 samples, `‖(w − ŵ) X‖²`, which depends on the inputs `X` through their Hessian `H = X Xᵀ` alone.
 """
 
-import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers.utils.logging import tqdm
 
-from ..calibration.activations import Product
-from ..calibration.batches import Batch, size_of
-from ..calibration.contexts import eager_experts, undisturbed
-from ..calibration.samples import DELAY, read_samples, require_samples
-from ..calibration.statistics import require_finite, unpadded_inputs, warn_of_unreached
-from ..distributed.processes import sum_over_processes_
+from ..calibration.batches import Batch
+from ..calibration.statistics import warn_of_unreached
 from ..scopes import divide
 from ..selection.cuts import Quota
 from ..selection.lowest import drop_lowest, drop_lowest_of_each
 from ..weights.masks import MaskSet, masked_in
 from ..weights.targets import Target
-from .stages import Stages
+from .moments import SecondMoments, change_in_stages_, compute_dtype
 
 logger = logging.getLogger(__name__)
 
 DAMPING = (0.01, 0.1, 1.0)  # What is added to the diagonal, in units of its mean: more where less will not do.
 BLOCKSIZE = 128  # Columns that are chosen from, and changed, at a time.
-_BAND = 512  # Rows of a Hessian that are computed at a time, from their first diagonal element to the right.
 
 
 class _Factor(NamedTuple):
@@ -58,8 +51,7 @@ def reconstruct_(
 ) -> MaskSet:
     """Prunes a model with SparseGPT, layer by layer in the order of its forward pass.
 
-    A layer sees the inputs that the pruned layers before it give. In memory are one Hessian (fused experts have one
-    each), and the outputs of finished blocks, and of finished parts of others, that later passes still read.
+    A layer sees the inputs that the pruned layers before it give; see `change_in_stages_`.
 
     Args:
         model: The model, unwrapped; called as a calibration calls it. Changed in place.
@@ -81,61 +73,33 @@ def reconstruct_(
     """
     new: dict[str, torch.Tensor] = {}
 
-    def prune_(name: str, factors: Sequence[_Factor | None]) -> None:
-        new[name] = _prune_target_(targets[name], factors, masks.get(name), quotas[name])
+    def prune_(names: Sequence[str], moments: SecondMoments | None) -> None:
+        if moments is None:
+            logger.warning("No product of %r was seen in the forward passes; it is pruned by magnitude.", names[0])
+        target = targets[names[0]]
+        factors = [None] * target.parts if moments is None else _factors_(target, moments)
+        for name in names:
+            new[name] = _prune_target_(targets[name], factors, masks.get(name), quotas[name])
 
-    with undisturbed(model), eager_experts(model), _in_full_precision():
-        data = list(read_samples(model, batches, samples))
-        require_samples(model, sum(map(size_of, data)), samples)
-        with Stages(model, targets, data) as stages:
-            for name in stages.unused:
-                logger.warning("No product of %r was seen in the forward passes; it is pruned by magnitude.", name)
-                prune_(name, [None] * targets[name].parts)
-            for stage in tqdm(stages.order, desc="Pruning", unit="layer", delay=DELAY, disable=not show_progress):
-                hessian = _Hessian(model, targets[stage.names[0]])
-                stages.run(stage, hessian.add_)
-                factors = hessian.factors()
-                for name in stage.names:
-                    prune_(name, factors)
-                stages.finish(stage)
+    change_in_stages_(model, targets, batches, samples, prune_, show_progress=show_progress)
     return MaskSet({name: new[name] for name in targets})
 
 
-class _Hessian:
-    """`X Xᵀ` of a target's inputs, for each of its parts: `[parts, fan_in, fan_in]`, in float32 or better."""
-
-    def __init__(self, model: nn.Module, target: Target) -> None:
-        self._model, self._target = model, target
-        size = torch.Size([target.parts, target.fan_in, target.fan_in])
-        self._sum = torch.zeros(size, device=target.weight.device, dtype=_compute_dtype(target))
-        self._bands = [slice(start, start + _BAND) for start in range(0, target.fan_in, _BAND)]
-
-    def add_(self, product: Product, batch: Batch) -> None:
-        x = unpadded_inputs(product, batch, self._model).to(self._sum.dtype)
-        for here in self._bands:  # It is symmetric, and what is to their left need not be computed.
-            on = slice(here.start, None)
-            self._sum[product.part_slice, here, on].baddbmm_(x[..., here].mT, x[..., on])
-
-    def factors(self) -> list[_Factor | None]:
-        """For each part what SparseGPT needs of it; None where it cannot be had."""
-        total, name = sum_over_processes_(self._sum), self._target.module
-        for here in self._bands:
-            behind = slice(here.stop, None)
-            total[:, behind, here] = total[:, here, behind].mT
-        require_finite(total, f"what {name!r} is multiplied with")
-        reached = total.diagonal(dim1=1, dim2=2).any(1)
-        warn_of_unreached(self._target, reached, "they are pruned by magnitude")
-        order = _column_order(self._target)
-        factors = [
-            _factor_(part[order][:, order]) if used else None for part, used in zip(total, reached, strict=True)
-        ]
-        if failed := int(reached.sum()) - sum(factor is not None for factor in factors):
-            logger.warning(
-                "%d of the %d Hessians of %r cannot be factorized, even with %g times the mean diagonal added; what "
-                "goes with them is pruned by magnitude, and the weights that it keeps stay as they are.",
-                failed, len(factors), name, DAMPING[-1],
-            )  # fmt: skip
-        return factors
+def _factors_(target: Target, moments: SecondMoments) -> list[_Factor | None]:
+    """For each part what SparseGPT needs of its Hessian; None where it cannot be had."""
+    reached = moments.sums.diagonal(dim1=1, dim2=2).any(1)
+    warn_of_unreached(target, reached, "they are pruned by magnitude")
+    order = _column_order(target)
+    factors = [
+        _factor_(part[order][:, order]) if used else None for part, used in zip(moments.sums, reached, strict=True)
+    ]
+    if failed := int(reached.sum()) - sum(factor is not None for factor in factors):
+        logger.warning(
+            "%d of the %d Hessians of %r cannot be factorized, even with %g times the mean diagonal added; what goes "
+            "with them is pruned by magnitude, and the weights that it keeps stay as they are.",
+            failed, len(factors), target.module, DAMPING[-1],
+        )  # fmt: skip
+    return factors
 
 
 def _factor_(hessian: torch.Tensor) -> _Factor | None:
@@ -161,7 +125,7 @@ def _prune_target_(
 ) -> torch.Tensor:
     """Prunes a target in place; returns its mask."""
     order = _column_order(target)
-    rows = target.to_rows(target.weight.detach())[..., order].to(_compute_dtype(target))
+    rows = target.to_rows(target.weight.detach())[..., order].to(compute_dtype(target))
     masks = torch.ones_like(rows, dtype=torch.bool) if kept is None else target.to_rows(kept)[..., order].clone()
     for part, factor, mask, share in zip(rows, factors, masks, _shares(quota, masks), strict=True):
         if factor is None:
@@ -222,22 +186,6 @@ def _shares(quota: Quota, masks: Iterable[torch.Tensor]) -> Sequence[Quota]:
     return list(divide(quota, lambda level: dict.fromkeys(sizes, level), sizes, dropped).values())
 
 
-def _compute_dtype(target: Target) -> torch.dtype:
-    """The dtype in which a target is pruned: float32 or better."""
-    return torch.promote_types(target.weight.dtype, torch.float32)
-
-
 def _column_order(target: Target) -> torch.Tensor:
     """The order of a row's inputs in which the channels at one position of a kernel are side by side."""
     return torch.arange(target.fan_in, device=target.weight.device).view(target.in_features, -1).t().flatten()
-
-
-@contextlib.contextmanager
-def _in_full_precision() -> Iterator[None]:
-    """Matrix products of float32 in float32, whatever is set for the training."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -45,7 +45,7 @@ class Granularity(ABC):
 
     def require_options(self, asked: Mapping[str, object]) -> None:
         """Requires that it goes with what else a config asks for: the fields that do not have their defaults."""
-        for name in ("multiple_of", "shrink_at_end", "uniform"):
+        for name in ("multiple_of", "shrink_at_end", "reconstruct", "uniform"):
             if name in asked:
                 raise ValueError(
                     f"{name} is about structures, and granularity {str(self)!r} has none. Choose one of "

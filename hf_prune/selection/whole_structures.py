@@ -16,6 +16,9 @@ from .granularity import Granularity
 MULTIPLE_OF = 8
 """The number of neurons, channels or widths that remain is a multiple of this, unless a config says otherwise."""
 
+COMPENSATED = {"head", "query", "neuron"}
+"""The kinds of structures that one projection reads, which can be solved anew."""
+
 _COUNTED_IN_MULTIPLES = {"neuron", "channel", "width"}
 _ONE_POOL = {"layer", "width"}
 _NOT_TOGETHER = {
@@ -80,6 +83,12 @@ class Structural(Granularity):
         if asked.get("layer_sparsity") and is_one_pool:
             all_of = " and ".join(KINDS[kind] for kind in self.kinds)
             raise ValueError(f"layer_sparsity does not apply to granularity {str(self)!r}: all {all_of} are one pool.")
+        if "reconstruct" in asked and not COMPENSATED & set(self.kinds):
+            read = ", ".join(KINDS[kind] for kind in KINDS if kind in COMPENSATED)
+            raise ValueError(
+                f"reconstruct is about what a projection reads ({read}), and granularity {str(self)!r} has none of "
+                "these. Leave it out."
+            )
         if "multiple_of" in asked and not _COUNTED_IN_MULTIPLES & set(self.kinds):
             counted = ", ".join(KINDS[kind] for kind in KINDS if kind in _COUNTED_IN_MULTIPLES)
             raise ValueError(f"multiple_of is about {counted}, and granularity {str(self)!r} has none. Leave it out.")

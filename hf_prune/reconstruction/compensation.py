@@ -1,0 +1,146 @@
+"""Compensation: what reads pruned structures is solved anew on those that stay, so that it gives what it gave.
+
+A projection with weights `W` reads inputs `x`, of which some come from structures that go. Ridge regression makes of
+the rest, `x_S`, as much as it can: its `Ŵ` has the least `E‖W x − Ŵ x_S‖² + λ‖Ŵ − W_S‖²`. With `H = E x xᵀ` this is
+`Ŵ = W_S + W_P H_PS (H_SS + λ)⁻¹`, where `P` is what goes.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..calibration.batches import Batch
+from ..selection.whole_structures import COMPENSATED
+from ..structures.groups import Structures
+from ..weights.masks import MaskSet
+from ..weights.targets import Target
+from .moments import SecondMoments, change_in_stages_, compute_dtype
+
+logger = logging.getLogger(__name__)
+
+RIDGE = 0.01
+"""`λ`, in units of the mean of the diagonal of `H_SS`."""
+
+
+def compensate_(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    structures: Structures,
+    masks: MaskSet,
+    batches: Iterable[Batch],
+    samples: int,
+    *,
+    show_progress: bool = False,
+) -> list[str]:
+    """Zeroes what masks of structures prune, and solves the projections that read it anew on what they keep.
+
+    Layer by layer in the order of the forward pass, each with the inputs that the changed layers before it give.
+
+    Args:
+        model: The model, unwrapped; called as a calibration calls it. Changed in place.
+        targets: The weights.
+        structures: The structures; those of other kinds than `COMPENSATED` are zeroed only.
+        masks: What is pruned. What was zero before is no matter.
+        batches: What the model is called with, as `read_samples` takes them.
+        samples: Number of samples to read, of all processes together.
+        show_progress: Whether a bar shows how far it is, if it takes more than a few seconds.
+
+    Returns:
+        The names of the targets that were solved anew.
+
+    Raises:
+        ValueError: if there are no samples, or activations are not finite (the message names the module).
+
+    Source: the regression is that of Kurtic et al. 2023, "ZipLM: Inference-Aware Structured Pruning of Language
+    Models", arXiv 2302.04089, for all that goes at once.
+    """
+    readers = _readers_in(targets, structures)
+    unseen: list[str] = []
+    scarce: list[tuple[int, int]] = []
+
+    def solve_(names: Sequence[str], moments: SecondMoments | None) -> None:
+        for name in names:
+            if moments is None:
+                unseen.append(name)
+            else:
+                scarce.extend(_solve_(targets[name], masks[name], moments))
+
+    change_in_stages_(model, readers, batches, samples, solve_, show_progress=show_progress)
+    masks.apply_(model)  # Not before: passes have needed what structures that go hand on.
+    if unseen:
+        logger.warning(
+            "No product of %r was seen in the forward passes (%d projections in all), which keep their weights.",
+            unseen[0], len(unseen),
+        )  # fmt: skip
+    if scarce:
+        seen, needed = max(scarce, key=lambda each: each[1] - each[0])
+        logger.warning(
+            "%d projections were solved anew from fewer tokens than they have inputs (%d for %d). Give at least as "
+            "many (calibration_samples), or they fit these samples alone.",
+            len(scarce), seen, needed,
+        )  # fmt: skip
+    return list(readers)
+
+
+def _readers_in(targets: Mapping[str, Target], structures: Structures) -> dict[str, Target]:
+    """The targets whose inputs are divided among structures."""
+    members = [member for group in structures.values() if group.kind in COMPENSATED for member in group.members]
+    return {
+        member.name: targets[member.name]
+        for member in members
+        if member.name in targets and targets[member.name].axes[-1] in member.axes
+    }
+
+
+@torch.no_grad()
+def _solve_(target: Target, mask: torch.Tensor, moments: SecondMoments) -> list[tuple[int, int]]:
+    """Solves a projection anew; returns for each part with fewer tokens than inputs that stay both numbers."""
+    rows = target.to_rows(target.weight.detach()).to(compute_dtype(target))
+    scarce = []
+    for i, kept in enumerate(target.to_rows(mask)):
+        stays = kept.any(0)
+        if stays.all() or not stays.any() or not moments.sums[i].any():
+            continue
+        if (seen := int(moments.positions[i])) < (needed := int(stays.sum())):
+            scarce.append((seen, needed))
+        rows[i] = solved(rows[i], moments.sums[i], stays, target.weight.dtype)
+    target.weight.copy_(target.from_rows(rows))
+    return scarce
+
+
+def solved(
+    rows: torch.Tensor, moments: torch.Tensor, stays: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """The rows of a weight, solved anew on the inputs that stay.
+
+    Rows for which that is no better, as rounding may have it, only lose the others.
+
+    Args:
+        rows: `[out, in]`, in float32 or better.
+        moments: `[in, in]` second moments `X Xᵀ` of the inputs, in the same dtype.
+        stays: `[in]` bools.
+        dtype: What the weight is rounded to; that of the rows if None.
+
+    Returns:
+        `[out, in]`, zero where inputs go.
+    """
+    without = rows * stays
+    inner, cross = moments[stays][:, stays], moments[~stays][:, stays]
+    diagonal = inner.diagonal()
+    diagonal += RIDGE * diagonal.mean()
+    lower, failed = torch.linalg.cholesky_ex(inner)
+    if failed:
+        return without
+    found = without.clone()
+    found[:, stays] += torch.cholesky_solve((rows[:, ~stays] @ cross).mT, lower).mT
+    if dtype is not None:
+        found = found.to(dtype).to(rows.dtype)
+    is_better = _errors(rows - found, moments) < _errors(rows - without, moments)
+    return torch.where(is_better[:, None], found, without)
+
+
+def _errors(rows: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """`[out]`: `‖w X‖²` of each row."""
+    return ((rows @ moments) * rows).sum(1)

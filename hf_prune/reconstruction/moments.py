@@ -1,0 +1,112 @@
+"""Second moments: what goes into each weight, stage by stage, as the changed layers before it make it."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers.utils.logging import tqdm
+
+from ..calibration.activations import Product
+from ..calibration.batches import Batch, size_of
+from ..calibration.contexts import eager_experts, undisturbed
+from ..calibration.samples import DELAY, read_samples, require_samples
+from ..calibration.statistics import require_finite, unpadded_inputs
+from ..distributed.processes import sum_over_processes_
+from ..weights.targets import Target
+from .stages import Stages
+
+_BAND = 512  # Rows of second moments that are computed at a time, from their first diagonal element to the right.
+
+
+class SecondMoments:
+    """`X Xᵀ` of a target's inputs `X`, for each of its parts.
+
+    Args:
+        model: The model, unwrapped.
+        target: The target.
+
+    Attributes:
+        sums: `[parts, fan_in, fan_in]`, in float32 or better; whole once `finish_` was called.
+        positions: `[parts]`: over how many columns of `X`.
+    """
+
+    def __init__(self, model: nn.Module, target: Target) -> None:
+        self._model, self._target, device = model, target, target.weight.device
+        size = torch.Size([target.parts, target.fan_in, target.fan_in])
+        self.sums = torch.zeros(size, device=device, dtype=compute_dtype(target))
+        self.positions = torch.zeros(target.parts, device=device, dtype=torch.int64)
+        self._bands = [slice(start, start + _BAND) for start in range(0, target.fan_in, _BAND)]
+
+    def add_(self, product: Product, batch: Batch) -> None:
+        """Adds the inputs of a product."""
+        x = unpadded_inputs(product, batch, self._model).to(self.sums.dtype)
+        self.positions[product.part_slice] += x.shape[1]
+        for here in self._bands:  # They are symmetric, and what is to their left need not be computed.
+            on = slice(here.start, None)
+            self.sums[product.part_slice, here, on].baddbmm_(x[..., here].mT, x[..., on])
+
+    def finish_(self) -> None:
+        """Adds up what all processes have seen; raises if it is not finite."""
+        self.sums, self.positions = sum_over_processes_(self.sums), sum_over_processes_(self.positions)
+        for here in self._bands:
+            behind = slice(here.stop, None)
+            self.sums[:, behind, here] = self.sums[:, here, behind].mT
+        require_finite(self.sums, f"what {self._target.module!r} is multiplied with")
+
+
+def change_in_stages_(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    batches: Iterable[Batch],
+    samples: int,
+    change_: Callable[[Sequence[str], SecondMoments | None], None],
+    *,
+    show_progress: bool = False,
+) -> None:
+    """Changes weights by the second moments of their inputs, in the order of a forward pass.
+
+    A layer sees the inputs that the changed layers before it give. In memory are the second moments of one target
+    (fused experts have some each), and the outputs of finished blocks, and of finished parts of others, that later
+    passes still read.
+
+    Args:
+        model: The model, unwrapped; called as a calibration calls it.
+        targets: The weights.
+        batches: What the model is called with, as `read_samples` takes them.
+        samples: Number of samples to read, of all processes together.
+        change_: Gets the names of targets with the same inputs, and their moments; of a target that no pass has used
+            None, before all others.
+        show_progress: Whether a bar shows how far it is, if it takes more than a few seconds.
+
+    Raises:
+        ValueError: if there are no samples, or activations are not finite (the message names the module).
+    """
+    with undisturbed(model), eager_experts(model), _in_full_precision():
+        data = list(read_samples(model, batches, samples))
+        require_samples(model, sum(map(size_of, data)), samples)
+        with Stages(model, targets, data) as stages:
+            for name in stages.unused:
+                change_([name], None)
+            for stage in tqdm(stages.order, desc="Pruning", unit="layer", delay=DELAY, disable=not show_progress):
+                moments = SecondMoments(model, targets[stage.names[0]])
+                stages.run(stage, moments.add_)
+                moments.finish_()
+                change_(stage.names, moments)
+                stages.finish(stage)
+
+
+def compute_dtype(target: Target) -> torch.dtype:
+    """The dtype in which a target is changed: float32 or better."""
+    return torch.promote_types(target.weight.dtype, torch.float32)
+
+
+@contextlib.contextmanager
+def _in_full_precision() -> Iterator[None]:
+    """Matrix products of float32 in float32, whatever is set for the training."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,210 @@
+"""Compensation against least squares, one projection after the other, with inputs that hooks have seen."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_prune import PruningConfig, prune, shrink
+from hf_prune.reconstruction.compensation import RIDGE, solved
+from tests.structures.mixtures import build_mixture
+from tests.structures.models import build, inputs_of, logits_of
+
+
+def config_of(granularity, **others):
+    others = {"sparsity": 0.5, "scope": "layer", **others}
+    others |= {"multiple_of": 1} if "neuron" in granularity else {}
+    return PruningConfig(granularity=granularity, schedule="one_shot", **others)
+
+
+def samples_of(model, count=6):
+    """Batches with a few samples each, all of other values."""
+    batches = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        batch = inputs_of(model, size=2)
+        batches.append({n: torch.randint_like(v, 3, 60) if v.dtype == torch.int64 else torch.randn_like(v)
+                        for n, v in batch.items()})  # fmt: skip
+    return batches
+
+
+def least_squares(weight, x, stays):
+    """`[out, in]` by `lstsq`: what stays makes up for what goes, and is drawn to what it was."""
+    inner = x[:, stays]
+    ridge = (RIDGE * inner.square().sum(0).mean()).sqrt() * torch.eye(inner.shape[1], dtype=x.dtype)
+    wanted = torch.cat([x @ weight.T, ridge @ weight[:, stays].T])
+    found = torch.zeros_like(weight)
+    found[:, stays] = torch.linalg.lstsq(torch.cat([inner, ridge]), wanted, driver="gelsd").solution.T
+    return found
+
+
+def correlated(positions, inputs):
+    mix = torch.randn(inputs, inputs, dtype=torch.float64) + torch.rand(inputs, 1, dtype=torch.float64)
+    return torch.randn(positions, inputs, dtype=torch.float64) @ mix
+
+
+@pytest.mark.parametrize("positions", [5, 12, 200])
+@pytest.mark.parametrize("gone", [1, 5, 11])
+def test_rows_are_those_of_ridge_regression(positions, gone):
+    torch.manual_seed(gone)
+    weight, x = torch.randn(7, 12, dtype=torch.float64), correlated(positions, 12)
+    stays = torch.arange(12) >= gone
+    torch.testing.assert_close(solved(weight, x.T @ x, stays), least_squares(weight, x, stays), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_error_of_no_row_is_above_that_of_zeros(dtype):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        weight, x = torch.randn(64, 24), correlated(4 + 10 * seed, 24).float()
+        if seed % 2:  # There is nothing to gain where inputs have nothing to do with each other.
+            x = torch.linalg.qr(torch.randn(40, 24)).Q
+        weight = weight.to(dtype).float()
+        stays = torch.rand(24) < 0.6
+        found, without = solved(weight, x.T @ x, stays, dtype), weight * stays
+        assert torch.equal(found, found.to(dtype).float())
+        error = ((weight - found).double() @ x.double().T).square().sum(1)
+        assert (error <= (1 + 1e-6) * ((weight - without).double() @ x.double().T).square().sum(1)).all()
+        assert not found[:, ~stays].any()
+
+
+def test_what_cannot_be_factorized_only_loses_what_goes():
+    weight, stays = torch.randn(3, 4), torch.tensor([True, True, False, False])
+    moments = torch.tensor([[1.0, 9, 1, 1], [9, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])  # Those of nothing.
+    assert torch.equal(solved(weight, moments, stays), weight * stays)
+
+
+def projections_of(model):
+    """Projection → its weight, as `[out, in]`, and its mask's."""
+    kinds = (nn.Linear, Conv1D)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def as_rows(module, values):
+    return values.T if isinstance(module, Conv1D) else values
+
+
+@torch.no_grad()
+def inputs_of_module(model, module, batches):
+    """`[positions, in]`: what goes into a module."""
+    seen = []
+    hook = module.register_forward_hook(lambda m, args, _: seen.append(args[0].flatten(0, -2)))
+    for batch in batches:
+        model(**batch)
+    hook.remove()
+    return torch.cat(seen)
+
+
+def by_hooks(model, masks, batches):
+    """Each projection that reads what goes is solved anew, in the order of their first calls."""
+    order = []
+    hooks = [m.register_forward_hook(lambda m, *_: order.append(m)) for m in projections_of(model).values()]
+    names = {module: name for name, module in projections_of(model).items()}
+    with torch.no_grad():
+        model(**batches[0])
+    for hook in hooks:
+        hook.remove()
+    for module in dict.fromkeys(order):
+        mask = masks.get(f"{names[module]}.weight")
+        if mask is None or (stays := as_rows(module, mask).any(0)).all():
+            continue
+        with torch.no_grad():
+            weight = as_rows(module, module.weight)
+            weight.copy_(least_squares(weight.clone(), inputs_of_module(model, module, batches), stays))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter *= masks.get(name, torch.ones(()))
+    return model
+
+
+FAMILIES = ["llama", "llama with biases", "gpt2", "opt", "bert", "vit", "t5 with gates", "bart"]
+CASES = [(name, kinds) for name in FAMILIES for kinds in ("head", "neuron", "head+neuron")]
+CASES += [("llama", "query"), ("llama", "query+neuron")]  # Of the others each query has a key of its own.
+FAST = [("llama", "query+neuron"), ("gpt2", "head+neuron"), ("bert", "neuron"), ("t5 with gates", "head")]
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity"), [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+)
+def test_a_model_is_what_least_squares_make_of_it_one_after_the_other(name, granularity):
+    dense = build(name, torch.float64)
+    batches = samples_of(dense)
+    masked, found = copy.deepcopy(dense), copy.deepcopy(dense)
+    prune(masked, config_of(granularity))
+    masks = {n: p != 0 for n, p in masked.named_parameters() if not (p != 0).all()}
+    prune(found, config_of(granularity, reconstruct=True, calibration_samples=12), batches)
+    expected = by_hooks(copy.deepcopy(dense), masks, batches)
+    changed = 0
+    for path, parameter in found.named_parameters():
+        torch.testing.assert_close(parameter, expected.get_parameter(path), rtol=0, atol=1e-8, msg=path)
+        changed += not torch.equal(parameter, masked.get_parameter(path))
+    assert changed >= 3
+    before = logits_of(found)
+    shrink(found)
+    torch.testing.assert_close(logits_of(found), before)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "switch_transformers"])
+def test_experts_are_solved_anew_each_by_the_tokens_that_come_to_it(name):
+    dense = build_mixture(name, torch.float32)
+    batches = samples_of(dense, 40)
+    errors = {}
+    for reconstruct in (False, True):
+        model = copy.deepcopy(dense)
+        how = dict(reconstruct=True, calibration_samples=80) if reconstruct else {}
+        prune(model, config_of("neuron", **how), batches if reconstruct else None)
+        with torch.no_grad():
+            errors[reconstruct] = sum((model(**b).logits - dense(**b).logits).square().sum().item() for b in batches)
+    assert errors[True] < 0.8 * errors[False]
+
+
+def test_later_cuts_leave_alone_what_went_before():
+    model = build("llama", torch.float64)
+    batches = samples_of(model)
+    prune(model, config_of("neuron", sparsity=0.25, reconstruct=True, calibration_samples=12), batches)
+    before = copy.deepcopy(model.state_dict())
+    again = config_of("neuron", sparsity=0.25, reconstruct=True, calibration_samples=12, hold_zeros=True)
+    prune(model, again, batches)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_few_tokens_are_said(caplog):
+    model = build("llama")
+    config = config_of("neuron", sparsity=1 / 24, reconstruct=True, calibration_samples=2)
+    prune(model, config, samples_of(model, 1))
+    assert "3 projections were solved anew from fewer tokens than they have inputs (20 for 23)" in caplog.text
+    caplog.clear()
+    prune(build("llama"), config_of("neuron", reconstruct=True, calibration_samples=12), samples_of(model))
+    assert "solved anew" not in caplog.text
+
+
+ERRORS = {
+    "weights": (dict(granularity="unstructured"), "reconstruct is about structures"),
+    "layers": (
+        dict(granularity="layer"),
+        r"reconstruct is about what a projection reads \(.*\), and .*'layer' has none",
+    ),
+    "experts": (dict(granularity="expert"), "reconstruct is about what a projection reads"),
+    "channels": (dict(granularity="channel"), "reconstruct is about what a projection reads"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_nothing_can_make_up_for(name):
+    fields, match = ERRORS[name]
+    with pytest.raises(ValueError, match=match):
+        PruningConfig(sparsity=0.5, reconstruct=True, **fields)
+
+
+def test_without_samples_nothing_is_touched():
+    model = build("llama")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=re.escape("reconstruct=True looks at data (what goes into each layer)")):
+        prune(model, config_of("neuron", reconstruct=True))
+    broken = {"inputs_embeds": torch.full((1, 4, 24), float("nan"))}
+    with pytest.raises(ValueError, match="is NaN or infinite over the calibration samples"):
+        prune(model, config_of("neuron", reconstruct=True, calibration_samples=1), [broken])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

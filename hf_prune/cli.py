@@ -34,6 +34,9 @@ def prune_command(
     granularity: Annotated[str | None, Option(help="unstructured, 2:4, block:4x4, head, neuron, …")] = None,
     criterion: Annotated[str | None, Option(help="magnitude, wanda, sparsegpt, taylor, …")] = None,
     scope: Annotated[str | None, Option(help="auto, global, layer, row, erk, owl")] = None,
+    multiple_of: Annotated[int | None, Option(help="What the number of neurons that remain is a multiple of.")] = None,
+    uniform: Annotated[bool | None, Option(help="Whether as many structures go everywhere.")] = None,
+    reconstruct: Annotated[bool | None, Option(help="Whether what reads pruned structures is solved anew.")] = None,
     config: Annotated[Path | None, Option(help="A folder with a pruning_config.json; flags override it.")] = None,
     calibration: Annotated[Path | None, Option(help="A text file, or a folder of images.")] = None,
     samples: Annotated[int | None, Option(help="Number of calibration samples.")] = None,
@@ -58,7 +61,8 @@ def prune_command(
 
     _require_room(output, force)
     flags = dict(sparsity=sparsity, granularity=granularity, criterion=criterion, scope=scope)
-    given = {name: value for name, value in {**flags, "calibration_samples": samples}.items() if value is not None}
+    flags |= dict(multiple_of=multiple_of, uniform=uniform, reconstruct=reconstruct, calibration_samples=samples)
+    given = {name: value for name, value in flags.items() if value is not None}
     saved = {} if config is None else PruningConfig.from_pretrained(config).to_dict()
     asked = PruningConfig.from_dict({**saved, **given})
     if calibration is not None and not resolve(asked).looks_at_data:

@@ -243,10 +243,9 @@ class Plan(Settings):
                     "to exclude_modules, or choose another criterion."
                 )
             return
-        if self.reconstructs or self.compensates:
-            what = "reconstruct=True" if self.compensates else f"criterion {self.criterion_name!r}"
+        if self.reconstructs:
             raise ValueError(
-                f"{what} changes base weights, which checkpoints of adapters do not hold. "
+                f"criterion {self.criterion_name!r} changes base weights, which checkpoints of adapters do not hold. "
                 "Prune first (hf_prune.prune), and add adapters then."
             )
         if "movement" in self.needs:

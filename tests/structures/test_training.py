@@ -51,7 +51,11 @@ KINDS = {
     ),
     "layer": PruningConfig(sparsity=0.6, **TWO_ROUNDS, granularity="layer", criterion="block_influence"),
     "layer+neuron": PruningConfig(sparsity=0.6, **TWO_ROUNDS, granularity="layer+neuron", multiple_of=4),
-}
+    "solved anew": PruningConfig(
+        sparsity=0.5, **TWO_ROUNDS, granularity="head+neuron", criterion="activation", reconstruct=True, multiple_of=4,
+        calibration_samples=24,
+    ),
+}  # fmt: skip
 OF_LLAMA = [("llama", config) for config in KINDS.values()]
 
 
@@ -99,6 +103,20 @@ def test_whole_structures_are_held_and_removed_at_the_end(name, config, make_tra
     assert f"Shrunk from {before:,} to {model.num_parameters():,} parameters" in str(pruning.history)
     with pytest.raises(ValueError, match="before the model was shrunk at the end of the last"):
         trainer.train()
+
+
+def test_cuts_that_solve_anew_give_more_of_what_the_dense_model_gave(make_trainer):
+    dense, errors = without_dropout(build("llama")), {}
+    tokens = torch.stack([sample["input_ids"] for sample in samples(dense)])
+    for reconstruct in (False, True):
+        model = copy.deepcopy(dense)
+        config = dataclasses.replace(KINDS["solved anew"], reconstruct=reconstruct)
+        make_trainer(
+            model, PruningTrainerCallback(config), train_dataset=samples(model), learning_rate=0.0
+        ).train()  # Only cuts change anything.
+        with torch.no_grad():
+            errors[reconstruct] = (model(tokens).logits - dense(tokens).logits).square().mean()
+    assert errors[True] < 0.8 * errors[False]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch"])

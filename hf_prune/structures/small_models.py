@@ -227,7 +227,8 @@ def _narrow_stages_(model_config: Any) -> None:
     listed = {name: value for name, value in vars(model_config).items() if isinstance(value, (list, tuple))}
     if {"hidden_sizes", "num_attention_heads"} <= listed.keys():
         heads = listed["num_attention_heads"]
-        model_config.hidden_sizes = list(map(min, listed["hidden_sizes"], [_HEAD_WIDTH * each for each in heads]))
+        widths = [_HEAD_WIDTH // 2 * each for each in heads]
+        model_config.hidden_sizes = list(map(min, listed["hidden_sizes"], widths))
     for name, most in (("mlp_ratios", 2), ("key_dim", _HEAD_WIDTH), ("image_size", _SIDE)):
         if name in listed:
             setattr(model_config, name, [min(each, most) for each in listed[name]])

@@ -18,7 +18,7 @@ from .distributed.gathering import accessible
 from .distributed.shards import own, reshard_
 from .distributed.zero import master_of, set_master_
 from .plan import Plan
-from .reconstruction.compensation import compensate_
+from .reconstruction.compensation import compensate_, solved_by_compensation
 from .reconstruction.sparsegpt import reconstruct_
 from .recovery.lora import has_adapters, keeps_sparsity, mask_adapters_, require_maskable_adapters, with_adapters
 from .reporting.reports import SparsityReport, count_zeros
@@ -84,7 +84,8 @@ def cut_(
         )
         return {**data.known, **found}
 
-    changed = {**{name: target.weight for name, target in plan.targets.items()}, **plan.parameters}.values()
+    solved = solved_by_compensation(model, plan.targets, plan.structures) if plan.compensates else []
+    changed = [*(target.weight for target in plan.targets.values()), *plan.parameters.values(), *solved]
     several_steps = plan.reconstructs or plan.compensates or plan.config.score_steps > 1
     with _put_back_on_error(changed) if several_steps else contextlib.nullcontext():
         if plan.reconstructs and batches is not None:
@@ -98,11 +99,11 @@ def cut_(
         for step in plan.steps(masks, sparsity):
             masks = plan.next_masks(masks, step, statistics())
             if plan.compensates and batches is not None:
-                solved = compensate_(
+                compensate_(
                     model, plan.targets, plan.structures, masks, batches(), samples, show_progress=data.show_progress
                 )
-                for name in solved:
-                    set_master_(plan.targets[name].weight, plan.targets[name].weight)
+                for each in solved:
+                    set_master_(each, each)
             masks.apply_(model)
     return masks
 

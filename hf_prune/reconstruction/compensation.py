@@ -2,7 +2,8 @@
 
 A projection with weights `W` reads inputs `x`, of which some come from structures that go. Ridge regression makes of
 the rest, `x_S`, as much as it can: its `Ŵ` has the least `E‖W x − Ŵ x_S‖² + λ‖Ŵ − W_S‖²`. With `H = E x xᵀ` this is
-`Ŵ = W_S + W_P H_PS (H_SS + λ)⁻¹`, where `P` is what goes.
+`Ŵ = W_S + W_P H_PS (H_SS + λ)⁻¹`, where `P` is what goes. Where the projection has a bias, `x` is without its mean, of
+which the bias takes over what is lost.
 """
 
 import logging
@@ -33,7 +34,7 @@ def compensate_(
     samples: int,
     *,
     show_progress: bool = False,
-) -> list[str]:
+) -> None:
     """Zeroes what masks of structures prune, and solves the projections that read it anew on what they keep.
 
     Layer by layer in the order of the forward pass, each with the inputs that the changed layers before it give.
@@ -46,9 +47,6 @@ def compensate_(
         batches: What the model is called with, as `read_samples` takes them.
         samples: Number of samples to read, of all processes together.
         show_progress: Whether a bar shows how far it is, if it takes more than a few seconds.
-
-    Returns:
-        The names of the targets that were solved anew.
 
     Raises:
         ValueError: if there are no samples, or activations are not finite (the message names the module).
@@ -65,7 +63,7 @@ def compensate_(
             if moments is None:
                 unseen.append(name)
             else:
-                scarce.extend(_solve_(targets[name], masks[name], moments))
+                scarce.extend(_solve_(targets[name], _bias_of(model, targets[name]), masks[name], moments))
 
     change_in_stages_(model, readers, batches, samples, solve_, show_progress=show_progress)
     masks.apply_(model)  # Not before: passes have needed what structures that go hand on.
@@ -81,7 +79,15 @@ def compensate_(
             "many (calibration_samples), or they fit these samples alone.",
             len(scarce), seen, needed,
         )  # fmt: skip
-    return list(readers)
+
+
+def solved_by_compensation(
+    model: nn.Module, targets: Mapping[str, Target], structures: Structures
+) -> list[torch.Tensor]:
+    """The weights that `compensate_` solves anew, and their biases."""
+    readers = _readers_in(targets, structures).values()
+    biases = (_bias_of(model, target) for target in readers)
+    return [*(target.weight for target in readers), *(bias for bias in biases if bias is not None)]
 
 
 def _readers_in(targets: Mapping[str, Target], structures: Structures) -> dict[str, Target]:
@@ -94,18 +100,30 @@ def _readers_in(targets: Mapping[str, Target], structures: Structures) -> dict[s
     }
 
 
+def _bias_of(model: nn.Module, target: Target) -> nn.Parameter | None:
+    """The bias of a projection; None if it has none, or is one of several experts."""
+    path, _, attribute = target.name.rpartition(".")
+    bias = getattr(model.get_submodule(path), "bias", None) if attribute == "weight" and target.parts == 1 else None
+    return bias if isinstance(bias, nn.Parameter) else None
+
+
 @torch.no_grad()
-def _solve_(target: Target, mask: torch.Tensor, moments: SecondMoments) -> list[tuple[int, int]]:
+def _solve_(
+    target: Target, bias: nn.Parameter | None, mask: torch.Tensor, moments: SecondMoments
+) -> list[tuple[int, int]]:
     """Solves a projection anew; returns for each part with fewer tokens than inputs that stay both numbers."""
-    rows = target.to_rows(target.weight.detach()).to(compute_dtype(target))
-    scarce = []
+    before = target.to_rows(target.weight.detach()).to(compute_dtype(target))
+    rows, scarce = before.clone(), []
     for i, kept in enumerate(target.to_rows(mask)):
-        stays = kept.any(0)
+        stays, seen = kept.any(0), int(moments.positions[i])
         if stays.all() or not stays.any() or not moments.sums[i].any():
             continue
-        if (seen := int(moments.positions[i])) < (needed := int(stays.sum())):
+        if seen < (needed := int(stays.sum())):
             scarce.append((seen, needed))
-        rows[i] = solved(rows[i], moments.sums[i], stays, target.weight.dtype)
+        mean = moments.totals[i] / seen if bias is not None else torch.zeros_like(moments.totals[i])
+        rows[i] = solved(rows[i], moments.sums[i] - seen * mean.outer(mean), stays, target.weight.dtype)
+        if bias is not None:
+            bias.copy_(bias + (before[i] - rows[i]) @ mean)
     target.weight.copy_(target.from_rows(rows))
     return scarce
 
@@ -119,7 +137,7 @@ def solved(
 
     Args:
         rows: `[out, in]`, in float32 or better.
-        moments: `[in, in]` second moments `X Xᵀ` of the inputs, in the same dtype.
+        moments: `[in, in]` second moments `X Xᵀ` of the inputs, or those around their mean, in the same dtype.
         stays: `[in]` bools.
         dtype: What the weight is rounded to; that of the rows if None.
 

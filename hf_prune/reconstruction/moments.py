@@ -28,6 +28,7 @@ class SecondMoments:
 
     Attributes:
         sums: `[parts, fan_in, fan_in]`, in float32 or better; whole once `finish_` was called.
+        totals: `[parts, fan_in]`: the sum of the columns of `X`.
         positions: `[parts]`: over how many columns of `X`.
     """
 
@@ -35,6 +36,7 @@ class SecondMoments:
         self._model, self._target, device = model, target, target.weight.device
         size = torch.Size([target.parts, target.fan_in, target.fan_in])
         self.sums = torch.zeros(size, device=device, dtype=compute_dtype(target))
+        self.totals = self.sums.new_zeros(size[:2])
         self.positions = torch.zeros(target.parts, device=device, dtype=torch.int64)
         self._bands = [slice(start, start + _BAND) for start in range(0, target.fan_in, _BAND)]
 
@@ -42,13 +44,15 @@ class SecondMoments:
         """Adds the inputs of a product."""
         x = unpadded_inputs(product, batch, self._model).to(self.sums.dtype)
         self.positions[product.part_slice] += x.shape[1]
+        self.totals[product.part_slice] += x.sum(1)
         for here in self._bands:  # They are symmetric, and what is to their left need not be computed.
             on = slice(here.start, None)
             self.sums[product.part_slice, here, on].baddbmm_(x[..., here].mT, x[..., on])
 
     def finish_(self) -> None:
         """Adds up what all processes have seen; raises if it is not finite."""
-        self.sums, self.positions = sum_over_processes_(self.sums), sum_over_processes_(self.positions)
+        self.sums, self.totals = sum_over_processes_(self.sums), sum_over_processes_(self.totals)
+        self.positions = sum_over_processes_(self.positions)
         for here in self._bands:
             behind = slice(here.stop, None)
             self.sums[:, behind, here] = self.sums[:, here, behind].mT

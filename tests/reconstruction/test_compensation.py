@@ -41,6 +41,22 @@ def least_squares(weight, x, stays):
     return found
 
 
+def with_intercept(weight, bias, x, stays):
+    """The same of a projection with a bias, which is drawn to nothing."""
+    inner = x[:, stays]
+    ridge = (RIDGE * (inner - inner.mean(0)).square().sum(0).mean()).sqrt() * torch.eye(
+        int(stays.sum()), dtype=x.dtype
+    )
+    system = torch.cat(
+        [torch.cat([inner, torch.ones(len(x), 1)], 1), torch.cat([ridge, torch.zeros(len(ridge), 1)], 1)]
+    )
+    wanted = torch.cat([x @ weight.T + bias, ridge @ weight[:, stays].T])
+    solution = torch.linalg.lstsq(system, wanted, driver="gelsd").solution
+    found = torch.zeros_like(weight)
+    found[:, stays] = solution[:-1].T
+    return found, solution[-1]
+
+
 def correlated(positions, inputs):
     mix = torch.randn(inputs, inputs, dtype=torch.float64) + torch.rand(inputs, 1, dtype=torch.float64)
     return torch.randn(positions, inputs, dtype=torch.float64) @ mix
@@ -112,8 +128,13 @@ def by_hooks(model, masks, batches):
         if mask is None or (stays := as_rows(module, mask).any(0)).all():
             continue
         with torch.no_grad():
-            weight = as_rows(module, module.weight)
-            weight.copy_(least_squares(weight.clone(), inputs_of_module(model, module, batches), stays))
+            weight, x = as_rows(module, module.weight), inputs_of_module(model, module, batches)
+            if module.bias is None:
+                weight.copy_(least_squares(weight.clone(), x, stays))
+            else:
+                rows, bias = with_intercept(weight.clone(), module.bias.clone(), x, stays)
+                weight.copy_(rows)
+                module.bias.copy_(bias)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter *= masks.get(name, torch.ones(()))

@@ -109,9 +109,8 @@ class PruningConfig:
         multiple_of: The number of neurons, channels or widths that remain is a multiple of this, or all of them.
         shrink_at_end: Whether `PruningTrainerCallback` removes pruned structures when training ends: see
             `hf_prune.shrink`. Until then they are masked.
-        reconstruct: With heads, queries and neurons: a cut solves the projections that read what goes anew on what
-            stays, so that each layer gives about what it gave: see `hf_prune.reconstruction.compensation`. It takes
-            calibration samples, but no labels.
+        reconstruct: With heads, queries and neurons: each cut solves what reads them anew on those that stay, by
+            samples without labels: see `hf_prune.reconstruction.compensation`.
         uniform: Remove the same number of structures everywhere, so that an ordinary config of the model's family says
             what is left, and the model loads where hf_prune is not installed. An error where the family cannot say it.
 
@@ -310,11 +309,6 @@ class PruningConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{path} does not hold a pruning config, but {values!r}.")
         return cls.from_dict(values)
-
-
-def asked_in(folder: Path) -> str | None:
-    """What `PruningConfig.without_defaults` says of a saved model; None if no config lies beside it."""
-    return PruningConfig.from_pretrained(folder).without_defaults() if (folder / CONFIG_NAME).is_file() else None
 
 
 def _parse_layer_sparsity(text: str) -> dict[str, float]:

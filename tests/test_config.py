@@ -71,6 +71,10 @@ COMMANDS = [
         "--sparsity 0.5 --granularity head+neuron --no_shrink_at_end",
         {"sparsity": 0.5, "granularity": "head+neuron", "shrink_at_end": False},
     ),
+    (
+        "--sparsity 0.5 --granularity neuron --reconstruct",
+        {"sparsity": 0.5, "granularity": "neuron", "reconstruct": True},
+    ),
     ("--hold_zeros false --sparsity 0.5", {"hold_zeros": False, "sparsity": 0.5}),
 ]
 

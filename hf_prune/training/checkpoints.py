@@ -1,5 +1,6 @@
 """Checkpoints: where an interrupted run is found again, and whether what is there is whole."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -95,7 +96,8 @@ def require_same(progress: Progress, plan: Plan) -> None:
     Raises:
         ValueError: naming what has changed.
     """
-    theirs = {**progress["config"], "criterion": progress["criterion"]}
+    defaults = {field.name: field.default for field in dataclasses.fields(plan.config)}  # Of what came later.
+    theirs = {**defaults, **progress["config"], "criterion": progress["criterion"]}
     ours = {**plan.config.to_dict(), "criterion": plan.criterion_name}
     if changed := [key for key in ours | theirs if ours.get(key) != theirs.get(key)]:
         was = ", ".join(f"{key}={theirs.get(key)!r} (now {ours.get(key)!r})" for key in changed)

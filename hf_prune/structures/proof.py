@@ -187,7 +187,8 @@ def _try_layers(trials: _Trials, family: Family) -> tuple[Family, str | None]:
             return family, str(error)
         for name, group in groups.items():
             kinds = [layer_kind(layer) for layer in trials.model.get_submodule(name).children()]
-            tried = {0, *({kind: i for i, kind in enumerate(kinds)}.values())}  # The last of each kind, and the first.
+            # The first of each kind: those of Jamba come in periods, and behind it all others are of another kind.
+            tried = {*map(kinds.index, kinds), group.count - 1}
             for i in sorted(tried) if group.count > 1 else ():
                 kept = {name: torch.arange(group.count) != i}
                 if kinds[i] in stays[stack.layers] or i in group.stay:

@@ -98,21 +98,18 @@ class PruningConfig:
             weights, of which a copy is kept in CPU memory and in checkpoints, or its "last".
         metric: The evaluation metric that patience and the history follow; `metric_for_best_model` of the training
             arguments if None, else `eval_loss`. The training arguments' `greater_is_better` says which way it
-            improves if it is their metric, or they name none; otherwise its name does: losses, perplexities and
-            errors fall (see `hf_prune.training.monitor.FALLING`).
-        restart_lr: Each cut starts the learning-rate schedule anew, with its warm-up, compressed to what the round may
-            take at most. Otherwise it goes on.
+            improves if it is their metric, or they name none; otherwise its name (`hf_prune.training.monitor.FALLING`).
+        restart_lr: Each cut starts the learning-rate schedule anew, compressed to what the round may take at most.
         optimizer_state: What a cut does to the optimizer: "mask" zeroes what it remembers of pruned weights, "reset"
-            forgets everything, "keep" touches nothing. What is not of the weights' shape, such as Adafactor's factored
-            moments, cannot be masked.
+            forgets everything, "keep" touches nothing. Moments of another shape, as Adafactor's, cannot be masked.
         hold_zeros: What is zero at the start enters the mask first and stays zero.
         multiple_of: The number of neurons, channels or widths that remain is a multiple of this, or all of them.
         shrink_at_end: Whether `PruningTrainerCallback` removes pruned structures when training ends: see
             `hf_prune.shrink`. Until then they are masked.
         reconstruct: With heads, queries and neurons: each cut solves what reads them anew on those that stay, by
             samples without labels: see `hf_prune.reconstruction.compensation`.
-        uniform: Remove the same number of structures everywhere, so that an ordinary config of the model's family says
-            what is left, and the model loads where hf_prune is not installed. An error where the family cannot say it.
+        uniform: Remove as many structures everywhere, so that an ordinary config of the family says what is left, and
+            the model loads where hf_prune is not installed. An error where the family cannot say it.
 
     Raises:
         ValueError: if a value is outside of its range, unknown, or contradicts another.
@@ -194,8 +191,8 @@ class PruningConfig:
             )
         if self.scope == "row":
             raise ValueError(
-                f"{self.criterion} compares weights within blocks of columns; scope says how sparse each layer is "
-                f"and must be one of {', '.join(scope for scope in SCOPES if scope != 'row')}; got 'row'."
+                f"{self.criterion} compares weights within blocks of columns; scope says how sparse each layer is and "
+                f"must be one of {', '.join(scope for scope in SCOPES if scope != 'row')}; got 'row'."
             )
         if self.score_steps != 1:
             raise ValueError(f"{self.criterion} scores anew as it goes; leave score_steps out.")
@@ -309,6 +306,11 @@ class PruningConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{path} does not hold a pruning config, but {values!r}.")
         return cls.from_dict(values)
+
+
+def asked_in(folder: Path) -> str | None:
+    """What `PruningConfig.without_defaults` says of a saved model; None if no config lies beside it."""
+    return PruningConfig.from_pretrained(folder).without_defaults() if (folder / CONFIG_NAME).is_file() else None
 
 
 def _parse_layer_sparsity(text: str) -> dict[str, float]:

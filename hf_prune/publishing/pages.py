@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import CONFIG_NAME, PruningConfig
+from ..config import asked_in
 from ..reporting.history import HISTORY_NAME, PruningHistory
 from ..reporting.plots import as_svg, figure_of_modules
 from ..reporting.reports import structure_rows
@@ -66,7 +66,7 @@ def page_of(name: str, report: FolderReport) -> str:
         sections.append(("Structures", _table(structure_rows(report.structures), total=False)))
     if remarks := report.remarks():
         sections.append(("Remarks", "".join(f"<p>{html.escape(remark)}</p>" for remark in remarks)))
-    if asked := _asked_in(folder):
+    if asked := asked_in(folder):
         sections.append(("Config", f"<p>Without defaults:</p><pre>{html.escape(asked)}</pre>"))
     sections.append(("Tensors", _table(report.rows())))
     shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts.items())
@@ -94,8 +94,3 @@ def _table(rows: Sequence[Sequence[str]], total: bool = True) -> str:
         f'<div class="table"><table{kind}><thead><tr><th>{"</th><th>".join(head)}</th></tr></thead>\n'
         f"<tbody>\n{lines}\n</tbody></table></div>"
     )
-
-
-def _asked_in(folder: Path) -> str | None:
-    """What `PruningConfig.without_defaults` says of a saved model; None if no config lies beside it."""
-    return PruningConfig.from_pretrained(folder).without_defaults() if (folder / CONFIG_NAME).is_file() else None

@@ -98,7 +98,7 @@ class PruningConfig:
             weights, of which a copy is kept in CPU memory and in checkpoints, or its "last".
         metric: The evaluation metric that patience and the history follow; `metric_for_best_model` of the training
             arguments if None, else `eval_loss`. The training arguments' `greater_is_better` says which way it
-            improves if it is their metric, or they name none; otherwise its name (`hf_prune.training.monitor.FALLING`).
+            improves if it is their metric, or they name none; else its name (`hf_prune.training.monitor.FALLING`).
         restart_lr: Each cut starts the learning-rate schedule anew, compressed to what the round may take at most.
         optimizer_state: What a cut does to the optimizer: "mask" zeroes what it remembers of pruned weights, "reset"
             forgets everything, "keep" touches nothing. Moments of another shape, as Adafactor's, cannot be masked.

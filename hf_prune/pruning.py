@@ -111,7 +111,7 @@ def cut_(
 @contextlib.contextmanager
 def _put_back_on_error(weights: Iterable[torch.Tensor]) -> Iterator[None]:
     """If what is done in it fails, the weights are as they were."""
-    before = {weight: own(master_of(weight)).to("cpu", copy=True) for weight in weights}
+    before = {weight: own(master_of(weight)).to("cpu", copy=True) for weight in dict.fromkeys(weights)}
     done = False
     try:
         yield

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..calibration.batches import Batch
 from ..selection.whole_structures import COMPENSATED
-from ..structures.groups import Structures
+from ..structures.groups import Structures, kept_in, masks_of
 from ..weights.masks import MaskSet
 from ..weights.targets import Target
 from .moments import SecondMoments, change_in_stages_, compute_dtype
@@ -55,6 +55,9 @@ def compensate_(
     Models", arXiv 2302.04089, for all that goes at once.
     """
     readers = _readers_in(targets, structures)
+    # Layers, experts and widths that go are zero from the beginning: nothing makes up for them.
+    others = {name: group for name, group in structures.items() if group.kind not in COMPENSATED}
+    masks_of(others, kept_in(others, masks)).apply_(model)
     unseen: list[str] = []
     scarce: list[tuple[int, int]] = []
 
@@ -66,10 +69,10 @@ def compensate_(
                 scarce.extend(_solve_(targets[name], _bias_of(model, targets[name]), masks[name], moments))
 
     change_in_stages_(model, readers, batches, samples, solve_, show_progress=show_progress)
-    masks.apply_(model)  # Not before: passes have needed what structures that go hand on.
+    masks.apply_(model)  # Not before: passes have needed what heads, queries and neurons that go hand on.
     if unseen:
         logger.warning(
-            "No product of %r was seen in the forward passes (%d projections in all), which keep their weights.",
+            "No product of %r was seen in the forward passes (%d projections in all), which only lose what is pruned.",
             unseen[0], len(unseen),
         )  # fmt: skip
     if scarce:
@@ -120,8 +123,10 @@ def _solve_(
             continue
         if seen < (needed := int(stays.sum())):
             scarce.append((seen, needed))
-        mean = moments.totals[i] / seen if bias is not None else torch.zeros_like(moments.totals[i])
-        rows[i] = solved(rows[i], moments.sums[i] - seen * mean.outer(mean), stays, target.weight.dtype)
+        mean, around = moments.totals[i] / seen, moments.sums[i]
+        if bias is not None:
+            around = around.addr(mean, mean, alpha=-seen)
+        rows[i] = solved(rows[i], around, stays, target.weight.dtype)
         if bias is not None:
             bias.copy_(bias + (before[i] - rows[i]) @ mean)
     target.weight.copy_(target.from_rows(rows))

@@ -70,7 +70,7 @@ def _reached(value: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> dic
     # What both depend on wholly, as neurons on the attention before them, is divided by nothing.
     divided = {name: parameters[name] for name, gradient in seen.items() if not gradient.all()}
     gradients = _gradients(value, list(divided.values()), torch.arange(width))
-    sizes = {name: each.abs_() for name, each in zip(divided, gradients, strict=True) if each is not None}
+    sizes = {name: each.abs() for name, each in zip(divided, gradients, strict=True) if each is not None}
     largest = torch.stack([gradient.abs().amax() for gradient in seen.values()]).amax()
     # What cancels, as a bias of keys does in a softmax, leaves rounding errors.
     least = _RELATIVE * torch.stack([each.flatten(1).amax(1) for each in sizes.values()]).amax(0).clamp(min=largest)

@@ -182,6 +182,24 @@ def test_experts_are_solved_anew_each_by_the_tokens_that_come_to_it(name):
     assert errors[True] < 0.8 * errors[False]
 
 
+def test_layers_that_go_are_gone_from_the_beginning():
+    """What is solved behind them sees the stream without them."""
+    dense = build("llama", torch.float64)
+    batches = samples_of(dense)
+    kinds = dict(sparsity=0.34, scope="auto")
+    together, masked = copy.deepcopy(dense), copy.deepcopy(dense)
+    prune(together, config_of("layer+neuron", **kinds, reconstruct=True, calibration_samples=12), batches)
+    prune(masked, config_of("layer+neuron", **kinds))
+    masks = {n: p != 0 for n, p in masked.named_parameters() if not (p != 0).all()}
+    assert any(not mask.any() for mask in masks.values())
+    first = copy.deepcopy(dense)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            first.get_parameter(name).mul_(mask.any())
+    for name, parameter in by_hooks(first, masks, batches).named_parameters():
+        torch.testing.assert_close(together.get_parameter(name), parameter, rtol=0, atol=1e-8, msg=name)
+
+
 def test_later_cuts_leave_alone_what_went_before():
     model = build("llama", torch.float64)
     batches = samples_of(model)

@@ -98,18 +98,22 @@ class PruningConfig:
             weights, of which a copy is kept in CPU memory and in checkpoints, or its "last".
         metric: The evaluation metric that patience and the history follow; `metric_for_best_model` of the training
             arguments if None, else `eval_loss`. The training arguments' `greater_is_better` says which way it
-            improves if it is their metric, or they name none; else its name (`hf_prune.training.monitor.FALLING`).
-        restart_lr: Each cut starts the learning-rate schedule anew, compressed to what the round may take at most.
+            improves if it is their metric, or they name none; otherwise its name does: losses, perplexities and
+            errors fall (see `hf_prune.training.monitor.FALLING`).
+        restart_lr: Each cut starts the learning-rate schedule anew, with its warm-up, compressed to what the round may
+            take at most. Otherwise it goes on.
         optimizer_state: What a cut does to the optimizer: "mask" zeroes what it remembers of pruned weights, "reset"
-            forgets everything, "keep" touches nothing. Moments of another shape, as Adafactor's, cannot be masked.
+            forgets everything, "keep" touches nothing. What is not of the weights' shape, such as Adafactor's factored
+            moments, cannot be masked.
         hold_zeros: What is zero at the start enters the mask first and stays zero.
         multiple_of: The number of neurons, channels or widths that remain is a multiple of this, or all of them.
         shrink_at_end: Whether `PruningTrainerCallback` removes pruned structures when training ends: see
             `hf_prune.shrink`. Until then they are masked.
-        reconstruct: With heads, queries and neurons: each cut solves what reads them anew on those that stay, by
-            samples without labels: see `hf_prune.reconstruction.compensation`.
-        uniform: Remove as many structures everywhere, so that an ordinary config of the family says what is left, and
-            the model loads where hf_prune is not installed. An error where the family cannot say it.
+        reconstruct: With heads, queries and neurons: a cut solves the projections that read what goes anew on what
+            stays, so that each layer gives about what it gave: see `hf_prune.reconstruction.compensation`. It takes
+            calibration samples, but no labels, and fills zeros of single weights.
+        uniform: Remove the same number of structures everywhere, so that an ordinary config of the model's family says
+            what is left, and the model loads where hf_prune is not installed. An error where the family cannot say it.
 
     Raises:
         ValueError: if a value is outside of its range, unknown, or contradicts another.
@@ -177,25 +181,11 @@ class PruningConfig:
         granularity.require_options(asked)
         require_scorable(self.criterion, CRITERION_NAMES[self.criterion], granularity.kinds)
         if self.criterion in RECONSTRUCTIONS:
-            self._require_reconstruction(granularity)
+            granularity.require_reconstruction(self.criterion, self.scope, self.score_steps)
         # Computed once here so that a schedule that cannot be is an error at once.
         object.__setattr__(self, "_round_sparsities", self._resolve_rounds(granularity))
         require_begin_and_end(self.begin, self.end)
         require_patience(asked, len(self.round_sparsities))
-
-    def _require_reconstruction(self, granularity: Granularity) -> None:
-        if not granularity.can_reconstruct:
-            raise ValueError(
-                f"{self.criterion} chooses weights one by one or N of every M; granularity {self.granularity!r} does "
-                "not go with it."
-            )
-        if self.scope == "row":
-            raise ValueError(
-                f"{self.criterion} compares weights within blocks of columns; scope says how sparse each layer is and "
-                f"must be one of {', '.join(scope for scope in SCOPES if scope != 'row')}; got 'row'."
-            )
-        if self.score_steps != 1:
-            raise ValueError(f"{self.criterion} scores anew as it goes; leave score_steps out.")
 
     def _require_patterns(self) -> None:
         for pattern, value in self.own_sparsities.items():

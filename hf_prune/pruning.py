@@ -48,8 +48,8 @@ def cut_(
         A mask for each of `plan.parameters`.
 
     Raises:
-        ValueError, TypeError: as `Plan.next_masks` and `calibrate` do, or if the criterion looks at data and there are
-            none. The weights are then as they were.
+        ValueError, TypeError: as `Plan.next_masks` and `calibrate` do, or if the cut looks at data and there are none.
+            The weights are then as they were.
     """
     reshard_(model)
     if has_adapters(model):
@@ -84,8 +84,8 @@ def cut_(
         )
         return {**data.known, **found}
 
-    solved = solved_by_compensation(model, plan.targets, plan.structures) if plan.compensates else []
-    changed = [*(target.weight for target in plan.targets.values()), *plan.parameters.values(), *solved]
+    changed = [*(target.weight for target in plan.targets.values()), *plan.parameters.values()]
+    changed += solved_by_compensation(model, plan.targets, plan.structures) if plan.compensates else []
     several_steps = plan.reconstructs or plan.compensates or plan.config.score_steps > 1
     with _put_back_on_error(changed) if several_steps else contextlib.nullcontext():
         if plan.reconstructs and batches is not None:
@@ -99,7 +99,7 @@ def cut_(
         for step in plan.steps(masks, sparsity):
             masks = plan.next_masks(masks, step, statistics())
             if plan.compensates and batches is not None:
-                compensate_(
+                solved = compensate_(
                     model, plan.targets, plan.structures, masks, batches(), samples, show_progress=data.show_progress
                 )
                 for each in solved:
@@ -141,8 +141,9 @@ def prune(
             all call this, with the same weights.
         config: The pruning config; of its rounds only the last counts.
         dataloader: Batches with the samples along the first dimension of their tensors, for criteria and scopes that
-            look at data; also padding-free ones, and those of vision-language models. Of these the first
-            `config.calibration_samples` samples are read, maybe several times. Each process gives samples of its own.
+            look at data, and for `reconstruct`; also padding-free ones, and those of vision-language models. Of these
+            the first `config.calibration_samples` samples are read, maybe several times. Each process gives samples of
+            its own.
         criterion: A criterion in place of the config's.
         seed: For criteria that draw random numbers.
 
@@ -150,10 +151,11 @@ def prune(
         The sparsity by module, over the targets and over the whole model.
 
     Raises:
-        ValueError: if the config does not fit the model; if criterion or scope looks at data and the dataloader is
-            missing, empty, or can be read only once; if the model cannot be called with its batches, or their samples
-            cannot be told apart; if nobody gathers here what the criterion reads; if a weight or a statistic is not
-            finite; or if scores are NaN, of another shape, or differ from call to call. The model is then as it was.
+        ValueError: if the config does not fit the model; if criterion, scope or `reconstruct` looks at data and the
+            dataloader is missing, empty, or can be read only once; if the model cannot be called with its batches, or
+            their samples cannot be told apart; if nobody gathers here what the criterion reads; if a weight or a
+            statistic is not finite; or if scores are NaN, of another shape, or differ from call to call. The model is
+            then as it was.
         TypeError: if the criterion gives something that is not a tensor.
 
     Example:

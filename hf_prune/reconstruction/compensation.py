@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ..calibration.batches import Batch
-from ..selection.whole_structures import COMPENSATED
-from ..structures.groups import Structures, kept_in, masks_of
+from ..calibration.statistics import warn_of_unreached
+from ..structures.contributions import readers_of
+from ..structures.groups import COMPENSATED, Structures, kept_in, masks_of
 from ..weights.masks import MaskSet
 from ..weights.targets import Target
 from .moments import SecondMoments, change_in_stages_, compute_dtype
@@ -34,19 +35,25 @@ def compensate_(
     samples: int,
     *,
     show_progress: bool = False,
-) -> None:
-    """Zeroes what masks of structures prune, and solves the projections that read it anew on what they keep.
+) -> list[torch.Tensor]:
+    """Solves the projections that read what masks of structures prune anew on what they keep, ahead of the masks.
 
-    Layer by layer in the order of the forward pass, each with the inputs that the changed layers before it give.
+    Layer by layer in the order of the forward pass, each with the inputs that the changed layers before it give, and
+    without the structures of other kinds than `COMPENSATED` that go, which are zeroed at once. Single weights that
+    were zero are filled.
 
     Args:
         model: The model, unwrapped; called as a calibration calls it. Changed in place.
         targets: The weights.
-        structures: The structures; those of other kinds than `COMPENSATED` are zeroed only.
-        masks: What is pruned. What was zero before is no matter.
-        batches: What the model is called with, as `read_samples` takes them.
+        structures: The structures.
+        masks: What is pruned. Passes need what heads, queries and neurons that go hand on: the masks of these are
+            applied afterwards.
+        batches: What the model is called with, as `read_samples` takes them. Padding of an encoder-decoder counts.
         samples: Number of samples to read, of all processes together.
         show_progress: Whether a bar shows how far it is, if it takes more than a few seconds.
+
+    Returns:
+        The weights that were solved anew, and their biases.
 
     Raises:
         ValueError: if there are no samples, or activations are not finite (the message names the module).
@@ -54,53 +61,59 @@ def compensate_(
     Source: the regression is that of Kurtic et al. 2023, "ZipLM: Inference-Aware Structured Pruning of Language
     Models", arXiv 2302.04089, for all that goes at once.
     """
-    readers = _readers_in(targets, structures)
-    # Layers, experts and widths that go are zero from the beginning: nothing makes up for them.
     others = {name: group for name, group in structures.items() if group.kind not in COMPENSATED}
     masks_of(others, kept_in(others, masks)).apply_(model)
+    changed: list[torch.Tensor] = []
     unseen: list[str] = []
     scarce: list[tuple[int, int]] = []
 
     def solve_(names: Sequence[str], moments: SecondMoments | None) -> None:
         for name in names:
+            if masks[name].all():
+                continue
+            target, bias = targets[name], _bias_of(model, targets[name])
             if moments is None:
                 unseen.append(name)
-            else:
-                scarce.extend(_solve_(targets[name], _bias_of(model, targets[name]), masks[name], moments))
+                continue
+            warn_of_unreached(target, moments.positions > 0, "they only lose what is pruned")
+            if few := _solve_(target, bias, masks[name], moments):
+                scarce.append(max(few, key=_shortage))
+            changed.extend([target.weight] if bias is None else [target.weight, bias])
 
-    change_in_stages_(model, readers, batches, samples, solve_, show_progress=show_progress)
-    masks.apply_(model)  # Not before: passes have needed what heads, queries and neurons that go hand on.
+    change_in_stages_(model, _readers_in(targets, structures), batches, samples, solve_, show_progress=show_progress)
     if unseen:
         logger.warning(
             "No product of %r was seen in the forward passes (%d projections in all), which only lose what is pruned.",
             unseen[0], len(unseen),
         )  # fmt: skip
     if scarce:
-        seen, needed = max(scarce, key=lambda each: each[1] - each[0])
+        seen, needed = max(scarce, key=_shortage)
         logger.warning(
             "%d projections were solved anew from fewer tokens than they have inputs (%d for %d). Give at least as "
             "many (calibration_samples), or they fit these samples alone.",
             len(scarce), seen, needed,
         )  # fmt: skip
+    return changed
 
 
 def solved_by_compensation(
     model: nn.Module, targets: Mapping[str, Target], structures: Structures
 ) -> list[torch.Tensor]:
-    """The weights that `compensate_` solves anew, and their biases."""
+    """The weights that `compensate_` may solve anew, and their biases."""
     readers = _readers_in(targets, structures).values()
     biases = (_bias_of(model, target) for target in readers)
     return [*(target.weight for target in readers), *(bias for bias in biases if bias is not None)]
 
 
 def _readers_in(targets: Mapping[str, Target], structures: Structures) -> dict[str, Target]:
-    """The targets whose inputs are divided among structures."""
-    members = [member for group in structures.values() if group.kind in COMPENSATED for member in group.members]
-    return {
-        member.name: targets[member.name]
-        for member in members
-        if member.name in targets and targets[member.name].axes[-1] in member.axes
-    }
+    """The projections that read structures which can be made up for."""
+    groups = [group for group in structures.values() if group.kind in COMPENSATED]
+    return {member.name: target for group in groups for member, target in readers_of(group, targets)}
+
+
+def _shortage(tokens: tuple[int, int]) -> int:
+    seen, needed = tokens
+    return needed - seen
 
 
 def _bias_of(model: nn.Module, target: Target) -> nn.Parameter | None:
@@ -133,9 +146,7 @@ def _solve_(
     return scarce
 
 
-def solved(
-    rows: torch.Tensor, moments: torch.Tensor, stays: torch.Tensor, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def solved(rows: torch.Tensor, moments: torch.Tensor, stays: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The rows of a weight, solved anew on the inputs that stay.
 
     Rows for which that is no better, as rounding may have it, only lose the others.
@@ -144,7 +155,7 @@ def solved(
         rows: `[out, in]`, in float32 or better.
         moments: `[in, in]` second moments `X Xᵀ` of the inputs, or those around their mean, in the same dtype.
         stays: `[in]` bools.
-        dtype: What the weight is rounded to; that of the rows if None.
+        dtype: What the weight is rounded to.
 
     Returns:
         `[out, in]`, zero where inputs go.
@@ -158,8 +169,7 @@ def solved(
         return without
     found = without.clone()
     found[:, stays] += torch.cholesky_solve((rows[:, ~stays] @ cross).mT, lower).mT
-    if dtype is not None:
-        found = found.to(dtype).to(rows.dtype)
+    found = found.to(dtype).to(rows.dtype)
     is_better = _errors(rows - found, moments) < _errors(rows - without, moments)
     return torch.where(is_better[:, None], found, without)
 

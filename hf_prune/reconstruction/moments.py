@@ -97,6 +97,7 @@ def change_in_stages_(
                 stages.run(stage, moments.add_)
                 moments.finish_()
                 change_(stage.names, moments)
+                del moments  # Before there are others.
                 stages.finish(stage)
 
 

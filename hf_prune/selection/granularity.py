@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from ..scopes import SCOPES
 from ..structures.groups import KINDS, NO_STRUCTURES, Structures
 from ..weights.masks import MaskSet
 from ..weights.targets import Target
@@ -51,6 +52,21 @@ class Granularity(ABC):
                     f"{name} is about structures, and granularity {str(self)!r} has none. Choose one of "
                     f"{', '.join(KINDS)}."
                 )
+
+    def require_reconstruction(self, criterion: str, scope: str, score_steps: int) -> None:
+        """Requires that a method that reconstructs can choose by it, and goes with what else a config asks for."""
+        if not self.can_reconstruct:
+            raise ValueError(
+                f"{criterion} chooses weights one by one or N of every M; granularity {str(self)!r} does not go with "
+                "it."
+            )
+        if scope == "row":
+            raise ValueError(
+                f"{criterion} compares weights within blocks of columns; scope says how sparse each layer is and must "
+                f"be one of {', '.join(scope for scope in SCOPES if scope != 'row')}; got 'row'."
+            )
+        if score_steps != 1:
+            raise ValueError(f"{criterion} scores anew as it goes; leave score_steps out.")
 
     def auto_scope(self, scope: str, reconstructs: bool) -> str:
         """What `scope="auto"` means, with a criterion that has declared a scope, or a method that reconstructs."""

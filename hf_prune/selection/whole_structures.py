@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..structures.finding import find_structures, require_removable
-from ..structures.groups import KINDS, Structures, in_layers_that_stay, kept_in, masks_of
+from ..structures.groups import COMPENSATED, KINDS, Structures, in_layers_that_stay, kept_in, masks_of
 from ..structures.ranking import choose, floors_of_structures, pools_of, shortfall_of
 from ..weights.masks import MaskSet
 from ..weights.targets import Target
@@ -15,9 +15,6 @@ from .granularity import Granularity
 
 MULTIPLE_OF = 8
 """The number of neurons, channels or widths that remain is a multiple of this, unless a config says otherwise."""
-
-COMPENSATED = {"head", "query", "neuron"}
-"""The kinds of structures that one projection reads, which can be solved anew."""
 
 _COUNTED_IN_MULTIPLES = {"neuron", "channel", "width"}
 _ONE_POOL = {"layer", "width"}

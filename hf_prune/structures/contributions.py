@@ -1,7 +1,7 @@
 """Contributions: how much of what is computed behind a structure is its doing, from what it hands on."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,14 @@ from .routed import Routed
 _CROSSES = re.compile(r"(encoder_attn|EncDecAttention|cross_?[aA]tt).*\.((k|v|key|value)(_proj)?|\w*kv\w*)$")
 
 
+def readers_of(group: StructureGroup, targets: Mapping[str, Target]) -> Iterator[tuple[Member, Target]]:
+    """The projections whose inputs are divided among the structures of a group."""
+    for member in group.members:
+        target = targets.get(member.name)
+        if target is not None and target.axes[-1] in member.axes:
+            yield member, target
+
+
 class Contribution(StructureGatherer):
     """`√E‖W_s x_s‖²` of each structure: `x_s` is what it hands on, `W_s` the columns of the projections that read it.
 
@@ -35,10 +43,8 @@ class Contribution(StructureGatherer):
         self._experts = _RoutedEnergy(model, experts, targets) if experts else None
         self._readers: dict[str, list[_Reader]] = {}
         for group in structures.values():
-            for member in group.members if group.name not in experts else ():
-                target = self.targets.get(member.name)
-                if target is not None and target.axes[-1] in member.axes:
-                    self._readers.setdefault(member.name, []).append(_Reader.of(group, member, target))
+            for member, target in readers_of(group, self.targets) if group.name not in experts else ():
+                self._readers.setdefault(member.name, []).append(_Reader.of(group, member, target))
         self._in_passes = targets_in_passes(model, {name: self.targets[name] for name in self._readers})
 
     @torch.no_grad()

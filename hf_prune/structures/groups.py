@@ -21,6 +21,9 @@ KINDS = {
 }
 """The kinds of structures → what several of them are called."""
 
+COMPENSATED = {"head", "query", "neuron"}
+"""The kinds that projections read and nothing else: what reads them can be solved anew on those that stay."""
+
 LEAST = "a router chooses so many experts for each token, of each of its groups if it has some"
 """Why several structures have to stay, for messages."""
 

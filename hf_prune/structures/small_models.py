@@ -36,18 +36,19 @@ _AT_MOST = {
     **dict.fromkeys([*HEAD_WIDTH_FIELDS, "d_head"], _HEAD_WIDTH),
     **dict.fromkeys(["linear_num_key_heads", "linear_num_value_heads", "linear_num_heads", "index_n_heads"], 2),
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank", "chunk_size", "mamba_chunk_size"], 16),
-    **{"mamba_dt_rank": 16, "mamba_d_state": 4, "state_size": 4, "ssm_state_size": 4},
+    **dict.fromkeys(["mamba_d_state", "state_size", "ssm_state_size"], 4),
     **dict.fromkeys(EXPERT_COUNTS, _EXPERTS),
     **dict.fromkeys([*EXPERTS_CHOSEN, *EXPERT_GROUPS], 2),
     **dict.fromkeys(["topk_group", "mamba_n_groups", "n_groups", "H_cycles", "L_cycles"], 1),
-    **{"swa_num_attention_heads": _N_HEADS, "swa_num_key_value_heads": _N_HEADS // 2, "swa_head_dim": _HEAD_WIDTH},
-    **{
-        "block_size": 32,
-        "local_radius": 15,
-        "global_block_size": 4,
-        "num_global_tokens": 4,
-        "num_layers_per_stack": 2,
-    },
+    "mamba_dt_rank": 16,
+    "swa_num_attention_heads": _N_HEADS,
+    "swa_num_key_value_heads": _N_HEADS // 2,
+    "swa_head_dim": _HEAD_WIDTH,
+    "block_size": 32,
+    "local_radius": 15,
+    "global_block_size": 4,
+    "num_global_tokens": 4,
+    "num_layers_per_stack": 2,
 }
 """Fields of configs → what they are at most in a narrow model."""
 _DEPTHS_OF_STAGES = ("depths", "block_sizes")
@@ -78,7 +79,8 @@ def small_model_like(model: PreTrainedModel) -> PreTrainedModel:
             return small
         except Exception as error:  # Configs and models check all kinds of things, each in its own way.
             why.append(f"{type(error).__name__}: {error}")
-    raise ValueError(f"no small {type(model).__name__} can be built and called ({why[-2]})")
+    narrow_with_all_before = why[-2]
+    raise ValueError(f"no small {type(model).__name__} can be built and called ({narrow_with_all_before})")
 
 
 def class_and_config(model: PreTrainedModel) -> tuple[type[PreTrainedModel], str]:

@@ -13,7 +13,7 @@ from .groups import NOBODY
 from .layer import PROJECTIONS
 
 _RELATIVE = 1e-13
-"""Gradients below this, relative to the largest one of the same input, are rounding errors."""
+"""Gradients below this, relative to the largest one of the same input or of the first two, are rounding errors."""
 
 _WIDEST = 384
 """The widest input of a projection that is traced. In small models only what has no known name is wider."""

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune import PruningConfig, prune, shrink
+from hf_prune.reconstruction import compensation
 from hf_prune.reconstruction.compensation import RIDGE, solved
 from tests.structures.mixtures import build_mixture
 from tests.structures.models import build, inputs_of, logits_of
@@ -68,7 +69,8 @@ def test_rows_are_those_of_ridge_regression(positions, gone):
     torch.manual_seed(gone)
     weight, x = torch.randn(7, 12, dtype=torch.float64), correlated(positions, 12)
     stays = torch.arange(12) >= gone
-    torch.testing.assert_close(solved(weight, x.T @ x, stays), least_squares(weight, x, stays), rtol=0, atol=1e-8)
+    found = solved(weight, x.T @ x, stays, torch.float64)
+    torch.testing.assert_close(found, least_squares(weight, x, stays), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -90,7 +92,7 @@ def test_the_error_of_no_row_is_above_that_of_zeros(dtype):
 def test_what_cannot_be_factorized_only_loses_what_goes():
     weight, stays = torch.randn(3, 4), torch.tensor([True, True, False, False])
     moments = torch.tensor([[1.0, 9, 1, 1], [9, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])  # Those of nothing.
-    assert torch.equal(solved(weight, moments, stays), weight * stays)
+    assert torch.equal(solved(weight, moments, stays, torch.float32), weight * stays)
 
 
 def projections_of(model):
@@ -218,6 +220,48 @@ def test_few_tokens_are_said(caplog):
     caplog.clear()
     prune(build("llama"), config_of("neuron", reconstruct=True, calibration_samples=12), samples_of(model))
     assert "solved anew" not in caplog.text
+
+
+def test_experts_that_no_token_reaches_are_said_and_only_lose_what_goes(caplog):
+    dense = build_mixture("mixtral", torch.float32)
+    model, masked = copy.deepcopy(dense), copy.deepcopy(dense)
+    batches = [{"input_ids": torch.tensor([[3]])}]  # Two experts are reached.
+    prune(model, config_of("neuron", reconstruct=True, calibration_samples=1), batches)
+    prune(masked, config_of("neuron"))
+    assert "No calibration sample was seen to reach 6 of the 8 parts of" in caplog.text
+    weight, zeroed = (each.model.layers[0].mlp.experts.down_proj for each in (model, masked))
+    assert sum(torch.equal(one, other) for one, other in zip(weight, zeroed, strict=True)) >= 6
+
+
+def test_an_error_behind_the_first_layer_leaves_all_as_it_was(monkeypatch):
+    model = build("gpt2")
+    before, calls = copy.deepcopy(model.state_dict()), []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return solved(*args)
+
+    monkeypatch.setattr(compensation, "solved", fail)
+    config = config_of("head+neuron", reconstruct=True, calibration_samples=12)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        prune(model, config, samples_of(model))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("dtype", "score_steps"), [(torch.float32, 2), (torch.bfloat16, 1)])
+def test_steps_and_half_precision_lose_less_too(dtype, score_steps):
+    dense = build("llama", dtype)
+    batches, errors = samples_of(dense), {}
+    for reconstruct in (False, True):
+        model = copy.deepcopy(dense)
+        how = dict(criterion="activation", calibration_samples=12, score_steps=score_steps, reconstruct=reconstruct)
+        prune(model, config_of("neuron", **how), batches)
+        with torch.no_grad():
+            gaps = [(model(**batch).logits - dense(**batch).logits).float().square().sum() for batch in batches]
+        errors[reconstruct] = sum(gaps)
+    assert errors[True] < 0.8 * errors[False]
 
 
 ERRORS = {

@@ -31,6 +31,9 @@ def prune_command(
     model: Model,
     output: Output,
     sparsity: Annotated[float | None, Option(help="Fraction of the targeted weights to remove, in [0, 1).")] = None,
+    keep_parameters: Annotated[float | None, Option(help="Share of the parameters to keep, in (0, 1].")] = None,
+    keep_flops: Annotated[float | None, Option(help="Share of the FLOPs of a batch to keep.")] = None,
+    keep_latency: Annotated[float | None, Option(help="Share of the time of a batch to keep.")] = None,
     granularity: Annotated[str | None, Option(help="unstructured, 2:4, block:4x4, head, neuron, …")] = None,
     criterion: Annotated[str | None, Option(help="magnitude, wanda, sparsegpt, taylor, …")] = None,
     scope: Annotated[str | None, Option(help="auto, global, layer, row, erk, owl")] = None,
@@ -61,6 +64,7 @@ def prune_command(
 
     _require_room(output, force)
     flags = dict(sparsity=sparsity, granularity=granularity, criterion=criterion, scope=scope)
+    flags |= dict(keep_parameters=keep_parameters, keep_flops=keep_flops, keep_latency=keep_latency)
     flags |= dict(multiple_of=multiple_of, uniform=uniform, reconstruct=reconstruct, calibration_samples=samples)
     given = {name: value for name, value in flags.items() if value is not None}
     saved = {} if config is None else PruningConfig.from_pretrained(config).to_dict()

@@ -20,8 +20,10 @@ from .pacing.timing import require_begin_and_end
 from .schedules import SCHEDULES, explicit, resolve
 from .scopes import SCOPES
 from .selection.granularity import Granularity
+from .selection.layer_sparsity import read as read_layer_sparsity
 from .selection.scoring import CRITERION_NAMES, require_scorable
 from .selection.whole_structures import MULTIPLE_OF
+from .structures.budgets import budget_in
 from .weights.targets import is_regex
 
 CONFIG_NAME = "pruning_config.json"
@@ -55,8 +57,13 @@ class PruningConfig:
 
     Args:
         sparsity: Fraction of the targeted weights to remove, in `[0, 1)`. May be left out where it follows from
-            something else: from an N:M granularity, from `sparsities`, or with `hold_zeros` alone, which then prunes
-            nothing further.
+            something else: from an N:M granularity, from `sparsities` or `keep_…`, or with `hold_zeros` alone, which
+            then prunes nothing further.
+        keep_parameters: Share of the dense model's parameters that is left in the end, in `(0, 1]`, in place of a
+            sparsity; for structures, of which as many go as it takes. A schedule says how much is gone after each
+            round.
+        keep_flops: The same for the floating-point operations of a forward pass over the first batch of data.
+        keep_latency: The same for its time, measured on the device where the model is.
         schedule: How sparse after each round: a key of `hf_prune.SCHEDULES`. For N:M, "auto" is one cut, or
             "constant" where `rounds` is given.
         rounds: Number of rounds; the schedule's own default if None.
@@ -126,6 +133,9 @@ class PruningConfig:
     """
 
     sparsity: float | None = None
+    keep_parameters: float | None = None
+    keep_flops: float | None = None
+    keep_latency: float | None = None
     schedule: str = "auto"
     rounds: int | None = None
     initial_sparsity: float | None = None
@@ -157,7 +167,7 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.layer_sparsity, str):
-            object.__setattr__(self, "layer_sparsity", _parse_layer_sparsity(self.layer_sparsity))
+            object.__setattr__(self, "layer_sparsity", read_layer_sparsity(self.layer_sparsity))
         if isinstance(self.patience, int):
             object.__setattr__(self, "patience", [self.patience])
         for name, hint in get_type_hints(type(self)).items():
@@ -203,8 +213,16 @@ class PruningConfig:
 
     @property
     def round_sparsities(self) -> list[float]:
-        """The absolute sparsity after each round; empty where zeros are held and nothing further is pruned."""
+        """The absolute sparsity after each round, with a budget the share of it that is gone.
+
+        Empty where zeros are held and nothing further is pruned.
+        """
         return list(self._round_sparsities)  # type: ignore[attr-defined]
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """What users pay for (a key of `hf_prune.structures.budgets.MEASURES`), and the share of it that is left."""
+        return budget_in(vars(self))
 
     @property
     def own_sparsities(self) -> dict[str, float]:
@@ -213,6 +231,7 @@ class PruningConfig:
         return dict(self.layer_sparsity or {})
 
     def _resolve_rounds(self, granularity: Granularity) -> list[float]:
+        budget = self.budget
         given = [n for n in ("rounds", "initial_sparsity") if getattr(self, n) is not None]
         given += ["schedule"] if self.schedule != "auto" else []
         if self.sparsities is not None:
@@ -220,7 +239,7 @@ class PruningConfig:
             if given or (self.sparsity is not None and self.sparsity != values[-1]):
                 raise ValueError(f"sparsities says all about the rounds; leave out {', '.join(given) or 'sparsity'}.")
             return granularity.attainable(values, rounds_are_asked=True)
-        target = self._target_sparsity(granularity)
+        target = self._target_sparsity(granularity) if budget is None else 1 - budget[1]
         if target is None:
             given += ["layer_sparsity"] if self.layer_sparsity else []
             if given:
@@ -301,16 +320,6 @@ class PruningConfig:
 def asked_in(folder: Path) -> str | None:
     """What `PruningConfig.without_defaults` says of a saved model; None if no config lies beside it."""
     return PruningConfig.from_pretrained(folder).without_defaults() if (folder / CONFIG_NAME).is_file() else None
-
-
-def _parse_layer_sparsity(text: str) -> dict[str, float]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"layer_sparsity is not JSON ({error}), got {text!r}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f'layer_sparsity must be an object such as {{".*mlp.*": 0.9}}, got {text!r}.')
-    return values
 
 
 def _require_kind(name: str, value: object, hint: object) -> None:

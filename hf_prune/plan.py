@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from .calibration.batches import Batch
 from .config import PruningConfig
 from .criteria import RECONSTRUCTIONS, Statistics, magnitude, needs_of, scope_of
 from .distributed.zero import has_partitions
@@ -17,10 +18,14 @@ from .scopes import GLOBAL, SCOPES, Scope
 from .selection.cuts import Cut, Quota
 from .selection.granularity import Granularity
 from .selection.scoring import CRITERION_NAMES, AnyCriterion, Scorer, require_finite_weights, require_scorable
+from .structures.budgets import Budget
 from .structures.finding import held_zeros, zeros_of
 from .structures.groups import Structures, parameters_of
 from .weights.masks import MaskSet
 from .weights.targets import Target, are_sharded, find_targets
+
+_LEAST = 1e-9
+"""A sparsity at which nothing goes yet."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +62,8 @@ class Settings:
     @property
     def looks_at_data(self) -> bool:
         """Whether a cut needs calibration samples."""
-        return bool(self.needs) or self.reconstructs or self.compensates
+        is_measured = self.config.budget is not None and self.config.budget[0] != "parameters"
+        return bool(self.needs) or self.reconstructs or self.compensates or is_measured
 
 
 def resolve(config: PruningConfig, criterion: AnyCriterion | None = None) -> Settings:
@@ -139,30 +145,61 @@ class Plan(Settings):
             seed,
         )
         if config.round_sparsities:
-            granularity.require_prunable(model, plan.cut(MaskSet(), config.round_sparsities[-1]))
+            plan._require_prunable(model)
         return plan
+
+    def _require_prunable(self, model: nn.Module) -> None:
+        """Requires that the last cut can be made, as far as that can be told before samples are seen."""
+        final, budget = self.config.round_sparsities[-1], None
+        if self.config.budget is not None:
+            if self.config.budget[0] == "parameters":
+                budget = self.budget(model)
+            else:
+                final = min(final, _LEAST)  # What is measured is tried in the cut.
+        self.granularity.require_prunable(model, self.cut(MaskSet(), final, budget=budget))
+
+    def budget(self, model: nn.Module, batches: Callable[[], Iterable[Batch]] | None = None) -> Budget | None:
+        """What users pay for; None if the config says how many structures go.
+
+        Args:
+            model: The model, unwrapped.
+            batches: Gives batches, anew at each call. FLOPs and latency are measured with the first.
+
+        Raises:
+            ValueError: if these are to be measured without a batch, or cannot be on this model.
+        """
+        if self.config.budget is None:
+            return None
+        measure, _ = self.config.budget
+        batch = None if batches is None or measure == "parameters" else next(iter(batches()), None)
+        return Budget(model, measure, self.structures, batch)
 
     @property
     def parameters(self) -> Mapping[str, torch.Tensor]:
         """What has a mask, by name: the targets, or all that structures own."""
         return parameters_of(self.structures) or {name: target.weight for name, target in self.targets.items()}
 
-    def cut(self, masks: MaskSet, sparsity: float, statistics: Statistics | None = None) -> Cut:
-        """What is decided in a cut from some masks to an absolute sparsity."""
+    def cut(
+        self, masks: MaskSet, sparsity: float, statistics: Statistics | None = None, budget: Budget | None = None
+    ) -> Cut:
+        """What is decided in a cut from some masks to an absolute sparsity, or share of a budget that is gone."""
         final = self.config.round_sparsities[-1]
         progress = sparsity / final if final else 1.0
         own = {name: value * progress for name, value in self.own_sparsities.items()}
         scorer = Scorer(self.criterion, statistics or {}, self.seed)
-        return Cut(self.targets, masks, sparsity, self.scope, own, scorer, self.structures)
+        return Cut(self.targets, masks, sparsity, self.scope, own, scorer, self.structures, budget)
 
     @torch.no_grad()
-    def next_masks(self, masks: MaskSet, sparsity: float, statistics: Statistics | None = None) -> MaskSet:
+    def next_masks(
+        self, masks: MaskSet, sparsity: float, statistics: Statistics | None = None, budget: Budget | None = None
+    ) -> MaskSet:
         """Scores, chooses and masks once, up to an absolute sparsity; the model is not touched.
 
         Args:
             masks: The masks so far, none before the first round; what they prune stays pruned, and counts.
             sparsity: In `[0, 1)`.
             statistics: What the criterion has declared to need.
+            budget: What the sparsity is a share of, where it is not of weights or structures.
 
         Returns:
             A mask for each of `parameters`.
@@ -173,7 +210,10 @@ class Plan(Settings):
             TypeError: if the criterion gives something that is not a tensor.
         """
         require_finite_weights(self.targets.values())
-        return self.granularity.mask(self.cut(masks, sparsity, statistics))
+        found = self.granularity.mask(self.cut(masks, sparsity, statistics, budget))
+        if budget is not None:  # How many go is only known now.
+            self.granularity.require_prunable(budget.model, self.cut(found, sparsity, budget=budget))
+        return found
 
     @torch.no_grad()
     def quotas(self, masks: MaskSet, sparsity: float, statistics: Statistics) -> Mapping[str, Quota]:
@@ -181,17 +221,17 @@ class Plan(Settings):
         require_finite_weights(self.targets.values())
         return self.granularity.quotas(self.cut(masks, sparsity, statistics))
 
-    def shortfall(self, masks: MaskSet, sparsity: float) -> str | None:
+    def shortfall(self, masks: MaskSet, sparsity: float, budget: Budget | None = None) -> str | None:
         """A sentence that says by how much a cut missed its sparsity, and what can be had; None if it did not."""
-        return self.granularity.shortfall(self.cut(MaskSet(), sparsity), masks)
+        return self.granularity.shortfall(self.cut(MaskSet(), sparsity, budget=budget), masks)
 
-    def steps(self, masks: MaskSet, sparsity: float) -> list[float]:
+    def steps(self, masks: MaskSet, sparsity: float, budget: Budget | None = None) -> list[float]:
         """The rising sparsities on a cut's way: `score_steps` steps that each leave the same share of what is left."""
         steps, final = self.config.score_steps, self.config.round_sparsities[-1]
         if steps == 1:
             return [sparsity]
         # No pool can get back what it has lost.
-        before = min(max(self.granularity.floors(self.cut(masks, final)), default=0.0), final)
+        before = min(max(self.granularity.floors(self.cut(masks, final, budget=budget)), default=0.0), final)
         share = (1 - sparsity) / (1 - before)
         nearest = self.granularity.nearest([1 - (1 - before) * share ** (step / steps) for step in range(1, steps)])
         return [*(step for step in nearest if before < step < sparsity), sparsity]
@@ -219,7 +259,8 @@ class Plan(Settings):
             # where there is without.
             scope = self.scope if self.scope.measure is None else GLOBAL
             tried = dataclasses.replace(self, criterion=magnitude, scope=scope)
-            tried.next_masks(masks, self.config.round_sparsities[0])
+            if self.config.budget is None:
+                tried.next_masks(masks, self.config.round_sparsities[0])
 
     def require_trainable(self, model: nn.Module) -> None:
         """Requires that the model can be trained while it is pruned.

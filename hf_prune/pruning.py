@@ -24,6 +24,7 @@ from .recovery.lora import has_adapters, keeps_sparsity, mask_adapters_, require
 from .reporting.reports import SparsityReport, count_zeros
 from .selection.scoring import AnyCriterion
 from .structures.experts import bar_pruned_
+from .structures.groups import kept_in
 from .structures.statistics import STRUCTURE_STATISTICS
 from .weights.masks import MaskSet
 
@@ -86,6 +87,7 @@ def cut_(
 
     changed = [*(target.weight for target in plan.targets.values()), *plan.parameters.values()]
     changed += solved_by_compensation(model, plan.targets, plan.structures) if plan.compensates else []
+    budget = plan.budget(model, batches)
     several_steps = plan.reconstructs or plan.compensates or plan.config.score_steps > 1
     with _put_back_on_error(changed) if several_steps else contextlib.nullcontext():
         if plan.reconstructs and batches is not None:
@@ -96,8 +98,8 @@ def cut_(
             for target in plan.targets.values():
                 set_master_(target.weight, target.weight)
             return masks
-        for step in plan.steps(masks, sparsity):
-            masks = plan.next_masks(masks, step, statistics())
+        for step in plan.steps(masks, sparsity, budget):
+            masks = plan.next_masks(masks, step, statistics(), budget)
             if plan.compensates and batches is not None:
                 solved = compensate_(
                     model, plan.targets, plan.structures, masks, batches(), samples, show_progress=data.show_progress
@@ -148,7 +150,7 @@ def prune(
         seed: For criteria that draw random numbers.
 
     Returns:
-        The sparsity by module, over the targets and over the whole model.
+        The sparsity by module, over the targets and over the whole model; with a budget, what is left of it.
 
     Raises:
         ValueError: if the config does not fit the model; if criterion, scope or `reconstruct` looks at data and the
@@ -178,13 +180,17 @@ def prune(
                 "several times. Give a DataLoader or a list of batches."
             )
         masks = plan.held_zeros(model) if config.hold_zeros else MaskSet()
+        spent = None
         bar_pruned_(model, plan.structures)
         if config.round_sparsities:
             batches = None if dataloader is None else lambda: dataloader
             data = CalibrationData(batches, show_progress=True)
             masks = cut_(model, plan, masks, config.round_sparsities[-1], data)
-            if shortfall := plan.shortfall(masks, config.round_sparsities[-1]):
+            budget = plan.budget(model, batches)  # What the cut has measured is measured again.
+            if shortfall := plan.shortfall(masks, config.round_sparsities[-1], budget):
                 logger.warning("%s", shortfall)
+            if budget is not None:
+                spent = budget.spent(1 - config.round_sparsities[-1], kept_in(plan.structures, masks))
         if keeps:
             mask_adapters_(model, MaskSet.from_zeros(model, plan.targets))
-        return count_zeros(model, masks, plan.structures, masks)
+        return dataclasses.replace(count_zeros(model, masks, plan.structures, masks), budget=spent)

@@ -174,10 +174,11 @@ def _owl(sizes: Mapping[str, int], _: Mapping[str, tuple[int, ...]], ratios: Map
 
 
 GLOBAL = Scope("global")
+LAYER = Scope("layer", pools_tensors=False)
 SCOPES: dict[str, Scope | None] = {
     "auto": None,  # What the criterion says.
     "global": GLOBAL,
-    "layer": Scope("layer", pools_tensors=False),
+    "layer": LAYER,
     "row": Scope("row", pools_tensors=False, within_rows=True),
     "erk": Scope("erk", rule=_erk),
     "owl": Scope("owl", rule=_owl, measure=outlier_ratio, needs=needs_of(wanda)),

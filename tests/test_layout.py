@@ -26,8 +26,8 @@ calibration     contexts batches samples activations passes per_sample_gradients
 structures      example_inputs norms groups criteria routed gatherers contributions statistics ranking names families
                 entries decompression loading registration layer stacks routing experts expert_neurons widths channels
                 comparing configs removal small_models trial tracing discovery proof heads_and_neurons by_kind
-                shrinking finding
-selection       lowest scoring cuts granularity weight_groups patterns whole_structures
+                shrinking finding budgets
+selection       layer_sparsity lowest scoring cuts granularity weight_groups patterns whole_structures
 granularities
 recovery        masked_lora lora distillation
 pacing          timing even patience

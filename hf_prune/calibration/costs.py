@@ -40,8 +40,8 @@ class Cost:
 def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: int = 10) -> dict[str, Cost]:
     """Measures forward passes over a batch in evaluation mode, in turns: model by model, again and again.
 
-    Each unwrapped model is left as it was, and timed `turns` times, after one pass that is not; without a batch only
-    parameters are counted.
+    Each unwrapped model is left as it was, and timed `turns` times (none to count alone), after one pass that is not;
+    without a batch only parameters are counted.
 
     Example:
         >>> costs = measure_costs({"dense": nn.Linear(4, 3)}, {"input": torch.ones(2, 4)})
@@ -69,7 +69,8 @@ def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: i
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 seconds[name].append(time.perf_counter() - start)
-    return {name: Cost(parameters[name], flops[name], statistics.median(seconds[name])) for name in models}
+    medians = {name: statistics.median(found) if found else None for name, found in seconds.items()}
+    return {name: Cost(parameters[name], flops[name], medians[name]) for name in models}
 
 
 def _flops_of(model: nn.Module, batch: Batch) -> int:

@@ -13,6 +13,7 @@ import torch
 from ..distributed.processes import failing_together
 from ..distributed.shards import from_own, shard, whole
 from ..scopes import Pool, Scope, pools
+from ..structures.budgets import Budget
 from ..structures.groups import Structures
 from ..weights.masks import MaskSet, masked_in
 from ..weights.targets import Target, are_sharded
@@ -31,6 +32,7 @@ class Cut:
         own_sparsities: Target or group of structures → its own sparsity. These leave the competition.
         scorer: What the groups are worth.
         structures: Those that may be cut, where it is not weights that are.
+        budget: What the sparsity is a share of, where it is not of the number of structures.
     """
 
     targets: Mapping[str, Target]
@@ -40,6 +42,7 @@ class Cut:
     own_sparsities: Mapping[str, float]
     scorer: Scorer
     structures: Structures = field(default_factory=dict)
+    budget: Budget | None = None
 
     def pools(self, kept: Mapping[str, torch.Tensor], count: Callable[[Target], int]) -> list[Pool]:
         """Divides the targets into pools.

@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from ..scopes import SCOPES
+from ..structures.budgets import MEASURES
 from ..structures.groups import KINDS, NO_STRUCTURES, Structures
 from ..weights.masks import MaskSet
 from ..weights.targets import Target
@@ -46,7 +47,7 @@ class Granularity(ABC):
 
     def require_options(self, asked: Mapping[str, object]) -> None:
         """Requires that it goes with what else a config asks for: the fields that do not have their defaults."""
-        for name in ("multiple_of", "shrink_at_end", "reconstruct", "uniform"):
+        for name in ("multiple_of", "shrink_at_end", "reconstruct", "uniform", *(f"keep_{m}" for m in MEASURES)):
             if name in asked:
                 raise ValueError(
                     f"{name} is about structures, and granularity {str(self)!r} has none. Choose one of "

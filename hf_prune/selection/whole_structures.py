@@ -1,10 +1,14 @@
 """The granularity of structures: heads, neurons, channels, layers and others go as a whole."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from ..scopes import LAYER
+from ..structures.budgets import fractions_gone
 from ..structures.finding import find_structures, require_removable
 from ..structures.groups import COMPENSATED, KINDS, Structures, in_layers_that_stay, kept_in, masks_of
 from ..structures.ranking import choose, floors_of_structures, pools_of, shortfall_of
@@ -104,23 +108,43 @@ class Structural(Granularity):
 
     def require_prunable(self, model: nn.Module, cut: Cut) -> None:
         """Requires that no layer is emptied, and that a config can say what is left where it has to."""
-        scope, own = cut.scope.name, cut.own_sparsities
-        require_removable(model, cut.structures, cut.sparsity, scope, own, uniform=self.uniform)
+        sparsity, own = cut.sparsity, cut.own_sparsities
+        if cut.budget is not None:
+            kept: Mapping[str, torch.Tensor] = kept_in(cut.structures, cut.masks)
+            if not cut.masks:  # How many go does not depend on which, if each layer loses the same share.
+                scores = {name: torch.zeros(group.count) for name, group in cut.structures.items()}
+                kept = self._kept(dataclasses.replace(cut, scope=LAYER), scores)
+            own = fractions_gone(cut.structures, kept)
+        require_removable(model, cut.structures, sparsity, cut.scope.name, own, uniform=self.uniform)
 
     def mask(self, cut: Cut) -> MaskSet:
         """Drops the lowest structures, and masks all that belongs to one."""
-        structures, kept = cut.structures, kept_in(cut.structures, cut.masks)
-        scores = {name: cut.scorer.of_structures(group, cut.targets) for name, group in structures.items()}
-        return masks_of(structures, choose(structures, scores, kept, cut.sparsity, cut.scope.name, cut.own_sparsities))
+        scores = {name: cut.scorer.of_structures(group, cut.targets) for name, group in cut.structures.items()}
+        return masks_of(cut.structures, self._kept(cut, scores))
+
+    def _kept(self, cut: Cut, scores: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """What stays."""
+        structures, before = cut.structures, kept_in(cut.structures, cut.masks)
+        if cut.budget is None:
+            return choose(structures, scores, before, cut.sparsity, cut.scope.name, cut.own_sparsities)
+
+        def stays(sparsity: float, own: Mapping[str, float]) -> Mapping[str, torch.Tensor]:
+            return choose(structures, scores, before, sparsity, cut.scope.name, own, clamped=True)
+
+        return cut.budget.reach(1 - cut.sparsity, stays, is_uniform=self.uniform)
 
     def shortfall(self, cut: Cut, masks: MaskSet) -> str | None:
-        """That of the first pool of structures that has one."""
+        """That of the first pool of structures that has one; with a budget, that of the whole model."""
         kept = kept_in(cut.structures, masks)
+        if cut.budget is not None:
+            return cut.budget.shortfall(1 - cut.sparsity, kept)
         pools = pools_of(in_layers_that_stay(cut.structures, kept), cut.sparsity, cut.scope.name, cut.own_sparsities)
         found = (shortfall_of({name: cut.structures[name] for name in names}, kept, share) for names, share in pools)
         return next((sentence for sentence in found if sentence is not None), None)
 
     def floors(self, cut: Cut) -> list[float]:
-        """For each pool of structures."""
+        """For each pool of structures; with a budget, for the whole model."""
         kept = kept_in(cut.structures, cut.masks)
+        if cut.budget is not None:
+            return [1 - cut.budget.left(kept)]
         return floors_of_structures(cut.structures, kept, cut.sparsity, cut.scope.name, cut.own_sparsities)

@@ -84,7 +84,7 @@ def require_removable(
                     few = f"the {least} that have to stay: {LEAST}"
                 raise ValueError(f"no {kind} of {type(model).__name__} can go: no place has more than {few}.")
     if uniform:
-        _require_uniform(model, structures, final)
+        _require_uniform(model, structures, {name: own.get(name, final) for name in structures})
     # Networks of Transformers say in their config how many channels images have; of others less is known.
     if kinds_of(structures) == ["channel"] and (
         not hasattr(model.config, "num_channels") or any(map(config_of_timm, model.modules()))
@@ -140,12 +140,12 @@ def held_zeros(model: nn.Module, targets: Mapping[str, Target], structures: Stru
     return masks
 
 
-def _require_uniform(model: nn.Module, structures: Structures, final: float) -> None:
+def _require_uniform(model: nn.Module, structures: Structures, gone: Mapping[str, float]) -> None:
     """Requires that a config of the family can say what is left, and that all groups of a kind lose as many."""
     said: dict[str, int] = {}
     for kind in kinds_of(structures):
         of_kind = {name: group for name, group in structures.items() if group.kind == kind}
-        fields = fields_of(of_kind, {name: count_left(group, final) for name, group in of_kind.items()})
+        fields = fields_of(of_kind, {name: count_left(group, gone[name]) for name, group in of_kind.items()})
         counted = {field for group in of_kind.values() for field in (*dict(group.fields), *group.run_fields)}
         if not all(group.fields or group.run_fields for group in of_kind.values()) or not counted <= fields.keys():
             raise ValueError(

@@ -15,6 +15,8 @@ def choose(
     sparsity: float,
     scope: str,
     own: Mapping[str, float],
+    *,
+    clamped: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Drops the structures with the lowest scores: of each kind the same share, each kind among itself.
 
@@ -30,6 +32,7 @@ def choose(
         sparsity: Fraction of the structures of each kind that are to be gone, in `[0, 1)`.
         scope: "global" (all groups compete) or "layer" (the same share of each group).
         own: Group → its own sparsity. These leave the competition.
+        clamped: Whether as many go as may, and none comes back, where a sparsity cannot be; else that is an error.
 
     Returns:
         Group → `[count]` bools, True = kept.
@@ -44,7 +47,9 @@ def choose(
         for names, share in pools_of(some, sparsity, scope, own):
             pool = {name: structures[name] for name in names}
             gone = {name: int((~kept[name]).sum()) for name in names}
-            if len(staying) == len(structures):  # Else groups are gone whose shares were others: as near as can be.
+            if not clamped and len(staying) == len(
+                structures
+            ):  # Else groups are gone whose shares were others: as near as can be.
                 require_attainable(pool, share, gone)
             orders = {name: _order(pool[name], scores[name], kept[name]) for name in names}
             asked = round(share * sum(group.count for group in pool.values()))

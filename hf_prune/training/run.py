@@ -22,7 +22,9 @@ from ..recovery.lora import has_adapters, mask_adapters_
 from ..reporting.history import PruningHistory
 from ..reporting.reports import count_zeros
 from ..reporting.savings import shrink_measured
+from ..structures.budgets import MEASURES
 from ..structures.experts import bar_pruned_
+from ..structures.groups import kept_in
 from ..structures.routing import SAVED_UNBARRED, bars_any
 from ..weights.gradient_hooks import GradientHooks
 from ..weights.masks import MaskSet
@@ -111,6 +113,7 @@ class Run:
             metric,
             greater_is_better=improves_as_it_rises(metric, event.args),
             asked=plan.config.round_sparsities,
+            budget=plan.config.budget and MEASURES[plan.config.budget[0]],
             language_model=isinstance(event.model, PreTrainedModel) and event.model.can_generate(),
         )
         self.rounds = Rounds.plan(plan, history, event.state.max_steps)
@@ -290,12 +293,15 @@ class Run:
 
         report = count_zeros(model, masks, self.plan.structures, masks)
         row = self.rounds.begin_(state.global_step, asked, report, self.plan.criterion_name)
+        budget = self.plan.budget(model, event.batches(config.calibration_samples))
+        row.left = None if budget is None else budget.left(kept_in(self.plan.structures, masks))
         event.say(
             f"Round {row.round} of {len(config.round_sparsities)} at step {row.step}: sparsity {row.reached:.4f}, "
             f"{row.masked:,} of {row.total:,} {report.units} pruned."
+            f"{'' if row.left is None else f' {row.left:.4f} of the {self.history.budget} are left.'}"
         )
         is_last = row.round == len(config.round_sparsities)  # Others may round to less on their way.
-        if is_last and asked is not None and (shortfall := self.plan.shortfall(masks, asked)):
+        if is_last and asked is not None and (shortfall := self.plan.shortfall(masks, asked, budget)):
             row.shortfall = shortfall
             logger.log(logging.WARNING if state.is_world_process_zero else logging.DEBUG, "%s", shortfall)
         event.note({"pruning_round": row.round, "sparsity": row.reached})

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from .structures.registration import register_with_transformers
 
 if TYPE_CHECKING:
+    from .calibration.kept import CalibrationStatistics
     from .callback import PruningTrainerCallback
     from .config import PruningConfig
     from .criteria import ScoreInputs
     from .inference.semi_structured import to_sparse_semi_structured
-    from .pruning import prune
+    from .pruning import collect_statistics, prune
     from .publishing.hub import push_to_hub, save_pretrained
     from .recovery.lora import keep_sparsity
     from .reporting.history import PruningHistory
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationStatistics",
     "Heads",
     "MaskSet",
     "Neurons",
@@ -32,6 +34,7 @@ __all__ = [
     "ScoreInputs",
     "SparsityReport",
     "Stack",
+    "collect_statistics",
     "describe_family",
     "keep_sparsity",
     "prune",
@@ -44,6 +47,7 @@ __all__ = [
 
 # Imported when they are asked for: torch and Transformers take seconds.
 _MODULES = {
+    "CalibrationStatistics": "calibration.kept",
     "Heads": "structures.families",
     "MaskSet": "weights.masks",
     "Neurons": "structures.families",
@@ -53,6 +57,7 @@ _MODULES = {
     "ScoreInputs": "criteria",
     "SparsityReport": "reporting.reports",
     "Stack": "structures.families",
+    "collect_statistics": "pruning",
     "describe_family": "structures.families",
     "keep_sparsity": "recovery.lora",
     "prune": "pruning",

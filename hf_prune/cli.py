@@ -45,6 +45,9 @@ def prune_command(
     samples: Annotated[int | None, Option(help="Number of calibration samples.")] = None,
     length: Annotated[int | None, Option(min=1, help="Tokens per sample of text, at most 512.")] = None,
     batch_size: Annotated[int | None, Option(min=1, help="Batch size; 8 by default.")] = None,
+    scores: Annotated[
+        Path | None, Option(help="A file that keeps what calibration finds; if it is there, it is read instead.")
+    ] = None,
     seed: Annotated[int, Option(help="Seed of drawn images, and of criteria that draw numbers.")] = 0,
     compress: Compress = False,
     device: Device = None,
@@ -54,9 +57,10 @@ def prune_command(
     """Prunes a model in one cut: pruned weights are zero, and shapes stay as they are."""
     import torch
 
+    from .calibration.kept import CalibrationStatistics
     from .config import PruningConfig
     from .plan import resolve
-    from .pruning import prune
+    from .pruning import collect_statistics, prune
     from .publishing.folders import local_folder
     from .publishing.hub import save_pretrained
     from .publishing.opening import open_model, open_processing
@@ -83,9 +87,19 @@ def prune_command(
     batches = None
     if calibration is not None:
         sizes = {name: value for name, value in (("length", length), ("batch_size", batch_size)) if value is not None}
-        samples = asked.calibration_samples
-        batches = read_batches(calibration, opened, processing, samples=samples, seed=seed, **sizes)
-    report = prune(opened, asked, batches, seed=seed)
+        count = asked.calibration_samples
+        batches = read_batches(calibration, opened, processing, samples=count, seed=seed, **sizes)
+    statistics = None
+    if scores is not None and scores.exists():
+        statistics = CalibrationStatistics.load(scores)
+        if samples is not None and statistics.samples != samples:
+            raise ValueError(f"{scores} was made of {statistics.samples} samples, not {samples}. Take another file.")
+    elif scores is not None:
+        if batches is None:
+            raise ValueError(f"there is no {scores}. Give --calibration too, and what it finds is kept there.")
+        statistics = collect_statistics(opened, asked, batches)
+        statistics.save(scores)
+    report = prune(opened, asked, batches, statistics=statistics, seed=seed)
     base = _base_of(model, folder)
     save_pretrained(opened, output, processing_class=processing, config=asked, base_model=base, compress=compress)
     _print({"output": str(output), **report.to_dict()}, f"{report}\n\nSaved in {output}.", as_json)

@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
 
 from .calibration.batches import Batch
+from .calibration.kept import CalibrationStatistics
 from .calibration.samples import CalibrationData
 from .calibration.statistics import STATISTICS, calibrate
 from .config import PruningConfig
@@ -27,6 +28,7 @@ from .structures.experts import bar_pruned_
 from .structures.groups import kept_in
 from .structures.statistics import STRUCTURE_STATISTICS
 from .weights.masks import MaskSet
+from .weights.targets import are_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -57,41 +59,20 @@ def cut_(
         plan = dataclasses.replace(plan, targets=with_adapters(model, plan.targets))
     data = data or CalibrationData()
     samples, batches = plan.config.calibration_samples, data.batches
-    missing = [name for name in plan.needs if name not in data.known]
-    of_structures = {
-        name: functools.partial(STRUCTURE_STATISTICS[name], model, plan.structures, plan.targets)
-        for name in missing
-        if name in STRUCTURE_STATISTICS
-    }
-    if unknown := [name for name in missing if name not in {*STATISTICS, *of_structures}]:
-        raise ValueError(
-            f"the criterion {plan.criterion_name!r} needs {', '.join(unknown)}, which nobody gathers here. "
-            f"A calibration gathers {', '.join([*STATISTICS, *STRUCTURE_STATISTICS])}; PruningTrainerCallback also "
-            "movement."
-        )
+    missing = _missing(plan, data)
     if batches is None and (missing or plan.reconstructs or plan.compensates):
         what = f"the criterion {plan.criterion_name!r} with scope {plan.config.scope!r} looks"
         raise ValueError(
             f"{'reconstruct=True looks' if plan.compensates and not missing else what} at data "
             f"({', '.join(missing) or 'what goes into each layer'}). Give a dataloader of calibration samples."
         )
-
-    def statistics() -> Statistics:
-        if batches is None or not missing:
-            return data.known
-        of_weights = [name for name in missing if name not in of_structures]
-        found = calibrate(
-            model, plan.targets, batches(), of_weights, samples, others=of_structures, show_progress=data.show_progress
-        )
-        return {**data.known, **found}
-
     changed = [*(target.weight for target in plan.targets.values()), *plan.parameters.values()]
     changed += solved_by_compensation(model, plan.targets, plan.structures) if plan.compensates else []
     budget = plan.budget(model, batches)
     several_steps = plan.reconstructs or plan.compensates or plan.config.score_steps > 1
     with _put_back_on_error(changed) if several_steps else contextlib.nullcontext():
         if plan.reconstructs and batches is not None:
-            quotas = plan.quotas(masks, sparsity, statistics())
+            quotas = plan.quotas(masks, sparsity, _statistics_for(model, plan, data))
             masks = reconstruct_(
                 model, plan.targets, masks, quotas, batches(), samples, show_progress=data.show_progress
             )
@@ -99,7 +80,7 @@ def cut_(
                 set_master_(target.weight, target.weight)
             return masks
         for step in plan.steps(masks, sparsity, budget):
-            masks = plan.next_masks(masks, step, statistics(), budget)
+            masks = plan.next_masks(masks, step, _statistics_for(model, plan, data), budget)
             if plan.compensates and batches is not None:
                 solved = compensate_(
                     model, plan.targets, plan.structures, masks, batches(), samples, show_progress=data.show_progress
@@ -108,6 +89,35 @@ def cut_(
                     set_master_(each, each)
             masks.apply_(model)
     return masks
+
+
+def _missing(plan: Plan, data: CalibrationData) -> list[str]:
+    """The statistics that a cut reads and that are not known; raises if one is gathered by nobody."""
+    missing = [name for name in plan.needs if name not in data.known]
+    if unknown := [name for name in missing if name not in {*STATISTICS, *STRUCTURE_STATISTICS}]:
+        raise ValueError(
+            f"the criterion {plan.criterion_name!r} needs {', '.join(unknown)}, which nobody gathers here. "
+            f"A calibration gathers {', '.join([*STATISTICS, *STRUCTURE_STATISTICS])}; PruningTrainerCallback also "
+            "movement."
+        )
+    return missing
+
+
+def _statistics_for(model: nn.Module, plan: Plan, data: CalibrationData) -> Statistics:
+    """What a cut reads: what is known, and what a calibration says of the rest."""
+    missing = _missing(plan, data)
+    if not missing or data.batches is None:
+        return data.known
+    of_structures = {
+        name: functools.partial(STRUCTURE_STATISTICS[name], model, plan.structures, plan.targets)
+        for name in missing
+        if name in STRUCTURE_STATISTICS
+    }
+    found = calibrate(
+        model, plan.targets, data.batches(), [name for name in missing if name not in of_structures],
+        plan.config.calibration_samples, others=of_structures, show_progress=data.show_progress,
+    )  # fmt: skip
+    return {**data.known, **found}
 
 
 @contextlib.contextmanager
@@ -125,12 +135,62 @@ def _put_back_on_error(weights: Iterable[torch.Tensor]) -> Iterator[None]:
                     set_master_(own(weight), values)
 
 
+def collect_statistics(
+    model: nn.Module,
+    config: PruningConfig,
+    dataloader: Iterable[Batch],
+    *,
+    criterion: AnyCriterion | None = None,
+) -> CalibrationStatistics:
+    """Calibrates once for several cuts of a dense model: what the criterion and the scope of a config read.
+
+    Args:
+        model: As in `prune`; it is left as it is.
+        config: The pruning config; how much it prunes does not matter.
+        dataloader: As in `prune`.
+        criterion: As in `prune`.
+
+    Returns:
+        The statistics, for `prune(..., statistics=…)` and for `CalibrationStatistics.save`.
+
+    Raises:
+        ValueError: as `prune` does, or if the criterion reads no statistics, or FSDP has sharded the weights.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> batches = [{"input": torch.randn(4, 8)}]
+        >>> config = PruningConfig(sparsity=0.5, criterion="wanda")
+        >>> statistics = collect_statistics(model, config, batches)
+        >>> prune(model, config, statistics=statistics).sparsity
+        0.5
+    """
+    with accessible(model):
+        plan = Plan.of(model, config, criterion)
+        if not plan.needs:
+            raise ValueError(f"the criterion {plan.criterion_name!r} with scope {config.scope!r} reads no statistics.")
+        if are_sharded(plan.targets.values()):
+            raise ValueError("FSDP has sharded the weights, and statistics are kept of whole ones.")
+        found = _statistics_for(model, plan, CalibrationData(_repeatable(dataloader), show_progress=True))
+        return CalibrationStatistics.of(model, found, config.calibration_samples)
+
+
+def _repeatable(dataloader: Iterable[Batch] | None) -> Callable[[], Iterable[Batch]] | None:
+    """Gives the batches of a dataloader anew at each call; raises if they can be read only once."""
+    if isinstance(dataloader, Iterator):
+        raise ValueError(
+            f"dataloader is a {type(dataloader).__name__}, which can be read once, and a cut may read the samples "
+            "several times. Give a DataLoader or a list of batches."
+        )
+    return None if dataloader is None else lambda: dataloader
+
+
 def prune(
     model: nn.Module,
     config: PruningConfig,
     dataloader: Iterable[Batch] | None = None,
     *,
     criterion: AnyCriterion | None = None,
+    statistics: CalibrationStatistics | None = None,
     seed: int = 0,
 ) -> SparsityReport:
     """Prunes a model in place, in one cut to the final sparsity of the config.
@@ -147,6 +207,7 @@ def prune(
             the first `config.calibration_samples` samples are read, maybe several times. Each process gives samples of
             its own.
         criterion: A criterion in place of the config's.
+        statistics: What `collect_statistics` has found out about this model; it is not calibrated again for these.
         seed: For criteria that draw random numbers.
 
     Returns:
@@ -174,19 +235,20 @@ def prune(
             logger.warning(
                 "The base weights are pruned. Adapters fill the zeros again, unless keep_sparsity masks them."
             )
-        if isinstance(dataloader, Iterator):
-            raise ValueError(
-                f"dataloader is a {type(dataloader).__name__}, which can be read once, and a cut may read the samples "
-                "several times. Give a DataLoader or a list of batches."
-            )
+        data = CalibrationData(_repeatable(dataloader), show_progress=True)
+        if statistics is not None:
+            if config.score_steps > 1:
+                raise ValueError(
+                    f"score_steps={config.score_steps} calibrates anew in each step, and statistics are of the dense "
+                    "model. Leave one of them out."
+                )
+            data = dataclasses.replace(data, known=statistics.of_model(model))
         masks = plan.held_zeros(model) if config.hold_zeros else MaskSet()
         spent = None
         bar_pruned_(model, plan.structures)
         if config.round_sparsities:
-            batches = None if dataloader is None else lambda: dataloader
-            data = CalibrationData(batches, show_progress=True)
             masks = cut_(model, plan, masks, config.round_sparsities[-1], data)
-            budget = plan.budget(model, batches)  # What the cut has measured is measured again.
+            budget = plan.budget(model, data.batches)  # What the cut has measured is measured again.
             if shortfall := plan.shortfall(masks, config.round_sparsities[-1], budget):
                 logger.warning("%s", shortfall)
             if budget is not None:

@@ -177,6 +177,48 @@ def test_prune_takes_what_is_about_structures(tmp_path):
     assert PruningConfig.from_pretrained(tmp_path / "out") == config
 
 
+@pytest.mark.parametrize("measure", ["parameters", "flops"])
+def test_prune_until_so_much_is_left(measure, tmp_path):
+    source, data = dense(tmp_path / "dense"), text(tmp_path)
+    words = ["--granularity", "query+neuron", f"--keep-{measure}", "0.8", "--multiple-of", "4", "--json"]
+    if measure == "flops":
+        words += ["--calibration", data, "--length", "8", "--batch-size", "4"]
+    found = json.loads(run("prune", source, "--output", tmp_path / "out", *words))["budget"]
+    assert (found["measure"], found["asked"]) == (measure, 0.8)
+    assert found["left"] == pytest.approx(0.8, abs=0.05)
+    assert getattr(PruningConfig.from_pretrained(tmp_path / "out"), f"keep_{measure}") == 0.8
+    again = type(build("llama")).from_pretrained(tmp_path / "out")
+    zeros = sum(int((p == 0).sum()) for p in again.parameters())
+    if measure == "parameters":
+        assert 1 - zeros / again.num_parameters() == pytest.approx(found["left"])
+
+
+def test_prune_keeps_what_a_calibration_finds(tmp_path):
+    source, data, scores = dense(tmp_path / "dense"), text(tmp_path), tmp_path / "scores.safetensors"
+    words = ["--criterion", "taylor", "--scores", scores, "--sparsity"]
+    sizes = ["--calibration", data, "--samples", "8", "--length", "8"]
+    folders = [tmp_path / name for name in "abc"]
+    run("prune", source, "--output", folders[0], *words, "0.5", *sizes)
+    written = scores.stat().st_mtime_ns
+    run("prune", source, "--output", folders[1], *words, "0.5")
+    run("prune", source, "--output", folders[2], *words, "0.7", *sizes)
+    assert scores.stat().st_mtime_ns == written
+    a, b, c = (type(build("llama")).from_pretrained(folder).state_dict() for folder in folders)
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert sum(int((v == 0).sum()) for v in c.values()) > sum(int((v == 0).sum()) for v in b.values())
+
+
+def test_prune_says_which_scores_it_cannot_take(tmp_path, monkeypatch, capsys):
+    source, data, scores = dense(tmp_path / "dense"), text(tmp_path), tmp_path / "scores.safetensors"
+    words = ["--output", tmp_path / "out", "--sparsity", "0.5", "--criterion", "wanda", "--scores", scores]
+    assert fails(monkeypatch, "prune", source, *words) == 2
+    assert "Give --calibration too" in capsys.readouterr().err
+    sizes = ["--calibration", data, "--length", "8", "--samples"]
+    run("prune", source, *words, *sizes, "8")
+    assert fails(monkeypatch, "prune", source, *words, "--force", *sizes, "4") == 2
+    assert "was made of 8 samples, not 4" in capsys.readouterr().err
+
+
 def test_prune_by_a_saved_config(tmp_path):
     source = dense(tmp_path / "dense")
     PruningConfig(sparsity=0.5, exclude_modules=["up_proj"]).save_pretrained(tmp_path / "config")

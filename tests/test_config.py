@@ -19,6 +19,9 @@ FIELDS = dataclasses.fields(PruningConfig)
 COMMANDS = [
     ("--sparsity 0.8", {"sparsity": 0.8}),
     ("--sparsity 0", {"sparsity": 0.0}),
+    ("--keep_parameters 0.7 --granularity neuron", {"keep_parameters": 0.7, "granularity": "neuron"}),
+    ("--keep_flops 0.7 --granularity head", {"keep_flops": 0.7, "granularity": "head"}),
+    ("--keep_latency 1 --granularity layer", {"keep_latency": 1.0, "granularity": "layer"}),
     ("--sparsity 0.9 --schedule geometric --rounds 4", {"sparsity": 0.9, "schedule": "geometric", "rounds": 4}),
     ("--sparsity 0.9 --initial_sparsity 0.5", {"sparsity": 0.9, "initial_sparsity": 0.5}),
     ("--sparsities 0.5 0.75 0.875", {"sparsities": [0.5, 0.75, 0.875]}),
@@ -469,7 +472,7 @@ def test_an_unknown_key_in_a_saved_config_is_an_error(tmp_path):
     path = tmp_path / CONFIG_NAME
     path.write_text(json.dumps({**json.loads(path.read_text()), "patient": 3, "amount": 0.5}))
     message = (
-        r"unknown key 'amount', 'patient' in a pruning config\. Known are sparsity, schedule, .*, uniform\. "
+        r"unknown key 'amount', 'patient' in a pruning config\. Known are sparsity, keep_parameters, .*, uniform\. "
         r"Was it saved by a newer version of hf_prune\?"
     )
     with pytest.raises(ValueError, match=message):

@@ -179,7 +179,8 @@ def main() -> None:
             found = {(row["row"], row["keep"]): row for row in csv.DictReader(file)}
     dense, calibration, held_out = prepare(args)
     base, total = log_perplexity(dense, held_out), dense.num_parameters()
-    found["dense", "1.0"] = dict(zip(FIELDS, ["dense", "1.0", "1.0000", f"{math.exp(base):.2f}", "0", "0"], strict=True))
+    of_dense = ["dense", "1.0", "1.0000", f"{math.exp(base):.2f}", "0", "0"]
+    found["dense", "1.0"] = dict(zip(FIELDS, of_dense, strict=True))
     for row in args.rows:
         for keep in args.keep:
             if (row, str(keep)) in found:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from .structures.registration import register_with_transformers
 
 if TYPE_CHECKING:
+    from .analysis.report import SensitivityReport
+    from .analysis.sensitivity import sensitivity
     from .calibration.kept import CalibrationStatistics
     from .callback import PruningTrainerCallback
     from .config import PruningConfig
@@ -32,6 +34,7 @@ __all__ = [
     "PruningHistory",
     "PruningTrainerCallback",
     "ScoreInputs",
+    "SensitivityReport",
     "SparsityReport",
     "Stack",
     "collect_statistics",
@@ -40,6 +43,7 @@ __all__ = [
     "prune",
     "push_to_hub",
     "save_pretrained",
+    "sensitivity",
     "shrink",
     "sparsity_report",
     "to_sparse_semi_structured",
@@ -55,6 +59,7 @@ _MODULES = {
     "PruningHistory": "reporting.history",
     "PruningTrainerCallback": "callback",
     "ScoreInputs": "criteria",
+    "SensitivityReport": "analysis.report",
     "SparsityReport": "reporting.reports",
     "Stack": "structures.families",
     "collect_statistics": "pruning",
@@ -63,6 +68,7 @@ _MODULES = {
     "prune": "pruning",
     "push_to_hub": "publishing.hub",
     "save_pretrained": "publishing.hub",
+    "sensitivity": "analysis.sensitivity",
     "shrink": "structures.shrinking",
     "sparsity_report": "reporting.reports",
     "to_sparse_semi_structured": "inference.semi_structured",

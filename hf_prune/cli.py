@@ -37,6 +37,9 @@ def prune_command(
     granularity: Annotated[str | None, Option(help="unstructured, 2:4, block:4x4, head, neuron, …")] = None,
     criterion: Annotated[str | None, Option(help="magnitude, wanda, sparsegpt, taylor, …")] = None,
     scope: Annotated[str | None, Option(help="auto, global, layer, row, erk, owl")] = None,
+    layer_sparsity: Annotated[
+        str | None, Option(help="Module names and their own sparsities, as JSON; or @FILE of hf-prune sensitivity.")
+    ] = None,
     multiple_of: Annotated[int | None, Option(help="What the number of neurons that remain is a multiple of.")] = None,
     uniform: Annotated[bool | None, Option(help="Whether as many structures go everywhere.")] = None,
     reconstruct: Annotated[bool | None, Option(help="Whether what reads pruned structures is solved anew.")] = None,
@@ -55,8 +58,6 @@ def prune_command(
     as_json: Json = False,
 ) -> None:
     """Prunes a model in one cut: pruned weights are zero, and shapes stay as they are."""
-    import torch
-
     from .calibration.kept import CalibrationStatistics
     from .config import PruningConfig
     from .plan import resolve
@@ -68,6 +69,7 @@ def prune_command(
 
     _require_room(output, force)
     flags = dict(sparsity=sparsity, granularity=granularity, criterion=criterion, scope=scope)
+    flags |= dict(layer_sparsity=layer_sparsity)
     flags |= dict(keep_parameters=keep_parameters, keep_flops=keep_flops, keep_latency=keep_latency)
     flags |= dict(multiple_of=multiple_of, uniform=uniform, reconstruct=reconstruct, calibration_samples=samples)
     given = {name: value for name, value in flags.items() if value is not None}
@@ -81,9 +83,7 @@ def prune_command(
     if calibration is None and (samples, length, batch_size) != (None, None, None):
         raise ValueError("--samples, --length and --batch-size need --calibration: give it, or leave them out.")
     folder = local_folder(model)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    opened, processing = open_model(folder, device), open_processing(folder)
+    opened, processing = open_model(folder, _device_of(device)), open_processing(folder)
     batches = None
     if calibration is not None:
         sizes = {name: value for name, value in (("length", length), ("batch_size", batch_size)) if value is not None}
@@ -103,6 +103,58 @@ def prune_command(
     base = _base_of(model, folder)
     save_pretrained(opened, output, processing_class=processing, config=asked, base_model=base, compress=compress)
     _print({"output": str(output), **report.to_dict()}, f"{report}\n\nSaved in {output}.", as_json)
+
+
+@app.command(name="sensitivity")
+def sensitivity_command(
+    model: Model,
+    calibration: Annotated[Path, Option(help="A text file, or a folder of images, of which the loss is.")],
+    output: Annotated[Path, Option(help="The file to write, which --layer-sparsity @FILE reads.")],
+    granularity: Annotated[str, Option(help="unstructured, block:4x4, head, neuron, …")] = "unstructured",
+    criterion: Annotated[str | None, Option(help="magnitude, wanda, sparsegpt, taylor, …")] = None,
+    scope: Annotated[str | None, Option(help="auto, global, layer, row, erk, owl")] = None,
+    multiple_of: Annotated[int | None, Option(help="What the number of neurons that remain is a multiple of.")] = None,
+    reconstruct: Annotated[bool | None, Option(help="Whether what reads pruned structures is solved anew.")] = None,
+    levels: Annotated[str, Option(help="The sparsities that each place is pruned to.")] = "0.25,0.5,0.75",
+    picture: Annotated[Path | None, Option("--plot", help="Draw a heat map into this image too.")] = None,
+    samples: Annotated[int | None, Option(help="Number of samples.")] = None,
+    length: Annotated[int | None, Option(min=1, help="Tokens per sample of text, at most 512.")] = None,
+    batch_size: Annotated[int | None, Option(min=1, help="Batch size; 8 by default.")] = None,
+    seed: Annotated[int, Option(help="Seed of drawn images, and of criteria that draw numbers.")] = 0,
+    device: Device = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """What each place of a model costs if it alone is pruned, and each kind: the change of the loss."""
+    from .analysis.sensitivity import sensitivity
+    from .config import PruningConfig
+    from .publishing.folders import local_folder
+    from .publishing.opening import open_model, open_processing
+    from .publishing.readers import read_batches
+    from .reporting.plots import require_matplotlib
+
+    for path in (output, picture):
+        if path is not None:
+            _require_absent(path, force)
+    if picture is not None:
+        require_matplotlib()
+    try:
+        asked_levels = [float(level) for level in levels.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--levels takes numbers with commas between them, got {levels!r}.") from error
+    flags = dict(granularity=granularity, criterion=criterion, scope=scope, calibration_samples=samples)
+    flags |= dict(multiple_of=multiple_of, reconstruct=reconstruct)
+    asked = PruningConfig.from_dict({"sparsity": 0.5, **{n: value for n, value in flags.items() if value is not None}})
+    folder = local_folder(model)
+    opened = open_model(folder, _device_of(device))
+    sizes = {name: value for name, value in (("length", length), ("batch_size", batch_size)) if value is not None}
+    count = asked.calibration_samples
+    batches = read_batches(calibration, opened, open_processing(folder), samples=count, seed=seed, **sizes)
+    found = sensitivity(opened, asked, batches, levels=asked_levels, seed=seed)
+    found.save(output)
+    if picture is not None:
+        found.plot(picture)
+    _print({"output": str(output), **found.to_dict()}, f"{found}\n\nSaved in {output}.", as_json)
 
 
 @app.command(name="shrink")
@@ -226,6 +278,12 @@ def _failures() -> tuple[type[Exception], ...]:
     # Network errors are the bases of the Hub's own: OSError, and that of the HTTP library which its client uses.
     network = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
     return (ValueError, ImportError, torch.OutOfMemoryError, *network)
+
+
+def _device_of(asked: str | None) -> str:
+    import torch
+
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _print(values: Mapping[str, object], text: str, as_json: bool) -> None:

@@ -60,8 +60,7 @@ class PruningConfig:
             something else: from an N:M granularity, from `sparsities` or `keep_…`, or with `hold_zeros` alone, which
             then prunes nothing further.
         keep_parameters: Share of the dense model's parameters that is left in the end, in `(0, 1]`, in place of a
-            sparsity; for structures, of which as many go as it takes. A schedule says how much is gone after each
-            round.
+            sparsity: as many structures go as it takes. A schedule says how much is gone after each round.
         keep_flops: The same for the floating-point operations of a forward pass over the first batch of data.
         keep_latency: The same for its time, measured on the device where the model is.
         schedule: How sparse after each round: a key of `hf_prune.SCHEDULES`. For N:M, "auto" is one cut, or
@@ -86,8 +85,9 @@ class PruningConfig:
             ("layer", each losing the same share); whole layers and widths take "auto" only. With sparsegpt the scope
             says how sparse each layer is, and weights compete within blocks of its columns: "global" is as by fisher,
             which needs labels and gradients, and "layer" as in its paper, which needs neither.
-        layer_sparsity: Regular expression of module names → their own final sparsity, also as JSON text. The first
-            that matches the whole name counts. These modules leave the competition, and `sparsity` holds for the
+        layer_sparsity: Regular expression of module names → their own final sparsity, also as JSON text, or `@FILE`
+            with what `hf_prune.sensitivity` has measured, by which the sparsity is divided. The first expression that
+            matches the whole name counts. These modules leave the competition, and `sparsity` holds for the
             rest. At earlier rounds they are as far on their way as the rest.
         target_modules: Modules to prune instead of the default ones; see `hf_prune.weights.targets.find_targets`.
         exclude_modules: Modules to leave out.
@@ -167,7 +167,8 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.layer_sparsity, str):
-            object.__setattr__(self, "layer_sparsity", read_layer_sparsity(self.layer_sparsity))
+            final = self.sparsities[-1] if self.sparsities else self.sparsity
+            object.__setattr__(self, "layer_sparsity", read_layer_sparsity(self.layer_sparsity, final))
         if isinstance(self.patience, int):
             object.__setattr__(self, "patience", [self.patience])
         for name, hint in get_type_hints(type(self)).items():

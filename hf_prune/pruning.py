@@ -72,7 +72,7 @@ def cut_(
     several_steps = plan.reconstructs or plan.compensates or plan.config.score_steps > 1
     with _put_back_on_error(changed) if several_steps else contextlib.nullcontext():
         if plan.reconstructs and batches is not None:
-            quotas = plan.quotas(masks, sparsity, _statistics_for(model, plan, data))
+            quotas = plan.quotas(masks, sparsity, statistics_for(model, plan, data))
             masks = reconstruct_(
                 model, plan.targets, masks, quotas, batches(), samples, show_progress=data.show_progress
             )
@@ -80,7 +80,7 @@ def cut_(
                 set_master_(target.weight, target.weight)
             return masks
         for step in plan.steps(masks, sparsity, budget):
-            masks = plan.next_masks(masks, step, _statistics_for(model, plan, data), budget)
+            masks = plan.next_masks(masks, step, statistics_for(model, plan, data), budget)
             if plan.compensates and batches is not None:
                 solved = compensate_(
                     model, plan.targets, plan.structures, masks, batches(), samples, show_progress=data.show_progress
@@ -103,7 +103,7 @@ def _missing(plan: Plan, data: CalibrationData) -> list[str]:
     return missing
 
 
-def _statistics_for(model: nn.Module, plan: Plan, data: CalibrationData) -> Statistics:
+def statistics_for(model: nn.Module, plan: Plan, data: CalibrationData) -> Statistics:
     """What a cut reads: what is known, and what a calibration says of the rest."""
     missing = _missing(plan, data)
     if not missing or data.batches is None:
@@ -170,11 +170,11 @@ def collect_statistics(
             raise ValueError(f"the criterion {plan.criterion_name!r} with scope {config.scope!r} reads no statistics.")
         if are_sharded(plan.targets.values()):
             raise ValueError("FSDP has sharded the weights, and statistics are kept of whole ones.")
-        found = _statistics_for(model, plan, CalibrationData(_repeatable(dataloader), show_progress=True))
+        found = statistics_for(model, plan, CalibrationData(require_repeatable(dataloader), show_progress=True))
         return CalibrationStatistics.of(model, found, config.calibration_samples)
 
 
-def _repeatable(dataloader: Iterable[Batch] | None) -> Callable[[], Iterable[Batch]] | None:
+def require_repeatable(dataloader: Iterable[Batch] | None) -> Callable[[], Iterable[Batch]] | None:
     """Gives the batches of a dataloader anew at each call; raises if they can be read only once."""
     if isinstance(dataloader, Iterator):
         raise ValueError(
@@ -235,7 +235,7 @@ def prune(
             logger.warning(
                 "The base weights are pruned. Adapters fill the zeros again, unless keep_sparsity masks them."
             )
-        data = CalibrationData(_repeatable(dataloader), show_progress=True)
+        data = CalibrationData(require_repeatable(dataloader), show_progress=True)
         if statistics is not None:
             if config.score_steps > 1:
                 raise ValueError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,16 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from hf_prune import PruningConfig, PruningHistory, prune, push_to_hub, save_pretrained, shrink
+from hf_prune import (
+    PruningConfig,
+    PruningHistory,
+    SensitivityReport,
+    prune,
+    push_to_hub,
+    save_pretrained,
+    sensitivity,
+    shrink,
+)
 from hf_prune.cli import app, main
 from hf_prune.config import CONFIG_NAME
 from hf_prune.publishing import opening
@@ -217,6 +227,64 @@ def test_prune_says_which_scores_it_cannot_take(tmp_path, monkeypatch, capsys):
     run("prune", source, *words, *sizes, "8")
     assert fails(monkeypatch, "prune", source, *words, "--force", *sizes, "4") == 2
     assert "was made of 8 samples, not 4" in capsys.readouterr().err
+
+
+def test_sensitivity_is_measured_and_pruned_by(tmp_path):
+    source, data, file = dense(tmp_path / "dense"), text(tmp_path), tmp_path / "sensitivity.json"
+    words = [
+        "--calibration",
+        data,
+        "--samples",
+        "8",
+        "--length",
+        "8",
+        "--output",
+        file,
+        "--plot",
+        tmp_path / "map.png",
+    ]
+    words += ["--granularity", "neuron", "--multiple-of", "4", "--levels", "0.25,0.5"]
+    text_of_report = run("sensitivity", source, *words)
+    assert "all neurons" in text_of_report
+    assert f"Saved in {file}." in text_of_report
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    model = build("llama")
+    batches = read_batches(data, model, [word_tokenizer()], samples=8, length=8, seed=0)
+    config = PruningConfig(sparsity=0.5, granularity="neuron", multiple_of=4, calibration_samples=8)
+    report = sensitivity(model, config, batches, levels=(0.25, 0.5))
+    assert SensitivityReport.load(file) == report
+    asked = [
+        "--granularity",
+        "neuron",
+        "--multiple-of",
+        "4",
+        "--sparsity",
+        "0.3",
+        "--layer-sparsity",
+        f"@{file}:least",
+    ]
+    run("prune", source, "--output", tmp_path / "out", *asked)
+    config = PruningConfig.from_pretrained(tmp_path / "out")
+    assert set(config.own_sparsities) == {re.escape(row.name) for row in report.rows if not row.is_kind}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--levels", "a,b"], "--levels takes numbers with commas between them"),
+        (["--levels", "0.5,0.25"], "levels must rise between 0 and 1"),
+        (["--granularity", "2:4", "--levels", "0.25"], "contradict|fixes sparsity|has one sparsity"),
+    ],
+)
+def test_sensitivity_says_what_is_wrong(words, message, tmp_path, monkeypatch, capsys):
+    source, data, file = dense(tmp_path / "dense"), text(tmp_path), tmp_path / "sensitivity.json"
+    asked = ["--calibration", data, "--samples", "4", "--length", "8", "--output", file]
+    assert fails(monkeypatch, "sensitivity", source, *asked, *words) == 2
+    assert re.search(message, capsys.readouterr().err)
+    file.write_text("mine")
+    assert fails(monkeypatch, "sensitivity", source, *asked) == 2
+    assert "is there already. Give --force" in capsys.readouterr().err
+    assert file.read_text() == "mine"
 
 
 def test_prune_by_a_saved_config(tmp_path):

@@ -23,9 +23,9 @@ criteria
 scopes
 weights         timm body targets masks gradient_hooks zero_checks snapshot movement compression
 calibration     contexts batches samples activations passes per_sample_gradients statistics kept costs
-structures      example_inputs norms groups criteria routed gatherers contributions statistics ranking names families
-                entries decompression loading registration layer stacks routing experts expert_neurons widths channels
-                comparing configs removal small_models trial tracing discovery proof heads_and_neurons by_kind
+structures      example_inputs norms groups criteria routed gatherers contributions gates statistics ranking names
+                families entries decompression loading registration layer stacks routing experts expert_neurons widths
+                channels comparing configs removal small_models trial tracing discovery proof heads_and_neurons by_kind
                 shrinking finding budgets
 selection       layer_sparsity lowest scoring cuts granularity weight_groups patterns whole_structures
 granularities
@@ -37,6 +37,7 @@ reconstruction  dependencies stages moments sparsegpt compensation
 reporting       tables plots history reports savings
 inference       semi_structured
 pruning
+analysis        report sensitivity
 training        endings events monitor optimizers overrun renamed_weights checkpoints rounds run
 metrics
 callback
@@ -183,7 +184,8 @@ def test_a_file_is_short_enough_to_be_read(module):
 @MODULES
 def test_a_function_has_few_parameters(module):
     """Except where users give each by its name: what always travels together is a record."""
-    public = {("publishing.hub", "save_pretrained"), ("publishing.hub", "push_to_hub"), ("cli", "prune_command")}
+    public = {("publishing.hub", "save_pretrained"), ("publishing.hub", "push_to_hub")}
+    public |= {("analysis.sensitivity", "sensitivity"), ("cli", "prune_command"), ("cli", "sensitivity_command")}
     for function in functions(tree(module)):
         given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
         taken = [each.arg for each in given if each.arg not in ("self", "cls")]
@@ -200,7 +202,8 @@ def test_a_config_is_words_at_the_door_and_a_plan_behind_it():
                 named.add(module)
     named -= {"recovery.masked_lora"}  # That is peft's.
     assert named == {
-        *("__init__", "config", "plan", "pruning", "callback", "cli"), "reporting.reports", "publishing.hub",
+        *("__init__", "config", "plan", "pruning", "callback", "cli"),
+        *("analysis.sensitivity", "reporting.reports", "publishing.hub"),
     }  # fmt: skip
 
 
@@ -318,6 +321,7 @@ def test_a_module_that_lacks_a_package_says_which(monkeypatch):
 
 def test_the_public_names_are_these():
     assert set(hf_prune.__all__) == {
+        "CalibrationStatistics",
         "Heads",
         "MaskSet",
         "Neurons",
@@ -325,13 +329,16 @@ def test_the_public_names_are_these():
         "PruningHistory",
         "PruningTrainerCallback",
         "ScoreInputs",
+        "SensitivityReport",
         "SparsityReport",
         "Stack",
+        "collect_statistics",
         "describe_family",
         "keep_sparsity",
         "prune",
         "push_to_hub",
         "save_pretrained",
+        "sensitivity",
         "shrink",
         "sparsity_report",
         "to_sparse_semi_structured",

@@ -84,14 +84,20 @@ def figure_of_run(
     return figure
 
 
-def figure_of_modules(sparsity: Mapping[str, float]) -> "Figure":
-    """Sparsity by module: a column for each layer, a row for each module that layers have.
+def figure_of_modules(
+    values: Mapping[str, float], *, highest: float = 1.0, title: str = "sparsity by module"
+) -> "Figure":
+    """A value by module: a column for each layer, a row for each module that layers have.
 
     The first number in a name is that of the layer; modules without one have a row of one cell.
+
+    Args:
+        values: Module → its value; from 0 to `highest` they get darker.
+        highest: Where colours end.
+        title: What they are.
     """
-    cells = {_row_and_column(_printable(name)): value for name, value in sparsity.items()}
+    cells = {_row_and_column(_printable(name)): value for name, value in values.items()}
     rows, columns = list(dict.fromkeys(row for row, _ in cells)), sorted({column for _, column in cells})
-    title = "sparsity by module"
     if len(rows) > _MOST_ROWS:
         title += f" (the first {_MOST_ROWS} of {len(rows)} rows)"
         rows = rows[:_MOST_ROWS]
@@ -102,7 +108,7 @@ def figure_of_modules(sparsity: Mapping[str, float]) -> "Figure":
     nothing = float("nan")
     image = axes.imshow(
         [[cells.get((row, column), nothing) for column in columns] for row in rows] or [[nothing]],
-        vmin=0, vmax=1, cmap="Blues", aspect="auto",
+        vmin=0, vmax=highest, cmap="Blues", aspect="auto",
     )  # fmt: skip
     axes.set_facecolor("whitesmoke")
     axes.set_yticks(range(len(rows)), rows, parse_math=False)  # Names are names, whatever is in them.
@@ -117,9 +123,16 @@ def figure_of_modules(sparsity: Mapping[str, float]) -> "Figure":
         spine.set_visible(False)
     if len(columns) <= _MOST_WITH_NUMBERS:
         for (row, column), value in cells.items():
-            color = "white" if value > 0.6 else "black"
+            color = "white" if value > 0.6 * highest else "black"
             place = columns.index(column), rows.index(row)
-            axes.text(*place, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+            axes.text(
+                *place,
+                f"{value:.2f}" if highest == 1 else f"{value:.2g}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=color,
+            )
     figure.colorbar(image, ax=axes, pad=0.02)
     return figure
 

@@ -20,8 +20,10 @@ from .granularity import Granularity
 MULTIPLE_OF = 8
 """The number of neurons, channels or widths that remain is a multiple of this, unless a config says otherwise."""
 
-_COUNTED_IN_MULTIPLES = {"neuron", "channel", "width"}
-_ONE_POOL = {"layer", "width"}
+COUNTED_IN_MULTIPLES = {"neuron", "channel", "width"}
+ONE_POOL = {"layer", "width"}
+"""Kinds of which all structures compete, whatever the scope: none has a sparsity of its own."""
+
 _NOT_TOGETHER = {
     ("head", "query"): "with a head go the queries that read it. Prune one of them, shrink, and prune the other",
     **{
@@ -69,7 +71,7 @@ class Structural(Granularity):
 
     def require_options(self, asked: Mapping[str, object]) -> None:
         """Structures compete everywhere or within their layer; whole layers, and widths, as one pool."""
-        scopes, is_one_pool = ["auto"], set(self.kinds) <= _ONE_POOL
+        scopes, is_one_pool = ["auto"], set(self.kinds) <= ONE_POOL
         if not is_one_pool:
             scopes += ["layer"] if self.uniform else ["global", "layer"]
         if asked.get("scope", "auto") not in scopes:
@@ -90,8 +92,8 @@ class Structural(Granularity):
                 f"reconstruct is about what a projection reads ({read}), and granularity {str(self)!r} has none of "
                 "these. Leave it out."
             )
-        if "multiple_of" in asked and not _COUNTED_IN_MULTIPLES & set(self.kinds):
-            counted = ", ".join(KINDS[kind] for kind in KINDS if kind in _COUNTED_IN_MULTIPLES)
+        if "multiple_of" in asked and not COUNTED_IN_MULTIPLES & set(self.kinds):
+            counted = ", ".join(KINDS[kind] for kind in KINDS if kind in COUNTED_IN_MULTIPLES)
             raise ValueError(f"multiple_of is about {counted}, and granularity {str(self)!r} has none. Leave it out.")
 
     def auto_scope(self, scope: str, reconstructs: bool) -> str:

@@ -111,7 +111,7 @@ class _Reader:
         device, width = target.weight.device, len(member.owners) // group.count
         in_order = torch.arange(group.count).repeat_interleave(width)
         are_blocks = target.parts == 1 and width > 1 and torch.equal(member.owners, in_order)
-        shape = (group.count, width, width) if are_blocks else (target.parts, target.in_features)
+        shape = (group.count, width, width) if are_blocks else (target.parts, target.fan_in)
         return cls(group, member, target, torch.zeros(shape, device=device), torch.zeros((), device=device))
 
     def add_(self, inputs: torch.Tensor, parts: slice) -> None:

@@ -120,9 +120,30 @@ def activation(inputs: StructureInputs) -> torch.Tensor:
     return inputs["contribution"]
 
 
+@needs("gate_fisher", kinds=("head", "query", "neuron"))
+def gate_fisher(inputs: StructureInputs) -> torch.Tensor:
+    """Structures matter without which the loss rises: `E Σ_t (x_s · ∂L/∂x_s)² / 2`, over labels.
+
+    `x_s` is what the structure hands on at position `t`. This is the second-order estimate of how the loss changes
+    without it, by the Fisher information of a gate behind it at each position. It can be compared between layers, and
+    takes labels and gradients.
+
+    Args:
+        inputs: `gate_fisher` is used.
+
+    Returns:
+        `[structures]` scores, float64, `≥ 0`, in the units of the loss.
+
+    Source: Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", arXiv 2204.09656, eq. 8, whose
+    gates are the same at all positions.
+    """
+    return inputs["gate_fisher"] / 2
+
+
 STRUCTURE_CRITERIA: dict[str, StructureCriterion] = {
     "block_influence": block_influence,
     "reap": reap,
     "frequency": frequency,
     "activation": activation,
+    "gate_fisher": gate_fisher,
 }

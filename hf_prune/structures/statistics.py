@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ..calibration.batches import Batch
 from ..calibration.passes import call
 from .contributions import Contribution
+from .gates import GateFisher
 from .gatherers import OfRouting, StructureGatherer, token_mask
 from .routed import Routed
 
@@ -71,4 +72,5 @@ STRUCTURE_STATISTICS: dict[str, type[StructureGatherer]] = {
     "routed_output": RoutedOutput,
     "routed_share": RoutedShare,
     "contribution": Contribution,
+    "gate_fisher": GateFisher,
 }

@@ -13,7 +13,8 @@ from tests import tiny
 from tests.structures.mixtures import build_mixture
 from tests.structures.models import build, inputs_of
 
-OF_STRUCTURES = {"block_influence": "layer", "reap": "expert", "frequency": "expert", "activation": "query+neuron"}
+OF_STRUCTURES = {"block_influence": "layer", "reap": "expert", "frequency": "expert", "activation": "query+neuron",
+                 "gate_fisher": "head+neuron"}  # fmt: skip
 CALIBRATED = [name for name, criterion in CRITERIA.items() if set(needs_of(criterion)) - {"movement"}]
 
 

@@ -21,7 +21,7 @@ from .schedules import SCHEDULES, explicit, resolve
 from .scopes import SCOPES
 from .selection.granularity import Granularity
 from .selection.layer_sparsity import read as read_layer_sparsity
-from .selection.scoring import CRITERION_NAMES, require_scorable
+from .selection.scoring import WITH_AUTO, criterion_of, require_scorable
 from .selection.whole_structures import MULTIPLE_OF
 from .structures.budgets import budget_in
 from .weights.targets import is_regex
@@ -31,7 +31,7 @@ RESTORE = ("best", "last")
 OPTIMIZER_STATES = ("mask", "reset", "keep")
 _CHOICES: dict[str, Iterable[str]] = {
     "schedule": SCHEDULES,
-    "criterion": CRITERION_NAMES,
+    "criterion": WITH_AUTO,
     "scope": SCOPES,
     "optimizer_state": OPTIMIZER_STATES,
     "restore": RESTORE,
@@ -56,9 +56,8 @@ class PruningConfig:
     Fields hold JSON primitives only, and each is a flag for `transformers.HfArgumentParser`.
 
     Args:
-        sparsity: Fraction of the targeted weights to remove, in `[0, 1)`. May be left out where it follows from
-            something else: from an N:M granularity, from `sparsities` or `keep_…`, or with `hold_zeros` alone, which
-            then prunes nothing further.
+        sparsity: Fraction of the targeted weights to remove, in `[0, 1)`. May be left out where N:M, `sparsities` or
+            `keep_…` say it, or with `hold_zeros` alone, which then prunes nothing further.
         keep_parameters: Share of the dense model's parameters that is left in the end, in `(0, 1]`, in place of a
             sparsity: as many structures go as it takes. A schedule says how much is gone after each round.
         keep_flops: The same for the floating-point operations of a forward pass over the first batch of data.
@@ -69,8 +68,9 @@ class PruningConfig:
         initial_sparsity: Sparsity after the first cut of the hybrid schedule.
         sparsities: The absolute sparsity after each round, rising, instead of a schedule.
         criterion: What a weight is worth: a key of `hf_prune.criteria.CRITERIA`; a method of `RECONSTRUCTIONS` there
-            ("sparsegpt"), which also changes the weights that it keeps so that each layer's outputs stay what they
-            were; or what a structure is worth, a key of `hf_prune.structures.criteria.STRUCTURE_CRITERIA`.
+            ("sparsegpt"), which changes the weights that it keeps so that layers give what they gave; or what a
+            structure is worth, a key of `hf_prune.structures.criteria.STRUCTURE_CRITERIA`. "auto" is magnitude for
+            weights and channels, block_influence for layers, reap for experts, and activation for other structures.
         calibration_samples: Number of training samples that a cut looks at, in total over all processes, if it does.
         score_steps: Number of steps in which a cut reaches its sparsity, each scored anew and leaving the same share.
         granularity: What is removed together: "unstructured", "N:M" (N kept of every M along the input dimension,
@@ -140,7 +140,7 @@ class PruningConfig:
     rounds: int | None = None
     initial_sparsity: float | None = None
     sparsities: list[float] | None = None
-    criterion: str = "magnitude"
+    criterion: str = "auto"
     calibration_samples: int = 128
     score_steps: int = 1
     granularity: str = "unstructured"
@@ -190,7 +190,7 @@ class PruningConfig:
         granularity = parse_granularity(self.granularity, multiple_of=self.multiple_of, uniform=self.uniform)
         asked = {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
         granularity.require_options(asked)
-        require_scorable(self.criterion, CRITERION_NAMES[self.criterion], granularity.kinds)
+        require_scorable(*criterion_of(self.criterion, granularity.kinds), granularity.kinds)
         if self.criterion in RECONSTRUCTIONS:
             granularity.require_reconstruction(self.criterion, self.scope, self.score_steps)
         # Computed once here so that a schedule that cannot be is an error at once.

@@ -17,7 +17,7 @@ from .recovery.lora import has_adapters, require_maskable_adapters
 from .scopes import GLOBAL, SCOPES, Scope
 from .selection.cuts import Cut, Quota
 from .selection.granularity import Granularity
-from .selection.scoring import CRITERION_NAMES, AnyCriterion, Scorer, require_finite_weights, require_scorable
+from .selection.scoring import AnyCriterion, Scorer, criterion_of, require_finite_weights, require_scorable
 from .structures.budgets import Budget
 from .structures.finding import held_zeros, zeros_of
 from .structures.groups import Structures, parameters_of
@@ -78,9 +78,9 @@ def resolve(config: PruningConfig, criterion: AnyCriterion | None = None) -> Set
     """
     granularity = parse_granularity(config.granularity, multiple_of=config.multiple_of, uniform=config.uniform)
     reconstructs = criterion is None and config.criterion in RECONSTRUCTIONS
-    chosen = criterion or CRITERION_NAMES[config.criterion]
-    own_name = str(getattr(criterion, "__qualname__", type(criterion).__qualname__))
-    name = config.criterion if criterion is None else own_name
+    name, chosen = criterion_of(config.criterion, granularity.kinds)
+    if criterion is not None:
+        name, chosen = str(getattr(criterion, "__qualname__", type(criterion).__qualname__)), criterion
     require_scorable(name, chosen, granularity.kinds)
     auto = granularity.auto_scope(scope_of(chosen), reconstructs)
     scope = auto if config.scope == "auto" else config.scope
@@ -173,6 +173,19 @@ class Plan(Settings):
         measure, _ = self.config.budget
         batch = None if batches is None or measure == "parameters" else next(iter(batches()), None)
         return Budget(model, measure, self.structures, batch)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the config leaves the criterion open, and what it then is looks at samples."""
+        default, _ = criterion_of("auto", self.granularity.kinds)
+        return self.config.criterion == "auto" and self.criterion_name == default and bool(self.needs)
+
+    def by_magnitude(self) -> "Plan":
+        """The same with what is left where no samples can be looked at."""
+        name, scope = "magnitude", self.scope
+        if self.config.scope == "auto":
+            scope = SCOPES[self.granularity.auto_scope(scope_of(magnitude), False)] or GLOBAL
+        return dataclasses.replace(self, criterion=magnitude, criterion_name=name, scope=scope)
 
     @property
     def parameters(self) -> Mapping[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from .criteria import Statistics
 from .distributed.gathering import accessible
 from .distributed.shards import own, reshard_
 from .distributed.zero import master_of, set_master_
-from .plan import Plan
+from .plan import Plan, resolve
 from .reconstruction.compensation import compensate_, solved_by_compensation
 from .reconstruction.sparsegpt import reconstruct_
 from .recovery.lora import has_adapters, keeps_sparsity, mask_adapters_, require_maskable_adapters, with_adapters
@@ -174,6 +174,18 @@ def collect_statistics(
         return CalibrationStatistics.of(model, found, config.calibration_samples)
 
 
+def _without_data(config: PruningConfig) -> PruningConfig:
+    """What a config that leaves the criterion open means where there are no samples."""
+    if not (needed := resolve(config).needs):
+        return config
+    logger.warning(
+        "Without a dataloader %s go by magnitude, which can ruin a model. Give one for criterion %s, which looks at "
+        "samples (%s); or name a criterion.",
+        config.granularity, resolve(config).criterion_name, ", ".join(needed),
+    )  # fmt: skip
+    return dataclasses.replace(config, criterion="magnitude")
+
+
 def require_repeatable(dataloader: Iterable[Batch] | None) -> Callable[[], Iterable[Batch]] | None:
     """Gives the batches of a dataloader anew at each call; raises if they can be read only once."""
     if isinstance(dataloader, Iterator):
@@ -226,6 +238,8 @@ def prune(
         >>> prune(model, PruningConfig(sparsity=0.75)).sparsity
         0.75
     """
+    if criterion is None and config.criterion == "auto" and dataloader is None and statistics is None:
+        config = _without_data(config)
     with accessible(model):
         plan = Plan.of(model, config, criterion, seed=seed)
         keeps = keeps_sparsity(model)

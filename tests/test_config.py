@@ -11,7 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_prune.config import CONFIG_NAME, OPTIMIZER_STATES, RESTORE, PruningConfig
 from hf_prune.schedules import SCHEDULES, resolve
 from hf_prune.scopes import SCOPES
-from hf_prune.selection.scoring import CRITERION_NAMES
+from hf_prune.selection.scoring import WITH_AUTO
 
 FIELDS = dataclasses.fields(PruningConfig)
 
@@ -191,7 +191,7 @@ def test_every_field_is_a_flag_with_help_and_is_described(field):
     ("name", "known"),
     [
         ("schedule", SCHEDULES),
-        ("criterion", CRITERION_NAMES),
+        ("criterion", WITH_AUTO),
         ("scope", SCOPES),
         ("restore", RESTORE),
         ("optimizer_state", OPTIMIZER_STATES),
@@ -305,7 +305,7 @@ def test_a_sparsity_has_to_be_a_fraction(value, message):
 
 UNKNOWN = {
     "schedule": f"schedule must be one of {', '.join(SCHEDULES)}; got ",
-    "criterion": f"criterion must be one of {', '.join(CRITERION_NAMES)}; got ",
+    "criterion": f"criterion must be one of {', '.join(WITH_AUTO)}; got ",
     "scope": f"scope must be one of {', '.join(SCOPES)}; got ",
     "optimizer_state": r"optimizer_state must be one of mask, reset, keep; got ",
     "restore": r"restore must be one of best, last; got ",

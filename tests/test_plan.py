@@ -50,7 +50,7 @@ def test_of_structures_it_begins_where_the_one_is_that_has_lost_most():
         for name in ("a", "b")
     }
     masks = {"a.weight": torch.tensor([[False], [False], [True], [True]]).expand(4, 2)}
-    config = {"sparsity": 0.75, "score_steps": 2, "granularity": "neuron"}
+    config = {"sparsity": 0.75, "score_steps": 2, "granularity": "neuron", "criterion": "taylor"}
     first = 1 - (0.75 * 0.25) ** 0.5  # 2 of 8 are gone.
     assert levels(PruningConfig(**config), 0.75, masks, structures) == pytest.approx([first, 0.75])
     first = 1 - (0.5 * 0.25) ** 0.5  # 2 of 4 in the first place.
@@ -104,7 +104,12 @@ def test_a_plan_is_made_before_anything_is_cut():
         ({"criterion": "sparsegpt", "granularity": "2:4"}, "layer", ()),
         ({"criterion": "wanda", "granularity": "2:4"}, "row", ("input_norm",)),
         ({"criterion": "wanda", "granularity": "head"}, "global", ("input_norm",)),
-        ({"granularity": "neuron", "uniform": True}, "layer", ()),
+        ({"granularity": "neuron", "uniform": True, "criterion": "magnitude"}, "layer", ()),
+        ({"granularity": "head+neuron"}, "layer", ("contribution",)),
+        ({"granularity": "layer"}, "global", ("block_influence",)),
+        ({"granularity": "expert"}, "global", ("routed_output",)),
+        ({"granularity": "neuron+layer+expert"}, "layer", ("contribution", "block_influence", "routed_output")),
+        ({"granularity": "channel"}, "global", ()),
     ],
 )
 def test_what_a_config_leaves_open(options, scope, needs):

@@ -15,11 +15,12 @@ from ..criteria import (
     ScoreInputs,
     Statistics,
     is_elementwise,
+    magnitude,
     pooling_of,
     scored_kinds,
 )
 from ..distributed.processes import failing_together
-from ..structures.criteria import STRUCTURE_CRITERIA, StructureCriterion, StructureInputs
+from ..structures.criteria import STRUCTURE_CRITERIA, StructureCriterion, StructureInputs, default_criterion
 from ..structures.groups import KINDS, StructureGroup
 from ..weights.targets import Target, are_sharded
 
@@ -31,7 +32,25 @@ CRITERION_NAMES: ChainMap[str, AnyCriterion] = ChainMap(
     cast(dict[str, AnyCriterion], STRUCTURE_CRITERIA),
     cast(dict[str, AnyCriterion], CRITERIA),
 )
+"""The criteria by their names."""
+
+WITH_AUTO: ChainMap[str, AnyCriterion | None] = ChainMap(
+    *cast(list[dict[str, AnyCriterion | None]], CRITERION_NAMES.maps), {"auto": None}
+)
 """What a config can name as its criterion."""
+
+
+def criterion_of(name: str, kinds: Collection[str]) -> tuple[str, AnyCriterion]:
+    """A criterion by its name, and its own name where that is "auto".
+
+    Args:
+        name: A key of `CRITERION_NAMES`; or "auto", which is magnitude for weights and channels.
+        kinds: The kinds of structures that a granularity has; none where it has weights.
+    """
+    if name != "auto":
+        return name, CRITERION_NAMES[name]
+    chosen = default_criterion(kinds) if kinds and "channel" not in kinds else magnitude
+    return chosen.__qualname__, chosen
 
 
 def require_scorable(name: str, criterion: AnyCriterion, kinds: Collection[str]) -> None:

@@ -37,12 +37,14 @@ class Contribution(StructureGatherer):
     their outputs, as the router weighs them; of tokens that are not routed to one it is zero.
     """
 
+    kinds = ("head", "query", "neuron", "width", "expert")
+
     def __init__(self, model: nn.Module, structures: Structures, targets: Mapping[str, Target]) -> None:
         super().__init__(model, structures, targets)
-        experts = {name: group for name, group in structures.items() if group.kind == "expert"}
+        experts = {name: group for name, group in self.structures.items() if group.kind == "expert"}
         self._experts = _RoutedEnergy(model, experts, targets) if experts else None
         self._readers: dict[str, list[_Reader]] = {}
-        for group in structures.values():
+        for group in self.structures.values():
             for member, target in readers_of(group, self.targets) if group.name not in experts else ():
                 self._readers.setdefault(member.name, []).append(_Reader.of(group, member, target))
         self._in_passes = targets_in_passes(model, {name: self.targets[name] for name in self._readers})

@@ -3,12 +3,12 @@
 One more is one more function here and one more line in `STRUCTURE_CRITERIA`, and its statistic in `statistics.py`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from ..criteria import needs
+from ..criteria import needs, needs_of
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,28 @@ def gate_fisher(inputs: StructureInputs) -> torch.Tensor:
     gates are the same at all positions.
     """
     return inputs["gate_fisher"] / 2
+
+
+_BY_DEFAULT: dict[str, StructureCriterion] = {"layer": block_influence, "expert": reap}
+
+
+def default_criterion(kinds: Collection[str]) -> StructureCriterion:
+    """What scores structures of some kinds by default: `activation`, layers `block_influence`, experts `reap`.
+
+    None of them reads labels.
+    """
+    chosen = {kind: _BY_DEFAULT.get(kind, activation) for kind in kinds}
+    criteria = list(dict.fromkeys(chosen.values()))
+    if len(criteria) == 1:
+        return criteria[0]
+    scope = "layer" if activation in criteria else "global"
+
+    @needs(*(name for criterion in criteria for name in needs_of(criterion)), kinds=tuple(kinds), scope=scope)
+    def each_by_its_own(inputs: StructureInputs) -> torch.Tensor:
+        return chosen[inputs.kind](inputs)
+
+    each_by_its_own.__qualname__ = "+".join(criterion.__qualname__ for criterion in criteria)
+    return each_by_its_own
 
 
 STRUCTURE_CRITERIA: dict[str, StructureCriterion] = {

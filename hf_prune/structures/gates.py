@@ -25,10 +25,12 @@ class GateFisher(StructureGatherer):
     hands on there; it follows from the inputs of the projections that read it, and the gradients of their outputs.
     """
 
+    kinds = ("head", "query", "neuron")
+
     def __init__(self, model: nn.Module, structures: Structures, targets: Mapping[str, Target]) -> None:
         super().__init__(model, structures, targets)
         self._readers: dict[str, list[tuple[StructureGroup, Member]]] = {}
-        for group in structures.values():
+        for group in self.structures.values():
             for member, _ in readers_of(group, targets):
                 self._readers.setdefault(member.name, []).append((group, member))
         self._in_passes = targets_in_passes(model, {name: targets[name] for name in self._readers})

@@ -1,7 +1,7 @@
 """Gatherers: what sees batches of samples, and adds up something of each structure."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,17 +25,23 @@ def token_mask(model: nn.Module, name: str, batch: Batch) -> torch.Tensor | None
 class StructureGatherer:
     """Gathers one statistic of structures, batch by batch.
 
+    Attributes:
+        kinds: The kinds of structures that it says something of; none if of all.
+
     Args:
         model: The model, unwrapped; in evaluation mode while batches are seen.
         structures: What is scored.
         targets: The weights that may be pruned.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, model: nn.Module, structures: Structures, targets: Mapping[str, Target]) -> None:
-        self.model, self.structures, self.targets = model, structures, targets
+        mine = {name: group for name, group in structures.items() if not self.kinds or group.kind in self.kinds}
+        self.model, self.structures, self.targets = model, mine, targets
         device = next(model.parameters()).device
-        self.sums = {name: torch.zeros(group.count, device=device) for name, group in structures.items()}
-        self.counts = {name: torch.zeros(group.count, device=device) for name, group in structures.items()}
+        self.sums = {name: torch.zeros(group.count, device=device) for name, group in mine.items()}
+        self.counts = {name: torch.zeros(group.count, device=device) for name, group in mine.items()}
 
     def see(self, batch: Batch, *, is_own: bool) -> None:
         """Adds a batch, unless it is one of another process."""
@@ -51,6 +57,8 @@ class StructureGatherer:
 
 class OfRouting(StructureGatherer):
     """Gathers what experts are given by their router, over all tokens but padding, where that can be told."""
+
+    kinds = ("expert",)
 
     @torch.no_grad()
     def see(self, batch: Batch, *, is_own: bool) -> None:

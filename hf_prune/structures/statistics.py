@@ -17,6 +17,8 @@ from .routed import Routed
 class BlockInfluence(StructureGatherer):
     """`1 − cos(x_in, x_out)` of each layer, over all tokens of all samples, without padding where that can be told."""
 
+    kinds = ("layer",)
+
     @torch.no_grad()
     def see(self, batch: Batch, *, is_own: bool) -> None:
         """Adds a batch."""

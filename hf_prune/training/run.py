@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..calibration.contexts import keep_random_state, whole_on_error
 from ..calibration.samples import CalibrationData
 from ..distributed.gathering import accessible
-from ..distributed.processes import failing_together, gather_from_processes, require_agreement
+from ..distributed.processes import failing_together, gather_from_processes, rank_and_size, require_agreement
 from ..pacing.even import Even
 from ..pacing.patience import Patience
 from ..plan import Plan
@@ -123,7 +123,7 @@ class Run:
         if isinstance(self.rounds.pacing, Patience):
             warn_of_few_evaluations(self.rounds.pacing, event.args, event.state)
         if plan.config.hold_zeros:
-            self._adopt_(plan.held_zeros(event.model), None, event)
+            self._adopt_(plan.held_zeros(event.model), None, event, plan)
             if not self.masks.masked:
                 logger.warning("hold_zeros found no zeros to hold.")
             plan.require_room(self.masks)
@@ -272,16 +272,28 @@ class Run:
             {} if self.movement is None else {"movement": self.movement.statistic()},
             show_progress=state.is_world_process_zero and not args.disable_tqdm,
         )
-        self._adopt_(cut_(event.model, plan, self.masks, asked, data), asked, event)
+        try:
+            masks = cut_(event.model, plan, self.masks, asked, data)
+        except ValueError as error:
+            if not plan.is_open or rank_and_size()[1] > 1:
+                raise
+            logger.warning(
+                "Structures go by magnitude, since the samples cannot be looked at: %s. Name a criterion to have "
+                "something else, or magnitude to silence this.",
+                error,
+            )
+            plan = plan.by_magnitude()
+            masks = cut_(event.model, plan, self.masks, asked, data)
+        self._adopt_(masks, asked, event, plan)
         if pacing.round == len(plan.config.round_sparsities):
             self.movement = None  # Nobody will ask for it again.
         if plan.config.restart_lr:
             self.lr_start = event.scheduler.last_epoch
             restart_lr_(event.scheduler, self.lr_start, pacing.steps_left(state.global_step), state.max_steps)
 
-    def _adopt_(self, masks: MaskSet, asked: float | None, event: Event) -> None:
+    def _adopt_(self, masks: MaskSet, asked: float | None, event: Event, plan: Plan) -> None:
         """Holds masks from here on, writes the round down and measures it."""
-        model, state, config = event.model, event.state, self.plan.config
+        model, state, config = event.model, event.state, plan.config
         masks.settle_()  # Now that all processes are here: Trainer asks the first alone for its state.
         if event.args.world_size > 1 and not masks.are_sharded:
             require_agreement(masks.digests(), "a mask")
@@ -291,17 +303,17 @@ class Run:
         # Metrics of a less sparse model must not keep a sparser one from becoming the best.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
-        report = count_zeros(model, masks, self.plan.structures, masks)
-        row = self.rounds.begin_(state.global_step, asked, report, self.plan.criterion_name)
-        budget = self.plan.budget(model, event.batches(config.calibration_samples))
-        row.left = None if budget is None else budget.left(kept_in(self.plan.structures, masks))
+        report = count_zeros(model, masks, plan.structures, masks)
+        row = self.rounds.begin_(state.global_step, asked, report, plan.criterion_name)
+        budget = plan.budget(model, event.batches(config.calibration_samples))
+        row.left = None if budget is None else budget.left(kept_in(plan.structures, masks))
         event.say(
             f"Round {row.round} of {len(config.round_sparsities)} at step {row.step}: sparsity {row.reached:.4f}, "
             f"{row.masked:,} of {row.total:,} {report.units} pruned."
             f"{'' if row.left is None else f' {row.left:.4f} of the {self.history.budget} are left.'}"
         )
         is_last = row.round == len(config.round_sparsities)  # Others may round to less on their way.
-        if is_last and asked is not None and (shortfall := self.plan.shortfall(masks, asked, budget)):
+        if is_last and asked is not None and (shortfall := plan.shortfall(masks, asked, budget)):
             row.shortfall = shortfall
             logger.log(logging.WARNING if state.is_world_process_zero else logging.DEBUG, "%s", shortfall)
         event.note({"pruning_round": row.round, "sparsity": row.reached})

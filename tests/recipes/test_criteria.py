@@ -41,7 +41,7 @@ def test_every_criterion_is_measured_at_every_level(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         ((), "usage: criteria.py {tinystories,vit,resnet,efficientnet}"),
-        (("vit", "--criteria", "hessian"), "criterion must be one of magnitude"),
+        (("vit", "--criteria", "hessian"), "criterion must be one of auto, magnitude"),
         (("vit", "--levels", "80"), "Did you mean 0.8?"),
         (("vit", "--criteria", "fisher+steps=8"), "unknown key 'steps'"),
     ],

@@ -75,7 +75,7 @@ def test_with_patience_the_last_round_takes_what_is_left() -> None:
             r"sparsity must be in \[0, 1\), got 80\.0\. Did you mean 0\.8\?",
         ),
         ({"schedules": ["sudden"]}, "schedule must be one of auto, one_shot"),
-        ({"criteria": ["beauty"]}, "criterion must be one of magnitude"),
+        ({"criteria": ["beauty"]}, "criterion must be one of auto, magnitude"),
         ({"granularities": ["2:4"], "budget_sparsity": 0.5}, r"the rounds of 2:4 go through \(M-1\):M"),
         ({"granularities": ["4:2"]}, r"granularity N:M keeps N of every M and needs 0 < N < M, got '4:2'"),
     ],

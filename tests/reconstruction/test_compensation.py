@@ -16,7 +16,7 @@ from tests.structures.models import build, inputs_of, logits_of
 
 
 def config_of(granularity, **others):
-    others = {"sparsity": 0.5, "scope": "layer", **others}
+    others = {"sparsity": 0.5, "scope": "layer", "criterion": "magnitude", **others}
     others |= {"multiple_of": 1} if "neuron" in granularity else {}
     return PruningConfig(granularity=granularity, schedule="one_shot", **others)
 

@@ -128,7 +128,8 @@ def test_training_under_masks_is_training_what_is_left(name, granularity, optimi
     """The oracle: a model that is shrunk before training, by the same masks."""
     model = without_dropout(build(name, torch.float64))
     small = copy.deepcopy(model)
-    config = PruningConfig(sparsity=0.5, schedule="one_shot", granularity=granularity, multiple_of=4)
+    asked = {"schedule": "one_shot", "criterion": "magnitude", "granularity": granularity, "multiple_of": 4}
+    config = PruningConfig(sparsity=0.5, **asked)
     prune(small, config)
     shrink(small)
     # Without it, AdamW would make steps of the rounding errors of gradients that are zero.
@@ -309,3 +310,59 @@ def test_a_family_that_was_described_in_part_leaves_a_model_that_works(make_trai
     trainer.train()  # Its optimizer is still the model's.
     layer = model.model.layers[0].mlp.up_proj
     assert bool((layer.weight == 0).all(1).any())
+
+
+def test_what_looks_at_samples_by_default_goes_by_magnitude_where_it_cannot(make_trainer, caplog):
+    config = PruningConfig(sparsity=0.5, granularity="neuron", multiple_of=4, schedule="one_shot", shrink_at_end=False)
+    model, expected = build("gpt_neo"), build("gpt_neo")
+    pairs = [{"a": row["input_ids"], "b": row["input_ids"].flip(0)} for row in samples(model)]
+    pruning = PruningTrainerCallback(config)
+    options = dict(cls=Pairs, train_dataset=pairs, remove_unused_columns=False)
+    make_trainer(model, pruning, max_steps=1, **options).train()
+    assert "Structures go by magnitude, since the samples cannot be looked at" in caplog.text
+    assert pruning.history[-1].criterion == "magnitude"
+    prune(expected, dataclasses.replace(config, criterion="magnitude"))
+    for name, mask in pruning.masks.items():
+        assert torch.equal(mask, expected.get_parameter(name) != 0)
+    named = dataclasses.replace(config, criterion="activation")
+    with pytest.raises(ValueError, match="You must specify exactly one of input_ids"):
+        make_trainer(build("gpt_neo"), PruningTrainerCallback(named), max_steps=1, **options).train()
+
+
+@pytest.mark.parametrize(
+    ("granularity", "criterion"),
+    [("head+neuron", "activation"), ("layer", "block_influence"), ("layer+neuron", "block_influence+activation")],
+)
+def test_the_default_looks_at_samples(granularity, criterion, make_trainer):
+    model = without_dropout(build("gpt_neo"))
+    config = PruningConfig(sparsity=0.5, granularity=granularity, calibration_samples=24)
+    pruning = PruningTrainerCallback(config)
+    make_trainer(model, pruning, train_dataset=samples(model)).train()
+    assert {row.criterion for row in pruning.history} == {criterion}
+
+
+def test_without_samples_the_default_warns_and_goes_by_magnitude(caplog):
+    model, expected = build("llama"), build("llama")
+    config = PruningConfig(sparsity=0.5, granularity="query+neuron", multiple_of=4)
+    prune(model, config)
+    assert "Without a dataloader query+neuron go by magnitude, which can ruin a model" in caplog.text
+    assert "criterion activation, which looks at samples (contribution)" in caplog.text
+    caplog.clear()
+    prune(expected, dataclasses.replace(config, criterion="magnitude"))
+    assert caplog.text == ""
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_kinds_go_each_by_a_criterion_of_its_own():
+    """Of layers those that do least, and of neurons in the others those that add least."""
+    model, layers, neurons = build("llama"), build("llama"), build("llama")
+    batches = [{"input_ids": row["input_ids"][None]} for row in samples(model, 8)]
+    common = dict(sparsity=0.34, multiple_of=4, calibration_samples=8)
+    found = prune(model, PruningConfig(granularity="neuron+layer", **common), batches)
+    alone = prune(layers, PruningConfig(sparsity=0.34, granularity="layer", criterion="block_influence",
+                                        calibration_samples=8), batches)  # fmt: skip
+    other = prune(neurons, PruningConfig(granularity="neuron", criterion="activation", **common), batches)
+    assert [row for row in found.structures if row.kind == "layer"] == list(alone.structures)
+    left = {row.name: row.zeros for row in found.structures if row.kind == "neuron"}
+    assert len(left) == 2
+    assert left == {row.name: row.zeros for row in other.structures if row.name in left}

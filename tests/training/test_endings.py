@@ -14,7 +14,7 @@ from tests.structures.models import TOKENS, build
 from tests.structures.test_training import samples
 from tests.trainers import trainer_factory
 
-HEADS = PruningConfig(sparsity=0.5, granularity="head")
+HEADS = PruningConfig(sparsity=0.5, granularity="head", calibration_samples=8)
 
 
 def warnings_in(caplog):
@@ -175,7 +175,7 @@ def test_a_cut_that_reaches_it_says_nothing(granularity, make_trainer, caplog):
     options = {"multiple_of": 1} if granularity == "neuron" else {}
     model, pruning = (
         build("gpt2"),
-        PruningTrainerCallback(PruningConfig(sparsity=0.5, granularity=granularity, **options)),
+        PruningTrainerCallback(PruningConfig(sparsity=0.5, granularity=granularity, calibration_samples=8, **options)),
     )
     make_trainer(model, pruning, train_dataset=samples(model), max_steps=2).train()
     assert pruning.history.shortfall() is None

@@ -38,18 +38,27 @@ class GateFisher(StructureGatherer):
         self._labels = torch.zeros((), device=next(model.parameters()).device)
 
     def see(self, batch: Batch, *, is_own: bool) -> None:
-        """Adds a batch."""
+        """Adds a batch; raises if a projection has a backward pass of its own."""
         labels = self._count(batch).sum()
         uses: list[tuple[Product, GradientEdge]] = []
+
+        hidden: list[Product] = []
 
         def note(product: Product) -> None:
             if product.output.requires_grad:  # An edge: the output may be changed in place.
                 uses.append((product, get_gradient_edge(product.output)))
+            else:
+                hidden.append(product)
 
         with torch.enable_grad(), eager_experts(self.model), ProductWatch(self._in_passes, note):
             loss = loss_of(self.model, batch) * labels
             with explaining_backward_errors(self.model):
                 gradients = torch.autograd.grad(loss, [edge for _, edge in uses], allow_unused=True) if uses else ()
+        if hidden:
+            raise ValueError(
+                f"the gradient of what {hidden[0].target.module!r} gives cannot be seen: its backward pass is one of "
+                "its own, as with DeepSpeed's stage 3. Choose criterion activation, or ZeRO stage 2."
+            )
         self._labels += labels
         with torch.no_grad():
             for (product, _), gradient in zip(uses, gradients, strict=True):

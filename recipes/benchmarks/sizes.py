@@ -41,8 +41,9 @@ from transformers.utils.logging import disable_progress_bar
 from hf_prune import PruningConfig, prune, shrink
 
 ROWS = [
+    "neuron:gate_fisher:solved",
+    "neuron:gate_fisher",
     "neuron:activation:solved",
-    "query+neuron:activation:solved",
     "neuron:activation",
     "neuron:fisher",
     "neuron:magnitude",

@@ -18,7 +18,9 @@ LEVELS = (0.25, 0.5)
 CONFIGS = {
     "magnitude": PruningConfig(sparsity=0.9),
     "wanda": PruningConfig(sparsity=0.9, criterion="wanda"),
-    "sparsegpt": PruningConfig(sparsity=0.9, criterion="sparsegpt", scope="layer"),
+    "sparsegpt": PruningConfig(
+        sparsity=0.9, criterion="sparsegpt", scope="layer", target_modules=["up_proj", "down_proj"]
+    ),
     "blocks": PruningConfig(sparsity=0.9, granularity="block:2x2", scope="erk"),
     "neurons": PruningConfig(sparsity=0.9, granularity="neuron", criterion="activation", multiple_of=4),
     "solved anew": PruningConfig(

@@ -149,3 +149,25 @@ def test_a_layer_that_gradients_do_not_reach_is_named():
     batch["labels"] = torch.full_like(batch["labels"], -100)
     with pytest.raises(ValueError, match=r"no gradient was seen to reach the neurons of 'model.layers.0.mlp'"):
         prune(model, config_of("neuron"), [batch])
+
+
+class OwnBackward(torch.autograd.Function):
+    """A projection whose product autograd does not see."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+def test_projections_with_a_backward_pass_of_their_own_are_an_error():
+    model = build("llama")
+    projection = model.model.layers[1].mlp.down_proj
+    projection.forward = lambda x: OwnBackward.apply(x, projection.weight)
+    with pytest.raises(ValueError, match=r"the gradient of what 'model\.layers\.1\.mlp\.down_proj' gives"):
+        prune(model, config_of("neuron"), [labelled(model)])

@@ -9,7 +9,7 @@ from .structures.registration import register_with_transformers
 if TYPE_CHECKING:
     from .analysis.report import SensitivityReport
     from .analysis.sensitivity import sensitivity
-    from .calibration.kept import CalibrationStatistics
+    from .calibration.saved_statistics import CalibrationStatistics
     from .callback import PruningTrainerCallback
     from .config import PruningConfig
     from .criteria import ScoreInputs
@@ -51,7 +51,7 @@ __all__ = [
 
 # Imported when they are asked for: torch and Transformers take seconds.
 _MODULES = {
-    "CalibrationStatistics": "calibration.kept",
+    "CalibrationStatistics": "calibration.saved_statistics",
     "Heads": "structures.families",
     "MaskSet": "weights.masks",
     "Neurons": "structures.families",

@@ -38,7 +38,8 @@ def prune_command(
     criterion: Annotated[str | None, Option(help="magnitude, wanda, sparsegpt, taylor, …")] = None,
     scope: Annotated[str | None, Option(help="auto, global, layer, row, erk, owl")] = None,
     layer_sparsity: Annotated[
-        str | None, Option(help="Module names and their own sparsities, as JSON; or @FILE of hf-prune sensitivity.")
+        str | None,
+        Option(help="JSON of module names → sparsities, or @FILE, a sensitivity report."),
     ] = None,
     multiple_of: Annotated[int | None, Option(help="What the number of neurons that remain is a multiple of.")] = None,
     uniform: Annotated[bool | None, Option(help="Whether as many structures go everywhere.")] = None,
@@ -58,7 +59,7 @@ def prune_command(
     as_json: Json = False,
 ) -> None:
     """Prunes a model in one cut: pruned weights are zero, and shapes stay as they are."""
-    from .calibration.kept import CalibrationStatistics
+    from .calibration.saved_statistics import CalibrationStatistics
     from .config import PruningConfig
     from .plan import resolve
     from .pruning import collect_statistics, prune
@@ -69,9 +70,9 @@ def prune_command(
 
     _require_room(output, force)
     flags = dict(sparsity=sparsity, granularity=granularity, criterion=criterion, scope=scope)
-    flags |= dict(layer_sparsity=layer_sparsity)
     flags |= dict(keep_parameters=keep_parameters, keep_flops=keep_flops, keep_latency=keep_latency)
-    flags |= dict(multiple_of=multiple_of, uniform=uniform, reconstruct=reconstruct, calibration_samples=samples)
+    flags |= dict(layer_sparsity=layer_sparsity, multiple_of=multiple_of, uniform=uniform, reconstruct=reconstruct)
+    flags |= dict(calibration_samples=samples)
     given = {name: value for name, value in flags.items() if value is not None}
     saved = {} if config is None else PruningConfig.from_pretrained(config).to_dict()
     asked = PruningConfig.from_dict({**saved, **given})
@@ -108,8 +109,8 @@ def prune_command(
 @app.command(name="sensitivity")
 def sensitivity_command(
     model: Model,
-    calibration: Annotated[Path, Option(help="A text file, or a folder of images, of which the loss is.")],
-    output: Annotated[Path, Option(help="The file to write, which --layer-sparsity @FILE reads.")],
+    calibration: Annotated[Path, Option(help="A text file or a folder of images, to measure the loss on.")],
+    output: Annotated[Path, Option(help="The report to write; prune takes it as --layer-sparsity @FILE.")],
     granularity: Annotated[str, Option(help="unstructured, block:4x4, head, neuron, …")] = "unstructured",
     criterion: Annotated[str | None, Option(help="magnitude, wanda, sparsegpt, taylor, …")] = None,
     scope: Annotated[str | None, Option(help="auto, global, layer, row, erk, owl")] = None,

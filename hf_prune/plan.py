@@ -25,7 +25,7 @@ from .weights.masks import MaskSet
 from .weights.targets import Target, are_sharded, find_targets
 
 _LEAST = 1e-9
-"""A sparsity at which nothing goes yet."""
+"""A sparsity at which nothing goes yet, and at which it is asked whether anything can; at 0 it is not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,12 +175,12 @@ class Plan(Settings):
         return Budget(model, measure, self.structures, batch)
 
     @property
-    def is_open(self) -> bool:
+    def uses_default_criterion(self) -> bool:
         """Whether the config leaves the criterion open, and what it then is looks at samples."""
         default, _ = criterion_of("auto", self.granularity.kinds)
         return self.config.criterion == "auto" and self.criterion_name == default and bool(self.needs)
 
-    def by_magnitude(self) -> "Plan":
+    def with_magnitude(self) -> "Plan":
         """The same with what is left where no samples can be looked at."""
         name, scope = "magnitude", self.scope
         if self.config.scope == "auto":

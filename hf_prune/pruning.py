@@ -4,21 +4,21 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
 from .calibration.batches import Batch
-from .calibration.kept import CalibrationStatistics
-from .calibration.samples import CalibrationData
+from .calibration.samples import CalibrationData, repeatable
+from .calibration.saved_statistics import CalibrationStatistics
 from .calibration.statistics import STATISTICS, calibrate
 from .config import PruningConfig
 from .criteria import Statistics
 from .distributed.gathering import accessible
 from .distributed.shards import own, reshard_
 from .distributed.zero import master_of, set_master_
-from .plan import Plan, resolve
+from .plan import Plan
 from .reconstruction.compensation import compensate_, solved_by_compensation
 from .reconstruction.sparsegpt import reconstruct_
 from .recovery.lora import has_adapters, keeps_sparsity, mask_adapters_, require_maskable_adapters, with_adapters
@@ -170,30 +170,8 @@ def collect_statistics(
             raise ValueError(f"the criterion {plan.criterion_name!r} with scope {config.scope!r} reads no statistics.")
         if are_sharded(plan.targets.values()):
             raise ValueError("FSDP has sharded the weights, and statistics are kept of whole ones.")
-        found = statistics_for(model, plan, CalibrationData(require_repeatable(dataloader), show_progress=True))
+        found = statistics_for(model, plan, CalibrationData(repeatable(dataloader), show_progress=True))
         return CalibrationStatistics.of(model, found, config.calibration_samples)
-
-
-def _without_data(config: PruningConfig) -> PruningConfig:
-    """What a config that leaves the criterion open means where there are no samples."""
-    if not (needed := resolve(config).needs):
-        return config
-    logger.warning(
-        "Without a dataloader %s go by magnitude, which can ruin a model. Give one for criterion %s, which looks at "
-        "samples (%s); or name a criterion.",
-        config.granularity, resolve(config).criterion_name, ", ".join(needed),
-    )  # fmt: skip
-    return dataclasses.replace(config, criterion="magnitude")
-
-
-def require_repeatable(dataloader: Iterable[Batch] | None) -> Callable[[], Iterable[Batch]] | None:
-    """Gives the batches of a dataloader anew at each call; raises if they can be read only once."""
-    if isinstance(dataloader, Iterator):
-        raise ValueError(
-            f"dataloader is a {type(dataloader).__name__}, which can be read once, and a cut may read the samples "
-            "several times. Give a DataLoader or a list of batches."
-        )
-    return None if dataloader is None else lambda: dataloader
 
 
 def prune(
@@ -238,10 +216,15 @@ def prune(
         >>> prune(model, PruningConfig(sparsity=0.75)).sparsity
         0.75
     """
-    if criterion is None and config.criterion == "auto" and dataloader is None and statistics is None:
-        config = _without_data(config)
     with accessible(model):
         plan = Plan.of(model, config, criterion, seed=seed)
+        if plan.uses_default_criterion and dataloader is None and statistics is None:
+            logger.warning(
+                "Without a dataloader %s go by magnitude, which can ruin a model. Give one for criterion %s, which "
+                "looks at samples (%s); or set a criterion.",
+                config.granularity, plan.criterion_name, ", ".join(plan.needs),
+            )  # fmt: skip
+            plan = plan.with_magnitude()
         keeps = keeps_sparsity(model)
         if keeps:
             require_maskable_adapters(model, plan.targets)
@@ -249,7 +232,7 @@ def prune(
             logger.warning(
                 "The base weights are pruned. Adapters fill the zeros again, unless keep_sparsity masks them."
             )
-        data = CalibrationData(require_repeatable(dataloader), show_progress=True)
+        data = CalibrationData(repeatable(dataloader), show_progress=True)
         if statistics is not None:
             if config.score_steps > 1:
                 raise ValueError(
@@ -262,7 +245,8 @@ def prune(
         bar_pruned_(model, plan.structures)
         if config.round_sparsities:
             masks = cut_(model, plan, masks, config.round_sparsities[-1], data)
-            budget = plan.budget(model, data.batches)  # What the cut has measured is measured again.
+            # Measured anew: of noisy times, the cut has chosen by those that looked best.
+            budget = plan.budget(model, data.batches)
             if shortfall := plan.shortfall(masks, config.round_sparsities[-1], budget):
                 logger.warning("%s", shortfall)
             if budget is not None:

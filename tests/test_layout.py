@@ -22,7 +22,7 @@ schedules
 criteria
 scopes
 weights         timm body targets masks gradient_hooks zero_checks snapshot movement compression
-calibration     contexts batches samples activations passes per_sample_gradients statistics kept costs
+calibration     contexts batches samples activations passes per_sample_gradients statistics saved_statistics costs
 structures      example_inputs norms groups criteria routed gatherers contributions gates statistics ranking names
                 families entries decompression loading registration layer stacks routing experts expert_neurons widths
                 channels comparing configs removal small_models trial tracing discovery proof heads_and_neurons by_kind

@@ -71,7 +71,7 @@ class SensitivityReport(Drawn):
         """The harm of each place: a column for each layer of the model, a row for each level of a module."""
         harms = {
             f"{row.name} at {level:g}": harm
-            for row in sorted(self.rows, key=lambda row: row.is_kind)
+            for row in self.rows
             if not row.is_kind
             for level, harm in zip(self.levels, self.harm(row), strict=True)
         }

@@ -10,16 +10,16 @@ from transformers.utils.logging import tqdm
 
 from ..calibration.batches import Batch, size_of
 from ..calibration.contexts import undisturbed
-from ..calibration.kept import CalibrationStatistics
 from ..calibration.passes import loss_of
-from ..calibration.samples import CalibrationData, read_samples, require_samples
+from ..calibration.samples import DELAY, CalibrationData, read_samples, repeatable, require_samples
+from ..calibration.saved_statistics import CalibrationStatistics
 from ..calibration.statistics import LabelCounts
 from ..config import PruningConfig
 from ..distributed.processes import sum_over_processes_
 from ..distributed.shards import has_shards
 from ..distributed.zero import has_partitions
 from ..plan import Plan
-from ..pruning import cut_, require_repeatable, statistics_for
+from ..pruning import cut_, statistics_for
 from ..reconstruction.compensation import solved_by_compensation
 from ..selection.whole_structures import COUNTED_IN_MULTIPLES, MULTIPLE_OF, ONE_POOL
 from ..structures.experts import bar_pruned_
@@ -31,7 +31,7 @@ from .report import Sensitivity, SensitivityReport
 LEVELS = (0.25, 0.5, 0.75)
 
 Metric = Callable[[nn.Module], float]
-"""The model → a number."""
+"""Maps a model to a number."""
 
 
 def sensitivity(
@@ -75,7 +75,7 @@ def sensitivity(
         raise ValueError(f"levels must rise between 0 and 1, got {', '.join(map(str, levels)) or 'none'}.")
     if has_shards(model) or has_partitions(model):
         raise ValueError("sensitivity cuts whole models. Measure it on one process, before training.")
-    sweep = _Sweep(model, _without_targets(config), dataloader, statistics, seed)
+    sweep = _Sweep(model, _at_zero_sparsity(config), dataloader, statistics, seed)
     measure = metric or sweep.loss
     name_of_metric = getattr(measure, "__name__", type(measure).__name__)
     rows = []
@@ -84,7 +84,7 @@ def sensitivity(
         places = sweep.places()
         kinds = sweep.kinds()
         total = len(levels) * (len(places) + len(kinds))
-        with tqdm(total=total, desc="Measuring sensitivity", unit="cut", disable=total < len(levels) * 2) as bar:
+        with tqdm(total=total, desc="Measuring sensitivity", unit="cut", delay=DELAY) as bar:
             for row, is_kind in [*((place, False) for place in places), *((kind, True) for kind in kinds)]:
                 name, names, count = row
                 values = []
@@ -98,7 +98,7 @@ def sensitivity(
     )
 
 
-_KEPT = (
+_OF_SCORES = (
     "criterion",
     "granularity",
     "scope",
@@ -108,7 +108,7 @@ _KEPT = (
     "multiple_of",
     "reconstruct",
 )
-"""What counts of a config."""
+"""What of a config says how a place is pruned, and not how far or when."""
 
 _Row = tuple[str, tuple[str, ...], int]
 """What it is called, the targets or groups of structures that are cut, and how large they are."""
@@ -127,12 +127,11 @@ class _Sweep:
     ) -> None:
         self._model, self._config, self._seed = model, config, seed
         self.plan = Plan.of(model, config, seed=seed)
-        batches = require_repeatable(dataloader)
-        self._data = CalibrationData(batches, {} if statistics is None else statistics.of_model(model))
+        data = CalibrationData(repeatable(dataloader), {} if statistics is None else statistics.of_model(model))
         samples = config.calibration_samples
         self._samples = list(read_samples(model, dataloader, samples))
         require_samples(model, sum(map(size_of, self._samples)), samples)
-        self._data = dataclasses.replace(self._data, known=statistics_for(model, self.plan, self._data))
+        self._data = dataclasses.replace(data, known=statistics_for(model, self.plan, data))
         self._labels = LabelCounts(model)
         self._before = {name: tensor.detach().cpu().clone() for name, tensor in self._changing().items()}
 
@@ -206,13 +205,13 @@ class _Sweep:
         return float(total / count)
 
 
-def _without_targets(config: PruningConfig) -> PruningConfig:
+def _at_zero_sparsity(config: PruningConfig) -> PruningConfig:
     """What a config says but for how much is pruned, which is nothing."""
     if config.uniform:
         raise ValueError("sensitivity prunes single layers, and uniform wants all to be equal. Leave uniform out.")
     blank = {field.name: field.default for field in dataclasses.fields(config)}
     try:
-        return PruningConfig(**{**blank, **{name: getattr(config, name) for name in _KEPT}, "sparsity": 0.0})
+        return PruningConfig(**{**blank, **{name: getattr(config, name) for name in _OF_SCORES}, "sparsity": 0.0})
     except ValueError as error:
         if config.sparsity is None and ":" in config.granularity:
             raise ValueError(

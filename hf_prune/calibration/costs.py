@@ -40,8 +40,8 @@ class Cost:
 def measure_costs(models: Mapping[str, nn.Module], batch: Batch | None, turns: int = 10) -> dict[str, Cost]:
     """Measures forward passes over a batch in evaluation mode, in turns: model by model, again and again.
 
-    Each unwrapped model is left as it was, and timed `turns` times (none to count alone), after one pass that is not;
-    without a batch only parameters are counted.
+    Each unwrapped model is left as it was, and timed `turns` times, after one pass that is not; with `turns=0` its
+    FLOPs are counted alone, and without a batch its parameters.
 
     Example:
         >>> costs = measure_costs({"dense": nn.Linear(4, 3)}, {"input": torch.ones(2, 4)})

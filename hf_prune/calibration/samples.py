@@ -42,6 +42,16 @@ class CalibrationData:
     show_progress: bool = False
 
 
+def repeatable(dataloader: Iterable[Batch] | None) -> Callable[[], Iterable[Batch]] | None:
+    """Gives the batches of a dataloader anew at each call; raises if they can be read only once."""
+    if isinstance(dataloader, Iterator):
+        raise ValueError(
+            f"dataloader is a {type(dataloader).__name__}, which can be read once, and a cut may read the samples "
+            "several times. Give a DataLoader or a list of batches."
+        )
+    return None if dataloader is None else lambda: dataloader
+
+
 def read_samples(
     model: nn.Module, batches: Iterable[Batch], samples: int, *, show_progress: bool = False
 ) -> Iterator[Batch]:

@@ -26,7 +26,7 @@ CLOSE = {"parameters": 0.0, "flops": 0.0, "latency": 0.01}
 
 _TURNS = 15  # How often dense and smaller model are timed, in turns.
 
-_INSIDE_OUT = {"layer": 0, "expert": 1}  # Kinds that others are in, before these.
+_CONTAINERS = {"layer": 0, "expert": 1}  # Kinds that others are in, before these.
 
 _INSTEAD_OF = ("sparsity", "sparsities", "layer_sparsity")
 
@@ -58,7 +58,7 @@ def budget_in(fields: Mapping[str, object]) -> tuple[str, float] | None:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a cut has left of what users pay for.
+    """The share of the dense model's parameters, FLOPs or latency that remains after shrinking.
 
     Attributes:
         measure: One of `MEASURES`.
@@ -90,7 +90,7 @@ class Budget:
     measure: str
     structures: Structures
     batch: Batch | None = None
-    _known: dict[tuple[int, ...], float] = field(default_factory=dict)
+    _known: dict[tuple[int, ...], float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if self.measure == "parameters":
@@ -141,10 +141,10 @@ class Budget:
             is_uniform: Whether all groups of a kind lose as many.
 
         Returns:
-            What stays.
+            What stays; what stayed before, where that is as little already.
 
         Raises:
-            ValueError: if not even the fewest structures are as little, or more is gone already.
+            ValueError: if more is left even without all structures that may go.
         """
         more, less = choose(0.0, {}), choose(1.0, {})
         if (least := self.left(less)) > keep + CLOSE[self.measure]:
@@ -185,7 +185,7 @@ class Budget:
     def _step_by_step(self, keep: float, choose: Choice, more: Kept, less: Kept) -> tuple[Kept, Kept]:
         """Two choices between two others, of which the second has lost one step more of one group."""
         # What others are in goes first: what goes of these depends on it.
-        ordered = sorted(self.structures, key=lambda name: _INSIDE_OUT.get(self.structures[name].kind, 2))
+        ordered = sorted(self.structures, key=lambda name: _CONTAINERS.get(self.structures[name].kind, 2))
         steps = [name for name in ordered if not torch.equal(more[name], less[name])]
 
         @functools.cache

@@ -122,11 +122,11 @@ def activation(inputs: StructureInputs) -> torch.Tensor:
 
 @needs("gate_fisher", kinds=("head", "query", "neuron"))
 def gate_fisher(inputs: StructureInputs) -> torch.Tensor:
-    """Structures matter without which the loss rises: `E Σ_t (x_s · ∂L/∂x_s)² / 2`, over labels.
+    """How much the loss rises without a structure: `E Σ_t (x_s · ∂L/∂x_s)² / 2`, over labels.
 
-    `x_s` is what the structure hands on at position `t`. This is the second-order estimate of how the loss changes
-    without it, by the Fisher information of a gate behind it at each position. It can be compared between layers, and
-    takes labels and gradients.
+    `x_s` is the structure's output at position `t`. This is the second-order estimate of the rise, by the Fisher
+    information of a gate on the output at each position. Scores can be compared between layers. It takes labels and
+    gradients.
 
     Args:
         inputs: `gate_fisher` is used.

@@ -1,4 +1,4 @@
-"""Gates: what the loss would lose without a structure, by the gradient of a gate behind it."""
+"""Gates: how much the loss rises without a structure, estimated by the gradient of a gate on its output."""
 
 from collections.abc import Mapping
 

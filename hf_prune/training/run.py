@@ -17,7 +17,7 @@ from ..distributed.processes import failing_together, gather_from_processes, ran
 from ..pacing.even import Even
 from ..pacing.patience import Patience
 from ..plan import Plan
-from ..pruning import cut_
+from ..pruning import cut_, statistics_for
 from ..recovery.lora import has_adapters, mask_adapters_
 from ..reporting.history import PruningHistory
 from ..reporting.reports import count_zeros
@@ -272,19 +272,18 @@ class Run:
             {} if self.movement is None else {"movement": self.movement.statistic()},
             show_progress=state.is_world_process_zero and not args.disable_tqdm,
         )
-        try:
-            masks = cut_(event.model, plan, self.masks, asked, data)
-        except ValueError as error:
-            if not plan.is_open or rank_and_size()[1] > 1:
-                raise
-            logger.warning(
-                "Structures go by magnitude, since the samples cannot be looked at: %s. Name a criterion to have "
-                "something else, or magnitude to silence this.",
-                error,
-            )
-            plan = plan.by_magnitude()
-            masks = cut_(event.model, plan, self.masks, asked, data)
-        self._adopt_(masks, asked, event, plan)
+        if plan.uses_default_criterion and rank_and_size()[1] == 1:  # Of several processes one alone may fail.
+            try:
+                known = statistics_for(event.model, plan, data)
+                data = data if plan.config.score_steps > 1 else dataclasses.replace(data, known=known)
+            except ValueError as error:
+                logger.warning(
+                    "Falling back to criterion magnitude, since the calibration failed: %s. Set a criterion to choose "
+                    "one yourself.",
+                    str(error).rstrip("."),
+                )
+                plan = plan.with_magnitude()
+        self._adopt_(cut_(event.model, plan, self.masks, asked, data), asked, event, plan)
         if pacing.round == len(plan.config.round_sparsities):
             self.movement = None  # Nobody will ask for it again.
         if plan.config.restart_lr:

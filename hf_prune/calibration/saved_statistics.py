@@ -1,4 +1,4 @@
-"""Kept statistics: what a calibration has found out about a model, for several cuts and for another day."""
+"""Saved statistics: what a calibration has found out about a model, for several cuts and for another day."""
 
 import os
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class CalibrationStatistics(Tensors):
 
     @property
     def samples(self) -> int:
-        """Number of samples that the calibration saw."""
+        """Number of samples that were asked for."""
         return int(self.metadata["samples"])
 
     def of_model(self, model: nn.Module) -> Statistics:

@@ -75,7 +75,7 @@ def prune_command(
     flags |= dict(calibration_samples=samples)
     given = {name: value for name, value in flags.items() if value is not None}
     saved = {} if config is None else PruningConfig.from_pretrained(config).to_dict()
-    asked = PruningConfig.from_dict({**saved, **given})
+    asked = PruningConfig(**{**saved, **given})  # type: ignore[arg-type]
     if calibration is not None and not resolve(asked).looks_at_data:
         raise ValueError(
             f"the criterion {asked.criterion} with scope {asked.scope} looks at no data: leave --calibration out, or "

@@ -58,10 +58,10 @@ class PruningConfig:
     Args:
         sparsity: Fraction of the targeted weights to remove, in `[0, 1)`. May be left out where N:M, `sparsities` or
             `keep_…` say it, or with `hold_zeros` alone, which then prunes nothing further.
-        keep_parameters: Share of the dense model's parameters that is left in the end, in `(0, 1]`, in place of a
-            sparsity: as many structures go as it takes. A schedule says how much is gone after each round.
-        keep_flops: The same for the floating-point operations of a forward pass over the first batch of data.
-        keep_latency: The same for its time, measured on the device where the model is.
+        keep_parameters: Share of the parameters that is left in the end, in `(0, 1]`, in place of a sparsity: as many
+            structures go as it takes. A schedule says how much is gone after each round.
+        keep_flops: The same for the floating-point operations of a forward pass over the first batch.
+        keep_latency: The same for its time, on the device where the model is.
         schedule: How sparse after each round: a key of `hf_prune.SCHEDULES`. For N:M, "auto" is one cut, or
             "constant" where `rounds` is given.
         rounds: Number of rounds; the schedule's own default if None.
@@ -166,9 +166,6 @@ class PruningConfig:
     uniform: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.layer_sparsity, str):
-            final = self.sparsities[-1] if self.sparsities else self.sparsity
-            object.__setattr__(self, "layer_sparsity", read_layer_sparsity(self.layer_sparsity, final))
         if isinstance(self.patience, int):
             object.__setattr__(self, "patience", [self.patience])
         for name, hint in get_type_hints(type(self)).items():
@@ -180,6 +177,9 @@ class PruningConfig:
             _require_fraction("sparsity", self.sparsity)
         for value in self.sparsities or []:
             _require_fraction("each of sparsities", value)
+        if isinstance(self.layer_sparsity, str):
+            final = self.sparsities[-1] if self.sparsities else self.sparsity
+            object.__setattr__(self, "layer_sparsity", read_layer_sparsity(self.layer_sparsity, final))
         self._require_patterns()
         for name in ("calibration_samples", "score_steps", "multiple_of"):
             if (value := getattr(self, name)) < 1:
@@ -214,10 +214,7 @@ class PruningConfig:
 
     @property
     def round_sparsities(self) -> list[float]:
-        """The absolute sparsity after each round, with a budget the share of it that is gone.
-
-        Empty where zeros are held and nothing further is pruned.
-        """
+        """The absolute sparsity after each round, or share of a budget that is gone; empty if nothing is pruned."""
         return list(self._round_sparsities)  # type: ignore[attr-defined]
 
     @property
@@ -290,6 +287,8 @@ class PruningConfig:
                 f"unknown key {', '.join(map(repr, unknown))} in a pruning config. Known are {', '.join(known)}. "
                 "Was it saved by a newer version of hf_prune?"
             )
+        if str(values.get("layer_sparsity")).startswith("@"):  # It may come from somebody else.
+            raise ValueError("a saved pruning config must hold the numbers of layer_sparsity, not a file's name.")
         return cls(**values)  # type: ignore[arg-type]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .calibration.batches import Batch
+from .calibration.batches import Batch, is_batch
 from .config import PruningConfig
 from .criteria import RECONSTRUCTIONS, Statistics, magnitude, needs_of, scope_of
 from .distributed.zero import has_partitions
@@ -172,13 +172,15 @@ class Plan(Settings):
             return None
         measure, _ = self.config.budget
         batch = None if batches is None or measure == "parameters" else next(iter(batches()), None)
+        if batch is not None and not is_batch(batch):
+            raise TypeError(f"batches must be dicts of tensors, with which the model is called; got {batch!r:.80}.")
         return Budget(model, measure, self.structures, batch)
 
     @property
     def uses_default_criterion(self) -> bool:
         """Whether the config leaves the criterion open, and what it then is looks at samples."""
         default, _ = criterion_of("auto", self.granularity.kinds)
-        return self.config.criterion == "auto" and self.criterion_name == default and bool(self.needs)
+        return self.config.criterion == "auto" and self.criterion_name == default and bool(needs_of(self.criterion))
 
     def with_magnitude(self) -> "Plan":
         """The same with what is left where no samples can be looked at."""

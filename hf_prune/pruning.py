@@ -14,7 +14,7 @@ from .calibration.samples import CalibrationData, repeatable
 from .calibration.saved_statistics import CalibrationStatistics
 from .calibration.statistics import STATISTICS, calibrate
 from .config import PruningConfig
-from .criteria import Statistics
+from .criteria import Statistics, needs_of
 from .distributed.gathering import accessible
 from .distributed.shards import own, reshard_
 from .distributed.zero import master_of, set_master_
@@ -24,8 +24,10 @@ from .reconstruction.sparsegpt import reconstruct_
 from .recovery.lora import has_adapters, keeps_sparsity, mask_adapters_, require_maskable_adapters, with_adapters
 from .reporting.reports import SparsityReport, count_zeros
 from .selection.scoring import AnyCriterion
+from .structures.budgets import Budget
 from .structures.experts import bar_pruned_
 from .structures.groups import kept_in
+from .structures.routing import bars_any, unbar_
 from .structures.statistics import STRUCTURE_STATISTICS
 from .weights.masks import MaskSet
 from .weights.targets import are_sharded
@@ -34,7 +36,12 @@ logger = logging.getLogger(__name__)
 
 
 def cut_(
-    model: nn.Module, plan: Plan, masks: MaskSet, sparsity: float, data: CalibrationData | None = None
+    model: nn.Module,
+    plan: Plan,
+    masks: MaskSet,
+    sparsity: float,
+    data: CalibrationData | None = None,
+    budget: Budget | None = None,
 ) -> MaskSet:
     """One round's cut: masks that reach a sparsity, in `config.score_steps` steps, and zeroes what they prune.
 
@@ -46,6 +53,7 @@ def cut_(
         masks: The masks so far.
         sparsity: Absolute sparsity to reach, in `[0, 1)`.
         data: What may be looked at.
+        budget: What `plan.budget` gives for the model.
 
     Returns:
         A mask for each of `plan.parameters`.
@@ -68,7 +76,6 @@ def cut_(
         )
     changed = [*(target.weight for target in plan.targets.values()), *plan.parameters.values()]
     changed += solved_by_compensation(model, plan.targets, plan.structures) if plan.compensates else []
-    budget = plan.budget(model, batches)
     several_steps = plan.reconstructs or plan.compensates or plan.config.score_steps > 1
     with _put_back_on_error(changed) if several_steps else contextlib.nullcontext():
         if plan.reconstructs and batches is not None:
@@ -93,7 +100,7 @@ def cut_(
 
 def _missing(plan: Plan, data: CalibrationData) -> list[str]:
     """The statistics that a cut reads and that are not known; raises if one is gathered by nobody."""
-    missing = [name for name in plan.needs if name not in data.known]
+    missing = [name for name in plan.needs if not _is_known(name, plan, data)]
     if unknown := [name for name in missing if name not in {*STATISTICS, *STRUCTURE_STATISTICS}]:
         raise ValueError(
             f"the criterion {plan.criterion_name!r} needs {', '.join(unknown)}, which nobody gathers here. "
@@ -101,6 +108,17 @@ def _missing(plan: Plan, data: CalibrationData) -> list[str]:
             "movement."
         )
     return missing
+
+
+def _is_known(name: str, plan: Plan, data: CalibrationData) -> bool:
+    """Whether a statistic is known of all that it is read of."""
+    if name not in data.known:
+        return False
+    wanted = set(plan.targets)
+    if name in STRUCTURE_STATISTICS:
+        kinds = STRUCTURE_STATISTICS[name].kinds
+        wanted = {n for n, group in plan.structures.items() if not kinds or group.kind in kinds}
+    return wanted <= data.known[name].keys()
 
 
 def statistics_for(model: nn.Module, plan: Plan, data: CalibrationData) -> Statistics:
@@ -118,6 +136,18 @@ def statistics_for(model: nn.Module, plan: Plan, data: CalibrationData) -> Stati
         plan.config.calibration_samples, others=of_structures, show_progress=data.show_progress,
     )  # fmt: skip
     return {**data.known, **found}
+
+
+@contextlib.contextmanager
+def _unbarred_on_error(model: nn.Module) -> Iterator[None]:
+    """If what is done in it fails, routers choose from all experts again, unless they did not before."""
+    was_barred, done = bars_any(model), False
+    try:
+        yield
+        done = True
+    finally:
+        if not done and not was_barred:
+            unbar_(model)
 
 
 @contextlib.contextmanager
@@ -170,6 +200,8 @@ def collect_statistics(
             raise ValueError(f"the criterion {plan.criterion_name!r} with scope {config.scope!r} reads no statistics.")
         if are_sharded(plan.targets.values()):
             raise ValueError("FSDP has sharded the weights, and statistics are kept of whole ones.")
+        if dataloader is None:
+            raise ValueError("statistics are collected from samples. Give a dataloader.")
         found = statistics_for(model, plan, CalibrationData(repeatable(dataloader), show_progress=True))
         return CalibrationStatistics.of(model, found, config.calibration_samples)
 
@@ -216,13 +248,13 @@ def prune(
         >>> prune(model, PruningConfig(sparsity=0.75)).sparsity
         0.75
     """
-    with accessible(model):
+    with accessible(model), contextlib.ExitStack() as after:
         plan = Plan.of(model, config, criterion, seed=seed)
         if plan.uses_default_criterion and dataloader is None and statistics is None:
             logger.warning(
                 "Without a dataloader %s go by magnitude, which can ruin a model. Give one for criterion %s, which "
                 "looks at samples (%s); or set a criterion.",
-                config.granularity, plan.criterion_name, ", ".join(plan.needs),
+                config.granularity, plan.criterion_name, ", ".join(needs_of(plan.criterion)),
             )  # fmt: skip
             plan = plan.with_magnitude()
         keeps = keeps_sparsity(model)
@@ -242,11 +274,11 @@ def prune(
             data = dataclasses.replace(data, known=statistics.of_model(model))
         masks = plan.held_zeros(model) if config.hold_zeros else MaskSet()
         spent = None
+        after.enter_context(_unbarred_on_error(model))
         bar_pruned_(model, plan.structures)
         if config.round_sparsities:
-            masks = cut_(model, plan, masks, config.round_sparsities[-1], data)
-            # Measured anew: of noisy times, the cut has chosen by those that looked best.
             budget = plan.budget(model, data.batches)
+            masks = cut_(model, plan, masks, config.round_sparsities[-1], data, budget)
             if shortfall := plan.shortfall(masks, config.round_sparsities[-1], budget):
                 logger.warning("%s", shortfall)
             if budget is not None:

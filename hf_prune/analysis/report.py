@@ -24,13 +24,13 @@ class Sensitivity:
     Attributes:
         name: The module, or "all heads", "all q_proj" and the like.
         total: Number of its weights or structures.
-        values: The metric if it alone is pruned, at each level.
+        values: The metric if it alone is pruned, at each level; None where so much of it cannot go.
         is_kind: Whether it is all of a kind, and not a place.
     """
 
     name: str
     total: int
-    values: tuple[float, ...]
+    values: tuple[float | None, ...]
     is_kind: bool = False
 
 
@@ -56,16 +56,20 @@ class SensitivityReport(Drawn):
     granularity: str
     criterion: str
 
-    def harm(self, row: Sensitivity) -> list[float]:
+    def harm(self, row: Sensitivity) -> list[float | None]:
         """By how much the metric gets worse at each level; below 0 where it gets better."""
-        return [(self.dense - v) if self.greater_is_better else (v - self.dense) for v in row.values]
+        sign = -1 if self.greater_is_better else 1
+        return [None if value is None else sign * (value - self.dense) for value in row.values]
 
     def __str__(self) -> str:
         head = ["place", "total", *(f"{level:g}" for level in self.levels)]
-        cells = [[row.name, f"{row.total:,}", *(f"{v - self.dense:+.4f}" for v in row.values)] for row in self.rows]
+        cells = [[row.name, f"{row.total:,}", *self._changes(row)] for row in self.rows]
         places = sum(not row.is_kind for row in self.rows)
         rules = [1, *([1 + places] if 0 < places < len(self.rows) else [])]
         return f"{table([head, *cells], rules)}\n\nChange of {self.metric}; dense: {number(self.dense)}."
+
+    def _changes(self, row: Sensitivity) -> list[str]:
+        return ["" if value is None else f"{value - self.dense:+.4f}" for value in row.values]
 
     def figure(self) -> "Figure":
         """The harm of each place: a column for each layer of the model, a row for each level of a module."""
@@ -74,8 +78,9 @@ class SensitivityReport(Drawn):
             for row in self.rows
             if not row.is_kind
             for level, harm in zip(self.levels, self.harm(row), strict=True)
+            if harm is not None
         }
-        harms = harms or {row.name: self.harm(row)[-1] for row in self.rows}
+        harms = harms or {row.name: self.harm(row)[0] or 0.0 for row in self.rows}
         most = max([harm for harm in harms.values() if math.isfinite(harm)], default=1.0)
         title = f"{self.metric}: how much worse if one place is pruned"
         return figure_of_modules(harms, highest=max(most, 1e-12), title=title)

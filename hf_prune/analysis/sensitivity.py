@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -24,6 +25,7 @@ from ..reconstruction.compensation import solved_by_compensation
 from ..selection.whole_structures import COUNTED_IN_MULTIPLES, MULTIPLE_OF, ONE_POOL
 from ..structures.experts import bar_pruned_
 from ..structures.groups import KINDS, kinds_of
+from ..structures.ranking import require_attainable
 from ..structures.routing import bars_any, unbar_
 from ..weights.masks import MaskSet
 from .report import Sensitivity, SensitivityReport
@@ -50,7 +52,7 @@ def sensitivity(
     A place is a weight, or the structures of one kind in one module, such as the neurons of a layer. Each number is
     that of the model which `prune` makes with `sparsity=0` and `layer_sparsity={place: level}`, to the last bit; of a
     kind it is that of all its places at the level. It takes one calibration, and one measurement for each number and
-    one for the dense model.
+    one for the dense model. Where so much of a place cannot go, or the metric is not finite, there is no number.
 
     Args:
         model: The model, unwrapped and dense; it is left as it was.
@@ -67,32 +69,40 @@ def sensitivity(
         The report.
 
     Raises:
-        ValueError: if levels do not rise between 0 and 1, if the config has no levels to choose (N:M) or wants layers
-            to be equal (`uniform`), if parameters are sharded; or as `prune` does.
+        ValueError: if there is no dataloader, if levels do not rise between 0 and 1, if the config has no levels to
+            choose (N:M) or wants layers to be equal (`uniform`), if parameters are sharded, if the metric of the dense
+            model is not finite; or as `prune` does.
     """
     levels = tuple(float(level) for level in levels)
     if not levels or list(levels) != sorted(set(levels)) or not 0 < levels[0] <= levels[-1] < 1:
         raise ValueError(f"levels must rise between 0 and 1, got {', '.join(map(str, levels)) or 'none'}.")
+    if dataloader is None:
+        raise ValueError("sensitivity is measured on samples. Give a dataloader.")
     if has_shards(model) or has_partitions(model):
         raise ValueError("sensitivity cuts whole models. Measure it on one process, before training.")
     sweep = _Sweep(model, _at_zero_sparsity(config), dataloader, statistics, seed)
     measure = metric or sweep.loss
     name_of_metric = getattr(measure, "__name__", type(measure).__name__)
+    dense = sweep.measured(measure)
+    if dense is None:
+        raise ValueError(
+            f"{name_of_metric} of the dense model is not finite, so that nothing can be compared with it."
+        )
+    places, kinds = sweep.places(), sweep.kinds()
     rows = []
-    with undisturbed(model):
-        dense = float(measure(model))
-        places = sweep.places()
-        kinds = sweep.kinds()
-        total = len(levels) * (len(places) + len(kinds))
-        with tqdm(total=total, desc="Measuring sensitivity", unit="cut", delay=DELAY) as bar:
-            for row, is_kind in [*((place, False) for place in places), *((kind, True) for kind in kinds)]:
-                name, names, count = row
-                values = []
-                for level in levels:
+    total = len(levels) * (len(places) + len(kinds))
+    with tqdm(total=total, desc="Measuring sensitivity", unit="cut", delay=DELAY) as bar:
+        for row, is_kind in [*((place, False) for place in places), *((kind, True) for kind in kinds)]:
+            name, names, count = row
+            values: list[float | None] = []
+            for level in levels:
+                value = None
+                if sweep.can_cut(names, level):
                     with sweep.cut(names, level):
-                        values.append(float(measure(model)))
-                    bar.update()
-                rows.append(Sensitivity(name, count, tuple(values), is_kind))
+                        value = sweep.measured(measure)
+                values.append(value)
+                bar.update()
+            rows.append(Sensitivity(name, count, tuple(values), is_kind))
     return SensitivityReport(
         name_of_metric, greater_is_better, dense, levels, tuple(rows), config.granularity, sweep.plan.criterion_name
     )
@@ -172,14 +182,34 @@ class _Sweep:
         counts = {kind: sum(group.count for group in groups.values() if group.kind == kind) for kind in one_pool}
         return rows + [(f"all {KINDS[kind]}", (kind,), counts[kind]) for kind in one_pool]
 
+    def can_cut(self, names: Sequence[str], level: float) -> bool:
+        """Whether so much of some places can go: of structures some have to stay."""
+        try:
+            if set(names) <= ONE_POOL:
+                self._plan_of_kind(names[0], level)
+            for name in self.plan.structures.keys() & set(names):
+                require_attainable({name: self.plan.structures[name]}, level, {})
+        except ValueError:
+            return False
+        return True
+
+    def _plan_of_kind(self, kind: str, level: float) -> Plan:
+        multiple = self._config.multiple_of if kind in COUNTED_IN_MULTIPLES else MULTIPLE_OF
+        config = dataclasses.replace(self._config, granularity=kind, sparsity=level, multiple_of=multiple)
+        return Plan.of(self._model, config, seed=self._seed)
+
+    def measured(self, measure: Metric) -> float | None:
+        """What a metric says of the model as it is now, in evaluation mode; None if that is not finite."""
+        with undisturbed(self._model):
+            value = float(measure(self._model))
+        return value if math.isfinite(value) else None
+
     @contextlib.contextmanager
     def cut(self, names: Sequence[str], level: float) -> Iterator[None]:
         """Has some places pruned to a level meanwhile, or all of a kind that is one pool."""
         plan, sparsity = dataclasses.replace(self.plan, own_sparsities=dict.fromkeys(names, level)), 0.0
         if set(names) <= ONE_POOL:
-            multiple = self._config.multiple_of if names[0] in COUNTED_IN_MULTIPLES else MULTIPLE_OF
-            config = dataclasses.replace(self._config, granularity=names[0], sparsity=level, multiple_of=multiple)
-            plan, sparsity = Plan.of(self._model, config, seed=self._seed), level
+            plan, sparsity = self._plan_of_kind(names[0], level), level
         was_barred = bars_any(self._model)
         bar_pruned_(self._model, plan.structures)
         try:

@@ -38,7 +38,8 @@ class CalibrationStatistics(Tensors):
             ValueError: if it is truncated, or does not hold statistics.
         """
         found = super().load(path, like)
-        if found.metadata.get("format") != _FORMAT:
+        is_whole = "model" in found.metadata and found.metadata.get("samples", "").isdecimal()
+        if found.metadata.get("format") != _FORMAT or not is_whole:
             raise ValueError(f"{path} does not hold calibration statistics.")
         return found
 

@@ -5,11 +5,12 @@ They are written down, or divided by a rule from what `hf_prune.sensitivity` has
 
 import itertools
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+_LARGEST = 1e300
 
 Curve = Sequence[tuple[float, float]]
 """`(sparsity, harm)` points of a place, rising in both, from `(0, 0)`."""
@@ -30,8 +31,8 @@ def read(text: str, sparsity: float | None) -> dict[str, float]:
         return _divided(text[1:], sparsity)
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"layer_sparsity is not JSON ({error}), got {text!r}.") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"layer_sparsity is not JSON ({error}), got {text!r:.200}.") from error
     if not isinstance(values, dict):
         raise ValueError(f'layer_sparsity must be an object such as {{".*mlp.*": 0.9}}, got {text!r}.')
     return values
@@ -49,17 +50,21 @@ def require_sensitivity(values: object) -> None:
     are_levels = isinstance(levels, (list, tuple)) and all(_is_number(level) and 0 < level < 1 for level in levels)
     if not are_levels or not levels or list(levels) != sorted(set(levels)) or not _is_number(values["dense"]):
         raise ValueError(f"levels of a sensitivity report must rise between 0 and 1, got {levels!r}.")
-    for row in rows if isinstance(rows, (list, tuple)) else [rows]:
+    if not isinstance(rows, (list, tuple)) or not isinstance(values["greater_is_better"], bool):
+        raise ValueError("rows of a sensitivity report must be a list, and greater_is_better true or false.")
+    for row in rows:
         is_row = isinstance(row, Mapping) and {"name", "total", "values"} <= row.keys()
-        if not is_row or not isinstance(row["name"], str) or not _is_number(row["total"]):
+        if not is_row or not isinstance(row["name"], str) or not _is_number(row["total"]) or row["total"] <= 0:
             raise ValueError(f"a sensitivity report has a row {row!r}.")
         numbers = row["values"]
-        if not isinstance(numbers, (list, tuple)) or len(numbers) != len(levels) or not all(map(_is_number, numbers)):
+        if not isinstance(numbers, (list, tuple)) or len(numbers) != len(levels) or not all(map(_is_value, numbers)):
             raise ValueError(f"a sensitivity report has {numbers!r} of {row['name']!r} for {len(levels)} levels.")
 
 
 def _divided(source: str, sparsity: float | None) -> dict[str, float]:
     path, _, rule = source.rpartition(":") if source.rpartition(":")[2] in RULES else (source, "", "equal")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"layer_sparsity: there is no file {path!r}.")
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         require_sensitivity(report)
@@ -72,19 +77,24 @@ def _divided(source: str, sparsity: float | None) -> dict[str, float]:
         raise ValueError(f"layer_sparsity: {path} measures kinds as a whole, and no single places.")
     curves = [_curve_of(report, row["values"]) for row in places]
     sizes = [float(row["total"]) for row in places]
-    if sparsity > (most := report["levels"][-1]):
+    if len({row["name"] for row in places}) < len(places):
+        raise ValueError(f"layer_sparsity: {path} has several rows of one name.")
+    most = sum(curve[-1][0] * size for curve, size in zip(curves, sizes, strict=True)) / sum(sizes)
+    if sparsity > most + 1e-9:
         raise ValueError(
-            f"layer_sparsity: {path} measures up to {most:g}, and a sparsity of {sparsity:g} needs more. Measure "
+            f"layer_sparsity: {path} measures up to {most:.4g}, and a sparsity of {sparsity:g} needs more. Measure "
             "higher levels."
         )
     shares = RULES[rule](curves, sizes, sparsity)
     return {re.escape(row["name"]): share for row, share in zip(places, shares, strict=True)}
 
 
-def _curve_of(report: Mapping[str, Any], values: Sequence[float]) -> Curve:
-    """What a place costs, which never falls as more of it goes."""
+def _curve_of(report: Mapping[str, Any], values: Sequence[float | None]) -> Curve:
+    """What a place costs, which never falls as more of it goes, up to where it was measured."""
     sign, curve, worst = (-1 if report["greater_is_better"] else 1), [(0.0, 0.0)], 0.0
     for level, value in zip(report["levels"], values, strict=True):
+        if value is None:
+            break
         worst = max(worst, sign * (value - report["dense"]))
         curve.append((float(level), worst))
     return curve
@@ -171,4 +181,9 @@ def _convex(curve: Curve) -> list[tuple[float, float]]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, since whole numbers may be too large to be any other.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+
+
+def _is_value(value: object) -> bool:
+    return value is None or _is_number(value)

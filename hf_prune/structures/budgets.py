@@ -1,8 +1,7 @@
 """Budgets: how much of what users pay for is left of a model, and how many structures go until it is."""
 
 import copy
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -26,7 +25,7 @@ CLOSE = {"parameters": 0.0, "flops": 0.0, "latency": 0.01}
 
 _TURNS = 15  # How often dense and smaller model are timed, in turns.
 
-_CONTAINERS = {"layer": 0, "expert": 1}  # Kinds that others are in, before these.
+_CONTAINERS = ("layer", "expert")  # Kinds that others are in.
 
 _INSTEAD_OF = ("sparsity", "sparsities", "layer_sparsity")
 
@@ -50,7 +49,7 @@ def budget_in(fields: Mapping[str, object]) -> tuple[str, float] | None:
     others = [name for name in _INSTEAD_OF if fields[name] is not None] + [f"keep_{other}" for other in given[1:]]
     if others:
         raise ValueError(f"keep_{measure} says how much is pruned; leave out {', '.join(others)}.")
-    if not 0 < keep <= 1:
+    if not 0 < keep <= 1 or 1 - keep == 1:
         hint = f" Did you mean {keep / 100:g}?" if 1 < keep <= 100 else ""
         raise ValueError(f"keep_{measure} must be in (0, 1], got {keep}.{hint}")
     return measure, keep
@@ -164,9 +163,8 @@ class Budget:
                 low, more = middle, kept
             else:
                 high, less = middle, kept
-        if not is_uniform:
-            more, less = self._step_by_step(keep, choose, more, less)
-        return min(less, more, key=lambda kept: abs(self.left(kept) - keep))
+        found = [less, more] if is_uniform else self._step_by_step(keep, choose, more, less)
+        return min(found, key=lambda kept: abs(self.left(kept) - keep))
 
     def spent(self, keep: float, kept: Kept) -> Spent:
         """What was asked for, and what is left."""
@@ -182,23 +180,28 @@ class Budget:
             "a lower multiple_of."
         )
 
-    def _step_by_step(self, keep: float, choose: Choice, more: Kept, less: Kept) -> tuple[Kept, Kept]:
-        """Two choices between two others, of which the second has lost one step more of one group."""
-        # What others are in goes first: what goes of these depends on it.
-        ordered = sorted(self.structures, key=lambda name: _CONTAINERS.get(self.structures[name].kind, 2))
-        steps = [name for name in ordered if not torch.equal(more[name], less[name])]
+    def _step_by_step(self, keep: float, choose: Choice, more: Kept, less: Kept) -> list[Kept]:
+        """Choices between two others, among them those right above and below a share, one step of one group apart."""
+        steps = [name for name in self.structures if not torch.equal(more[name], less[name])]
+        containers = [name for name in steps if self.structures[name].kind in _CONTAINERS]
+        inside = in_layers_that_stay(self.structures, less)  # Of what goes with its layer no more can go before it.
+        others = [name for name in steps if name not in containers and name in inside]
 
-        @functools.cache
-        def after(count: int) -> Kept:
-            taken = set(steps[:count])
+        def after(taken: Sequence[str]) -> Kept:
             own = {name: float((~(less if name in taken else more)[name]).double().mean()) for name in self.structures}
             return choose(0.0, own)
 
-        low, high = 0, len(steps)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.left(after(middle)) > keep else (low, middle)
-        return after(low), after(high)
+        found = []
+        for first in range(len(containers) + 1):
+            low, high = 0, len(others)
+            taken = containers[:first]
+            found += [after(taken), after([*taken, *others])]
+            while high - low > 1:
+                middle = (low + high) // 2
+                kept = after([*taken, *others[:middle]])
+                found.append(kept)
+                low, high = (middle, high) if self.left(kept) > keep else (low, middle)
+        return found
 
 
 def fractions_gone(structures: Structures, kept: Kept) -> dict[str, float]:

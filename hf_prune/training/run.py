@@ -22,7 +22,7 @@ from ..recovery.lora import has_adapters, mask_adapters_
 from ..reporting.history import PruningHistory
 from ..reporting.reports import count_zeros
 from ..reporting.savings import shrink_measured
-from ..structures.budgets import MEASURES
+from ..structures.budgets import MEASURES, Budget
 from ..structures.experts import bar_pruned_
 from ..structures.groups import kept_in
 from ..structures.routing import SAVED_UNBARRED, bars_any
@@ -123,7 +123,7 @@ class Run:
         if isinstance(self.rounds.pacing, Patience):
             warn_of_few_evaluations(self.rounds.pacing, event.args, event.state)
         if plan.config.hold_zeros:
-            self._adopt_(plan.held_zeros(event.model), None, event, plan)
+            self._adopt_(plan.held_zeros(event.model), None, event, plan, None)
             if not self.masks.masked:
                 logger.warning("hold_zeros found no zeros to hold.")
             plan.require_room(self.masks)
@@ -283,14 +283,15 @@ class Run:
                     str(error).rstrip("."),
                 )
                 plan = plan.with_magnitude()
-        self._adopt_(cut_(event.model, plan, self.masks, asked, data), asked, event, plan)
+        budget = plan.budget(event.model, data.batches)
+        self._adopt_(cut_(event.model, plan, self.masks, asked, data, budget), asked, event, plan, budget)
         if pacing.round == len(plan.config.round_sparsities):
             self.movement = None  # Nobody will ask for it again.
         if plan.config.restart_lr:
             self.lr_start = event.scheduler.last_epoch
             restart_lr_(event.scheduler, self.lr_start, pacing.steps_left(state.global_step), state.max_steps)
 
-    def _adopt_(self, masks: MaskSet, asked: float | None, event: Event, plan: Plan) -> None:
+    def _adopt_(self, masks: MaskSet, asked: float | None, event: Event, plan: Plan, budget: Budget | None) -> None:
         """Holds masks from here on, writes the round down and measures it."""
         model, state, config = event.model, event.state, plan.config
         masks.settle_()  # Now that all processes are here: Trainer asks the first alone for its state.
@@ -304,7 +305,6 @@ class Run:
 
         report = count_zeros(model, masks, plan.structures, masks)
         row = self.rounds.begin_(state.global_step, asked, report, plan.criterion_name)
-        budget = plan.budget(model, event.batches(config.calibration_samples))
         row.left = None if budget is None else budget.left(kept_in(plan.structures, masks))
         event.say(
             f"Round {row.round} of {len(config.round_sparsities)} at step {row.step}: sparsity {row.reached:.4f}, "

@@ -152,6 +152,57 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_what_cannot_go_has_no_number(tmp_path):
+    model = tiny.build("llama")  # One head of keys and values in each layer, and two layers.
+    batches = [{name: torch.stack([s[name] for s in tiny.batch(model)]) for name in ("input_ids", "labels")}]
+    config = PruningConfig(sparsity=0.5, granularity="head+neuron+layer", multiple_of=4, calibration_samples=4)
+    report = sensitivity(model, config, batches)
+    values = {row.name: row.values for row in report.rows}
+    assert values["model.layers.0.self_attn"][1:] == values["all heads"][1:] == (None, None)
+    assert None not in values["model.layers.0.mlp"]
+    assert values["all layers"][2] is None
+    report.save(tmp_path / "sensitivity.json")
+    assert SensitivityReport.load(tmp_path / "sensitivity.json") == report
+    report.plot(tmp_path / "sensitivity.png")
+    str(report)
+
+
+def test_a_metric_that_trains_the_model_is_none_of_the_next_ones_business():
+    model, modes = build("llama"), []
+
+    def metric(pruned):
+        modes.append(pruned.training)
+        pruned.train()
+        return 0.0
+
+    sensitivity(model, PruningConfig(sparsity=0.5, calibration_samples=8), batches_of(model), metric=metric)
+    assert not any(modes)
+    assert not model.training
+
+
+def test_numbers_that_are_not_finite():
+    model = build("llama")
+    config, batches = PruningConfig(sparsity=0.5, calibration_samples=8), batches_of(model)
+    with pytest.raises(ValueError, match="metric of the dense model is not finite"):
+        sensitivity(model, config, batches, metric=metric_of(float("nan")))
+    report = sensitivity(model, config, batches, levels=[0.5], metric=metric_of(1.0, float("inf")))
+    assert {row.values for row in report.rows} == {(None,)}
+
+
+def metric_of(first, others=0.0):
+    values = [first]
+
+    def metric(model):
+        return values.pop() if values else others
+
+    return metric
+
+
+def test_it_needs_samples():
+    with pytest.raises(ValueError, match=r"sensitivity is measured on samples\. Give a dataloader"):
+        sensitivity(build("llama"), PruningConfig(sparsity=0.5), None)
+
+
 def test_images_too():
     model = tiny.build("resnet")
     samples = tiny.batch(model)

@@ -1,6 +1,7 @@
 """Kept statistics: a cut by them is the cut that calibrates itself, to the last bit."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -118,8 +119,33 @@ def test_samples_that_can_be_read_once_are_an_error():
         collect_statistics(model, config_of("wanda"), iter(batches_of(model)))
 
 
+def test_statistics_of_other_weights_or_structures_are_not_enough():
+    model, other = build("llama"), build("llama")
+    batches = batches_of(model)
+    config = config_of("wanda")
+    statistics = collect_statistics(other, dataclasses.replace(config, exclude_modules=[".*mlp.*"]), batches)
+    with pytest.raises(ValueError, match=r"looks at data \(input_norm\). Give a dataloader"):
+        prune(other, config, statistics=statistics)
+    prune(other, config, batches, statistics=statistics)
+    prune(model, config, batches)
+    assert same(model, other)
+    structures = PruningConfig(sparsity=0.5, granularity="query+neuron", calibration_samples=6)
+    neurons = dataclasses.replace(structures, granularity="neuron")
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"looks at data \(contribution\). Give a dataloader"):
+        prune(model, structures, statistics=collect_statistics(model, neurons, batches))
+
+
+def test_they_are_collected_from_samples():
+    with pytest.raises(ValueError, match=r"statistics are collected from samples\. Give a dataloader"):
+        collect_statistics(build("llama"), config_of("wanda"), None)
+
+
 def test_a_file_of_something_else_is_an_error(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="does not hold calibration statistics"):
+        CalibrationStatistics.load(tmp_path / "weights.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path / "weights.safetensors", {"format": "hf_prune.statistics"})
     with pytest.raises(ValueError, match="does not hold calibration statistics"):
         CalibrationStatistics.load(tmp_path / "weights.safetensors")
     (tmp_path / "text").write_text("no tensors")

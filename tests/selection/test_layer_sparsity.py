@@ -157,15 +157,62 @@ def test_a_file_that_measures_too_little(tmp_path):
         (json.dumps({**report_of({"a": (1.1, 1.2, 1.3)}), "levels": []}), "levels .* must rise"),
         (json.dumps(report_of({"a": (1.1, 1.2)})), r"has \[1.1, 1.2\] of 'a' for 3 levels"),
         (json.dumps({**report_of({}), "rows": [1]}), "has a row 1"),
-        (json.dumps({**report_of({}), "rows": 5}), "has a row 5"),
+        (json.dumps({**report_of({}), "rows": 5}), "rows of a sensitivity report must be a list"),
         (json.dumps(report_of({"a": (1.1, 1.2, 1.3)})).replace("1.2", "NaN"), "for 3 levels"),
         ("[" * 100_000, "is not a sensitivity report"),
+        (json.dumps({**report_of({}), "rows": {"name": "a"}}), "rows of a sensitivity report must be a list"),
+        (json.dumps({**report_of({}), "greater_is_better": "no"}), "greater_is_better true or false"),
+        (json.dumps({**report_of({}), "dense": 10**400}), "levels .* must rise"),
+        (json.dumps(report_of({"a": (1.1, 1.2, 1.3)})).replace('"total": 8', '"total": 0'), "has a row"),
+        (json.dumps(report_of({"a": (1.1, 1.2, 1.3)})).replace('"total": 8', '"total": -8'), "has a row"),
     ],
 )
 def test_a_file_of_something_else(text, message, tmp_path):
     (tmp_path / "file.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         PruningConfig(sparsity=0.4, layer_sparsity=f"@{tmp_path / 'file.json'}")
+
+
+def test_two_rows_of_one_name(tmp_path):
+    report = report_of({"a": (1.1, 1.2, 1.3)})
+    report["rows"] *= 2
+    with pytest.raises(ValueError, match="has several rows of one name"):
+        PruningConfig(sparsity=0.4, layer_sparsity=f"@{written(tmp_path, report)}")
+
+
+def test_a_place_that_was_not_measured_further_goes_no_further(tmp_path):
+    path = written(tmp_path, report_of({"a": (1.1, None, None), "b": (1.3, 1.6, 1.9)}))
+    own = PruningConfig(sparsity=0.45, layer_sparsity=f"@{path}").own_sparsities
+    assert own["a"] == pytest.approx(0.25)
+    assert own["b"] == pytest.approx(0.65)
+
+
+def test_a_saved_config_names_no_file(tmp_path):
+    """Else whoever made it chooses what is read."""
+    path = written(tmp_path, report_of({"a": (1.1, 1.2, 1.3)}))
+    config = PruningConfig(sparsity=0.4).to_dict()
+    (tmp_path / "pruning_config.json").write_text(json.dumps({**config, "layer_sparsity": f"@{path}"}))
+    with pytest.raises(ValueError, match="must hold the numbers of layer_sparsity, not a file's name"):
+        PruningConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("values", [{"sparsity": "0.5"}, {"sparsities": "abc"}, {"sparsities": ["a"]}])
+def test_kinds_of_values_are_looked_at_first(values, tmp_path):
+    path = written(tmp_path, report_of({"a": (1.1, 1.2, 1.3)}))
+    with pytest.raises(ValueError, match=r"sparsit.* must be"):
+        PruningConfig(**values, layer_sparsity=f"@{path}")
+
+
+def test_a_text_that_is_too_deep():
+    with pytest.raises(ValueError, match="layer_sparsity is not JSON"):
+        PruningConfig(sparsity=0.4, layer_sparsity="[" * 100_000)
+
+
+@pytest.mark.parametrize("name", ["", ":least", "."])
+def test_a_folder_is_no_file(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="layer_sparsity: there is no file"):
+        PruningConfig(sparsity=0.4, layer_sparsity=f"@{name}")
 
 
 def test_a_file_that_is_not_there(tmp_path):

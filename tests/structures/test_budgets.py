@@ -148,6 +148,47 @@ def test_it_is_the_model_without_what_is_pruned_that_is_timed(monkeypatch):
     assert sum(p.numel() for p in model.parameters()) == build("llama").num_parameters()
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_where_a_layer_would_be_too_much_neurons_go(scope):
+    model = build("llama")
+    step = one_step(Budget(model, "parameters", Plan.of(model, config_of("neuron", sparsity=0.5)).structures))
+    report = prune(model, config_of("neuron+layer", keep_parameters=0.6, criterion="magnitude", scope=scope))
+    assert report.budget.left == pytest.approx(0.6, abs=step)
+
+
+class Once:
+    """Batches that can be read once, though not an iterator."""
+
+    def __init__(self, batches):
+        self.left = list(batches)
+
+    def __iter__(self):
+        while self.left:
+            yield self.left.pop(0)
+
+
+def test_a_batch_is_read_before_anything_is_pruned():
+    model = build("llama")
+    report = prune(model, config_of("neuron", keep_flops=0.9, criterion="magnitude"), Once([inputs_of(model)]))
+    assert report.budget.left == pytest.approx(0.9, abs=0.02)
+
+
+def test_what_is_no_batch_is_an_error():
+    model = build("llama")
+    with pytest.raises(TypeError, match="batches must be dicts of tensors, with which the model is called; got 1"):
+        prune(model, config_of("neuron", keep_flops=0.9, criterion="magnitude"), [1])
+
+
+def test_experts_are_chosen_from_again_if_a_cut_fails():
+    model = model_of("mixtral")
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    with pytest.raises(ValueError, match="cannot be reached"):
+        prune(model, config_of("expert", keep_parameters=0.01))
+    with pytest.raises(ValueError, match="cannot be reached"):
+        prune(model, config_of("expert", keep_flops=0.01, criterion="magnitude"), [inputs_of(model)])
+    assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
+
+
 def test_a_share_that_is_kept_whole_prunes_nothing():
     model = build("llama")
     report = prune(model, config_of("neuron", keep_parameters=1.0))
@@ -250,6 +291,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(measure, make_trainer, tmp_path)
         ({"keep_parameters": 0.7, "keep_latency": 0.7}, "keep_parameters says how much .* leave out keep_latency"),
         ({"keep_parameters": 70}, r"keep_parameters must be in \(0, 1\], got 70. Did you mean 0.7\?"),
         ({"keep_flops": 0}, r"keep_flops must be in \(0, 1\], got 0"),
+        ({"keep_parameters": 1e-17}, r"keep_parameters must be in \(0, 1\], got 1e-17"),
         ({"keep_parameters": 0.7, "granularity": "unstructured"}, "keep_parameters is about structures"),
         ({"keep_parameters": 0.7, "granularity": "2:4"}, "keep_parameters is about structures"),
     ],

@@ -1,7 +1,7 @@
 """Budgets: how much of what users pay for is left of a model, and how many structures go until it is."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -131,8 +131,8 @@ class Budget:
         """Finds how many structures go until a share of the dense model's is left, and which.
 
         All groups lose the same fraction, as far as their scope has it so, until one step more would be too much; then
-        group after group loses one step more, unless all have to lose as many. Of the last two the one that is nearer
-        counts.
+        group after group loses one step more, unless all have to lose as many. Where that step is a layer or an
+        expert, the others also go on alone, with and without it. What comes nearest counts.
 
         Args:
             keep: The share.
@@ -145,26 +145,45 @@ class Budget:
         Raises:
             ValueError: if more is left even without all structures that may go.
         """
-        more, less = choose(0.0, {}), choose(1.0, {})
-        if (least := self.left(less)) > keep + CLOSE[self.measure]:
+        least = self.left(choose(1.0, {}))
+        if least > keep + CLOSE[self.measure]:
             raise ValueError(
                 f"keep_{self.measure}={keep:g} cannot be reached: with all structures gone that may go, "
                 f"{least:.4f} of the {MEASURES[self.measure]} are left. Keep more, or prune more kinds of structures."
             )
+        more, less = self._around(keep, choose, {})
+        found = [more, less]
+        containers = [name for name, group in self.structures.items() if group.kind in _CONTAINERS]
+        if any(not torch.equal(more[name], less[name]) for name in containers):
+            for kept in (more, less):
+                fixed = {name: _fraction_gone(kept[name]) for name in containers}
+                found += self._steps_between(keep, choose, *self._around(keep, choose, fixed), is_uniform)
+        else:
+            found += self._steps_between(keep, choose, more, less, is_uniform)
+        return min(found, key=lambda kept: abs(self.left(kept) - keep))
+
+    def _around(self, keep: float, choose: Choice, fixed: Mapping[str, float]) -> tuple[Kept, Kept]:
+        """Two choices, one of more and one of less than a share, with the least that one fraction for all can differ.
+
+        Args:
+            keep: The share.
+            choose: Says what stays.
+            fixed: Groups that have their own fraction.
+        """
+        more, less = choose(0.0, fixed), choose(1.0, fixed)
         if self.left(more) <= keep:
-            return more
+            return more, more
         low, high = 0.0, 1.0
         while high - low > 0.5 / sum(group.count for group in self.structures.values()):
             middle = (low + high) / 2
-            kept = choose(middle, {})
+            kept = choose(middle, fixed)
             if abs(self.left(kept) - keep) <= CLOSE[self.measure]:
-                return kept
+                return kept, kept
             if self.left(kept) > keep:
                 low, more = middle, kept
             else:
                 high, less = middle, kept
-        found = [less, more] if is_uniform else self._step_by_step(keep, choose, more, less)
-        return min(found, key=lambda kept: abs(self.left(kept) - keep))
+        return more, less
 
     def spent(self, keep: float, kept: Kept) -> Spent:
         """What was asked for, and what is left."""
@@ -180,34 +199,30 @@ class Budget:
             "a lower multiple_of."
         )
 
-    def _step_by_step(self, keep: float, choose: Choice, more: Kept, less: Kept) -> list[Kept]:
+    def _steps_between(self, keep: float, choose: Choice, more: Kept, less: Kept, is_uniform: bool) -> list[Kept]:
         """Choices between two others, among them those right above and below a share, one step of one group apart."""
         steps = [name for name in self.structures if not torch.equal(more[name], less[name])]
-        containers = [name for name in steps if self.structures[name].kind in _CONTAINERS]
-        inside = in_layers_that_stay(self.structures, less)  # Of what goes with its layer no more can go before it.
-        others = [name for name in steps if name not in containers and name in inside]
 
-        def after(taken: Sequence[str]) -> Kept:
-            own = {name: float((~(less if name in taken else more)[name]).double().mean()) for name in self.structures}
-            return choose(0.0, own)
+        def after(count: int) -> Kept:
+            taken = set(steps[:count])
+            return choose(0.0, {n: _fraction_gone((less if n in taken else more)[n]) for n in self.structures})
 
-        found = []
-        for first in range(len(containers) + 1):
-            low, high = 0, len(others)
-            taken = containers[:first]
-            found += [after(taken), after([*taken, *others])]
-            while high - low > 1:
-                middle = (low + high) // 2
-                kept = after([*taken, *others[:middle]])
-                found.append(kept)
-                low, high = (middle, high) if self.left(kept) > keep else (low, middle)
+        found, low, high = [more, less], 0, len(steps)
+        while high - low > 1 and not is_uniform:
+            middle = (low + high) // 2
+            found.append(after(middle))
+            low, high = (middle, high) if self.left(found[-1]) > keep else (low, middle)
         return found
+
+
+def _fraction_gone(kept: torch.Tensor) -> float:
+    return float((~kept).double().mean())
 
 
 def fractions_gone(structures: Structures, kept: Kept) -> dict[str, float]:
     """Group → the fraction of its structures that goes; of what is in a layer that goes, as of others of its kind."""
     stay = in_layers_that_stay(structures, kept)
-    gone = {name: 1 - float(kept[name].double().mean()) for name in structures}
+    gone = {name: _fraction_gone(kept[name]) for name in structures}
     of_kind = {structures[name].kind: gone[name] for name in stay}
     return {name: gone[name] if name in stay else of_kind.get(group.kind, 0.0) for name, group in structures.items()}
 

@@ -158,7 +158,7 @@ def test_what_cannot_go_has_no_number(tmp_path):
     config = PruningConfig(sparsity=0.5, granularity="head+neuron+layer", multiple_of=4, calibration_samples=4)
     report = sensitivity(model, config, batches)
     values = {row.name: row.values for row in report.rows}
-    assert values["model.layers.0.self_attn"][1:] == values["all heads"][1:] == (None, None)
+    assert values["model.layers.0.self_attn"][2] is values["all heads"][2] is None  # 0.5 rounds to none.
     assert None not in values["model.layers.0.mlp"]
     assert values["all layers"][2] is None
     report.save(tmp_path / "sensitivity.json")

@@ -84,7 +84,10 @@ def test_uniform_models_come_as_near_as_equal_layers_can(granularity):
         other = copy.deepcopy(dense)
         zeros = prune(other, config_of(granularity, sparsity=sparsity, uniform=True)).model_zeros
         possible.append(1 - zeros / dense.num_parameters())
-    assert min(possible, key=lambda left: abs(left - 0.85)) == pytest.approx(report.budget.left)
+    best = min(abs(left - 0.85) for left in possible)
+    assert abs(report.budget.left - 0.85) <= best + 1e-9
+    if granularity == "neuron":
+        assert abs(report.budget.left - 0.85) == pytest.approx(best)
 
 
 @pytest.mark.parametrize(
@@ -149,11 +152,12 @@ def test_it_is_the_model_without_what_is_pruned_that_is_timed(monkeypatch):
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_where_a_layer_would_be_too_much_neurons_go(scope):
+@pytest.mark.parametrize("keep", [0.9, 0.8, 0.6])
+def test_where_a_layer_would_be_too_much_neurons_go(keep, scope):
     model = build("llama")
     step = one_step(Budget(model, "parameters", Plan.of(model, config_of("neuron", sparsity=0.5)).structures))
-    report = prune(model, config_of("neuron+layer", keep_parameters=0.6, criterion="magnitude", scope=scope))
-    assert report.budget.left == pytest.approx(0.6, abs=step)
+    report = prune(model, config_of("neuron+layer", keep_parameters=keep, criterion="magnitude", scope=scope))
+    assert report.budget.left == pytest.approx(keep, abs=step)
 
 
 class Once:

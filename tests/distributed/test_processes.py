@@ -186,7 +186,7 @@ def test_two_processes_prune_what_one_does(kind, name, outcomes):
         assert outcome["partitioned"] == kind.startswith("zero")
     assert first == second
     # Of 9 or 12 heads of keys and values and 72 neurons, or of 16 experts.
-    pruned = {"structures": 4 + 36, "solved anew": 6 + 36, "found": 6 + 36, "experts": 6, "a budget": 47}.get(
+    pruned = {"structures": 4 + 36, "solved anew": 6 + 36, "found": 30, "experts": 6, "a budget": 47}.get(
         name, round(0.8 * 4608)
     )
     assert first["pruned"] == one["pruned"] == pruned

@@ -47,9 +47,8 @@ def choose(
         for names, share in pools_of(some, sparsity, scope, own):
             pool = {name: structures[name] for name in names}
             gone = {name: int((~kept[name]).sum()) for name in names}
-            if not clamped and len(staying) == len(
-                structures
-            ):  # Else groups are gone whose shares were others: as near as can be.
+            # Where groups are gone, shares were others: as near as can be.
+            if not clamped and len(staying) == len(structures):
                 require_attainable(pool, share, gone)
             orders = {name: _order(pool[name], scores[name], kept[name]) for name in names}
             asked = round(share * sum(group.count for group in pool.values()))

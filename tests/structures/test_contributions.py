@@ -11,6 +11,16 @@ from tests.structures.mixtures import EXPERTS, build_mixture
 from tests.structures.models import build, inputs_of
 from tests.structures.test_routed import batch_of, by_a_loop, mixtral_expert
 
+READ_BY = [
+    ("llama", "head", "self_attn.o_proj", 3),
+    ("llama", "query", "self_attn.o_proj", 12),
+    ("llama", "neuron", "mlp.down_proj", 24),
+    ("gpt2", "head", "attn.c_proj", 4),
+    ("gpt2", "neuron", "mlp.c_proj", 64),
+    ("bert", "head", "attention.output.dense", 4),
+]
+"""Model, kind, the projection that reads it, and how many there are in a layer."""
+
 
 def contribution_of(model, granularity, batches):
     multiple = {"multiple_of": 1} if set(granularity.split("+")) & {"neuron", "width"} else {}
@@ -42,12 +52,7 @@ def columns_of(module):
 @pytest.mark.parametrize(
     ("name", "granularity", "projection", "count"),
     [
-        ("llama", "head", "self_attn.o_proj", 3),
-        ("llama", "query", "self_attn.o_proj", 12),
-        ("llama", "neuron", "mlp.down_proj", 24),
-        ("gpt2", "head", "attn.c_proj", 4),
-        ("gpt2", "neuron", "mlp.c_proj", 64),
-        ("bert", "head", "attention.output.dense", 4),
+        *READ_BY,
         ("bert", "neuron", "output.dense", 24),
     ],
 )

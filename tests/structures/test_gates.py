@@ -10,6 +10,7 @@ from hf_prune.plan import Plan, resolve
 from hf_prune.structures.gates import GateFisher
 from tests.structures.mixtures import build_mixture
 from tests.structures.models import build, inputs_of
+from tests.structures.test_contributions import READ_BY
 
 
 def config_of(granularity, **others):
@@ -61,12 +62,7 @@ def by_gates(model, batches, projection, count, first):
 @pytest.mark.parametrize(
     ("name", "granularity", "projection", "count"),
     [
-        ("llama", "head", "self_attn.o_proj", 3),
-        ("llama", "query", "self_attn.o_proj", 12),
-        ("llama", "neuron", "mlp.down_proj", 24),
-        ("gpt2", "head", "attn.c_proj", 4),
-        ("gpt2", "neuron", "mlp.c_proj", 64),
-        ("bert", "head", "attention.output.dense", 4),
+        *READ_BY,
         ("t5", "neuron", "DenseReluDense.wo", 24),
     ],
 )

@@ -4,11 +4,8 @@ import copy
 from collections.abc import Callable
 
 import torch
+from prose import batches_of
 from transformers import PreTrainedModel
-
-
-def batches_of(tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    return [{"input_ids": each[None], "labels": each[None]} for each in tokens]
 
 
 def by_optipfair(model: PreTrainedModel, keep: float, calibration: torch.Tensor, options: list[str]) -> None:

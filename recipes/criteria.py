@@ -22,10 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 import efficientnet
 import masked_language
@@ -128,13 +126,7 @@ def main() -> None:
         if config is None:
             continue
         for draw in range(wanted.draws):
-            samples = DataLoader(
-                task.trainer_kwargs["train_dataset"],
-                batch_size=training.per_device_train_batch_size,
-                shuffle=True,
-                generator=torch.Generator().manual_seed(draw),
-                collate_fn=task.trainer_kwargs.get("data_collator", default_data_collator),
-            )
+            samples = task.samples(training.per_device_train_batch_size, draw)
             model, began = copy.deepcopy(dense), time.monotonic()
             prune(model, config, samples, seed=draw)
             seconds = round(time.monotonic() - began, 2)

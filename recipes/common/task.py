@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
 
 @dataclass
@@ -40,3 +42,13 @@ class Task:
         trainer = kind(model, args, **self.trainer_kwargs, **more)
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+    def samples(self, batch_size: int, seed: int) -> DataLoader[Any]:
+        """Training data to calibrate with, in an order that a seed decides."""
+        return DataLoader(
+            self.trainer_kwargs["train_dataset"],
+            batch_size=batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(seed),
+            collate_fn=self.trainer_kwargs.get("data_collator", default_data_collator),
+        )

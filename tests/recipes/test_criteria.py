@@ -14,9 +14,9 @@ from tests.recipes.conftest import RECIPES
 SHORT = ("--max_train_samples=200", "--max_eval_samples=50", "--dense_dir=dense", "--dense_steps=20", "--use_cpu")
 
 
-def run(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *flags: str, script: str = "criteria.py") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets")}
-    command = [sys.executable, str(RECIPES / "criteria.py"), *flags]
+    command = [sys.executable, str(RECIPES / script), *flags]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
 
 

@@ -18,14 +18,17 @@ class CalibrationStatistics(Tensors):
 
     Attributes:
         tensors: `statistic/name` → values, where the name is that of a parameter, or of a module with structures.
-        metadata: A digest of the model's parameters, and the number of samples.
+        metadata: A digest of the model's parameters and buffers, one of the values, and the number of samples.
     """
 
     @classmethod
     def of(cls, model: nn.Module, statistics: Statistics, samples: int) -> "CalibrationStatistics":
         """Statistics of a model, over as many samples."""
         tensors = {f"{s}{_BETWEEN}{name}": v.cpu() for s, values in statistics.items() for name, v in values.items()}
-        return cls(tensors, {}, {"format": _FORMAT, "model": _digest(model), "samples": str(samples)})
+        content = Tensors(tensors).digest()
+        return cls(
+            tensors, {}, {"format": _FORMAT, "model": _digest(model), "content": content, "samples": str(samples)}
+        )
 
     @classmethod
     def load(
@@ -35,12 +38,14 @@ class CalibrationStatistics(Tensors):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is truncated, or does not hold statistics.
+            ValueError: if it is truncated, was changed, or does not hold statistics.
         """
         found = super().load(path, like)
         is_whole = "model" in found.metadata and found.metadata.get("samples", "").isdecimal()
         if found.metadata.get("format") != _FORMAT or not is_whole:
             raise ValueError(f"{path} does not hold calibration statistics.")
+        if found.metadata.get("content") != found.digest():
+            raise ValueError(f"{path} was changed after it was written. Calibrate anew.")
         return found
 
     @property
@@ -69,4 +74,6 @@ class CalibrationStatistics(Tensors):
 
 
 def _digest(model: nn.Module) -> str:
-    return Tensors({name: parameter.detach() for name, parameter in model.named_parameters()}).digest()
+    saved = model.state_dict(keep_vars=True)  # Without buffers that a model computes anew.
+    held = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in saved)]
+    return Tensors({name: tensor.detach() for name, tensor in held}).digest()

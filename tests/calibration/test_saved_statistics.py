@@ -5,7 +5,9 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import default_data_collator
 
 from hf_prune import CalibrationStatistics, PruningConfig, collect_statistics, prune
 from hf_prune.criteria import CRITERIA, needs_of
@@ -153,3 +155,24 @@ def test_a_file_of_something_else_is_an_error(tmp_path):
         CalibrationStatistics.load(tmp_path / "text")
     with pytest.raises(FileNotFoundError, match="no tensors at"):
         CalibrationStatistics.load(tmp_path / "nothing")
+
+
+def test_a_file_that_was_changed_is_an_error(tmp_path):
+    path = tmp_path / "scores.safetensors"
+    model = build("llama")
+    collect_statistics(model, config_of("activation"), batches_of(model)).save(path)
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name][:-1].clone()}, path, metadata)
+    with pytest.raises(ValueError, match=r"scores\.safetensors was changed after it was written"):
+        CalibrationStatistics.load(path)
+
+
+def test_running_statistics_of_norms_are_weights_too():
+    model = tiny.build("resnet")
+    config = PruningConfig(sparsity=0.5, criterion="wanda", calibration_samples=2)
+    statistics = collect_statistics(model, config, [default_data_collator(tiny.batch(model))])
+    next(model.buffers()).view(-1)[0] += 1
+    with pytest.raises(ValueError, match="these statistics are not of this ResNetForImageClassification"):
+        prune(model, config, statistics=statistics)

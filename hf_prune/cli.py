@@ -24,6 +24,14 @@ Compress = Annotated[bool, Option("--compress", help="Leave zeros out of the fil
 Device = Annotated[
     str | None, Option(help="Where to compute, such as cpu or cuda. By default cuda if there is one, else cpu.")
 ]
+Criterion = Annotated[str | None, Option(help="magnitude, wanda, sparsegpt, taylor, …")]
+Scope = Annotated[str | None, Option(help="auto, global, layer, row, erk, owl")]
+MultipleOf = Annotated[int | None, Option(help="What the number of neurons that remain is a multiple of.")]
+Reconstruct = Annotated[bool | None, Option(help="Whether what reads pruned structures is solved anew.")]
+Samples = Annotated[int | None, Option(help="Number of calibration samples.")]
+Length = Annotated[int | None, Option(min=1, help="Tokens per sample of text, at most 512.")]
+BatchSize = Annotated[int | None, Option(min=1, help="Batch size; 8 by default.")]
+Seed = Annotated[int, Option(help="Seed of drawn images, and of criteria that draw numbers.")]
 
 
 @app.command(name="prune")
@@ -35,24 +43,24 @@ def prune_command(
     keep_flops: Annotated[float | None, Option(help="Share of the FLOPs of a batch to keep.")] = None,
     keep_latency: Annotated[float | None, Option(help="Share of the time of a batch to keep.")] = None,
     granularity: Annotated[str | None, Option(help="unstructured, 2:4, block:4x4, head, neuron, …")] = None,
-    criterion: Annotated[str | None, Option(help="magnitude, wanda, sparsegpt, taylor, …")] = None,
-    scope: Annotated[str | None, Option(help="auto, global, layer, row, erk, owl")] = None,
+    criterion: Criterion = None,
+    scope: Scope = None,
     layer_sparsity: Annotated[
         str | None,
         Option(help="JSON of module names → sparsities, or @FILE, a sensitivity report."),
     ] = None,
-    multiple_of: Annotated[int | None, Option(help="What the number of neurons that remain is a multiple of.")] = None,
+    multiple_of: MultipleOf = None,
     uniform: Annotated[bool | None, Option(help="Whether as many structures go everywhere.")] = None,
-    reconstruct: Annotated[bool | None, Option(help="Whether what reads pruned structures is solved anew.")] = None,
+    reconstruct: Reconstruct = None,
     config: Annotated[Path | None, Option(help="A folder with a pruning_config.json; flags override it.")] = None,
     calibration: Annotated[Path | None, Option(help="A text file, or a folder of images.")] = None,
-    samples: Annotated[int | None, Option(help="Number of calibration samples.")] = None,
-    length: Annotated[int | None, Option(min=1, help="Tokens per sample of text, at most 512.")] = None,
-    batch_size: Annotated[int | None, Option(min=1, help="Batch size; 8 by default.")] = None,
+    samples: Samples = None,
+    length: Length = None,
+    batch_size: BatchSize = None,
     scores: Annotated[
         Path | None, Option(help="A file that keeps what calibration finds; if it is there, it is read instead.")
     ] = None,
-    seed: Annotated[int, Option(help="Seed of drawn images, and of criteria that draw numbers.")] = 0,
+    seed: Seed = 0,
     compress: Compress = False,
     device: Device = None,
     force: Force = False,
@@ -112,16 +120,16 @@ def sensitivity_command(
     calibration: Annotated[Path, Option(help="A text file or a folder of images, to measure the loss on.")],
     output: Annotated[Path, Option(help="The report to write; prune takes it as --layer-sparsity @FILE.")],
     granularity: Annotated[str, Option(help="unstructured, block:4x4, head, neuron, …")] = "unstructured",
-    criterion: Annotated[str | None, Option(help="magnitude, wanda, sparsegpt, taylor, …")] = None,
-    scope: Annotated[str | None, Option(help="auto, global, layer, row, erk, owl")] = None,
-    multiple_of: Annotated[int | None, Option(help="What the number of neurons that remain is a multiple of.")] = None,
-    reconstruct: Annotated[bool | None, Option(help="Whether what reads pruned structures is solved anew.")] = None,
+    criterion: Criterion = None,
+    scope: Scope = None,
+    multiple_of: MultipleOf = None,
+    reconstruct: Reconstruct = None,
     levels: Annotated[str, Option(help="The sparsities that each place is pruned to.")] = "0.25,0.5,0.75",
     picture: Annotated[Path | None, Option("--plot", help="Draw a heat map into this image too.")] = None,
-    samples: Annotated[int | None, Option(help="Number of samples.")] = None,
-    length: Annotated[int | None, Option(min=1, help="Tokens per sample of text, at most 512.")] = None,
-    batch_size: Annotated[int | None, Option(min=1, help="Batch size; 8 by default.")] = None,
-    seed: Annotated[int, Option(help="Seed of drawn images, and of criteria that draw numbers.")] = 0,
+    samples: Samples = None,
+    length: Length = None,
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
     device: Device = None,
     force: Force = False,
     as_json: Json = False,

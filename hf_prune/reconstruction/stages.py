@@ -4,6 +4,7 @@ What changes the weights of a layer by its inputs has to see those inputs as the
 every layer needs passes of its own. Each is an ordinary forward call that stops once it has shown a layer's inputs. A
 block (an innermost element of a `ModuleList`) whose targets are all final is computed once more for each batch; after
 that its cached output is returned. While a block is under way, the same holds for its parts, such as its attention.
+What lies between blocks and has no targets is final once a pass comes to it before any target that is not.
 """
 
 import contextlib
@@ -74,8 +75,9 @@ class Stages:
         self._batch = 0  # the one under way, for modules whose output is cached
         self._undo = contextlib.ExitStack()
         names = {target.weight: name for name, target in targets.items()}
-        self._parts = {block: _parts_of(block, names) for block in _blocks_of(model, names)}
-        reads = OutputReads(self._parts)
+        blocks, between = _blocks_of(model, names)
+        self._parts = {block: _parts_of(block, names) for block in blocks}
+        reads = OutputReads({**self._parts, **{module: [] for module in between}})
         passes = self._note_all(reads)
         modules = itertools.chain(self._parts, *self._parts.values())
         self._cacheable = {module: _targets_in(module, names) for module in modules if reads.is_cacheable(module)}
@@ -84,6 +86,9 @@ class Stages:
         self._released: set[nn.Module] = set()  # Blocks whose output only finished ones read: placeholders.
         self.order = _stages_of(passes, targets)
         self._unfinished = {name for stage in self.order for name in stage.names}
+        self._is_final = True  # Whether the pass under way has used no target that may still change.
+        for module in filter(reads.is_cacheable, between):
+            self._cache_output(module)
         self.unused = [name for name in targets if name not in self._unfinished]
 
     def __enter__(self) -> "Stages":
@@ -102,6 +107,7 @@ class Stages:
 
             def see(product: Product, batch: Batch = batch) -> None:
                 nonlocal seen
+                self._is_final &= product.target.name not in self._unfinished
                 if product.target.name == stage.names[0]:
                     on_product(product, batch)
                     seen += 1
@@ -129,14 +135,17 @@ class Stages:
                 self._cache[block] = pytree.tree_map_only(torch.Tensor, _placeholder, self._cache[block])
 
     def _cache_output(self, module: nn.Module) -> None:
-        """Has a module return a cached output, computed once for each batch."""
+        """Has a module return a cached output, computed once for each batch when all before it is final."""
         self._cache[module] = {}
         compute, replaced = module.forward, module.__dict__.get("forward")
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = self._cache[module]
             if self._batch not in given:
-                given[self._batch] = compute(*args, **kwargs)
+                output = compute(*args, **kwargs)
+                if not self._is_final:
+                    return output
+                given[self._batch] = output
             output = given[self._batch]
             # A copy: what reads it may change it in place.
             return output if module in self._released else pytree.tree_map_only(torch.Tensor, torch.clone, output)
@@ -190,7 +199,7 @@ class Stages:
         return uses
 
     def _pass(self, index: int, watch: ProductWatch) -> None:
-        self._batch = index
+        self._batch, self._is_final = index, True
         # Autocast caches cast weights and would miss changes; the random state is kept so that passes are alike.
         torch.clear_autocast_cache()
         device = next(self._model.parameters()).device
@@ -275,24 +284,25 @@ def _targets_in(module: nn.Module, names: Mapping[torch.Tensor, str]) -> frozens
     return frozenset(names[parameter] for parameter in module.parameters() if parameter in names)
 
 
-def _blocks_of(model: nn.Module, names: Mapping[torch.Tensor, str]) -> list[nn.Module]:
-    """The innermost elements of module lists that hold targets."""
+def _blocks_of(model: nn.Module, names: Mapping[torch.Tensor, str]) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The innermost elements of module lists that hold targets, and those beside them that hold none."""
 
     def lists_in(module: nn.Module) -> list[nn.Module]:
         return [m for m in module.modules() if isinstance(m, nn.ModuleList) and _targets_in(m, names)]
 
     elements = dict.fromkeys(element for modules in lists_in(model) for element in modules.children())
-    return [element for element in elements if _targets_in(element, names) and not lists_in(element)]
+    blocks = [element for element in elements if _targets_in(element, names) and not lists_in(element)]
+    return blocks, [element for element in elements if not _targets_in(element, names)]
 
 
 def _parts_of(block: nn.Module, names: Mapping[torch.Tensor, str]) -> list[nn.Module]:
-    """The modules in a block that hold several of its targets, but not all; the outermost of those that hold the same.
+    """The modules in a block that hold some of its targets, but not all; the outermost of those that hold the same.
 
-    The output of a single target is larger, or soon made again.
+    What is itself a target is none: its output is larger, or soon made again.
     """
     parts = {_targets_in(block, names): block}
     for module in block.modules():
-        if len(held := _targets_in(module, names)) > 1:
+        if (held := _targets_in(module, names)) and not any(p in names for p in module.parameters(recurse=False)):
             parts.setdefault(held, module)
     return [module for module in parts.values() if module is not block]
 

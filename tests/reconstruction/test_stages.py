@@ -39,10 +39,13 @@ def copied(product):
     return product.part, product.inputs(1).clone()
 
 
-def compare(model, batches, whole=None, looks=1):
-    """Goes through all stages, changes each, and compares what is shown with whole passes of a twin."""
+def compare(model, batches, whole=None, looks=1, step=1):
+    """Goes through all stages, changes each, and compares what is shown with whole passes of a twin.
+
+    Only each `step`th weight is a target.
+    """
     whole = whole or twin(model)
-    targets, whole_targets = find_targets(model), find_targets(whole)
+    targets, whole_targets = (dict([*find_targets(each).items()][step - 1 :: step]) for each in (model, whole))
     shown_names = []
     with Stages(model, targets, batches) as stages:
         for stage in stages.order:
@@ -64,15 +67,16 @@ def compare(model, batches, whole=None, looks=1):
     assert stages.unused == []
 
 
+@pytest.mark.parametrize("step", [1, 5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stages_show_the_inputs_that_changed_layers_give(family):
+def test_stages_show_the_inputs_that_changed_layers_give(family, step):
     model = build(family).eval()
     whole, batches = twin(model), batches_of(model)
     with contextlib.ExitStack() as stack:
         for each in (model, whole):
             stack.enter_context(configured(each, "use_cache", False))
             stack.enter_context(eager_experts(each))
-        compare(model, batches, whole)
+        compare(model, batches, whole, step=step)
     assert all(torch.equal(model(**values).logits, whole(**values).logits) for values in batches)
 
 
@@ -119,6 +123,22 @@ def test_finished_blocks_are_computed_once_more(family):
     assert parts == {0: 1 + len(batches), 1: 1 + len(batches)}
     model(**batches[0])
     assert calls[0] == 1 + len(batches) + 1
+
+
+def test_what_lies_between_blocks_is_computed_once_when_nothing_before_it_changes():
+    model = build("t5").eval()
+    targets = {n: t for n, t in find_targets(model).items() if n.endswith(("wo.weight", "wi.weight"))}
+    calls = Counter()
+    blocks = [*model.encoder.block, *model.decoder.block]
+    for i, block in enumerate(blocks):
+        block.layer[0].SelfAttention.o.register_forward_hook(lambda *_, i=i: calls.update([i]))
+    batches = batches_of(model)
+    with configured(model, "use_cache", False), Stages(model, targets, batches) as stages:
+        for stage in stages.order:
+            stages.run(stage, lambda *_: None)
+            stages.finish(stage)
+    # To see the order once, and the first one also to see what batches read of values.
+    assert calls == {0: len(batches) + 1 + len(batches), **dict.fromkeys(range(1, len(blocks)), 1 + len(batches))}
 
 
 @pytest.mark.parametrize("family", ["llama", "vit", "t5"])

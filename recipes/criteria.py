@@ -61,6 +61,7 @@ class CriteriaArguments:
     )
     draws: int = field(default=3, metadata={"help": "Draws of calibration samples."})
     steps: int = field(default=0, metadata={"help": "Steps of training after each cut, without and with a teacher."})
+    rate: float = field(default=1.0, metadata={"help": "Their learning rate, in units of that of the dense model."})
 
 
 def config_of(criterion: str, level: str) -> PruningConfig | None:
@@ -84,7 +85,7 @@ def trained(
     is_pruned: bool,
     task: Task,
     training: TrainingArguments,
-    steps: int,
+    wanted: CriteriaArguments,
     kind: Callable[..., Trainer],
 ) -> nn.Module:
     """A copy of a model after some steps, with the zeros of a pruned one."""
@@ -92,8 +93,9 @@ def trained(
     callbacks = [PruningTrainerCallback(PruningConfig(hold_zeros=True))] if is_pruned else []
     with tempfile.TemporaryDirectory() as folder:
         args = dataclasses.replace(
-            training, output_dir=folder, max_steps=steps, eval_strategy="no", save_strategy="no",
-            logging_strategy="no", load_best_model_at_end=False, report_to="none", disable_tqdm=True,
+            training, output_dir=folder, max_steps=wanted.steps, learning_rate=wanted.rate * training.learning_rate,
+            eval_strategy="no", save_strategy="no", logging_strategy="no", load_best_model_at_end=False,
+            report_to="none", disable_tqdm=True,
         )  # fmt: skip
         task.trainer(model, args, kind, callbacks=callbacks).train()
     return model
@@ -116,7 +118,7 @@ def main() -> None:
 
     def measure_all(model: nn.Module, is_pruned: bool) -> list[float]:
         """The metric of a model, and after each way of training it."""
-        after = [measure(trained(model, is_pruned, task, training, wanted.steps, way)) for way in ways.values()]
+        after = [measure(trained(model, is_pruned, task, training, wanted, way)) for way in ways.values()]
         return [measure(model), *after]
 
     dense_metrics = measure_all(copy.deepcopy(dense), is_pruned=False)

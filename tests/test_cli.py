@@ -193,7 +193,7 @@ def test_prune_until_so_much_is_left(measure, tmp_path):
     words = ["--granularity", "query+neuron", f"--keep-{measure}", "0.8", "--multiple-of", "4", "--json"]
     if measure == "flops":
         words += ["--calibration", data, "--length", "8", "--batch-size", "4"]
-    found = json.loads(run("prune", source, "--output", tmp_path / "out", *words))["budget"]
+    found = json.loads(run("prune", source, "--output", tmp_path / "out", *words))["remaining"]
     assert (found["measure"], found["asked"]) == (measure, 0.8)
     assert found["left"] == pytest.approx(0.8, abs=0.05)
     assert getattr(PruningConfig.from_pretrained(tmp_path / "out"), f"keep_{measure}") == 0.8

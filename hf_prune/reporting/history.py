@@ -27,7 +27,7 @@ class Round:
     Attributes:
         round: Its number, from 1; 0 is the zeros that were held from the start.
         step: Number of optimizer steps finished when the cut was made.
-        asked: Sparsity asked for, or the share of a budget that was to be gone; None for round 0.
+        asked: Sparsity asked for, or the share of `measure` that was to be gone; None for round 0.
         reached: Sparsity of the masks after the cut.
         masked: Number of weights masked away; of structures, where whole ones go.
         zeros: Number of targeted weights that are zero after the cut, above `masked` by those that are zero anyway; of
@@ -47,7 +47,7 @@ class Round:
         evaluations: Number of evaluations in the round, the one right after the cut left out.
         seconds: Wall-clock time of the round, evaluations included.
         shortfall: A sentence that says by how much the cut missed what was asked for; None if it did not.
-        left: Share of the dense model's parameters, FLOPs or latency that is left, where a budget was given.
+        left: Share of the dense model's parameters, FLOPs or latency that is left, where such a share was asked for.
     """
 
     round: int
@@ -78,7 +78,7 @@ class PruningHistory(Drawn, Sequence[Round]):
 
     Attributes:
         metric: Name of the metric that `dense`, `after_cut`, `best` and `last` give.
-        asked: The sparsity that each round was to reach, or the share of the budget that was to be gone, those
+        asked: The sparsity that each round was to reach, or the share of `measure` that was to be gone, those
             included that the run did not get to.
         greater_is_better: Which way the metric improves.
         ended: Why the run ended, in the words of the last round; None while it goes on.
@@ -88,7 +88,7 @@ class PruningHistory(Drawn, Sequence[Round]):
         language_model: Whether the model generates text, so that the exponential of its loss is a perplexity.
         costs: What a forward pass over a training batch takes with masked structures ("masked", as much as the dense
             model) and right afterwards without them ("shrunk"); empty if nothing was removed.
-        budget: What `asked` is a share of: "parameters", "FLOPs" or "latency"; None where it is the sparsity.
+        measure: What `asked` is a share of: "parameters", "FLOPs" or "latency"; None where it is the sparsity.
     """
 
     metric: str = "eval_loss"
@@ -100,7 +100,7 @@ class PruningHistory(Drawn, Sequence[Round]):
     rounds: list[Round] = field(default_factory=list)
     language_model: bool = False
     costs: dict[str, Cost] = field(default_factory=dict)
-    budget: str | None = None
+    measure: str | None = None
 
     @overload
     def __getitem__(self, index: int) -> Round: ...
@@ -145,7 +145,7 @@ class PruningHistory(Drawn, Sequence[Round]):
         _require_kind("metric", history.metric, str)
         _require_kind("dense", history.dense, float | None)
         _require_kind("ended", history.ended, str | None)
-        _require_kind("budget", history.budget, str | None)
+        _require_kind("measure", history.measure, str | None)
         for value in (*history.asked, *itertools.chain(*evaluations)):
             _require_kind("asked or evaluations", value, float)
         if costs and set(costs) != {"masked", "shrunk"}:
@@ -174,7 +174,7 @@ class PruningHistory(Drawn, Sequence[Round]):
             "round": ["dense", *(str(row.round) for row in self)],
             "step": ["", *(str(row.step) for row in self)],
             "sparsity": [f"{0:.4f}", *(f"{row.reached:.4f}" for row in self)],
-            **({f"{self.budget} left": [f"{1:.4f}", *(number(row.left) for row in self)]} if self.budget else {}),
+            **({f"{self.measure} left": [f"{1:.4f}", *(number(row.left) for row in self)]} if self.measure else {}),
             f"{self.metric} after the cut": [number(self.dense), *(number(row.after_cut) for row in self)],
             "best": ["", *(number(row.best) for row in self)],
             "last": ["", *(number(row.last) for row in self)],
@@ -192,12 +192,12 @@ class PruningHistory(Drawn, Sequence[Round]):
 
     def rows(self) -> list[list[str]]:
         """The rounds as cells: a head, a row for the dense model, and one for each round."""
-        asked = ["asked", "reached"] if self.budget is None else [f"{self.budget} asked", "left", "sparsity"]
+        asked = ["asked", "reached"] if self.measure is None else [f"{self.measure} asked", "left", "sparsity"]
         rows = [["round", "step", *asked, f"{self.metric} after the cut", "best", "last", "ended"]]
         rows.append(["dense", "", *("" for _ in asked), number(self.dense), "", "", ""])
         for row in self:
             values = [row.asked, row.reached]
-            if self.budget is not None:
+            if self.measure is not None:
                 values = [None if row.asked is None else 1 - row.asked, row.left, row.reached]
             shares = ["" if value is None else f"{value:.4f}" for value in values]
             metrics = [number(value) for value in (row.after_cut, row.best, row.last)]
@@ -221,8 +221,8 @@ class PruningHistory(Drawn, Sequence[Round]):
         done, reached = (self[-1].round, self[-1].reached) if self else (0, 0.0)
         if done < len(self.asked):
             what, asked = "sparsity", self.asked[-1]
-            if self.budget is not None:
-                what, asked = f"share of {self.budget} that is left", 1 - asked
+            if self.measure is not None:
+                what, asked = f"share of {self.measure} that is left", 1 - asked
                 reached = self[-1].left if self and self[-1].left is not None else 1.0
             return (
                 f"Training ended after round {done} of {len(self.asked)}: the {what} is {reached:.4f}, "

@@ -13,7 +13,7 @@ from ..distributed.gathering import accessible
 from ..distributed.processes import sum_over_processes_
 from ..distributed.shards import is_sharded, own
 from ..plan import resolve
-from ..structures.budgets import Spent
+from ..structures.budgets import Remaining
 from ..structures.groups import KINDS, NO_STRUCTURES, Structures, in_layers_that_stay, kept_in, nonzeros, parameters_of
 from ..weights.masks import masked_in
 from ..weights.targets import find_targets
@@ -87,14 +87,14 @@ class SparsityReport(Drawn):
         model_zeros: Number of zeros among all parameters of the model.
         model_total: Number of all parameters of the model.
         structures: A row for the structures of each group, where the granularity is one of structures.
-        budget: What was paid for, where a budget was given.
+        remaining: What remains once shrunk, where a share to keep was given.
     """
 
     modules: tuple[ModuleSparsity, ...]
     model_zeros: int
     model_total: int
     structures: tuple[StructureSparsity, ...] = ()
-    budget: Spent | None = None
+    remaining: Remaining | None = None
 
     @property
     def _rows(self) -> Sequence[ModuleSparsity | StructureSparsity]:
@@ -145,7 +145,7 @@ class SparsityReport(Drawn):
                 {**dataclasses.asdict(m), "shape": list(m.shape), "sparsity": m.sparsity} for m in self.modules
             ],
             "structures": [{**dataclasses.asdict(row), "sparsity": row.sparsity} for row in self.structures],
-            "budget": self.budget and dataclasses.asdict(self.budget),
+            "remaining": self.remaining and dataclasses.asdict(self.remaining),
         }
 
     def figure(self) -> "Figure":
@@ -164,8 +164,8 @@ class SparsityReport(Drawn):
             rows += [["targets", f"{self.total:,}", f"{self.zeros:,}", f"{self.sparsity:.4f}"]]
         rows += [["whole model", f"{self.model_total:,}", f"{self.model_zeros:,}", f"{self.model_sparsity:.4f}"]]
         text = table(rows, rules=(1, len(rows) - 2))
-        if self.budget is not None:
-            text += f"\n{self.budget}"
+        if self.remaining is not None:
+            text += f"\n{self.remaining}"
         beyond = 0 if self.masked is None else self.zeros - self.masked
         if beyond > 0:
             text += f"\n{beyond:,} of the zeros are not pruned: they were zero before."

@@ -36,7 +36,7 @@ Choice = Callable[[float, Mapping[str, float]], Kept]
 """A fraction of the structures, and fractions of some groups by themselves → what stays if so many go."""
 
 
-def budget_in(fields: Mapping[str, object]) -> tuple[str, float] | None:
+def share_to_keep(fields: Mapping[str, object]) -> tuple[str, float] | None:
     """What the fields of a config say is paid for, and the share of it that is to be left; None if they do not.
 
     Raises:
@@ -56,7 +56,7 @@ def budget_in(fields: Mapping[str, object]) -> tuple[str, float] | None:
 
 
 @dataclass(frozen=True)
-class Spent:
+class Remaining:
     """The share of the dense model's parameters, FLOPs or latency that remains after shrinking.
 
     Attributes:
@@ -185,9 +185,9 @@ class Budget:
                 high, less = middle, kept
         return more, less
 
-    def spent(self, keep: float, kept: Kept) -> Spent:
+    def remaining(self, keep: float, kept: Kept) -> Remaining:
         """What was asked for, and what is left."""
-        return Spent(self.measure, keep, self.left(kept))
+        return Remaining(self.measure, keep, self.left(kept))
 
     def shortfall(self, keep: float, kept: Kept) -> str | None:
         """A sentence that says by how much a cut missed its share, by more than a twentieth of what goes; or None."""

@@ -113,7 +113,7 @@ class Run:
             metric,
             greater_is_better=improves_as_it_rises(metric, event.args),
             asked=plan.config.round_sparsities,
-            budget=plan.config.budget and MEASURES[plan.config.budget[0]],
+            measure=plan.config.keep and MEASURES[plan.config.keep[0]],
             language_model=isinstance(event.model, PreTrainedModel) and event.model.can_generate(),
         )
         self.rounds = Rounds.plan(plan, history, event.state.max_steps)
@@ -309,7 +309,7 @@ class Run:
         event.say(
             f"Round {row.round} of {len(config.round_sparsities)} at step {row.step}: sparsity {row.reached:.4f}, "
             f"{row.masked:,} of {row.total:,} {report.units} pruned."
-            f"{'' if row.left is None else f' {row.left:.4f} of the {self.history.budget} are left.'}"
+            f"{'' if row.left is None else f' {row.left:.4f} of the {self.history.measure} are left.'}"
         )
         is_last = row.round == len(config.round_sparsities)  # Others may round to less on their way.
         if is_last and asked is not None and (shortfall := plan.shortfall(masks, asked, budget)):

@@ -42,8 +42,8 @@ def main() -> None:
                 criterion=criterion,
                 calibration_samples=len(batches),
             )
-            budget = prune(model, config, batches).budget
-            assert budget is not None
+            remaining = prune(model, config, batches).remaining
+            assert remaining is not None
             shrink(model)
             shares = []
             for _ in range(args.repeats):
@@ -51,7 +51,7 @@ def main() -> None:
                 taken = [costs[name].seconds or 0.0 for name in ("smaller", "dense")]
                 shares.append(taken[0] / taken[1])
             again = statistics.median(shares)
-            print(f"{row:28}{keep:>8.2f}{budget.left:>8.3f}{again:>8.3f}{model.num_parameters():>13,}", flush=True)
+            print(f"{row:28}{keep:>8.2f}{remaining.left:>8.3f}{again:>8.3f}{model.num_parameters():>13,}", flush=True)
 
 
 if __name__ == "__main__":

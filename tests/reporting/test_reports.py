@@ -139,7 +139,7 @@ def test_a_report_is_json():
         "sparsity": 3 / 32,
     }
     keys = ("sparsity", "zeros", "masked", "total", "model_sparsity", "model_zeros", "model_total")
-    assert {key: value for key, value in values.items() if key not in ("modules", "structures", "budget")} == {
+    assert {key: value for key, value in values.items() if key not in ("modules", "structures", "remaining")} == {
         k: getattr(report, k) for k in keys
     }
     assert json.loads(json.dumps(sparsity_report(net).to_dict()))["masked"] is None

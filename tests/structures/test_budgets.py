@@ -64,13 +64,13 @@ def test_so_many_parameters_are_left_once_it_is_shrunk(name, granularity):
     config = config_of(granularity, keep_parameters=keep)
     before, step = model.num_parameters(), one_step(Plan.of(model, config).budget(model))
     report = prune(model, config)
-    spent = report.budget
-    assert (spent.measure, spent.asked) == ("parameters", keep)
-    assert spent.left == pytest.approx(keep, abs=step + 1e-9)
-    assert f"{spent.left:.4f} of the dense model's parameters are left; asked for {keep:.4g}" in str(report)
-    assert report.to_dict()["budget"] == {"measure": "parameters", "asked": keep, "left": spent.left}
+    remaining = report.remaining
+    assert (remaining.measure, remaining.asked) == ("parameters", keep)
+    assert remaining.left == pytest.approx(keep, abs=step + 1e-9)
+    assert f"{remaining.left:.4f} of the dense model's parameters are left; asked for {keep:.4g}" in str(report)
+    assert report.to_dict()["remaining"] == {"measure": "parameters", "asked": keep, "left": remaining.left}
     if report.zeros:
-        assert shrink(model).num_parameters() == round(spent.left * before)
+        assert shrink(model).num_parameters() == round(remaining.left * before)
 
 
 @pytest.mark.parametrize("granularity", ["neuron", "neuron+layer"])
@@ -84,9 +84,9 @@ def test_uniform_models_come_as_near_as_equal_layers_can(granularity):
         zeros = prune(other, config_of(granularity, sparsity=sparsity, uniform=True)).model_zeros
         possible.append(1 - zeros / dense.num_parameters())
     best = min(abs(left - 0.85) for left in possible)
-    assert abs(report.budget.left - 0.85) <= best + 1e-9
+    assert abs(report.remaining.left - 0.85) <= best + 1e-9
     if granularity == "neuron":
-        assert abs(report.budget.left - 0.85) == pytest.approx(best)
+        assert abs(report.remaining.left - 0.85) == pytest.approx(best)
 
 
 @pytest.mark.parametrize(
@@ -98,16 +98,16 @@ def test_so_many_operations_are_left(name, granularity):
     config = config_of(granularity, keep_flops=0.8)
     report = prune(model, config, [batch])
     counted = measure_costs({"dense": dense, "smaller": shrink(model)}, batch, 0)
-    assert report.budget.left == counted["smaller"].flops / counted["dense"].flops
+    assert report.remaining.left == counted["smaller"].flops / counted["dense"].flops
     step = one_step(Plan.of(dense, config).budget(dense, lambda: [batch]))
-    assert report.budget.left == pytest.approx(0.8, abs=step)
+    assert report.remaining.left == pytest.approx(0.8, abs=step)
 
 
 def test_experts_that_are_barred_are_no_part_of_what_is_counted():
     model = model_of("mixtral")
     batch = inputs_of(model)
     report = prune(model, config_of("expert+neuron", keep_flops=0.9), [batch])
-    assert report.budget.left == pytest.approx(0.9, abs=0.05)
+    assert report.remaining.left == pytest.approx(0.9, abs=0.05)
     assert report.zeros
 
 
@@ -129,7 +129,7 @@ def test_so_much_time_is_left(monkeypatch):
     model = build("llama")
     batch = inputs_of(model)
     report = prune(model, config_of("query+neuron", keep_latency=0.9), [batch])
-    assert report.budget.left == pytest.approx(0.9, abs=CLOSE["latency"])
+    assert report.remaining.left == pytest.approx(0.9, abs=CLOSE["latency"])
     assert set(clock.turns) == {budgets._TURNS}
     assert len(clock.turns) < 20
 
@@ -156,7 +156,7 @@ def test_where_a_layer_would_be_too_much_neurons_go(keep, scope):
     model = build("llama")
     step = one_step(Budget(model, "parameters", Plan.of(model, config_of("neuron", sparsity=0.5)).structures))
     report = prune(model, config_of("neuron+layer", keep_parameters=keep, criterion="magnitude", scope=scope))
-    assert report.budget.left == pytest.approx(keep, abs=step)
+    assert report.remaining.left == pytest.approx(keep, abs=step)
 
 
 class Once:
@@ -173,7 +173,7 @@ class Once:
 def test_a_batch_is_read_before_anything_is_pruned():
     model = build("llama")
     report = prune(model, config_of("neuron", keep_flops=0.9, criterion="magnitude"), Once([inputs_of(model)]))
-    assert report.budget.left == pytest.approx(0.9, abs=0.02)
+    assert report.remaining.left == pytest.approx(0.9, abs=0.02)
 
 
 def test_what_is_no_batch_is_an_error():
@@ -195,7 +195,7 @@ def test_experts_are_chosen_from_again_if_a_cut_fails():
 def test_a_share_that_is_kept_whole_prunes_nothing():
     model = build("llama")
     report = prune(model, config_of("neuron", keep_parameters=1.0))
-    assert (report.zeros, report.budget.left) == (0, 1.0)
+    assert (report.zeros, report.remaining.left) == (0, 1.0)
 
 
 def test_scores_in_several_steps_lead_there_too():
@@ -203,7 +203,7 @@ def test_scores_in_several_steps_lead_there_too():
     batches = [{**(batch := inputs_of(model)), "labels": batch["input_ids"]}]
     config = config_of("neuron", keep_parameters=0.8, criterion="taylor", score_steps=3)
     report = prune(model, config, batches)
-    assert report.budget.left == pytest.approx(0.8, abs=one_step(Plan.of(model, config).budget(model)))
+    assert report.remaining.left == pytest.approx(0.8, abs=one_step(Plan.of(model, config).budget(model)))
 
 
 def test_the_zeros_that_are_held_count_as_gone():
@@ -212,7 +212,7 @@ def test_the_zeros_that_are_held_count_as_gone():
     report = prune(model, config_of("neuron", keep_parameters=0.8, hold_zeros=True))
     assert report.zeros > held.zeros
     assert all(now.zeros >= row.zeros for now, row in zip(report.structures, held.structures, strict=True))
-    assert report.budget.left == pytest.approx(0.8, abs=0.02)
+    assert report.remaining.left == pytest.approx(0.8, abs=0.02)
 
 
 # In a training
@@ -227,7 +227,7 @@ def test_each_round_has_the_share_of_the_schedule(make_trainer, tmp_path):
     pruning = PruningTrainerCallback(PruningConfig(**ROUNDS))
     make_trainer(model, pruning, train_dataset=samples(model)).train()
     history = pruning.history
-    assert history.budget == "parameters"
+    assert history.measure == "parameters"
     assert [1 - row.asked for row in history] == pytest.approx([0.9, 0.8, 0.7])
     assert [row.left for row in history] == pytest.approx([0.9, 0.8, 0.7], abs=0.02)
     assert model.num_parameters() == round(history[-1].left * before)
@@ -347,6 +347,6 @@ def test_a_miss_by_a_lot_is_said(caplog):
 
 def test_a_checkpoint_of_a_version_without_budgets_has_none(tmp_path):
     history = PruningHistory()
-    values = {name: value for name, value in history.to_dict().items() if name != "budget"}
+    values = {name: value for name, value in history.to_dict().items() if name != "measure"}
     (tmp_path / "history.json").write_text(json.dumps(values))
-    assert PruningHistory.load(tmp_path / "history.json").budget is None
+    assert PruningHistory.load(tmp_path / "history.json").measure is None

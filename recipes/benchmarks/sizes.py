@@ -13,7 +13,8 @@ seconds       of the cut, calibration included
 trained       perplexity after `--steps` steps of training, if there are any
 distilled     the same with the dense model as the teacher
 
-Rows of hf_prune are granularity:criterion[:solved][:uniform], those of others:
+Rows of hf_prune are granularity:criterion[:solved][:uniform], where criterion may be `fluctuation` or
+`fluctuation_standardized` of `fluctuation.py`. Those of others:
 
 optipfair:MAW              neurons of each layer by their weights, its default
 optipfair:MAW:data         the same with activations of the calibration samples
@@ -35,6 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from fluctuation import fluctuation_of
 from peers import PRUNERS
 from prose import Prose, batches_of, log_perplexity, parser_for, prepare
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
@@ -66,12 +68,15 @@ def by_hf_prune(model: PreTrainedModel, keep: float, calibration: torch.Tensor, 
     config = PruningConfig(
         keep_parameters=keep,
         granularity=granularity,
-        criterion=criterion,
+        criterion="auto" if criterion.startswith("fluctuation") else criterion,
         calibration_samples=len(calibration),
         reconstruct="solved" in others,
         uniform="uniform" in others,
     )
-    prune(model, config, batches_of(calibration))
+    ours = None
+    if criterion.startswith("fluctuation"):
+        ours = fluctuation_of(model, calibration, standardized=criterion == "fluctuation_standardized")
+    prune(model, config, batches_of(calibration), criterion=ours)
     shrink(model)
 
 

@@ -86,7 +86,7 @@ class Stages:
         self._released: set[nn.Module] = set()  # Blocks whose output only finished ones read: placeholders.
         self.order = _stages_of(passes, targets)
         self._unfinished = {name for stage in self.order for name in stage.names}
-        self._is_final = True  # Whether the pass under way has used no target that may still change.
+        self._all_final = True  # Whether the pass under way has used no target that may still change.
         for module in filter(reads.is_cacheable, between):
             self._cache_output(module)
         self.unused = [name for name in targets if name not in self._unfinished]
@@ -107,7 +107,7 @@ class Stages:
 
             def see(product: Product, batch: Batch = batch) -> None:
                 nonlocal seen
-                self._is_final &= product.target.name not in self._unfinished
+                self._all_final &= product.target.name not in self._unfinished
                 if product.target.name == stage.names[0]:
                     on_product(product, batch)
                     seen += 1
@@ -143,7 +143,7 @@ class Stages:
             given = self._cache[module]
             if self._batch not in given:
                 output = compute(*args, **kwargs)
-                if not self._is_final:
+                if not self._all_final:
                     return output
                 given[self._batch] = output
             output = given[self._batch]
@@ -199,7 +199,7 @@ class Stages:
         return uses
 
     def _pass(self, index: int, watch: ProductWatch) -> None:
-        self._batch, self._is_final = index, True
+        self._batch, self._all_final = index, True
         # Autocast caches cast weights and would miss changes; the random state is kept so that passes are alike.
         torch.clear_autocast_cache()
         device = next(self._model.parameters()).device

@@ -222,8 +222,12 @@ def unpadded_inputs(product: Product, batch: Batch, model: nn.Module) -> torch.T
     It is told by `attention_mask [samples, tokens]` of the batch where it is known which position is which; in experts
     it is not, nor in an encoder-decoder, whose decoder has tokens of its own.
     """
-    has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return inputs_under(None if has_decoder else batch.get("attention_mask"), product)
+    return inputs_under(_mask_of(batch, model), product)
+
+
+def unpadded_outputs(values: torch.Tensor, product: Product, batch: Batch, model: nn.Module) -> torch.Tensor:
+    """Values of the shape of a product's output, `[parts, positions, rows of a part]`, for the same positions."""
+    return _under(_mask_of(batch, model), product.rows(values, 1).flatten(1, 2), product)
 
 
 def inputs_under(mask: object, product: Product) -> torch.Tensor:
@@ -232,13 +236,22 @@ def inputs_under(mask: object, product: Product) -> torch.Tensor:
     All of it, if the mask is none, or it is not known which position is which. Where samples and tokens are as many,
     samples are taken to come first.
     """
-    inputs = product.inputs(1).flatten(1, 2)
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or inputs.shape[1] != mask.numel():
-        return inputs
+    return _under(mask, product.inputs(1).flatten(1, 2), product)
+
+
+def _mask_of(batch: Batch, model: nn.Module) -> object:
+    has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return None if has_decoder else batch.get("attention_mask")
+
+
+def _under(mask: object, values: torch.Tensor, product: Product) -> torch.Tensor:
+    """`[parts, positions, …]`, without the positions of a product that a mask leaves out."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or values.shape[1] != mask.numel():
+        return values
     sizes = tuple(size for size in mask.shape if size > 1)
     if product.grid[: len(sizes)] == sizes or product.grid == (mask.numel(),):
-        return inputs[:, mask.flatten().bool()]
-    return inputs[:, mask.T.flatten().bool()] if product.grid[: len(sizes)] == sizes[::-1] else inputs
+        return values[:, mask.flatten().bool()]
+    return values[:, mask.T.flatten().bool()] if product.grid[: len(sizes)] == sizes[::-1] else values
 
 
 def warn_of_unreached(target: Target, reached: torch.Tensor, consequence: str) -> None:

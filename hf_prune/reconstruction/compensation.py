@@ -4,6 +4,9 @@ A projection with weights `W` reads inputs `x`, of which some come from structur
 the rest, `x_S`, as much as it can: its `Ŵ` has the least `E‖W x − Ŵ x_S‖² + λ‖Ŵ − W_S‖²`. With `H = E x xᵀ` this is
 `Ŵ = W_S + W_P H_PS (H_SS + λ)⁻¹`, where `P` is what goes. Where the projection has a bias, `x` is without its mean, of
 which the bias takes over what is lost.
+
+Where its output is added to a residual stream, `W x` is not all that is wanted: the stream has already moved by what
+changed before, and `W x + Δ` brings it back to that of the dense model. This adds `E Δ x_Sᵀ` to `W_P H_PS`.
 """
 
 import logging
@@ -80,7 +83,8 @@ def compensate_(
                 scarce.append(max(few, key=_shortage))
             changed.extend([target.weight] if bias is None else [target.weight, bias])
 
-    change_in_stages_(model, _readers_in(targets, structures), batches, samples, solve_, show_progress=show_progress)
+    readers = _readers_in(targets, structures)
+    change_in_stages_(model, readers, batches, samples, solve_, with_dense=True, show_progress=show_progress)
     if unseen:
         logger.warning(
             "No product of %r was seen in the forward passes (%d projections in all), which only lose what is pruned.",
@@ -137,16 +141,25 @@ def _solve_(
         if seen < (needed := int(stays.sum())):
             scarce.append((seen, needed))
         mean, around = moments.totals[i] / seen, moments.sums[i]
+        difference = moments.differences[i] / seen
+        cross = None if moments.cross is None else moments.cross[i]
         if bias is not None:
             around = around.addr(mean, mean, alpha=-seen)
-        rows[i] = solved(rows[i], around, stays, target.weight.dtype)
+            cross = None if cross is None else cross.addr(mean, difference, alpha=-seen)
+        rows[i] = solved(rows[i], around, stays, target.weight.dtype, cross)
         if bias is not None:
-            bias.copy_(bias + (before[i] - rows[i]) @ mean)
+            bias.copy_(bias + (before[i] - rows[i]) @ mean + (0 if cross is None else difference))
     target.weight.copy_(target.from_rows(rows))
     return scarce
 
 
-def solved(rows: torch.Tensor, moments: torch.Tensor, stays: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def solved(
+    rows: torch.Tensor,
+    moments: torch.Tensor,
+    stays: torch.Tensor,
+    dtype: torch.dtype,
+    cross: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The rows of a weight, solved anew on the inputs that stay.
 
     Rows for which that is no better, as rounding may have it, only lose the others.
@@ -156,24 +169,27 @@ def solved(rows: torch.Tensor, moments: torch.Tensor, stays: torch.Tensor, dtype
         moments: `[in, in]` second moments `X Xᵀ` of the inputs, or those around their mean, in the same dtype.
         stays: `[in]` bools.
         dtype: What the weight is rounded to.
+        cross: `[in, out]`: `X Δᵀ`, where the rows should give `Δ` more than they do; or both around their means.
 
     Returns:
         `[out, in]`, zero where inputs go.
     """
     without = rows * stays
-    inner, cross = moments[stays][:, stays], moments[~stays][:, stays]
+    inner, between = moments[stays][:, stays], moments[~stays][:, stays]
     diagonal = inner.diagonal()
     diagonal += RIDGE * diagonal.mean()
     lower, failed = torch.linalg.cholesky_ex(inner)
     if failed:
         return without
     found = without.clone()
-    found[:, stays] += torch.cholesky_solve((rows[:, ~stays] @ cross).mT, lower).mT
+    lost = rows[:, ~stays] @ between if cross is None else rows[:, ~stays] @ between + cross[stays].mT
+    found[:, stays] += torch.cholesky_solve(lost.mT, lower).mT
     found = found.to(dtype).to(rows.dtype)
-    is_better = _errors(rows - found, moments) < _errors(rows - without, moments)
+    is_better = _errors(rows - found, moments, cross) < _errors(rows - without, moments, cross)
     return torch.where(is_better[:, None], found, without)
 
 
-def _errors(rows: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-    """`[out]`: `‖w X‖²` of each row."""
-    return ((rows @ moments) * rows).sum(1)
+def _errors(rows: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor | None) -> torch.Tensor:
+    """`[out]`: `‖w X + Δ‖² − ‖Δ‖²` of each row."""
+    errors = ((rows @ moments) * rows).sum(1)
+    return errors if cross is None else errors + 2 * (rows * cross.mT).sum(1)

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache
 
 # Reading these needs no data, so that a placeholder can answer.
-_METADATA = {
+METADATA = {
     getattr(torch.Tensor, name).__get__ for name in ("dtype", "shape", "device", "ndim", "requires_grad", "layout")
 } | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.is_floating_point, torch.Tensor._base.__get__}  # type: ignore[union-attr]
 
@@ -91,7 +91,7 @@ class OutputReads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Notes what is read, and calls the function."""
         given = [value for value in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(value)]
-        if func not in _METADATA:
+        if func not in METADATA:
             for value in given:
                 givers = self._givers.get(value, set())
                 for block in givers & self._parts.keys():
@@ -99,7 +99,7 @@ class OutputReads(TorchFunctionMode):
                 # Read outside of where it was made, without having been given as an output.
                 self._stateful.update({*self._makers.get(value, ())} - givers - {*self._under_way})
         output = func(*args, **(kwargs or {}))
-        if self._under_way and func not in _METADATA:
+        if self._under_way and func not in METADATA:
             for value in pytree.tree_leaves(output):
                 if torch.is_tensor(value) and all(value is not other for other in given):
                     self._makers.setdefault(value, tuple(self._under_way))

@@ -11,7 +11,7 @@ from ..calibration.activations import Product
 from ..calibration.batches import Batch, size_of
 from ..calibration.contexts import eager_experts, undisturbed
 from ..calibration.samples import DELAY, read_samples, require_samples
-from ..calibration.statistics import require_finite, unpadded_inputs
+from ..calibration.statistics import require_finite, unpadded_inputs, unpadded_outputs
 from ..distributed.processes import sum_over_processes_
 from ..weights.targets import Target
 from .stages import Stages
@@ -30,33 +30,57 @@ class SecondMoments:
         sums: `[parts, fan_in, fan_in]`, in float32 or better; whole once `finish_` was called.
         totals: `[parts, fan_in]`: the sum of the columns of `X`.
         positions: `[parts]`: over how many columns of `X`.
+        cross: `[parts, fan_in, rows]`: `X Δᵀ`, where `Δ` is by how much the residual stream of the dense model differs
+            from what it is with the target's output; None if nobody asked, or that is unknown.
+        differences: `[parts, rows]`: the sum of the columns of `Δ`.
     """
 
-    def __init__(self, model: nn.Module, target: Target) -> None:
+    def __init__(self, model: nn.Module, target: Target, *, with_dense: bool = False) -> None:
         self._model, self._target, device = model, target, target.weight.device
         size = torch.Size([target.parts, target.fan_in, target.fan_in])
         self.sums = torch.zeros(size, device=device, dtype=compute_dtype(target))
         self.totals = self.sums.new_zeros(size[:2])
         self.positions = torch.zeros(target.parts, device=device, dtype=torch.int64)
+        rows = target.weight.numel() // (target.parts * target.fan_in)
+        self.cross = self.sums.new_zeros(target.parts, target.fan_in, rows) if with_dense else None
+        self.differences = self.sums.new_zeros(target.parts, rows)
+        self._unknown = torch.zeros((), device=device)
         self._bands = [slice(start, start + _BAND) for start in range(0, target.fan_in, _BAND)]
 
-    def add_(self, product: Product, batch: Batch) -> None:
-        """Adds the inputs of a product."""
+    def add_(self, product: Product, batch: Batch) -> Callable[[torch.Tensor | None], None]:
+        """Adds the inputs of a product; what is given back adds the difference that goes with them."""
         x = unpadded_inputs(product, batch, self._model).to(self.sums.dtype)
         self.positions[product.part_slice] += x.shape[1]
         self.totals[product.part_slice] += x.sum(1)
         for here in self._bands:  # They are symmetric, and what is to their left need not be computed.
             on = slice(here.start, None)
             self.sums[product.part_slice, here, on].baddbmm_(x[..., here].mT, x[..., on])
+        x = x.clone() if self.cross is not None else x  # The model may go on to change it in place.
+
+        def add_difference_(difference: torch.Tensor | None) -> None:
+            if self.cross is None or difference is None:
+                self._unknown += 1
+                return
+            values = unpadded_outputs(difference, product, batch, self._model).to(x.dtype)
+            self.differences[product.part_slice] += values.sum(1)
+            self.cross[product.part_slice].baddbmm_(x.mT, values)
+
+        return add_difference_
 
     def finish_(self) -> None:
         """Adds up what all processes have seen; raises if it is not finite."""
         self.sums, self.totals = sum_over_processes_(self.sums), sum_over_processes_(self.totals)
         self.positions = sum_over_processes_(self.positions)
+        if self.cross is not None:
+            is_known = not sum_over_processes_(self._unknown)
+            self.cross = sum_over_processes_(self.cross) if is_known else None
+            self.differences = sum_over_processes_(self.differences)
         for here in self._bands:
             behind = slice(here.stop, None)
             self.sums[:, behind, here] = self.sums[:, here, behind].mT
         require_finite(self.sums, f"what {self._target.module!r} is multiplied with")
+        if self.cross is not None:
+            require_finite(self.cross, f"what the output of {self._target.module!r} is added to")
 
 
 def change_in_stages_(
@@ -66,6 +90,7 @@ def change_in_stages_(
     samples: int,
     change_: Callable[[Sequence[str], SecondMoments | None], None],
     *,
+    with_dense: bool = False,
     show_progress: bool = False,
 ) -> None:
     """Changes weights by the second moments of their inputs, in the order of a forward pass.
@@ -81,6 +106,8 @@ def change_in_stages_(
         samples: Number of samples to read, of all processes together.
         change_: Gets the names of targets with the same inputs, and their moments; of a target that no pass has used
             None, before all others.
+        with_dense: Whether the moments say how far the residual stream is from that of the model as it is now. Another
+            pass goes through each layer for it.
         show_progress: Whether a bar shows how far it is, if it takes more than a few seconds.
 
     Raises:
@@ -89,12 +116,15 @@ def change_in_stages_(
     with undisturbed(model), eager_experts(model), _in_full_precision():
         data = list(read_samples(model, batches, samples))
         require_samples(model, sum(map(size_of, data)), samples)
-        with Stages(model, targets, data) as stages:
+        with Stages(model, targets, data, with_dense=with_dense) as stages:
             for name in stages.unused:
                 change_([name], None)
             for stage in tqdm(stages.order, desc="Pruning", unit="layer", delay=DELAY, disable=not show_progress):
-                moments = SecondMoments(model, targets[stage.names[0]])
-                stages.run(stage, moments.add_)
+                moments = SecondMoments(model, targets[stage.names[0]], with_dense=with_dense)
+                if with_dense:
+                    stages.run_beside_dense(stage, moments.add_)
+                else:
+                    stages.run(stage, moments.add_)
                 moments.finish_()
                 change_(stage.names, moments)
                 del moments  # Before there are others.

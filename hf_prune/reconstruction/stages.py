@@ -1,21 +1,21 @@
 """Stages: a model's targets in the order in which forward passes use them, and passes that go no further than one.
 
 What changes the weights of a layer by its inputs has to see those inputs as the changed layers before it make them, so
-every layer needs passes of its own. Each is an ordinary forward call that stops once it has shown a layer's inputs. A
-block (an innermost element of a `ModuleList`) whose targets are all final is computed once more for each batch; after
-that its cached output is returned. While a block is under way, the same holds for its parts, such as its attention.
-What lies between blocks and has no targets is final once a pass comes to it before any target that is not.
+every layer needs passes of its own. Each is an ordinary forward call that stops once it has shown a layer's inputs.
+The output of a block (an innermost element of a `ModuleList`, or what lies beside it) is cached once a pass has used no
+target for it that may still change. While a block is under way, the same holds for its parts, such as its attention.
+
+Beside these passes, others can go through the dense model, to show by how much the residual stream has moved.
 """
 
 import contextlib
 import itertools
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..calibration.activations import Product, ProductWatch
@@ -25,33 +25,8 @@ from ..calibration.passes import call
 from ..distributed.processes import gather_from_processes
 from ..weights.targets import Target
 from .dependencies import OutputReads, ValueReads
-
-
-class _Use(NamedTuple):
-    """A product of a pass.
-
-    Attributes:
-        name: The target.
-        input: A number, the same as that of the use before if both have the same input.
-    """
-
-    name: str
-    input: int
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Targets that are multiplied with one and the same input.
-
-    Attributes:
-        names: Their parameters. Several only if each is used once in a pass.
-        uses: How often the first of them is used in a pass; None if that depends on the data, as it does for experts.
-        later: Targets that passes use after they have used these for the last time, and never before.
-    """
-
-    names: tuple[str, ...]
-    uses: int | None
-    later: frozenset[str]
+from .order import Stage, Use, stages_of
+from .sums import SumWatch
 
 
 class Stages:
@@ -64,14 +39,25 @@ class Stages:
         model: The model, unwrapped, in evaluation mode; called without gradients.
         targets: The weights.
         batches: What it is called with, on its device, on this process.
+        with_dense: Whether `run_beside_dense` is called, and not `run`.
 
     Attributes:
         order: The stages, in the order of their first use, the same on all processes.
         unused: Targets of which no process has seen a product.
     """
 
-    def __init__(self, model: nn.Module, targets: Mapping[str, Target], batches: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, Target],
+        batches: Sequence[Batch],
+        *,
+        with_dense: bool = False,
+    ) -> None:
         self._model, self._targets, self._batches = model, targets, batches
+        self._passes = len(batches) * (2 if with_dense else 1)
+        self._is_dense = False  # Whether the pass under way is one of the dense model.
+        self._dense: dict[nn.Parameter, torch.Tensor] = {}  # Parameters that have changed, as they were.
         self._batch = 0  # the one under way, for modules whose output is cached
         self._undo = contextlib.ExitStack()
         names = {target.weight: name for name, target in targets.items()}
@@ -79,15 +65,13 @@ class Stages:
         self._parts = {block: _parts_of(block, names) for block in blocks}
         reads = OutputReads({**self._parts, **{module: [] for module in between}})
         passes = self._note_all(reads)
-        modules = itertools.chain(self._parts, *self._parts.values())
-        self._cacheable = {module: _targets_in(module, names) for module in modules if reads.is_cacheable(module)}
         self._readers = reads.readers
-        self._cache: dict[nn.Module, dict[int, Any]] = {}  # Of finished blocks and parts, by batch.
+        self._cache: dict[nn.Module, dict[tuple[bool, int], Any]] = {}  # Of finished blocks and parts, by pass.
         self._released: set[nn.Module] = set()  # Blocks whose output only finished ones read: placeholders.
-        self.order = _stages_of(passes, targets)
+        self.order = stages_of(passes, targets)
         self._unfinished = {name for stage in self.order for name in stage.names}
         self._all_final = True  # Whether the pass under way has used no target that may still change.
-        for module in filter(reads.is_cacheable, between):
+        for module in filter(reads.is_cacheable, itertools.chain(self._parts, *self._parts.values(), between)):
             self._cache_output(module)
         self.unused = [name for name in targets if name not in self._unfinished]
 
@@ -97,69 +81,129 @@ class Stages:
     def __exit__(self, *error: object) -> None:
         self._undo.close()
 
-    def run(self, stage: Stage, on_product: Callable[[Product, Batch], None]) -> None:
+    def run(self, stage: Stage, on_product: Callable[[Product, Batch], object]) -> None:
         """Runs all batches up to a stage of `order`, with the weights as they are now.
 
         The callback gets each product of the stage's first target, and its batch; the others have the same inputs.
         """
         for index, batch in enumerate(self._batches):
-            seen = 0
 
             def see(product: Product, batch: Batch = batch) -> None:
-                nonlocal seen
-                self._all_final &= product.target.name not in self._unfinished
-                if product.target.name == stage.names[0]:
-                    on_product(product, batch)
-                    seen += 1
-                    if seen == stage.uses:
-                        raise _StopForward
-                elif product.target.name in stage.later:
-                    raise _StopForward
+                on_product(product, batch)
 
-            self._pass(index, ProductWatch(self._targets, see))
+            self._show(index, stage, see)
+
+    def run_beside_dense(
+        self, stage: Stage, on_product: Callable[[Product, Batch], Callable[[torch.Tensor | None], None]]
+    ) -> None:
+        """Runs all batches up to a stage of `order`, with the weights as they are now and as they were.
+
+        The callback gets each product as that of `run` does. What it gives is called with the difference, of the
+        product's output, between what the dense model and this one have in the residual stream once the output is
+        added to it; or with None, where there is no such sum. Parameters beside those of the stage must not change
+        before it is finished.
+        """
+        has_sum = stage.uses == 1 and len(stage.names) == 1
+        for index, batch in enumerate(self._batches):
+            shown: list[tuple[torch.Size, Callable[[torch.Tensor | None], None]]] = []
+
+            def see(product: Product, batch: Batch = batch, shown: list[Any] = shown) -> None:
+                shown.append((product.output.shape, on_product(product, batch)))
+
+            now = self._show(index, stage, see, to_sum=has_sum)
+            dense = None
+            if has_sum and now is not None:
+                with self._dense_weights():
+                    dense = self._show(index, stage, lambda _: None, to_sum=True)
+            for shape, take in shown:
+                take(None if now is None or dense is None else (dense - now).reshape(shape))
+        for name in stage.names:
+            owner = self._model.get_submodule(self._targets[name].name.rpartition(".")[0])
+            for parameter in owner.parameters(recurse=False):
+                self._dense.setdefault(parameter, parameter.detach().clone())
+
+    def _show(
+        self, index: int, stage: Stage, on_product: Callable[[Product], None], *, to_sum: bool = False
+    ) -> torch.Tensor | None:
+        """Runs a batch up to a stage, or on to the sum that its output goes into, which is returned."""
+        seen = 0
+
+        def stop() -> None:
+            raise _StopForward
+
+        sums = SumWatch(stop)
+
+        def see(product: Product) -> None:
+            nonlocal seen
+            self._all_final &= product.target.name not in self._unfinished
+            if product.target.name == stage.names[0]:
+                on_product(product)
+                seen += 1
+                if to_sum:
+                    sums.follow(product.output)
+                elif seen == stage.uses:
+                    stop()
+            elif product.target.name in stage.later and not sums.is_open:
+                stop()
+
+        self._pass(index, ProductWatch(self._targets, see), sums)
+        return sums.take()
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def _dense_weights(self) -> Iterator[None]:
+        """Passes are those of the dense model."""
+        now = {parameter: parameter.detach().clone() for parameter in self._dense}
+        try:
+            self._is_dense = True
+            for parameter, dense in self._dense.items():
+                parameter.copy_(dense)
+            yield
+        finally:
+            self._is_dense = False
+            for parameter, values in now.items():
+                parameter.copy_(values)
 
     def finish(self, stage: Stage) -> None:
         """Says that the weights of a stage change no more."""
         self._unfinished -= set(stage.names)
-        complete = {block for block, given in self._cache.items() if len(given) == len(self._batches)}
+        complete = {block for block, given in self._cache.items() if len(given) == self._passes}
         for block, parts in self._parts.items():
             if block in complete:  # Its parts are called no more.
                 self._cache.update({part: {} for part in parts})
-            for module in (block, *parts):
-                is_final = module in self._cacheable and not self._cacheable[module] & self._unfinished
-                if is_final and self._cache.keys().isdisjoint((block, module)):
-                    self._cache_output(module)
+                for parameter in block.parameters():
+                    self._dense.pop(parameter, None)
         for block in complete & self._readers.keys() - self._released:
             if self._readers[block] <= complete:
                 self._released.add(block)
                 self._cache[block] = pytree.tree_map_only(torch.Tensor, _placeholder, self._cache[block])
 
     def _cache_output(self, module: nn.Module) -> None:
-        """Has a module return a cached output, computed once for each batch when all before it is final."""
+        """Has a module return a cached output, which it gave when no target that may still change was used before."""
         self._cache[module] = {}
         compute, replaced = module.forward, module.__dict__.get("forward")
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            given = self._cache[module]
-            if self._batch not in given:
+            given, key = self._cache[module], (self._is_dense, self._batch)
+            if key not in given:
                 output = compute(*args, **kwargs)
-                if not self._all_final:
+                if not (self._is_dense or self._all_final):
                     return output
-                given[self._batch] = output
-            output = given[self._batch]
+                given[key] = output
+            output = given[key]
             # A copy: what reads it may change it in place.
             return output if module in self._released else pytree.tree_map_only(torch.Tensor, torch.clone, output)
 
         module.forward = forward
         self._undo.callback(_put_back, module, replaced)
 
-    def _note_all(self, reads: OutputReads) -> list[list[_Use]]:
+    def _note_all(self, reads: OutputReads) -> list[list[Use]]:
         """The uses of passes, of all processes: of one pass of each kind, or of all if their kinds cannot be known."""
         begun = [self._values_read_at_first(i) for i in range(len(self._batches))]
         first: dict[object, int] = {}
         for i, batch in enumerate(self._batches):
             first.setdefault((_shapes_of(batch), *begun[i]), i)
-        noted: dict[int, list[_Use]] = {}
+        noted: dict[int, list[Use]] = {}
         for wanted in (first.values(), range(len(self._batches))):
             read_later = False
             for index in sorted(set(wanted) - noted.keys()):
@@ -181,8 +225,8 @@ class Stages:
             self._pass(index, ProductWatch(self._targets, stop))
         return values.read
 
-    def _note(self, index: int, reads: OutputReads) -> list[_Use]:
-        uses: list[_Use] = []
+    def _note(self, index: int, reads: OutputReads) -> list[Use]:
+        uses: list[Use] = []
         last: tuple[torch.Tensor, object] | None = None  # With the tensor, so that nothing else gets its memory.
 
         def note(product: Product) -> None:
@@ -191,19 +235,24 @@ class Stages:
             identity = (x.data_ptr(), x.shape, x.stride(), x._version)
             number = uses[-1].input if uses else 0
             is_same = last is not None and last[1] == identity
-            uses.append(_Use(product.target.name, number if is_same else number + 1))
+            uses.append(Use(product.target.name, number if is_same else number + 1))
             last = (x, identity)
 
         reads.begin_pass()
         self._pass(index, ProductWatch(self._targets, note))
         return uses
 
-    def _pass(self, index: int, watch: ProductWatch) -> None:
+    def _pass(self, index: int, *watches: TorchFunctionMode) -> None:
         self._batch, self._all_final = index, True
         # Autocast caches cast weights and would miss changes; the random state is kept so that passes are alike.
         torch.clear_autocast_cache()
         device = next(self._model.parameters()).device
-        with keep_random_state(device), torch.no_grad(), contextlib.suppress(_StopForward), watch:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(keep_random_state(device))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(contextlib.suppress(_StopForward))
+            for watch in watches:
+                stack.enter_context(watch)
             call(self._model, self._batches[index])
 
 
@@ -214,70 +263,6 @@ def _shapes_of(batch: Batch) -> str:
 
 class _StopForward(BaseException):
     """Ends a pass that has shown what it was begun for; not an error, so that no model takes it for one of its own."""
-
-
-def _stages_of(passes: Sequence[Sequence[_Use]], targets: Mapping[str, Target]) -> list[Stage]:
-    """The stages, from what all passes have used."""
-    counts = [Counter(use.name for use in uses) for uses in passes]
-    later = _later(passes)
-    stages = []
-    for names in _grouped(_merged(passes), passes, counts, targets):
-        uses = {count[names[0]] for count in counts}
-        is_known = len(uses) == 1 and targets[names[0]].weight.ndim != 3
-        behind = frozenset.intersection(*(later[name] for name in names))
-        stages.append(Stage(tuple(names), uses.pop() if is_known else None, behind))
-    return stages
-
-
-def _merged(passes: Sequence[Sequence[_Use]]) -> list[str]:
-    """The order of first use; what only some passes use comes right behind what they have used before it."""
-    order: list[str] = []
-    for uses in passes:
-        before = -1
-        for name in dict.fromkeys(use.name for use in uses):
-            if name not in order:
-                order.insert(before + 1, name)
-            before = order.index(name)
-    return order
-
-
-def _grouped(
-    order: Sequence[str],
-    passes: Sequence[Sequence[_Use]],
-    counts: Sequence[Counter[str]],
-    targets: Mapping[str, Target],
-) -> list[list[str]]:
-    """Neighbours with the same input in every pass, together."""
-    inputs = [{use.name: use.input for use in uses} for uses in passes]  # Read only for names with one use.
-
-    def are_alike(name: str, other: str) -> bool:
-        return targets[name].weight.ndim == targets[other].weight.ndim == 2 and all(
-            count[name] == count[other] <= 1 and number.get(name) == number.get(other)
-            for count, number in zip(counts, inputs, strict=True)
-        )
-
-    groups: list[list[str]] = []
-    for name in order:
-        if groups and are_alike(groups[-1][-1], name):
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-    return groups
-
-
-def _later(passes: Sequence[Sequence[_Use]]) -> dict[str, frozenset[str]]:
-    """For each target those that passes use after its last use, and never before."""
-    before: dict[str, set[str]] = {}
-    after: dict[str, set[str]] = {}
-    for uses in passes:
-        last = {use.name: i for i, use in enumerate(uses)}
-        begun: set[str] = set()
-        for i, (name, _) in enumerate(uses):
-            begun.add(name)
-            if last[name] == i:
-                before.setdefault(name, set()).update(begun)
-                after.setdefault(name, set()).update(last.keys() - begun)
-    return {name: frozenset(after[name] - before[name]) for name in after}
 
 
 def _targets_in(module: nn.Module, names: Mapping[torch.Tensor, str]) -> frozenset[str]:

@@ -33,17 +33,17 @@ def samples_of(model, count=6):
     return batches
 
 
-def least_squares(weight, x, stays):
-    """`[out, in]` by `lstsq`: what stays makes up for what goes, and is drawn to what it was."""
+def least_squares(weight, x, stays, missing=0.0):
+    """`[out, in]` by `lstsq`: what stays makes up for what goes and what is missing, and is drawn to what it was."""
     inner = x[:, stays]
     ridge = (RIDGE * inner.square().sum(0).mean()).sqrt() * torch.eye(inner.shape[1], dtype=x.dtype)
-    wanted = torch.cat([x @ weight.T, ridge @ weight[:, stays].T])
+    wanted = torch.cat([x @ weight.T + missing, ridge @ weight[:, stays].T])
     found = torch.zeros_like(weight)
     found[:, stays] = torch.linalg.lstsq(torch.cat([inner, ridge]), wanted, driver="gelsd").solution.T
     return found
 
 
-def with_intercept(weight, bias, x, stays):
+def with_intercept(weight, bias, x, stays, missing=0.0):
     """The same of a projection with a bias, which is drawn to nothing."""
     inner = x[:, stays]
     ridge = (RIDGE * (inner - inner.mean(0)).square().sum(0).mean()).sqrt() * torch.eye(
@@ -52,7 +52,7 @@ def with_intercept(weight, bias, x, stays):
     system = torch.cat(
         [torch.cat([inner, torch.ones(len(x), 1)], 1), torch.cat([ridge, torch.zeros(len(ridge), 1)], 1)]
     )
-    wanted = torch.cat([x @ weight.T + bias, ridge @ weight[:, stays].T])
+    wanted = torch.cat([x @ weight.T + bias + missing, ridge @ weight[:, stays].T])
     solution = torch.linalg.lstsq(system, wanted, driver="gelsd").solution
     found = torch.zeros_like(weight)
     found[:, stays] = solution[:-1].T
@@ -117,9 +117,32 @@ def inputs_of_module(model, module, batches):
     return torch.cat(seen)
 
 
+@torch.no_grad()
+def sums_of(model, batches):
+    """Projection → `[positions, out]`: what the first norm behind it reads, which is the residual stream."""
+    open_, sums = [], {}
+
+    def read(_, args):
+        for name in open_:
+            sums.setdefault(name, []).append(args[0].flatten(0, -2))
+        open_.clear()
+
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: open_.append(name))
+        for name, module in projections_of(model).items()
+    ]
+    hooks += [m.register_forward_pre_hook(read) for m in model.modules() if type(m).__name__.endswith("Norm")]
+    for batch in batches:
+        model(**batch)
+        open_.clear()
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(each) for name, each in sums.items()}
+
+
 def by_hooks(model, masks, batches):
     """Each projection that reads what goes is solved anew, in the order of their first calls."""
-    order = []
+    order, dense = [], sums_of(model, batches)
     hooks = [m.register_forward_hook(lambda m, *_: order.append(m)) for m in projections_of(model).values()]
     names = {module: name for name, module in projections_of(model).items()}
     with torch.no_grad():
@@ -128,14 +151,15 @@ def by_hooks(model, masks, batches):
         hook.remove()
     for module in dict.fromkeys(order):
         mask = masks.get(f"{names[module]}.weight")
-        if mask is None or (stays := as_rows(module, mask).any(0)).all():
+        if mask is None or (stays := as_rows(module, mask).any(0)).all() or not stays.any():
             continue
         with torch.no_grad():
             weight, x = as_rows(module, module.weight), inputs_of_module(model, module, batches)
+            missing = dense[names[module]] - sums_of(model, batches)[names[module]]
             if module.bias is None:
-                weight.copy_(least_squares(weight.clone(), x, stays))
+                weight.copy_(least_squares(weight.clone(), x, stays, missing))
             else:
-                rows, bias = with_intercept(weight.clone(), module.bias.clone(), x, stays)
+                rows, bias = with_intercept(weight.clone(), module.bias.clone(), x, stays, missing)
                 weight.copy_(rows)
                 module.bias.copy_(bias)
     with torch.no_grad():
@@ -172,7 +196,7 @@ def test_a_model_is_what_least_squares_make_of_it_one_after_the_other(name, gran
 
 
 @pytest.mark.parametrize(("name", "granularity"), CASES)
-def test_a_pass_is_needed_and_at_most_two_are_taken(name, granularity):
+def test_it_takes_at_most_twice_the_passes_it_needs(name, granularity):
     model, products = build(name), Counter()
     for module in projections_of(model).values():
         module.register_forward_hook(
@@ -182,11 +206,11 @@ def test_a_pass_is_needed_and_at_most_two_are_taken(name, granularity):
     with torch.no_grad():
         for batch in batches:
             model(**batch)
-    needed = products.total()
+    needed = 2 * products.total()  # A pass of the model as it changes, and one of the dense model.
     products.clear()
     prune(model, config_of(granularity, reconstruct=True, calibration_samples=24), batches)
     # BART looks, behind its encoder, for padding of the decoder. So all batches are seen before anything is solved.
-    assert products.total() <= (3 if name == "bart" else 2) * needed
+    assert products.total() <= (2.5 if name == "bart" else 2) * needed
 
 
 @pytest.mark.parametrize("name", ["mixtral", "switch_transformers"])

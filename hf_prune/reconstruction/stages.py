@@ -2,8 +2,9 @@
 
 What changes the weights of a layer by its inputs has to see those inputs as the changed layers before it make them, so
 every layer needs passes of its own. Each is an ordinary forward call that stops once it has shown a layer's inputs.
-The output of a block (an innermost element of a `ModuleList`, or what lies beside it) is cached once a pass has used no
-target for it that may still change. While a block is under way, the same holds for its parts, such as its attention.
+The output of a block (an innermost element of a `ModuleList`, or what lies beside it) is cached once a pass has used
+no target for it that may still change. While a block is under way, so are the outputs of its parts, such as its
+attention.
 
 Beside these passes, others can go through the dense model, to show by how much the residual stream has moved.
 """
@@ -187,9 +188,9 @@ class Stages:
             given, key = self._cache[module], (self._is_dense, self._batch)
             if key not in given:
                 output = compute(*args, **kwargs)
-                if not (self._is_dense or self._all_final):
-                    return output
-                given[key] = output
+                if self._is_dense or self._all_final:
+                    given[key] = pytree.tree_map_only(torch.Tensor, torch.clone, output)
+                return output
             output = given[key]
             # A copy: what reads it may change it in place.
             return output if module in self._released else pytree.tree_map_only(torch.Tensor, torch.clone, output)

@@ -14,6 +14,8 @@ _ADDITIONS = {
     torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__,
 }  # fmt: skip
 
+_COPIES = {torch.clone, torch.Tensor.clone}  # Of what is cached.
+
 
 class SumWatch(TorchFunctionMode):
     """A context that follows a tensor through additions of others of its shape, until something else is done with it.
@@ -42,7 +44,7 @@ class SumWatch(TorchFunctionMode):
         """Calls the function, and follows what it makes of the tensor."""
         kwargs = kwargs or {}
         followed = self._followed
-        if not self.is_open or followed is None or func in METADATA:
+        if not self.is_open or followed is None or func in METADATA or func in _COPIES:
             return func(*args, **kwargs)
         given = [value for value in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(value)]
         if all(value is not followed for value in given):

@@ -70,6 +70,7 @@ def main() -> None:
         measuring += time.monotonic() - began
         return value
 
+    measure.__name__ = str(training.metric_for_best_model)
     folder.mkdir(parents=True, exist_ok=True)
     texts, rows = [], []
     of_dense = measure(dense, task.test)

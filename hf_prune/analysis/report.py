@@ -81,7 +81,9 @@ class SensitivityReport(Drawn):
             if harm is not None
         }
         harms = harms or {row.name: self.harm(row)[0] or 0.0 for row in self.rows}
-        most = max([harm for harm in harms.values() if math.isfinite(harm)], default=1.0)
+        # Colours end where a twentieth is darker: a single place can cost more than all others together.
+        finite = sorted(harm for harm in harms.values() if math.isfinite(harm))
+        most = finite[int(0.95 * (len(finite) - 1))] if finite else 1.0
         title = f"{self.metric}: how much worse if one place is pruned"
         return figure_of_modules(harms, highest=max(most, 1e-12), title=title)
 

@@ -93,7 +93,7 @@ def figure_of_modules(
 
     Args:
         values: Module → its value; from 0 to `highest` they get darker.
-        highest: Where colours end.
+        highest: Where colours end; what is above is as dark.
         title: What they are.
     """
     cells = {_row_and_column(_printable(name)): value for name, value in values.items()}
@@ -133,7 +133,7 @@ def figure_of_modules(
                 fontsize=7,
                 color=color,
             )
-    figure.colorbar(image, ax=axes, pad=0.02)
+    figure.colorbar(image, ax=axes, pad=0.02, extend="max" if any(v > highest for v in cells.values()) else "neither")
     return figure
 
 

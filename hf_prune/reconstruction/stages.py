@@ -71,9 +71,10 @@ class Stages:
         self._released: set[nn.Module] = set()  # Blocks whose output only finished ones read: placeholders.
         self.order = stages_of(passes, targets)
         self._unfinished = {name for stage in self.order for name in stage.names}
+        self._under_way: frozenset[str] = frozenset()  # Targets of the stage that runs beside the dense model.
         self._all_final = True  # Whether the pass under way has used no target that may still change.
         for module in filter(reads.is_cacheable, itertools.chain(self._parts, *self._parts.values(), between)):
-            self._cache_output(module)
+            self._cache_output(module, _targets_in(module, names))
         self.unused = [name for name in targets if name not in self._unfinished]
 
     def __enter__(self) -> "Stages":
@@ -105,6 +106,7 @@ class Stages:
         before it is finished.
         """
         has_sum = stage.uses == 1 and len(stage.names) == 1
+        self._under_way = frozenset(stage.names)
         for index, batch in enumerate(self._batches):
             shown: list[tuple[torch.Size, Callable[[torch.Tensor | None], None]]] = []
 
@@ -179,8 +181,11 @@ class Stages:
                 self._released.add(block)
                 self._cache[block] = pytree.tree_map_only(torch.Tensor, _placeholder, self._cache[block])
 
-    def _cache_output(self, module: nn.Module) -> None:
-        """Has a module return a cached output, which it gave when no target that may still change was used before."""
+    def _cache_output(self, module: nn.Module, held: frozenset[str]) -> None:
+        """Has a module return a cached output, which it gave when no target that may still change was used before.
+
+        In passes of the dense model it gave it with the last stage of the targets that it holds.
+        """
         self._cache[module] = {}
         compute, replaced = module.forward, module.__dict__.get("forward")
 
@@ -188,7 +193,7 @@ class Stages:
             given, key = self._cache[module], (self._is_dense, self._batch)
             if key not in given:
                 output = compute(*args, **kwargs)
-                if self._is_dense or self._all_final:
+                if held & self._unfinished <= self._under_way if self._is_dense else self._all_final:
                     given[key] = pytree.tree_map_only(torch.Tensor, torch.clone, output)
                 return output
             output = given[key]

@@ -118,8 +118,8 @@ def inputs_of_module(model, module, batches):
 
 
 @torch.no_grad()
-def sums_of(model, batches):
-    """Projection → `[positions, out]`: what the first norm behind it reads, which is the residual stream."""
+def sums_of(model, batches, readers):
+    """Projection → `[positions, out]`: what the first reader behind it reads, which is the residual stream."""
     open_, sums = [], {}
 
     def read(_, args):
@@ -131,7 +131,7 @@ def sums_of(model, batches):
         module.register_forward_hook(lambda *_, name=name: open_.append(name))
         for name, module in projections_of(model).items()
     ]
-    hooks += [m.register_forward_pre_hook(read) for m in model.modules() if type(m).__name__.endswith("Norm")]
+    hooks += [reader.register_forward_pre_hook(read) for reader in readers(model)]
     for batch in batches:
         model(**batch)
         open_.clear()
@@ -140,9 +140,13 @@ def sums_of(model, batches):
     return {name: torch.cat(each) for name, each in sums.items()}
 
 
-def by_hooks(model, masks, batches):
+def norms_of(model):
+    return [module for module in model.modules() if type(module).__name__.endswith("Norm")]
+
+
+def by_hooks(model, masks, batches, readers=norms_of):
     """Each projection that reads what goes is solved anew, in the order of their first calls."""
-    order, dense = [], sums_of(model, batches)
+    order, dense = [], sums_of(model, batches, readers)
     hooks = [m.register_forward_hook(lambda m, *_: order.append(m)) for m in projections_of(model).values()]
     names = {module: name for name, module in projections_of(model).items()}
     with torch.no_grad():
@@ -155,7 +159,8 @@ def by_hooks(model, masks, batches):
             continue
         with torch.no_grad():
             weight, x = as_rows(module, module.weight), inputs_of_module(model, module, batches)
-            missing = dense[names[module]] - sums_of(model, batches)[names[module]]
+            now = sums_of(model, batches, readers)
+            missing = dense[names[module]] - now[names[module]] if names[module] in now else 0.0
             if module.bias is None:
                 weight.copy_(least_squares(weight.clone(), x, stays, missing))
             else:
@@ -170,7 +175,16 @@ def by_hooks(model, masks, batches):
 
 FAMILIES = ["llama", "llama with biases", "gpt2", "opt", "bert", "vit", "t5 with gates", "bart"]
 CASES = [(name, kinds) for name in FAMILIES for kinds in ("head", "neuron", "head+neuron")]
+CASES += [("gpt_neox", "head+neuron"), ("gemma2", "query+neuron")]
 CASES += [("llama", "query"), ("llama", "query+neuron")]  # Of the others each query has a key of its own.
+READERS = {
+    # Attention and feed-forward are added to the stream together.
+    "gpt_neox": lambda model: [
+        *(layer.input_layernorm for layer in model.gpt_neox.layers),
+        model.gpt_neox.final_layer_norm,
+    ],
+    "gemma2": lambda _: [],  # What is added is the output of another norm.
+}
 FAST = [("llama", "query+neuron"), ("gpt2", "head+neuron"), ("bert", "neuron"), ("t5 with gates", "head")]
 
 
@@ -184,7 +198,7 @@ def test_a_model_is_what_least_squares_make_of_it_one_after_the_other(name, gran
     prune(masked, config_of(granularity))
     masks = {n: p != 0 for n, p in masked.named_parameters() if not (p != 0).all()}
     prune(found, config_of(granularity, reconstruct=True, calibration_samples=12), batches)
-    expected = by_hooks(copy.deepcopy(dense), masks, batches)
+    expected = by_hooks(copy.deepcopy(dense), masks, batches, READERS.get(name, norms_of))
     changed = 0
     for path, parameter in found.named_parameters():
         torch.testing.assert_close(parameter, expected.get_parameter(path), rtol=0, atol=1e-8, msg=path)

@@ -70,7 +70,8 @@ class PruningConfig:
         criterion: What a weight is worth: a key of `hf_prune.criteria.CRITERIA`; a method of `RECONSTRUCTIONS` there
             ("sparsegpt"), which changes the weights that it keeps so that layers give what they gave; or what a
             structure is worth, a key of `hf_prune.structures.criteria.STRUCTURE_CRITERIA`. "auto" is magnitude for
-            weights and channels, block_influence for layers, reap for experts, and activation for other structures.
+            weights and channels, block_influence for layers, reap for experts, activation for widths, and for heads,
+            queries and neurons gate_fisher, or activation if samples have no labels.
         calibration_samples: Number of training samples that a cut looks at, in total over all processes, if it does.
         score_steps: Number of steps in which a cut reaches its sparsity, each scored anew and leaving the same share.
         granularity: What is removed together: "unstructured", "N:M" (N kept of every M along the input dimension,

@@ -179,15 +179,29 @@ class Plan(Settings):
     @property
     def uses_default_criterion(self) -> bool:
         """Whether the config leaves the criterion open, and what it then is looks at samples."""
-        default, _ = criterion_of("auto", self.granularity.kinds)
-        return self.config.criterion == "auto" and self.criterion_name == default and bool(needs_of(self.criterion))
+        defaults = [criterion_of("auto", self.granularity.kinds, has_labels=each)[0] for each in (True, False)]
+        return self.config.criterion == "auto" and self.criterion_name in defaults and bool(needs_of(self.criterion))
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the default criterion is the one for samples with labels."""
+        with_labels, _ = criterion_of("auto", self.granularity.kinds)
+        without, _ = criterion_of("auto", self.granularity.kinds, has_labels=False)
+        return self.uses_default_criterion and self.criterion_name == with_labels != without
+
+    def without_labels(self) -> "Plan":
+        """The same with the default criterion for samples without labels."""
+        return self._by(*criterion_of("auto", self.granularity.kinds, has_labels=False))
 
     def with_magnitude(self) -> "Plan":
         """The same with what is left where no samples can be looked at."""
-        name, scope = "magnitude", self.scope
+        return self._by("magnitude", magnitude)
+
+    def _by(self, name: str, criterion: AnyCriterion) -> "Plan":
+        scope = self.scope
         if self.config.scope == "auto":
-            scope = SCOPES[self.granularity.auto_scope(scope_of(magnitude), False)] or GLOBAL
-        return dataclasses.replace(self, criterion=magnitude, criterion_name=name, scope=scope)
+            scope = SCOPES[self.granularity.auto_scope(scope_of(criterion), False)] or GLOBAL
+        return dataclasses.replace(self, criterion=criterion, criterion_name=name, scope=scope)
 
     @property
     def parameters(self) -> Mapping[str, torch.Tensor]:

@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from .calibration.batches import Batch
+from .calibration.contexts import keep_random_state
+from .calibration.passes import has_labels
 from .calibration.samples import CalibrationData, repeatable
 from .calibration.saved_statistics import CalibrationStatistics
 from .calibration.statistics import STATISTICS, calibrate
 from .config import PruningConfig
 from .criteria import Statistics, needs_of
 from .distributed.gathering import accessible
+from .distributed.processes import sum_over_processes_
 from .distributed.shards import own, reshard_
-from .distributed.zero import master_of, set_master_
+from .distributed.zero import has_partitions, master_of, set_master_
 from .plan import Plan
 from .reconstruction.compensation import compensate_, solved_by_compensation
 from .reconstruction.sparsegpt import reconstruct_
@@ -96,6 +99,23 @@ def cut_(
                     set_master_(each, each)
             masks.apply_(model)
     return masks
+
+
+def for_samples(model: nn.Module, plan: Plan, data: CalibrationData) -> Plan:
+    """A plan whose default criterion is one that the samples allow; the same on all processes."""
+    if not plan.reads_labels or _is_all_known(plan, data):
+        return plan
+    lacks = has_partitions(model)  # DeepSpeed's stage 3 hides the gradients of outputs.
+    if data.batches is not None and not lacks:
+        device = next(model.parameters()).device
+        with keep_random_state(device):
+            first = next(iter(data.batches()), None)
+        lacks = bool(sum_over_processes_(torch.tensor(not has_labels(model, first), dtype=torch.int64, device=device)))
+    return plan.without_labels() if lacks or data.batches is None else plan
+
+
+def _is_all_known(plan: Plan, data: CalibrationData) -> bool:
+    return all(_is_known(name, plan, data) for name in plan.needs)
 
 
 def _missing(plan: Plan, data: CalibrationData) -> list[str]:
@@ -202,7 +222,8 @@ def collect_statistics(
             raise ValueError("FSDP has sharded the weights, and statistics are kept of whole ones.")
         if dataloader is None:
             raise ValueError("statistics are collected from samples. Give a dataloader.")
-        found = statistics_for(model, plan, CalibrationData(repeatable(dataloader), show_progress=True))
+        data = CalibrationData(repeatable(dataloader), show_progress=True)
+        found = statistics_for(model, for_samples(model, plan, data), data)
         return CalibrationStatistics.of(model, found, config.calibration_samples)
 
 
@@ -272,6 +293,7 @@ def prune(
                     "model. Leave one of them out."
                 )
             data = dataclasses.replace(data, known=statistics.of_model(model))
+        plan = for_samples(model, plan, data)
         masks = plan.held_zeros(model) if config.hold_zeros else MaskSet()
         remaining = None
         after.enter_context(_unbarred_on_error(model))

@@ -20,7 +20,7 @@ from ..distributed.processes import sum_over_processes_
 from ..distributed.shards import has_shards
 from ..distributed.zero import has_partitions
 from ..plan import Plan
-from ..pruning import cut_, statistics_for
+from ..pruning import cut_, for_samples, statistics_for
 from ..reconstruction.compensation import solved_by_compensation
 from ..selection.whole_structures import COUNTED_IN_MULTIPLES, MULTIPLE_OF, ONE_POOL
 from ..structures.experts import bar_pruned_
@@ -136,8 +136,8 @@ class _Sweep:
         seed: int,
     ) -> None:
         self._model, self._config, self._seed = model, config, seed
-        self.plan = Plan.of(model, config, seed=seed)
         data = CalibrationData(repeatable(dataloader), {} if statistics is None else statistics.of_model(model))
+        self.plan = for_samples(model, Plan.of(model, config, seed=seed), data)
         samples = config.calibration_samples
         self._samples = list(read_samples(model, dataloader, samples))
         require_samples(model, sum(map(size_of, self._samples)), samples)

@@ -40,16 +40,17 @@ WITH_AUTO: ChainMap[str, AnyCriterion | None] = ChainMap(
 """What a config can name as its criterion."""
 
 
-def criterion_of(name: str, kinds: Collection[str]) -> tuple[str, AnyCriterion]:
+def criterion_of(name: str, kinds: Collection[str], *, has_labels: bool = True) -> tuple[str, AnyCriterion]:
     """A criterion by its name, and its own name where that is "auto".
 
     Args:
         name: A key of `CRITERION_NAMES`; or "auto", which is magnitude for weights and channels.
         kinds: The kinds of structures that a granularity has; none where it has weights.
+        has_labels: Whether samples have labels, for "auto".
     """
     if name != "auto":
         return name, CRITERION_NAMES[name]
-    chosen = default_criterion(kinds) if kinds and "channel" not in kinds else magnitude
+    chosen = default_criterion(kinds, has_labels=has_labels) if kinds and "channel" not in kinds else magnitude
     return chosen.__qualname__, chosen
 
 

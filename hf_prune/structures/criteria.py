@@ -140,19 +140,21 @@ def gate_fisher(inputs: StructureInputs) -> torch.Tensor:
     return inputs["gate_fisher"] / 2
 
 
-_BY_DEFAULT: dict[str, StructureCriterion] = {"layer": block_influence, "expert": reap}
+_BY_DEFAULT: dict[str, StructureCriterion] = {"layer": block_influence, "expert": reap, "width": activation}
 
 
-def default_criterion(kinds: Collection[str]) -> StructureCriterion:
-    """What scores structures of some kinds by default: `activation`, layers `block_influence`, experts `reap`.
+def default_criterion(kinds: Collection[str], *, has_labels: bool) -> StructureCriterion:
+    """What scores structures of some kinds by default.
 
-    None of them reads labels.
+    `block_influence` scores layers, `reap` experts, and `activation` widths. Heads, queries and neurons are scored by
+    `gate_fisher` where samples have labels, else by `activation`.
     """
-    chosen = {kind: _BY_DEFAULT.get(kind, activation) for kind in kinds}
+    chosen = {kind: _BY_DEFAULT.get(kind, gate_fisher if has_labels else activation) for kind in kinds}
     criteria = list(dict.fromkeys(chosen.values()))
     if len(criteria) == 1:
         return criteria[0]
-    scope = "layer" if activation in criteria else "global"
+    # Widths are ranked among themselves in either scope.
+    scope = "layer" if any(chosen[kind] is activation for kind in kinds if kind != "width") else "global"
 
     @needs(*(name for criterion in criteria for name in needs_of(criterion)), kinds=tuple(kinds), scope=scope)
     def each_by_its_own(inputs: StructureInputs) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ..distributed.processes import failing_together, gather_from_processes, ran
 from ..pacing.even import Even
 from ..pacing.patience import Patience
 from ..plan import Plan
-from ..pruning import cut_, statistics_for
+from ..pruning import cut_, for_samples, statistics_for
 from ..recovery.lora import has_adapters, mask_adapters_
 from ..reporting.history import PruningHistory
 from ..reporting.reports import count_zeros
@@ -272,17 +272,9 @@ class Run:
             {} if self.movement is None else {"movement": self.movement.statistic()},
             show_progress=state.is_world_process_zero and not args.disable_tqdm,
         )
+        plan = for_samples(event.model, plan, data)
         if plan.uses_default_criterion and rank_and_size()[1] == 1:  # Of several processes one alone may fail.
-            try:
-                known = statistics_for(event.model, plan, data)
-                data = data if plan.config.score_steps > 1 else dataclasses.replace(data, known=known)
-            except ValueError as error:
-                logger.warning(
-                    "Falling back to criterion magnitude, since the calibration failed: %s. Set a criterion to choose "
-                    "one yourself.",
-                    str(error).rstrip("."),
-                )
-                plan = plan.with_magnitude()
+            plan, data = self._calibrated(plan, data, event)
         budget = plan.budget(event.model, data.batches)
         self._adopt_(cut_(event.model, plan, self.masks, asked, data, budget), asked, event, plan, budget)
         if pacing.round == len(plan.config.round_sparsities):
@@ -290,6 +282,20 @@ class Run:
         if plan.config.restart_lr:
             self.lr_start = event.scheduler.last_epoch
             restart_lr_(event.scheduler, self.lr_start, pacing.steps_left(state.global_step), state.max_steps)
+
+    def _calibrated(self, plan: Plan, data: CalibrationData, event: Event) -> tuple[Plan, CalibrationData]:
+        """The plan and what its default criterion has to know; with another criterion, if that cannot be found out."""
+        try:
+            known = statistics_for(event.model, plan, data)
+        except ValueError as error:
+            other = plan.without_labels() if plan.reads_labels else plan.with_magnitude()
+            logger.warning(
+                "Falling back to criterion %s, since the calibration failed: %s. Set a criterion to choose one "
+                "yourself.",
+                other.criterion_name, str(error).rstrip("."),
+            )  # fmt: skip
+            return self._calibrated(other, data, event) if plan.reads_labels else (other, data)
+        return plan, data if plan.config.score_steps > 1 else dataclasses.replace(data, known=known)
 
     def _adopt_(self, masks: MaskSet, asked: float | None, event: Event, plan: Plan, budget: Budget | None) -> None:
         """Holds masks from here on, writes the round down and measures it."""

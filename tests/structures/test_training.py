@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from hf_prune import PruningConfig, PruningHistory, PruningTrainerCallback, prune, shrink
+from hf_prune import PruningConfig, PruningHistory, PruningTrainerCallback, collect_statistics, prune, shrink
 from hf_prune.structures.families import FAMILIES, Neurons, Stack
 from tests.structures.models import DECODER, build, logits_of
 
@@ -331,7 +331,7 @@ def test_what_looks_at_samples_by_default_goes_by_magnitude_where_it_cannot(make
 
 @pytest.mark.parametrize(
     ("granularity", "criterion"),
-    [("head+neuron", "activation"), ("layer", "block_influence"), ("layer+neuron", "block_influence+activation")],
+    [("head+neuron", "gate_fisher"), ("layer", "block_influence"), ("layer+neuron", "block_influence+gate_fisher")],
 )
 def test_the_default_looks_at_samples(granularity, criterion, make_trainer):
     model = without_dropout(build("gpt_neo"))
@@ -341,12 +341,42 @@ def test_the_default_looks_at_samples(granularity, criterion, make_trainer):
     assert {row.criterion for row in pruning.history} == {criterion}
 
 
+@pytest.mark.parametrize("granularity", ["query", "neuron", "query+neuron", "neuron+width", "layer+neuron"])
+@pytest.mark.parametrize("has_labels", [True, False])
+def test_the_default_reads_labels_where_there_are_some(granularity, has_labels):
+    model, expected = build("llama"), build("llama")
+    batches = [{name: row[name][None] for name in ("input_ids", "labels")} for row in samples(model, 8)]
+    batches = batches if has_labels else [{"input_ids": batch["input_ids"]} for batch in batches]
+    common = dict(sparsity=0.5, calibration_samples=8, granularity=granularity)
+    common |= {"multiple_of": 4} if "neuron" in granularity else {}
+    statistics = collect_statistics(model, PruningConfig(**common), batches)
+    of_gates = {key.split("/")[0] for key in statistics.tensors} & {"gate_fisher"}
+    assert bool(of_gates) == has_labels
+    prune(model, PruningConfig(**common), statistics=statistics)
+    prune(expected, PruningConfig(**common), batches)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+    if granularity in ("query", "neuron", "query+neuron"):
+        named = build("llama")
+        prune(named, PruningConfig(criterion="gate_fisher" if has_labels else "activation", **common), batches)
+        assert all(torch.equal(p, q) for p, q in zip(named.parameters(), expected.parameters(), strict=True))
+
+
+def test_labels_that_say_nothing_are_none(make_trainer, caplog):
+    model = build("gpt_neo")
+    rows = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in samples(model)]
+    config = PruningConfig(sparsity=0.5, granularity="neuron", multiple_of=4, schedule="one_shot")
+    pruning = PruningTrainerCallback(config)
+    make_trainer(model, pruning, max_steps=1, train_dataset=rows).train()
+    assert "Falling back to criterion activation, since the calibration failed" in caplog.text
+    assert pruning.history[-1].criterion == "activation"
+
+
 def test_without_samples_the_default_warns_and_goes_by_magnitude(caplog):
     model, expected = build("llama"), build("llama")
     config = PruningConfig(sparsity=0.5, granularity="query+neuron", multiple_of=4)
     prune(model, config)
     assert "Without a dataloader query+neuron go by magnitude, which can ruin a model" in caplog.text
-    assert "criterion activation, which looks at samples (contribution)" in caplog.text
+    assert "criterion gate_fisher, which looks at samples (gate_fisher)" in caplog.text
     caplog.clear()
     prune(expected, dataclasses.replace(config, criterion="magnitude"))
     assert caplog.text == ""

@@ -39,6 +39,7 @@ class Settings:
         criterion: What a weight is worth; with a method that reconstructs, how sparse each layer is.
         criterion_name: The name of what scores the weights.
         reconstructs: Whether a method of `RECONSTRUCTIONS` prunes, which also changes the weights that it keeps.
+        is_default: Whether nobody has chosen the criterion.
     """
 
     config: PruningConfig
@@ -47,6 +48,7 @@ class Settings:
     criterion: AnyCriterion
     criterion_name: str
     reconstructs: bool
+    is_default: bool
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -86,7 +88,8 @@ def resolve(config: PruningConfig, criterion: AnyCriterion | None = None) -> Set
     scope = auto if config.scope == "auto" else config.scope
     if scope not in SCOPES:
         raise ValueError(f"the criterion {name} declares the scope {scope!r}; it must be one of {', '.join(SCOPES)}.")
-    return Settings(config, granularity, SCOPES[scope] or GLOBAL, chosen, name, reconstructs)
+    is_default = criterion is None and config.criterion == "auto"
+    return Settings(config, granularity, SCOPES[scope] or GLOBAL, chosen, name, reconstructs, is_default)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +142,7 @@ class Plan(Settings):
             settings.criterion,
             settings.criterion_name,
             settings.reconstructs,
+            settings.is_default,
             targets,
             structures,
             _own_sparsities(config.own_sparsities, *granularity.named(targets, structures)),
@@ -179,15 +183,12 @@ class Plan(Settings):
     @property
     def uses_default_criterion(self) -> bool:
         """Whether the config leaves the criterion open, and what it then is looks at samples."""
-        defaults = [criterion_of("auto", self.granularity.kinds, has_labels=each)[0] for each in (True, False)]
-        return self.config.criterion == "auto" and self.criterion_name in defaults and bool(needs_of(self.criterion))
+        return self.is_default and bool(needs_of(self.criterion))
 
     @property
     def reads_labels(self) -> bool:
         """Whether the default criterion is the one for samples with labels."""
-        with_labels, _ = criterion_of("auto", self.granularity.kinds)
-        without, _ = criterion_of("auto", self.granularity.kinds, has_labels=False)
-        return self.uses_default_criterion and self.criterion_name == with_labels != without
+        return self.uses_default_criterion and self.criterion_name != self.without_labels().criterion_name
 
     def without_labels(self) -> "Plan":
         """The same with the default criterion for samples without labels."""

@@ -4,21 +4,21 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
 
 from .calibration.batches import Batch
-from .calibration.contexts import keep_random_state
-from .calibration.passes import has_labels
-from .calibration.samples import CalibrationData, repeatable
+from .calibration.contexts import keep_random_state, undisturbed
+from .calibration.passes import loss_of
+from .calibration.samples import CalibrationData, read_samples, repeatable
 from .calibration.saved_statistics import CalibrationStatistics
 from .calibration.statistics import STATISTICS, calibrate
 from .config import PruningConfig
 from .criteria import Statistics, needs_of
 from .distributed.gathering import accessible
-from .distributed.processes import sum_over_processes_
+from .distributed.processes import rank_and_size, sum_over_processes_
 from .distributed.shards import own, reshard_
 from .distributed.zero import has_partitions, master_of, set_master_
 from .plan import Plan
@@ -105,13 +105,26 @@ def for_samples(model: nn.Module, plan: Plan, data: CalibrationData) -> Plan:
     """A plan whose default criterion is one that the samples allow; the same on all processes."""
     if not plan.reads_labels or _is_all_known(plan, data):
         return plan
-    lacks = has_partitions(model)  # DeepSpeed's stage 3 hides the gradients of outputs.
-    if data.batches is not None and not lacks:
-        device = next(model.parameters()).device
-        with keep_random_state(device):
-            first = next(iter(data.batches()), None)
-        lacks = bool(sum_over_processes_(torch.tensor(not has_labels(model, first), dtype=torch.int64, device=device)))
-    return plan.without_labels() if lacks or data.batches is None else plan
+    other = plan.without_labels()
+    # DeepSpeed's stage 3 hides the gradients of outputs.
+    if data.batches is None or _is_all_known(other, data) or has_partitions(model):
+        return other
+    device = next(model.parameters()).device
+    lacks = torch.tensor(not _gives_loss(model, data.batches), dtype=torch.int64, device=device)
+    return other if sum_over_processes_(lacks) else plan
+
+
+def _gives_loss(model: nn.Module, batches: Callable[[], Iterable[Batch]]) -> bool:
+    """Whether the model gives a loss for the first sample of this process; if that cannot be drawn, nobody knows."""
+    with keep_random_state(next(model.parameters()).device), undisturbed(model), torch.no_grad():
+        try:
+            sample = next(read_samples(model, batches(), rank_and_size()[1]), None)
+        except (TypeError, ValueError):  # The calibration says what is wrong.
+            return True
+        try:
+            return sample is None or loss_of(model, sample) is not None
+        except ValueError:
+            return False
 
 
 def _is_all_known(plan: Plan, data: CalibrationData) -> bool:

@@ -156,7 +156,12 @@ def test_commands_run_one_after_the_other(name, tmp_path, monkeypatch):
         assert all(Path(path).exists() for path in made or ["pruning.png"] * (words[0] == "plot"))
 
 
-OWN_FLAGS = {"study": "StudyArguments", "criteria": "CriteriaArguments", "recovery": "RecoveryArguments"}
+OWN_FLAGS = {
+    "study": "StudyArguments",
+    "criteria": "CriteriaArguments",
+    "recovery": "RecoveryArguments",
+    "sensitivity": "SensitivityArguments",
+}
 
 
 def recipes_in(name):
@@ -174,7 +179,9 @@ def test_recipes_take_the_flags_they_are_given(name, tmp_path, monkeypatch):
         assert (ROOT / script).is_file(), script
         assert all((ROOT / word).is_file() for word in launcher if word.endswith(".yaml"))
         if script.startswith("recipes/benchmarks/"):
-            known = "".join((ROOT / "recipes/benchmarks" / f).read_text() for f in (Path(script).name, "isolated.py"))
+            known = "".join(
+                (ROOT / "recipes/benchmarks" / f).read_text() for f in (Path(script).name, "isolated.py", "prose.py")
+            )
             assert all(f'"{flag}"' in known for flag in flags if flag.startswith("--")), flags
             continue
         # Parsed on any machine, whatever a flag such as --bf16 needs in the run.

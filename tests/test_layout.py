@@ -33,7 +33,7 @@ recovery        masked_lora lora distillation
 pacing          timing even patience
 config
 plan
-reconstruction  dependencies stages moments sparsegpt compensation
+reconstruction  dependencies order sums stages moments sparsegpt compensation
 reporting       tables plots history reports savings
 inference       semi_structured
 pruning

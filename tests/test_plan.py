@@ -105,10 +105,11 @@ def test_a_plan_is_made_before_anything_is_cut():
         ({"criterion": "wanda", "granularity": "2:4"}, "row", ("input_norm",)),
         ({"criterion": "wanda", "granularity": "head"}, "global", ("input_norm",)),
         ({"granularity": "neuron", "uniform": True, "criterion": "magnitude"}, "layer", ()),
-        ({"granularity": "head+neuron"}, "layer", ("contribution",)),
+        ({"granularity": "head+neuron"}, "global", ("gate_fisher",)),
+        ({"granularity": "head+width"}, "global", ("gate_fisher", "contribution")),
         ({"granularity": "layer"}, "global", ("block_influence",)),
         ({"granularity": "expert"}, "global", ("routed_output",)),
-        ({"granularity": "neuron+layer+expert"}, "layer", ("contribution", "block_influence", "routed_output")),
+        ({"granularity": "neuron+layer+expert"}, "global", ("gate_fisher", "block_influence", "routed_output")),
         ({"granularity": "channel"}, "global", ()),
     ],
 )

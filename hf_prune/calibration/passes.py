@@ -138,11 +138,6 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
     return loss
 
 
-def has_labels(model: nn.Module, batch: object) -> bool:
-    """Whether a batch holds labels of which the model computes a loss."""
-    return isinstance(batch, Mapping) and any(key in batch for key in find_labels(type(base_of(model))))
-
-
 @torch.no_grad()
 def ignores_first_label(model: nn.Module, batch: Batch) -> bool:
     """Whether a loss does not read the first label of a sequence, because it is that of the next position.

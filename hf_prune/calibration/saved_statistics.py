@@ -41,10 +41,10 @@ class CalibrationStatistics(Tensors):
             ValueError: if it is truncated, was changed, or does not hold statistics.
         """
         found = super().load(path, like)
-        is_whole = "model" in found.metadata and found.metadata.get("samples", "").isdecimal()
+        is_whole = {"model", "content"} <= found.metadata.keys() and found.metadata.get("samples", "").isdecimal()
         if found.metadata.get("format") != _FORMAT or not is_whole:
             raise ValueError(f"{path} does not hold calibration statistics.")
-        if found.metadata.get("content") != found.digest():
+        if found.metadata["content"] != found.digest():
             raise ValueError(f"{path} was changed after it was written. Calibrate anew.")
         return found
 

@@ -5,8 +5,9 @@ the rest, `x_S`, as much as it can: its `Ŵ` has the least `E‖W x − Ŵ x_S�
 `Ŵ = W_S + W_P H_PS (H_SS + λ)⁻¹`, where `P` is what goes. Where the projection has a bias, `x` is without its mean, of
 which the bias takes over what is lost.
 
-Where its output is added to a residual stream, `W x` is not all that is wanted: the stream has already moved by what
-changed before, and `W x + Δ` brings it back to that of the dense model. This adds `E Δ x_Sᵀ` to `W_P H_PS`.
+Where its output is added to a residual stream, `W x + Δ` is wanted instead of `W x`: what changed before has moved the
+stream by `−Δ` from that of the dense model, which is the model as the cut finds it, without the layers that go. This
+adds `E Δ x_Sᵀ` to `W_P H_PS`.
 """
 
 import logging

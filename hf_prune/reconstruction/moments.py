@@ -30,8 +30,8 @@ class SecondMoments:
         sums: `[parts, fan_in, fan_in]`, in float32 or better; whole once `finish_` was called.
         totals: `[parts, fan_in]`: the sum of the columns of `X`.
         positions: `[parts]`: over how many columns of `X`.
-        cross: `[parts, fan_in, rows]`: `X Δᵀ`, where `Δ` is by how much the residual stream of the dense model differs
-            from what it is with the target's output; None if nobody asked, or that is unknown.
+        cross: `[parts, fan_in, rows]`: `X Δᵀ`, where `Δ` is the dense model's residual stream minus the current one,
+            right behind the target; None if nobody asked, or if its output is added to nothing.
         differences: `[parts, rows]`: the sum of the columns of `Δ`.
     """
 
@@ -72,15 +72,14 @@ class SecondMoments:
         self.sums, self.totals = sum_over_processes_(self.sums), sum_over_processes_(self.totals)
         self.positions = sum_over_processes_(self.positions)
         if self.cross is not None:
-            is_known = not sum_over_processes_(self._unknown)
-            self.cross = sum_over_processes_(self.cross) if is_known else None
-            self.differences = sum_over_processes_(self.differences)
+            self.cross, self.differences = sum_over_processes_(self.cross), sum_over_processes_(self.differences)
+            # A stream may overflow where the model itself does not, as where it is clamped afterwards.
+            if sum_over_processes_(self._unknown) or not self.cross.isfinite().all():
+                self.cross = None
         for here in self._bands:
             behind = slice(here.stop, None)
             self.sums[:, behind, here] = self.sums[:, here, behind].mT
         require_finite(self.sums, f"what {self._target.module!r} is multiplied with")
-        if self.cross is not None:
-            require_finite(self.cross, f"what the output of {self._target.module!r} is added to")
 
 
 def change_in_stages_(
@@ -106,8 +105,8 @@ def change_in_stages_(
         samples: Number of samples to read, of all processes together.
         change_: Gets the names of targets with the same inputs, and their moments; of a target that no pass has used
             None, before all others.
-        with_dense: Whether the moments say how far the residual stream is from that of the model as it is now. Another
-            pass goes through each layer for it.
+        with_dense: Whether the moments say how far the residual stream is from that of the dense model, which is the
+            model as it is now. Another pass goes through each layer for it.
         show_progress: Whether a bar shows how far it is, if it takes more than a few seconds.
 
     Raises:

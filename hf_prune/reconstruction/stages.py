@@ -56,7 +56,7 @@ class Stages:
         with_dense: bool = False,
     ) -> None:
         self._model, self._targets, self._batches = model, targets, batches
-        self._passes = len(batches) * (2 if with_dense else 1)
+        self._with_dense = with_dense
         self._is_dense = False  # Whether the pass under way is one of the dense model.
         self._dense: dict[nn.Parameter, torch.Tensor] = {}  # Parameters that have changed, as they were.
         self._batch = 0  # the one under way, for modules whose output is cached
@@ -65,11 +65,14 @@ class Stages:
         blocks, between = _blocks_of(model, names)
         self._parts = {block: _parts_of(block, names) for block in blocks}
         reads = OutputReads({**self._parts, **{module: [] for module in between}})
-        passes = self._note_all(reads)
+        noted = self._note_all(reads)
+        passes = [uses for uses, _ in noted]
         self._readers = reads.readers
         self._cache: dict[nn.Module, dict[tuple[bool, int], Any]] = {}  # Of finished blocks and parts, by pass.
         self._released: set[nn.Module] = set()  # Blocks whose output only finished ones read: placeholders.
         self.order = stages_of(passes, targets)
+        # Targets whose output is added to something, in every pass that uses them.
+        self._summed = set(targets) - {use.name for uses, summed in noted for use in uses if use.name not in summed}
         self._unfinished = {name for stage in self.order for name in stage.names}
         self._under_way: frozenset[str] = frozenset()  # Targets of the stage that runs beside the dense model.
         self._all_final = True  # Whether the pass under way has used no target that may still change.
@@ -100,12 +103,12 @@ class Stages:
     ) -> None:
         """Runs all batches up to a stage of `order`, with the weights as they are now and as they were.
 
-        The callback gets each product as that of `run` does. What it gives is called with the difference, of the
-        product's output, between what the dense model and this one have in the residual stream once the output is
-        added to it; or with None, where there is no such sum. Parameters beside those of the stage must not change
-        before it is finished.
+        The callback gets each product as that of `run` does. What it gives is called with the dense model's residual
+        stream minus the current one, right behind the addition of the output, in its shape; or with None, if it is
+        added to nothing. Of the parameters only those of the stage, and biases beside them, may change before it is
+        finished.
         """
-        has_sum = stage.uses == 1 and len(stage.names) == 1
+        has_sum = self._has_sum(stage)
         self._under_way = frozenset(stage.names)
         for index, batch in enumerate(self._batches):
             shown: list[tuple[torch.Size, Callable[[torch.Tensor | None], None]]] = []
@@ -113,17 +116,27 @@ class Stages:
             def see(product: Product, batch: Batch = batch, shown: list[Any] = shown) -> None:
                 shown.append((product.output.shape, on_product(product, batch)))
 
-            now = self._show(index, stage, see, to_sum=has_sum)
-            dense = None
-            if has_sum and now is not None:
+            now, dense = self._show(index, stage, see, to_sum=has_sum), None
+            if has_sum:
                 with self._dense_weights():
                     dense = self._show(index, stage, lambda _: None, to_sum=True)
             for shape, take in shown:
                 take(None if now is None or dense is None else (dense - now).reshape(shape))
-        for name in stage.names:
-            owner = self._model.get_submodule(self._targets[name].name.rpartition(".")[0])
-            for parameter in owner.parameters(recurse=False):
-                self._dense.setdefault(parameter, parameter.detach().clone())
+        for name in stage.names if self._will_pass_dense() else ():
+            path, _, attribute = name.rpartition(".")
+            bias = getattr(self._model.get_submodule(path), "bias", None) if attribute == "weight" else None
+            for parameter in (self._targets[name].weight, bias):
+                if isinstance(parameter, nn.Parameter):
+                    self._dense.setdefault(parameter, parameter.detach().clone())
+
+    def _has_sum(self, stage: Stage) -> bool:
+        """Whether the output of a stage is added to something; what is used several times goes to several places."""
+        return stage.uses == 1 and len(stage.names) == 1 and stage.names[0] in self._summed
+
+    def _will_pass_dense(self) -> bool:
+        """Whether the dense model is passed for stages that are not finished."""
+        left = (stage for stage in self.order if not self._unfinished.isdisjoint(stage.names))
+        return self._with_dense and any(map(self._has_sum, left))
 
     def _show(
         self, index: int, stage: Stage, on_product: Callable[[Product], None], *, to_sum: bool = False
@@ -131,10 +144,7 @@ class Stages:
         """Runs a batch up to a stage, or on to the sum that its output goes into, which is returned."""
         seen = 0
 
-        def stop() -> None:
-            raise _StopForward
-
-        sums = SumWatch(stop)
+        sums = SumWatch(_stop)
 
         def see(product: Product) -> None:
             nonlocal seen
@@ -143,14 +153,14 @@ class Stages:
                 on_product(product)
                 seen += 1
                 if to_sum:
-                    sums.follow(product.output)
+                    sums.follow(product.target.name, product.output)
                 elif seen == stage.uses:
-                    stop()
+                    _stop()
             elif product.target.name in stage.later and not sums.is_open:
-                stop()
+                _stop()
 
         self._pass(index, ProductWatch(self._targets, see), sums)
-        return sums.take()
+        return sums.take().get(stage.names[0])
 
     @contextlib.contextmanager
     @torch.no_grad()
@@ -170,7 +180,11 @@ class Stages:
     def finish(self, stage: Stage) -> None:
         """Says that the weights of a stage change no more."""
         self._unfinished -= set(stage.names)
-        complete = {block for block, given in self._cache.items() if len(given) == self._passes}
+        needed = [False, True] if self._will_pass_dense() else [False]
+        if len(needed) == 1:
+            self._dense.clear()
+        keys = {(is_dense, index) for is_dense in needed for index in range(len(self._batches))}
+        complete = {block for block, given in self._cache.items() if keys <= given.keys()}
         for block, parts in self._parts.items():
             if block in complete:  # Its parts are called no more.
                 self._cache.update({part: {} for part in parts})
@@ -184,7 +198,8 @@ class Stages:
     def _cache_output(self, module: nn.Module, held: frozenset[str]) -> None:
         """Has a module return a cached output, which it gave when no target that may still change was used before.
 
-        In passes of the dense model it gave it with the last stage of the targets that it holds.
+        What it gives in a pass of the dense model never changes; it is cached with the last stage of its targets,
+        whose products would not be seen again.
         """
         self._cache[module] = {}
         compute, replaced = module.forward, module.__dict__.get("forward")
@@ -203,13 +218,16 @@ class Stages:
         module.forward = forward
         self._undo.callback(_put_back, module, replaced)
 
-    def _note_all(self, reads: OutputReads) -> list[list[Use]]:
-        """The uses of passes, of all processes: of one pass of each kind, or of all if their kinds cannot be known."""
+    def _note_all(self, reads: OutputReads) -> list[tuple[list[Use], set[str]]]:
+        """The uses of passes, of all processes: of one pass of each kind, or of all if their kinds cannot be known.
+
+        Beside them stand the targets whose output is added to something.
+        """
         begun = [self._values_read_at_first(i) for i in range(len(self._batches))]
         first: dict[object, int] = {}
         for i, batch in enumerate(self._batches):
             first.setdefault((_shapes_of(batch), *begun[i]), i)
-        noted: dict[int, list[Use]] = {}
+        noted: dict[int, tuple[list[Use], set[str]]] = {}
         for wanted in (first.values(), range(len(self._batches))):
             read_later = False
             for index in sorted(set(wanted) - noted.keys()):
@@ -219,20 +237,17 @@ class Stages:
             gathered = gather_from_processes((list(noted.values()), read_later))
             if not any(later for _, later in gathered):
                 break
-        return [uses for passes, _ in gathered for uses in passes]
+        return [each for passes, _ in gathered for each in passes]
 
     def _values_read_at_first(self, index: int) -> list[object]:
         """The values that the pass of a batch reads before its first product."""
-
-        def stop(product: Product) -> None:
-            raise _StopForward
-
         with ValueReads() as values:
-            self._pass(index, ProductWatch(self._targets, stop))
+            self._pass(index, ProductWatch(self._targets, lambda _: _stop()))
         return values.read
 
-    def _note(self, index: int, reads: OutputReads) -> list[Use]:
+    def _note(self, index: int, reads: OutputReads) -> tuple[list[Use], set[str]]:
         uses: list[Use] = []
+        sums = SumWatch()
         last: tuple[torch.Tensor, object] | None = None  # With the tensor, so that nothing else gets its memory.
 
         def note(product: Product) -> None:
@@ -243,10 +258,12 @@ class Stages:
             is_same = last is not None and last[1] == identity
             uses.append(Use(product.target.name, number if is_same else number + 1))
             last = (x, identity)
+            if self._with_dense:
+                sums.follow(product.target.name, product.output)
 
         reads.begin_pass()
-        self._pass(index, ProductWatch(self._targets, note))
-        return uses
+        self._pass(index, ProductWatch(self._targets, note), sums)
+        return uses, set(sums.take())
 
     def _pass(self, index: int, *watches: TorchFunctionMode) -> None:
         self._batch, self._all_final = index, True
@@ -269,6 +286,10 @@ def _shapes_of(batch: Batch) -> str:
 
 class _StopForward(BaseException):
     """Ends a pass that has shown what it was begun for; not an error, so that no model takes it for one of its own."""
+
+
+def _stop() -> None:
+    raise _StopForward
 
 
 def _targets_in(module: nn.Module, names: Mapping[torch.Tensor, str]) -> frozenset[str]:

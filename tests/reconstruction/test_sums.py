@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from hf_prune.reconstruction.sums import SumWatch
@@ -38,9 +39,9 @@ def test_what_is_added_is_followed_until_something_else_is_done(forward, expecte
     y, ended = X.clone(), []
     watch = SumWatch(lambda: ended.append(True))
     with watch:
-        watch.follow(y)
+        watch.follow("y", y)
         forward(y)
-        found = watch.take()
+        found = watch.take().get("y")
     assert (found is None) == (expected is None)
     if expected is not None:
         torch.testing.assert_close(found, expected)
@@ -52,11 +53,45 @@ def test_what_comes_behind_the_end_is_not_followed():
     y = X.clone()
     watch = SumWatch(lambda: None)
     with watch:
-        watch.follow(y)
+        watch.follow("y", y)
         s = y + Y
         norm(s)
         s + Z
-    torch.testing.assert_close(watch.take(), X + Y)
+    torch.testing.assert_close(watch.take()["y"], X + Y)
     with watch:
         y + Y
-    assert watch.take() is None
+    assert watch.take() == {}
+
+
+class Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(_, x):
+        return x / x.norm()
+
+
+class KernelNorm(nn.Module):
+    def forward(self, x):
+        with torch._C.DisableTorchFunction():
+            return Kernel.apply(x)
+
+
+@pytest.mark.parametrize(("module", "expected"), [(KernelNorm(), X + Y), (nn.Dropout(0.5).eval(), X + Y + Z)])
+def test_a_module_of_its_own_kernel_is_another_use(module, expected):
+    y, watch = X.clone(), SumWatch()
+    with watch:
+        watch.follow("y", y)
+        s = Y + y
+        module(s)
+        s + Z
+    torch.testing.assert_close(watch.take()["y"], expected)
+
+
+def test_several_are_followed_at_once():
+    y, z, watch = X.clone(), Z.clone(), SumWatch()
+    with watch:
+        watch.follow("y", y)
+        watch.follow("z", z)
+        norm((y + z) + Y)
+    found = watch.take()
+    torch.testing.assert_close(found["y"], X + Z + Y)
+    assert found["y"] is found["z"]

@@ -251,7 +251,7 @@ def test_operations_are_counted_on_a_training_batch(make_trainer):
 
 def test_a_training_that_ends_early_says_what_is_left(make_trainer):
     model = without_dropout(build("llama"))
-    pruning = PruningTrainerCallback(PruningConfig(**ROUNDS, end=12))
+    pruning = PruningTrainerCallback(PruningConfig(**ROUNDS, end=12, criterion="activation"))
     trainer = make_trainer(model, pruning, train_dataset=samples(model), max_steps=20)
 
     class Stop(transformers.TrainerCallback):

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_prune import PruningConfig, prune, shrink
 from hf_prune.reconstruction import compensation
 from hf_prune.reconstruction.compensation import RIDGE, solved
+from hf_prune.reconstruction.stages import Stages
 from tests.structures.mixtures import build_mixture
 from tests.structures.models import build, inputs_of, logits_of
 
@@ -267,6 +268,26 @@ def test_later_cuts_leave_alone_what_went_before():
     again = config_of("neuron", sparsity=0.25, reconstruct=True, calibration_samples=12, hold_zeros=True)
     prune(model, again, batches)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_stream_that_overflows_is_left_alone(monkeypatch):
+    dense = build("llama")
+    batches = samples_of(dense)
+    found, expected = copy.deepcopy(dense), copy.deepcopy(dense)
+    run = Stages.run_beside_dense
+
+    def cut(model, change):
+        def beside(stages, stage, on_product):
+            run(stages, stage, lambda *given: lambda difference: on_product(*given)(change(difference)))
+
+        monkeypatch.setattr(Stages, "run_beside_dense", beside)
+        prune(model, config_of("neuron", reconstruct=True, calibration_samples=12), batches)
+
+    cut(found, lambda difference: difference + torch.inf)
+    cut(expected, lambda _: None)
+    assert all(torch.equal(p, q) for p, q in zip(found.parameters(), expected.parameters(), strict=True))
+    cut(together := copy.deepcopy(dense), lambda difference: difference)
+    assert any(not torch.equal(p, q) for p, q in zip(together.parameters(), expected.parameters(), strict=True))
 
 
 def test_few_tokens_are_said(caplog):

@@ -13,6 +13,7 @@ from hf_prune.calibration.activations import ProductWatch
 from hf_prune.calibration.contexts import configured, eager_experts
 from hf_prune.reconstruction.stages import Stages
 from hf_prune.weights.targets import find_targets
+from tests.structures.models import build as build_of_structures
 from tests.tiny import FAMILIES, batch, build, twin
 
 
@@ -530,3 +531,24 @@ def test_a_weight_that_is_used_twice_is_a_stage_of_its_own():
         seen = []
         stages.run(stages.order[0], lambda product, _: seen.append(product))
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
+def test_dense_weights_are_kept_of_what_is_under_way(name):
+    """And of nothing where no output is added to anything, as behind a norm of its own."""
+    model = build_of_structures(name).eval()
+    targets = {n: t for n, t in find_targets(model).items() if n.endswith(("down_proj.weight", "4h_to_h.weight"))}
+    tokens = torch.randint(3, 60, (2, 10))
+    kept = []
+    with (
+        configured(model, "use_cache", False),
+        Stages(model, targets, [{"input_ids": tokens}, {"input_ids": tokens.flip(1)}], with_dense=True) as stages,
+    ):
+        assert len(stages.order) == 3
+        for stage in stages.order:
+            stages.run_beside_dense(stage, lambda *_: lambda difference: kept.append(difference is None))
+            stages.finish(stage)
+            assert len({stages._targets[n].weight for n in targets} & stages._dense.keys()) <= (name != "gemma2") * 2
+            assert sum(kept_outputs(stages)) <= 4 * (name != "gemma2") + 4
+    assert stages._dense == {}
+    assert kept == 6 * [name == "gemma2"]

@@ -7,10 +7,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.utils.data import IterableDataset
 
 from hf_prune import PruningConfig, PruningHistory, PruningTrainerCallback, collect_statistics, prune, shrink
+from hf_prune.structures.criteria import gate_fisher
 from hf_prune.structures.families import FAMILIES, Neurons, Stack
-from tests.structures.models import DECODER, build, logits_of
+from tests.structures.models import DECODER, build, logits_of, perturbed
 
 
 def samples(model, size=24, seed=0):
@@ -369,6 +371,60 @@ def test_labels_that_say_nothing_are_none(make_trainer, caplog):
     make_trainer(model, pruning, max_steps=1, train_dataset=rows).train()
     assert "Falling back to criterion activation, since the calibration failed" in caplog.text
     assert pruning.history[-1].criterion == "activation"
+
+
+class Stream(IterableDataset):
+    """Its own iterator, of which nobody can read twice."""
+
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.rows)
+
+
+def test_samples_that_cannot_be_drawn_are_no_end_of_the_training(make_trainer, caplog):
+    model = build("gpt_neo")
+    config = PruningConfig(sparsity=0.5, granularity="neuron", multiple_of=4, schedule="one_shot")
+    pruning = PruningTrainerCallback(config)
+    make_trainer(model, pruning, max_steps=1, train_dataset=Stream(samples(model))).train()
+    assert "Falling back to criterion magnitude, since the calibration failed: the training dataset" in caplog.text
+    assert pruning.history[-1].criterion == "magnitude"
+
+
+def test_a_criterion_that_is_given_is_taken():
+    model = build("llama")
+    batches = [{"input_ids": row["input_ids"][None]} for row in samples(model, 4)]
+    config = PruningConfig(sparsity=0.5, granularity="neuron", multiple_of=4, calibration_samples=4)
+    with pytest.raises(ValueError, match="LlamaForCausalLM gives no loss for calibration batches with input_ids"):
+        prune(model, config, batches, criterion=gate_fisher)
+
+
+def test_a_loss_is_needed_and_not_only_labels():
+    """Of several kinds of labels one may not be enough."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**{**DECODER, "num_labels": 2})
+    model = perturbed(transformers.BertForPreTraining(config))
+    tokens = torch.randint(3, 60, (4, 10))
+    batches = [{"input_ids": tokens, "next_sentence_label": torch.tensor([0, 1, 0, 1])}]
+    cut = PruningConfig(sparsity=0.5, granularity="neuron", multiple_of=4, calibration_samples=4)
+    named, masked = copy.deepcopy(model), copy.deepcopy(model)
+    prune(masked, cut, batches)
+    prune(named, dataclasses.replace(cut, criterion="activation"), batches)
+    assert all(torch.equal(p, q) for p, q in zip(masked.parameters(), named.parameters(), strict=True))
+
+
+def test_statistics_that_are_given_are_taken_whatever_samples_have():
+    model, expected = build("llama"), build("llama")
+    batches = [{name: row[name][None] for name in ("input_ids", "labels")} for row in samples(model, 4)]
+    config = PruningConfig(sparsity=0.5, granularity="neuron", multiple_of=4, calibration_samples=4)
+    without = [{"input_ids": batch["input_ids"]} for batch in batches]
+    prune(model, config, batches, statistics=collect_statistics(model, config, without))
+    prune(expected, dataclasses.replace(config, criterion="activation"), without)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
 
 
 def test_without_samples_the_default_warns_and_goes_by_magnitude(caplog):

@@ -187,11 +187,10 @@ READERS = {
     "gemma2": lambda _: [],  # What is added is the output of another norm.
 }
 FAST = [("llama", "query+neuron"), ("gpt2", "head+neuron"), ("bert", "neuron"), ("t5 with gates", "head")]
+MARKED = [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 
 
-@pytest.mark.parametrize(
-    ("name", "granularity"), [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize(("name", "granularity"), MARKED)
 def test_a_model_is_what_least_squares_make_of_it_one_after_the_other(name, granularity):
     dense = build(name, torch.float64)
     batches = samples_of(dense)
@@ -210,7 +209,7 @@ def test_a_model_is_what_least_squares_make_of_it_one_after_the_other(name, gran
     torch.testing.assert_close(logits_of(found), before)
 
 
-@pytest.mark.parametrize(("name", "granularity"), CASES)
+@pytest.mark.parametrize(("name", "granularity"), MARKED)
 def test_it_takes_at_most_twice_the_passes_it_needs(name, granularity):
     model, products = build(name), Counter()
     for module in projections_of(model).values():

@@ -68,7 +68,7 @@ def compare(model, batches, whole=None, looks=1, step=1):
     assert stages.unused == []
 
 
-@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize("step", [1, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stages_show_the_inputs_that_changed_layers_give(family, step):
     model = build(family).eval()

@@ -20,7 +20,7 @@ from .criteria import Statistics, needs_of
 from .distributed.gathering import accessible
 from .distributed.processes import rank_and_size, sum_over_processes_
 from .distributed.shards import own, reshard_
-from .distributed.zero import has_partitions, master_of, set_master_
+from .distributed.zero import is_divided, master_of, set_master_
 from .plan import Plan
 from .reconstruction.compensation import compensate_, solved_by_compensation
 from .reconstruction.sparsegpt import reconstruct_
@@ -107,7 +107,7 @@ def for_samples(model: nn.Module, plan: Plan, data: CalibrationData) -> Plan:
         return plan
     other = plan.without_labels()
     # DeepSpeed's stage 3 hides the gradients of outputs.
-    if data.batches is None or _is_all_known(other, data) or has_partitions(model):
+    if data.batches is None or _is_all_known(other, data) or any(map(is_divided, model.parameters())):
         return other
     device = next(model.parameters()).device
     lacks = torch.tensor(not _gives_loss(model, data.batches), dtype=torch.int64, device=device)

@@ -45,7 +45,8 @@ CONFIGS = {
     ),
     # Of a family in no table, which is found on a small model that each process has to itself.
     "found": PruningConfig(
-        keep_parameters=0.7, schedule="geometric", rounds=3, end=6, granularity="head+neuron", multiple_of=4
+        keep_parameters=0.7, schedule="geometric", rounds=3, end=6, granularity="head+neuron", multiple_of=4,
+        criterion="activation",
     ),
     "solved anew": PruningConfig(
         sparsity=0.5, schedule="geometric", rounds=3, end=6, criterion="activation", granularity="head+neuron",

@@ -215,7 +215,7 @@ class PruningConfig:
 
     @property
     def round_sparsities(self) -> list[float]:
-        """The absolute sparsity after each round, or share of `keep` that is gone; empty if nothing is pruned."""
+        """The absolute sparsity after each round, or the share gone of what `keep` names; empty for no cuts."""
         return list(self._round_sparsities)  # type: ignore[attr-defined]
 
     @property

@@ -26,10 +26,10 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 import efficientnet
-import masked_language
 import resnet
 import tinystories
 import vit
+from common import masked_language
 from common.arguments import parse_task, split_settings
 from common.dense import dense_model
 from common.tables import markdown, spread
@@ -38,8 +38,9 @@ from hf_prune import PruningConfig, PruningTrainerCallback, prune
 from hf_prune.recovery.distillation import DistillationTrainer
 
 RECIPES: dict[str, Any] = {
-    module.__name__: module for module in (tinystories, vit, resnet, efficientnet, masked_language)
-}
+    "tinystories": tinystories, "vit": vit, "resnet": resnet, "efficientnet": efficientnet,
+    "masked_language": masked_language,
+}  # fmt: skip
 Results = dict[tuple[str, str], list[float]]
 """The metric of each draw, by criterion and level."""
 

@@ -21,7 +21,7 @@ from ..calibration.statistics import warn_of_unreached
 from ..structures.contributions import readers_of
 from ..structures.groups import COMPENSATED, Structures, kept_in, masks_of
 from ..weights.masks import MaskSet
-from ..weights.targets import Target
+from ..weights.targets import Target, bias_of
 from .moments import SecondMoments, change_in_stages_, compute_dtype
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def compensate_(
         for name in names:
             if masks[name].all():
                 continue
-            target, bias = targets[name], _bias_of(model, targets[name])
+            target, bias = targets[name], bias_of(model, targets[name])
             if moments is None:
                 unseen.append(name)
                 continue
@@ -106,7 +106,7 @@ def solved_by_compensation(
 ) -> list[torch.Tensor]:
     """The weights that `compensate_` may solve anew, and their biases."""
     readers = _readers_in(targets, structures).values()
-    biases = (_bias_of(model, target) for target in readers)
+    biases = (bias_of(model, target) for target in readers)
     return [*(target.weight for target in readers), *(bias for bias in biases if bias is not None)]
 
 
@@ -119,13 +119,6 @@ def _readers_in(targets: Mapping[str, Target], structures: Structures) -> dict[s
 def _shortage(tokens: tuple[int, int]) -> int:
     seen, needed = tokens
     return needed - seen
-
-
-def _bias_of(model: nn.Module, target: Target) -> nn.Parameter | None:
-    """The bias of a projection; None if it has none, or is one of several experts."""
-    path, _, attribute = target.name.rpartition(".")
-    bias = getattr(model.get_submodule(path), "bias", None) if attribute == "weight" and target.parts == 1 else None
-    return bias if isinstance(bias, nn.Parameter) else None
 
 
 @torch.no_grad()

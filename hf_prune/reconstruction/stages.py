@@ -24,7 +24,7 @@ from ..calibration.batches import Batch
 from ..calibration.contexts import keep_random_state
 from ..calibration.passes import call
 from ..distributed.processes import gather_from_processes
-from ..weights.targets import Target
+from ..weights.targets import Target, bias_of
 from .dependencies import OutputReads, ValueReads
 from .order import Stage, Use, stages_of
 from .sums import SumWatch
@@ -58,7 +58,7 @@ class Stages:
         self._model, self._targets, self._batches = model, targets, batches
         self._with_dense = with_dense
         self._is_dense = False  # Whether the pass under way is one of the dense model.
-        self._dense: dict[nn.Parameter, torch.Tensor] = {}  # Parameters that have changed, as they were.
+        self._dense: dict[torch.Tensor, torch.Tensor] = {}  # Parameters that have changed, as they were.
         self._batch = 0  # the one under way, for modules whose output is cached
         self._undo = contextlib.ExitStack()
         names = {target.weight: name for name, target in targets.items()}
@@ -123,10 +123,9 @@ class Stages:
             for shape, take in shown:
                 take(None if now is None or dense is None else (dense - now).reshape(shape))
         for name in stage.names if self._will_pass_dense() else ():
-            path, _, attribute = name.rpartition(".")
-            bias = getattr(self._model.get_submodule(path), "bias", None) if attribute == "weight" else None
-            for parameter in (self._targets[name].weight, bias):
-                if isinstance(parameter, nn.Parameter):
+            target = self._targets[name]
+            for parameter in (target.weight, bias_of(self._model, target)):
+                if parameter is not None:
                     self._dense.setdefault(parameter, parameter.detach().clone())
 
     def _has_sum(self, stage: Stage) -> bool:
@@ -142,9 +141,7 @@ class Stages:
         self, index: int, stage: Stage, on_product: Callable[[Product], None], *, to_sum: bool = False
     ) -> torch.Tensor | None:
         """Runs a batch up to a stage, or on to the sum that its output goes into, which is returned."""
-        seen = 0
-
-        sums = SumWatch(_stop)
+        seen, sums = 0, SumWatch(_stop)
 
         def see(product: Product) -> None:
             nonlocal seen
@@ -180,10 +177,11 @@ class Stages:
     def finish(self, stage: Stage) -> None:
         """Says that the weights of a stage change no more."""
         self._unfinished -= set(stage.names)
-        needed = [False, True] if self._will_pass_dense() else [False]
-        if len(needed) == 1:
+        streams = [False, True]
+        if not self._will_pass_dense():
+            streams = [False]
             self._dense.clear()
-        keys = {(is_dense, index) for is_dense in needed for index in range(len(self._batches))}
+        keys = {(is_dense, index) for is_dense in streams for index in range(len(self._batches))}
         complete = {block for block, given in self._cache.items() if keys <= given.keys()}
         for block, parts in self._parts.items():
             if block in complete:  # Its parts are called no more.

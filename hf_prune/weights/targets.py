@@ -333,3 +333,10 @@ def _require_prunable(target: Target) -> None:
             f"the weight of {target.module!r} is quantized (dtype {target.weight.dtype}); pruning needs "
             "floating-point weights. Load the model without quantization, or add the module to exclude_modules."
         )
+
+
+def bias_of(model: nn.Module, target: Target) -> nn.Parameter | None:
+    """The bias of a projection; None if it has none, or is one of several experts."""
+    path, _, attribute = target.name.rpartition(".")
+    bias = getattr(model.get_submodule(path), "bias", None) if attribute == "weight" and target.parts == 1 else None
+    return bias if isinstance(bias, nn.Parameter) else None

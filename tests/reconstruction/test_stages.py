@@ -548,7 +548,7 @@ def test_dense_weights_are_kept_of_what_is_under_way(name):
         for stage in stages.order:
             stages.run_beside_dense(stage, lambda *_: lambda difference: kept.append(difference is None))
             stages.finish(stage)
-            assert len({stages._targets[n].weight for n in targets} & stages._dense.keys()) <= (name != "gemma2") * 2
+            assert len({target.weight for target in targets.values()} & stages._dense.keys()) <= (name != "gemma2") * 2
             assert sum(kept_outputs(stages)) <= 4 * (name != "gemma2") + 4
     assert stages._dense == {}
     assert kept == 6 * [name == "gemma2"]

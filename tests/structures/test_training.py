@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch.utils.data import IterableDataset
 
 from hf_prune import PruningConfig, PruningHistory, PruningTrainerCallback, collect_statistics, prune, shrink
 from hf_prune.structures.criteria import gate_fisher
 from hf_prune.structures.families import FAMILIES, Neurons, Stack
 from tests.structures.models import DECODER, build, logits_of, perturbed
+from tests.test_data_criteria import OwnIterator
 
 
 def samples(model, size=24, seed=0):
@@ -373,24 +373,11 @@ def test_labels_that_say_nothing_are_none(make_trainer, caplog):
     assert pruning.history[-1].criterion == "activation"
 
 
-class Stream(IterableDataset):
-    """Its own iterator, of which nobody can read twice."""
-
-    def __init__(self, rows):
-        self.rows = iter(rows)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        return next(self.rows)
-
-
 def test_samples_that_cannot_be_drawn_are_no_end_of_the_training(make_trainer, caplog):
     model = build("gpt_neo")
     config = PruningConfig(sparsity=0.5, granularity="neuron", multiple_of=4, schedule="one_shot")
     pruning = PruningTrainerCallback(config)
-    make_trainer(model, pruning, max_steps=1, train_dataset=Stream(samples(model))).train()
+    make_trainer(model, pruning, max_steps=1, train_dataset=OwnIterator(samples(model))).train()
     assert "Falling back to criterion magnitude, since the calibration failed: the training dataset" in caplog.text
     assert pruning.history[-1].criterion == "magnitude"
 

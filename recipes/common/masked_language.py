@@ -1,4 +1,4 @@
-"""An encoder that guesses masked tokens, a task of `criteria.py` only.
+"""Masked language modelling: an encoder and text, a task of `criteria.py`.
 
 python recipes/criteria.py masked_language --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 --dataset topics
 
